@@ -1,0 +1,41 @@
+"""Training optimisation for Keras 3: optimizers, schedules, initializers, regularizers, layers, callbacks, tuning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from keras_optkit import callbacks, initializers, layers, optimizers, regularizers, schedules
+from keras_optkit.registry import Card, cards, register
+
+if TYPE_CHECKING:
+    from keras_optkit import testing, tuning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Card",
+    "__version__",
+    "callbacks",
+    "cards",
+    "initializers",
+    "layers",
+    "optimizers",
+    "register",
+    "regularizers",
+    "schedules",
+    "testing",
+    "tuning",
+]
+
+_LAZY = ("testing", "tuning")  # they import KerasTuner, or serve tests only
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

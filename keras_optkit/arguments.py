@@ -1,0 +1,69 @@
+"""Checks of constructor arguments; every message names the argument, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+def real(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    closed: str = "both",
+    optional: bool = False,
+) -> Any:
+    """Returns `value` if it is a finite real number between `low` and `high`, and raises otherwise.
+
+    `closed` says which ends belong to the interval: "both", "left", "right" or "neither". With `optional`, None passes.
+    NumPy scalars become Python numbers, so that configs stay JSON.
+    """
+    if value is None and optional:
+        return None
+    left = "[" if closed in ("both", "left") and low > -math.inf else "("
+    right = "]" if closed in ("both", "right") and high < math.inf else ")"
+    allowed = f"a finite number in {left}{low}, {high}{right}" + (" or None" if optional else "")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
+    inside = (low <= value if left == "[" else low < value) and (value <= high if right == "]" else value < high)
+    if not (math.isfinite(value) and inside):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None, *, optional: bool = False) -> Any:
+    """Returns `value` as an int if it is a whole number between `low` and `high` (both included)."""
+    if value is None and optional:
+        return None
+    bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+    allowed = " ".join(["an integer", " and ".join(bounds)]).strip() + (" or None" if optional else "")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    return int(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Returns `value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
+    """Returns `value` if it is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{near(value, allowed)}")
+    return value
+
+
+def near(value: Any, allowed: Iterable[Any]) -> str:
+    """' Did you mean ...?' for a misspelt string, or an empty string."""
+    matches = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,1 @@
+"""Regularizers (in work)."""

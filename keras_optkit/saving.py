@@ -1,0 +1,65 @@
+"""Configs read off the constructor's own signature, so that no class writes (or forgets) its `get_config`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The named parameters of `cls(...)`, following `**kwargs` up through the base classes.
+
+    A class that passes its `**kwargs` on accepts what the next constructor in the MRO accepts; the nearest class wins
+    where a name appears twice.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        init = base.__dict__.get("__init__")
+        if init is None:
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind in _NAMED and not parameter.name.startswith("_"):
+                found.setdefault(parameter.name, parameter)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+class FromSignature:
+    """Mixin: every constructor parameter is an attribute of the same name, and `get_config` collects them.
+
+    The contract is scikit-learn's: `__init__` stores each of its parameters under the parameter's own name. The config
+    then holds the present values, so `opt.learning_rate = 0.1` survives a save. Nested Keras objects (schedules, inner
+    optimizers) are serialised and deserialised with Keras's own functions. Where the base class has a config of its own
+    (layers), it is the starting point.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor arguments that would build this object again, as JSON-ready values."""
+        inherited = getattr(super(), "get_config", None)
+        config: dict[str, Any] = {}
+        if inherited is not None:
+            try:
+                config = dict(inherited())
+            except NotImplementedError:  # e.g. a LearningRateSchedule declares get_config without one
+                config = {}
+        for name in constructor_parameters(type(self)):
+            if hasattr(self, name) and name not in ("dtype", "trainable"):
+                config[name] = keras.saving.serialize_keras_object(getattr(self, name))
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """Builds the object that `get_config` described."""
+        arguments = {
+            name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            if isinstance(value, dict | list | tuple)
+            else value
+            for name, value in config.items()
+        }
+        return cls(**arguments)

@@ -1,0 +1,20 @@
+"""Shared set-up: the environment must be set before TensorFlow is imported."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import keras
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def clean_keras():
+    """Every test starts with fresh names, float32 and a fixed seed."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
