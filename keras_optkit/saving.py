@@ -41,17 +41,22 @@ class FromSignature:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor arguments that would build this object again, as JSON-ready values."""
-        inherited = getattr(super(), "get_config", None)
-        config: dict[str, Any] = {}
-        if inherited is not None:
-            try:
-                config = dict(inherited())
-            except NotImplementedError:  # e.g. a LearningRateSchedule declares get_config without one
-                config = {}
+        config = self._inherited_config()
         for name in constructor_parameters(type(self)):
             if hasattr(self, name) and name not in ("dtype", "trainable"):
-                config[name] = keras.saving.serialize_keras_object(getattr(self, name))
+                config[name] = keras.saving.serialize_keras_object(self._config_value(name))
         return config
+
+    def _inherited_config(self) -> dict[str, Any]:
+        """The config of the Keras base class, e.g. a layer's dtype policy."""
+        try:
+            return dict(super().get_config())  # type: ignore[misc]
+        except (AttributeError, NotImplementedError):  # Keras declares get_config on some bases without one
+            return {}
+
+    def _config_value(self, name: str) -> Any:
+        """The value to save for one constructor parameter."""
+        return getattr(self, name)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:

@@ -1,1 +1,9 @@
-"""Optimizers (in work)."""
+"""Optimizers: drop-in subclasses of `keras.optimizers.Optimizer`, each one update rule on a common engine."""
+
+from keras_optkit.optimizers.adam import Adam, AdamW
+from keras_optkit.optimizers.adaptive import Adagrad, RMSprop
+from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.rule import Hyper, Rule, flag, number
+from keras_optkit.optimizers.sgd import SGD
+
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Hyper", "Optimizer", "RMSprop", "Rule", "flag", "number"]
