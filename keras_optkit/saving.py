@@ -11,15 +11,16 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The named parameters of `cls(...)`, following `**kwargs` up through the base classes.
+    """The named parameters of `cls(...)` that classes of this package declare.
 
-    A class that passes its `**kwargs` on accepts what the next constructor in the MRO accepts; the nearest class wins
-    where a name appears twice.
+    A constructor that passes `**kwargs` on accepts what the next one in the MRO accepts, so the walk goes on from
+    there, as far as the classes built on `FromSignature` reach; Keras's own base classes have configs of their own. The
+    nearest class wins where a name appears twice.
     """
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         init = base.__dict__.get("__init__")
-        if init is None:
+        if init is None or not issubclass(base, FromSignature):
             continue
         parameters = list(inspect.signature(init).parameters.values())[1:]
         for parameter in parameters:
@@ -43,8 +44,14 @@ class FromSignature:
         """The constructor arguments that would build this object again, as JSON-ready values."""
         config = self._inherited_config()
         for name in constructor_parameters(type(self)):
-            if hasattr(self, name) and name not in ("dtype", "trainable"):
-                config[name] = keras.saving.serialize_keras_object(self._config_value(name))
+            if name in config:  # the base class knows how to write its own, e.g. a layer's dtype policy
+                continue
+            if not hasattr(self, name):
+                raise AttributeError(
+                    f"{type(self).__name__} does not store its argument {name!r} under that name, so its config would "
+                    f"lose it. Set self.{name} in __init__."
+                )
+            config[name] = keras.saving.serialize_keras_object(self._config_value(name))
         return config
 
     def _inherited_config(self) -> dict[str, Any]:

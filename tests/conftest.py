@@ -9,11 +9,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import keras
 import pytest
 
+import keras_optkit as ok
+
+ok.testing.prepare()
+
 
 @pytest.fixture(autouse=True)
 def clean_keras():
-    """Every test starts with fresh names, float32 and a fixed seed."""
-    keras.backend.clear_session()
+    """Every test starts with float32 and a fixed seed."""
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_floatx("float32")

@@ -74,12 +74,9 @@ def _read(variable: Any) -> Tensor:
     return tf.convert_to_tensor(value) if TENSORFLOW else value
 
 
-def key(variable: Any) -> Any:
-    """What identifies a variable, whether it comes as a Keras variable, a tf.Variable or a replica's view of one."""
-    handle = _handle(variable)
-    if TENSORFLOW and hasattr(handle, "_distributed_container"):
-        handle = handle._distributed_container() or handle
-    return handle._unique_id if TENSORFLOW else id(variable)
+def key(variable: Any) -> int:
+    """What identifies a variable, whether it comes as a Keras variable or as the tf.Variable inside of one."""
+    return id(_handle(variable) if TENSORFLOW else variable)
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:

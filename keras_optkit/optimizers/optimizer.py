@@ -205,9 +205,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         self._held.buckets = buckets
         with distribute.outside_graph():
             self._held.state = self._new_state(variables, shapes)
-        if self._held.pending is not None:
-            pending, self._held.pending = self._held.pending, None
-            self._restore(pending)
+            if self._held.pending is not None:
+                pending, self._held.pending = self._held.pending, None
+                self._restore(pending)
 
     def _new_state(self, variables: list[Any], shapes: list[tuple[int, ...]]) -> dict[str, Any]:
         dtypes = {i: _compute_dtype(b.dtype) for b in self._held.buckets for i in b.indices}
@@ -333,7 +333,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 weights[i] = constraint(weights[i])
         new = state | {"weights": weights, "slots": slots, "iterations": iterations + 1}
         if self.use_ema:
-            momentum = ops.where(ops.equal(iterations, 0), 0.0, self.ema_momentum)
+            started = ops.cast(iterations > 0, scalar_dtype())
+            momentum = started * self.ema_momentum  # the first update sets the average
             new["average"] = [
                 ops.cast(momentum, a.dtype) * a + ops.cast(1 - momentum, a.dtype) * ops.cast(w, a.dtype)
                 for a, w in zip(state["average"], weights, strict=True)
@@ -415,6 +416,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state, parameter by parameter: a file does not depend on how parameters were packed."""
+        if self._held.pending is not None:  # loaded, never used
+            for name, value in self._held.pending.items():
+                store[name] = value
+            return
         store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
         for name, (variable, bucket) in self._entries().items():
             value = ops.convert_to_numpy(variable)
@@ -447,6 +452,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             self._restore(saved)
         else:
             self._refuse_unless_same(saved, ("optimizer", "learning_rate"))
+            self._updates.assign(saved["iterations"])
+            self._multiplier.assign(saved["multiplier"])
             self._held.pending = saved
 
     def _restore(self, saved: dict[str, np.ndarray]) -> None:

@@ -1,1 +1,503 @@
-"""Checks for optimizers."""
+"""Checks for optimizers.
+
+The twin of an optimizer's card is a generator; see `keras_optkit.testing.references` for its form.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.private import op_determinism
+from keras_optkit.registry import Card
+from keras_optkit.testing import problems
+from keras_optkit.testing.conformance import check
+from keras_optkit.testing.references import TWINS
+from keras_optkit.testing.tools import refuses
+
+_COMMON = ("clipnorm", "clipvalue", "global_clipnorm", "gradient_accumulation_steps", "use_ema", "ema_momentum")
+
+
+def _close(got: Any, expected: Any, rtol: float = 1e-10, what: str = "") -> None:
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol, err_msg=f"{what} variable {i}")
+
+
+def _equal(got: Any, expected: Any, what: str = "") -> None:
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        np.testing.assert_array_equal(a, b, err_msg=f"{what} variable {i}")
+
+
+def _make(card: Card, case: Mapping[str, Any] | None = None, **more: Any) -> Optimizer:
+    return card.make(**{**(card.cases[0] if case is None else case), **more})
+
+
+def _decayed(optimizer: Optimizer, shape: tuple[int, ...]) -> bool:
+    return optimizer.decay_mask == "all" or len(shape) > 1
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+@check("optimizer")
+def check_config_round_trip(card: Card) -> None:
+    """The config holds every argument, survives JSON, and rebuilds the same optimizer, also by registered name."""
+    for case in card.cases:
+        optimizer = _make(card, case, clipnorm=1.5, use_ema=True)
+        written = json.dumps(keras.optimizers.serialize(optimizer))
+        again = keras.optimizers.deserialize(json.loads(written))
+        assert type(again) is type(optimizer)
+        config = again.get_config()
+        assert config == optimizer.get_config()
+        for name, value in {**case, "clipnorm": 1.5, "use_ema": True}.items():
+            assert name in config, f"the config has lost {name!r}"
+            assert config[name] == value, f"{name}: given {value!r}, config has {config[name]!r}"
+            assert getattr(again, name) == value or float(getattr(again, name)) == value
+    by_name = keras.optimizers.get(keras.saving.get_registered_name(type(optimizer)))
+    assert type(by_name) is type(optimizer)
+
+
+@check("optimizer")
+def check_bad_arguments(card: Card) -> None:
+    """A bad value or an unknown keyword fails at once, and the message names argument, value and what is allowed."""
+    refuses(card.make, "learning_rate", -0.1, "[0")
+    refuses(card.make, "learning_rate", float("nan"), "[0")
+    refuses(card.make, "learning_rate", "fast", ">= 0")
+    refuses(card.make, "weight_decay", -1.0, "[0")
+    refuses(card.make, "clipnorm", 0.0, "(0")
+    refuses(card.make, "ema_momentum", 1.0, "[0, 1)")
+    refuses(card.make, "gradient_accumulation_steps", 1, "at least 2")
+    refuses(card.make, "use_ema", "yes", "True or False")
+    refuses(card.make, "decay_mask", "some", "'auto', 'all'")
+    refuses(card.make, "learning_rats", 0.1, "learning_rate")
+    optimizer = card.make(learning_rate=1)  # integer rates are rates
+    assert float(optimizer.learning_rate) == 1.0
+    try:
+        card.make(clipnorm=1.0, clipvalue=1.0)
+    except ValueError as error:
+        assert "clipvalue" in str(error)
+    else:
+        raise AssertionError("two forms of clipping at once were accepted")
+
+
+# -- the formula ------------------------------------------------------------------------------------------------------
+
+
+@check("optimizer")
+def check_twin(card: Card) -> None:
+    """Equals its NumPy twin for 20 steps in float64, several shapes, every case, weight decay on and off."""
+    twin = card.twin or TWINS[card.name]
+    grads = problems.gradients(20)
+    for case, decay in itertools.product(card.cases, (None, 0.1)):
+        optimizer = _make(card, case, weight_decay=decay)
+        trajectory = problems.train(optimizer, grads)
+        arguments = {k: v for k, v in case.items() if k not in (*_COMMON, "decay_mask", "weight_decay")}
+        for i, p in enumerate(problems.start()):
+            applied = decay if decay and _decayed(optimizer, p.shape) else 0.0
+            expected = list(twin(p, [g[i] for g in grads], weight_decay=applied, **arguments))
+            _close([step[i] for step in trajectory], expected, what=f"{case} decay {decay}, parameter {i}, at")
+
+
+@check("optimizer")
+def check_decay_mask(card: Card) -> None:
+    """The "auto" mask decays matrices only, "all" decays everything; each by η λ θ more than without decay."""
+    values, grads = problems.start(), problems.gradients(1)
+    plain = problems.train(_make(card, weight_decay=None), grads)[0]
+    rate = float(_make(card).learning_rate)
+    for mask in ("auto", "all"):
+        decayed = problems.train(_make(card, weight_decay=0.1, decay_mask=mask), grads)[0]
+        expected = [
+            w - (rate * 0.1 * p if mask == "all" or p.ndim > 1 else 0) for w, p in zip(plain, values, strict=True)
+        ]
+        _close(decayed, expected, what=mask)
+
+
+@check("optimizer")
+def check_clipping(card: Card) -> None:
+    """Each form of clipping equals clipping the gradients beforehand."""
+    grads = problems.gradients(3)
+
+    def clipped(form: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        if form == "clipvalue":
+            return [np.clip(g, -0.5, 0.5) for g in arrays]
+        norms = [np.linalg.norm(g) for g in arrays]
+        if form == "global_clipnorm":
+            norms = [np.linalg.norm(norms)] * len(arrays)
+        return [g * min(1.0, 0.5 / norm) if norm else g for g, norm in zip(arrays, norms, strict=True)]
+
+    for form in ("clipvalue", "clipnorm", "global_clipnorm"):
+        got = problems.train(_make(card, **{form: 0.5}), grads)
+        expected = problems.train(_make(card), [clipped(form, arrays) for arrays in grads])
+        _close(got[-1], expected[-1], what=form)
+
+
+# -- execution --------------------------------------------------------------------------------------------------------
+
+
+@check("optimizer")
+def check_modes_agree(card: Card) -> None:
+    """Eager, graph and XLA give the same weights, and a step is traced once."""
+    grads = problems.gradients(5)
+    for case in card.cases:
+        eager = problems.train(_make(card, case), grads)
+        for mode in ("graph", "xla"):
+            got = problems.train(_make(card, case), grads, mode=mode)
+            _close(got[-1], eager[-1], what=f"{case} {mode}")
+
+
+@check("optimizer")
+def check_packing(card: Card) -> None:
+    """Packed equals unpacked, and the order of the variables does not matter."""
+    grads = problems.gradients(4)
+    packed = problems.train(_make(card), grads)
+    alone = _make(card)
+    alone.pack_below = 0
+    _close(problems.train(alone, grads)[-1], packed[-1], rtol=1e-14, what="unpacked")
+    turned = problems.train(_make(card), [g[::-1] for g in grads], values=problems.start()[::-1])
+    _close(turned[-1][::-1], packed[-1], rtol=1e-14, what="reversed")
+
+
+@check("optimizer")
+def check_accumulation(card: Card) -> None:
+    """k micro-batches equal one batch: weights, slots, step count, clipping, decay, average."""
+    common = {"global_clipnorm": 0.5, "weight_decay": 0.1, "use_ema": True}
+    micro = problems.gradients(9)
+    large = [[np.mean(parts, axis=0) for parts in zip(*micro[i : i + 3], strict=True)] for i in (0, 3, 6)]
+    one, many = _make(card, **common), _make(card, **common, gradient_accumulation_steps=3)
+    expected = problems.train(one, large)
+    for mode in ("eager", "graph"):
+        many = _make(card, **common, gradient_accumulation_steps=3)
+        got = problems.train(many, micro, mode=mode)
+        _equal(got[1], problems.start(), what="before the first update")
+        _close(got[-1], expected[-1], what=mode)
+        state, whole = problems.state_of(many), problems.state_of(one)
+        assert int(many.iterations) == 3
+        for name in whole:
+            if name != "schema":
+                np.testing.assert_allclose(state[name], whole[name], rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+@check("optimizer")
+def check_replicas(card: Card) -> None:
+    """Two replicas equal one device on the same global batch, with every form of clipping, averaged and accumulated."""
+    if keras.config.backend() != "tensorflow":
+        return  # tf.distribute; on JAX the arrays themselves are sharded, and the optimizer does not see it
+    import tensorflow as tf
+
+    if len(tf.config.list_logical_devices("CPU")) < 2:
+        raise RuntimeError("the replica check needs two logical devices: call keras_optkit.testing.prepare() first")
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    halves = problems.gradients(4, seed=2)
+    rest = problems.gradients(4, seed=3)
+    for common in (
+        {"weight_decay": 0.1},
+        {"clipvalue": 0.1},
+        {"clipnorm": 0.1},
+        {"global_clipnorm": 0.1, "gradient_accumulation_steps": 2, "use_ema": True},
+    ):
+        one = _make(card, **common)
+        totals = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(halves, rest, strict=True)]
+        expected = problems.train(one, totals)[-1]
+        with strategy.scope():
+            two = _make(card, **common)
+            weights = problems.variables(problems.start())
+            two.build(weights)
+
+        def step(arrays: Any, two: Any = two, weights: Any = weights) -> None:
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            two.apply([tf.gather(g, replica) for g in arrays], weights)
+
+        for pair in zip(halves, rest, strict=True):
+            strategy.run(step, args=([np.stack(arrays) for arrays in zip(*pair, strict=True)],))
+        for weight, value in zip(weights, expected, strict=True):
+            for copy in strategy.experimental_local_results(weight.value):
+                np.testing.assert_allclose(copy.numpy(), value, rtol=1e-10, atol=1e-12, err_msg=str(common))
+        for name, value in problems.state_of(one).items():
+            if name != "schema":
+                np.testing.assert_allclose(problems.state_of(two)[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def _flat(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.ravel(a) for a in arrays])
+
+
+@check("optimizer")
+def check_fit(card: Card) -> None:
+    """`fit` eagerly, as a graph and under XLA, and a custom loop over the same batches, give the same weights."""
+    x, y = problems.regression()
+
+    def fitted(**how: Any) -> np.ndarray:
+        model = problems.network()
+        model.compile(_make(card), loss="mse", **how)
+        model.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0)
+        return _flat(model.get_weights())
+
+    graph = fitted()
+    for how in ({"jit_compile": True}, {"run_eagerly": True}):
+        np.testing.assert_allclose(fitted(**how), graph, rtol=1e-4, atol=1e-5, err_msg=str(how))
+    if keras.config.backend() == "tensorflow":
+        for mode in ("eager", "graph", "xla"):
+            np.testing.assert_allclose(_custom_loop(card, x, y, mode), graph, rtol=1e-4, atol=1e-5, err_msg=mode)
+
+
+def _custom_loop(card: Card, x: np.ndarray, y: np.ndarray, mode: str) -> np.ndarray:
+    import tensorflow as tf
+
+    model, optimizer = problems.network(), _make(card)
+
+    def step(x: Any, y: Any) -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
+        grads = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+
+    if mode != "eager":
+        step = tf.function(step, jit_compile=mode == "xla")
+    for _, i in itertools.product(range(2), range(0, 64, 32)):
+        step(tf.constant(x[i : i + 32]), tf.constant(y[i : i + 32]))
+    return _flat(model.get_weights())
+
+
+# -- odd gradients and dtypes -----------------------------------------------------------------------------------------
+
+
+@check("optimizer")
+def check_missing_gradient(card: Card) -> None:
+    """A parameter without a gradient keeps its value and its slots bitwise; the others go on as if it were not there."""
+    grads: list[list[Any]] = problems.gradients(4)
+    holes = [g.copy() for g in grads]
+    for place, step in itertools.product((0, 1), (1, 2)):
+        holes[step][place] = None
+    optimizer, whole = _make(card), _make(card)
+    weights = problems.variables(problems.start())
+    apply = problems.stepper(optimizer, weights, "eager")
+    states = []
+    for arrays in holes:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that gradients are missing
+            apply([None if g is None else ops.convert_to_tensor(g) for g in arrays])
+        states.append((problems.state_of(optimizer), [ops.convert_to_numpy(w).copy() for w in weights]))
+    for (before, w_before), (after, w_after) in itertools.pairwise(states[:3]):
+        for place in (0, 1):
+            np.testing.assert_array_equal(w_after[place], w_before[place])
+            for name in before:
+                if name.startswith("slot.") and name.endswith(f".{place}"):
+                    np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    _close(states[-1][1][2:], problems.train(whole, grads)[-1][2:], rtol=1e-14)
+
+
+@check("optimizer")
+def check_zero_and_rate_zero(card: Card) -> None:
+    """Zero gradients leave finite weights, and a learning rate of zero leaves the weights bitwise as they are."""
+    zeros = [[np.zeros_like(g) for g in arrays] for arrays in problems.gradients(3)]
+    for case in card.cases:
+        for arrays in problems.train(_make(card, case), zeros, dtype="float32")[-1]:
+            assert np.isfinite(arrays).all(), f"{case}: zero gradients gave {arrays}"
+        still = problems.train(_make(card, {**case, "learning_rate": 0.0}, weight_decay=0.1), problems.gradients(3))
+        _equal(still[-1], problems.start(), what=f"{case}: rate 0,")
+
+
+@check("optimizer")
+def check_dtypes(card: Card) -> None:
+    """Weights keep dtype and shape in every float dtype; half precision is updated through float32 state."""
+    grads = problems.gradients(3)
+    exact = problems.train(_make(card), grads)[-1]
+    for dtype, tolerance in (("float64", 1e-12), ("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 5e-2)):
+        if dtype == "float64" and keras.config.backend() == "jax":
+            continue  # off by default there
+        optimizer = _make(card)
+        weights = problems.variables(problems.start(), dtype)
+        for arrays in grads:
+            optimizer.apply([ops.convert_to_tensor(g, dtype=dtype) for g in arrays], weights)
+        kept = "float64" if dtype == "float64" else "float32"
+        for weight, value, reference in zip(weights, problems.start(), exact, strict=True):
+            assert keras.backend.standardize_dtype(weight.dtype) == dtype
+            assert tuple(weight.shape) == value.shape
+            got = ops.convert_to_numpy(ops.cast(weight, "float64"))
+            np.testing.assert_allclose(got, reference, rtol=tolerance, atol=tolerance, err_msg=dtype)
+        for name, array in problems.state_of(optimizer).items():
+            if name.startswith("slot."):
+                assert array.dtype == kept, f"{name} of {dtype} weights is {array.dtype}"
+        _rule_keeps_dtype(optimizer, kept)
+
+
+def _rule_keeps_dtype(optimizer: Optimizer, dtype: str) -> None:
+    from keras_optkit.optimizers.rule import Hyper
+
+    p = ops.ones((1, 6), dtype)
+    slots = {
+        name: initial(p) if callable(initial) else ops.full_like(p, initial)
+        for name, initial in optimizer.rule.slots().items()
+    }
+    h = Hyper(ops.convert_to_tensor(3), ops.convert_to_tensor(0.1, dtype), dtype)
+    step, new = optimizer.rule.update(0.5 * p, slots, p, h)
+    for name, tensor in {"the step": step, **new}.items():
+        assert keras.backend.standardize_dtype(tensor.dtype) == dtype, f"{name} drifts to {tensor.dtype} from {dtype}"
+        expected = slots[name].shape if name in slots else p.shape
+        assert tuple(tensor.shape) == tuple(expected), f"{name} changes its shape to {tensor.shape}"
+
+
+@check("optimizer")
+def check_loss_scaling(card: Card) -> None:
+    """Under loss scaling an infinite gradient leaves weights, slots and step count bitwise untouched."""
+    if keras.config.backend() != "tensorflow":
+        return  # Keras's own LossScaleOptimizer is stateful there only
+    import tensorflow as tf
+
+    inner = _make(card)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    weights = problems.variables(problems.start(), "float32")
+    optimizer.build(weights)
+    grads = problems.gradients(2)
+
+    @tf.function
+    def step(arrays: Any) -> None:
+        optimizer.apply(arrays, weights)
+
+    def as_tensors(arrays: Any, factor: float) -> list[Any]:
+        return [ops.convert_to_tensor(g * factor, dtype="float32") for g in arrays]
+
+    step(as_tensors(grads[0], 8.0))
+    before = [ops.convert_to_numpy(w).copy() for w in weights], problems.state_of(inner)
+    step(as_tensors(grads[1], np.inf))
+    after = [ops.convert_to_numpy(w) for w in weights], problems.state_of(inner)
+    _equal(after[0], before[0])
+    _equal(after[1].values(), before[1].values())
+    expected = problems.train(_make(card), grads[:1], dtype="float32")[0]
+    _close(after[0], expected, rtol=1e-6)
+
+
+# -- learning rate, average -------------------------------------------------------------------------------------------
+
+
+@check("optimizer")
+def check_learning_rate(card: Card) -> None:
+    """A schedule equals setting the rate before every update, and assigning on top of a schedule multiplies it."""
+    grads = problems.gradients(6)
+    rates = [0.1, 0.1, 0.02, 0.02, 0.005, 0.005]
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.1, 0.02, 0.005])
+
+    def by_hand(rates: list[float]) -> list[Any]:
+        optimizer = _make(card)
+        weights = problems.variables(problems.start())
+        for rate, arrays in zip(rates, grads, strict=True):
+            optimizer.learning_rate = rate
+            optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
+        return [ops.convert_to_numpy(w) for w in weights]
+
+    # Keras's schedules compute in float32
+    for mode in ("eager", "graph"):
+        got = problems.train(_make(card, learning_rate=schedule), grads, mode=mode)
+        _close(got[-1], by_hand(rates), rtol=1e-6, what=mode)
+    optimizer = _make(card, learning_rate=schedule)
+    weights = problems.variables(problems.start())
+    for i, arrays in enumerate(grads):
+        if i == 3:
+            optimizer.learning_rate = 0.01  # half of what the schedule says
+            np.testing.assert_allclose(float(optimizer.learning_rate), 0.01, rtol=1e-6)
+        optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
+    halved = rates[:3] + [rate / 2 for rate in rates[3:]]
+    _close([ops.convert_to_numpy(w) for w in weights], by_hand(halved), rtol=1e-6, what="multiplier")
+
+
+@check("optimizer")
+def check_average(card: Card) -> None:
+    """The moving average follows its formula and is what the weights are set to at the end."""
+    grads = problems.gradients(5)
+    trajectory = problems.train(_make(card), grads)
+    expected = trajectory[0]
+    for arrays in trajectory[1:]:
+        expected = [0.9 * a + 0.1 * w for a, w in zip(expected, arrays, strict=True)]
+    optimizer = _make(card, use_ema=True, ema_momentum=0.9)
+    weights = problems.variables(problems.start())
+    for arrays in grads:
+        optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
+    _equal([ops.convert_to_numpy(w) for w in weights], trajectory[-1], what="the average must not disturb")
+    optimizer.finalize_variable_values(weights)
+    _close([ops.convert_to_numpy(w) for w in weights], expected)
+
+
+# -- state ------------------------------------------------------------------------------------------------------------
+
+
+@check("optimizer")
+def check_save_load_continue(card: Card) -> None:
+    """Training, saving, loading and going on equals the uninterrupted run bitwise: `.keras` and `.weights.h5`."""
+    x, y = problems.regression()
+
+    def go_on(model: keras.Model, epochs: int = 2) -> keras.Model:
+        model.fit(x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0)
+        return model
+
+    def compiled(**more: Any) -> keras.Model:
+        model = problems.network()
+        model.compile(_make(card, card.cases[-1], gradient_accumulation_steps=3, **more), loss="mse")
+        return model
+
+    with tempfile.TemporaryDirectory() as folder, op_determinism():
+        model = go_on(compiled())
+        model.save(Path(folder) / "model.keras")
+        model.save_weights(Path(folder) / "model.weights.h5")
+        model.optimizer.learning_rate = model.optimizer.learning_rate  # a set rate is state, too
+        expected = _flat(go_on(model).get_weights())
+        loaded = keras.models.load_model(Path(folder) / "model.keras")
+        np.testing.assert_array_equal(_flat(go_on(loaded).get_weights()), expected)
+        for built in (False, True):  # state loaded before the optimizer exists waits for it
+            other = compiled()
+            other.optimizer.pack_below = 0  # a file does not depend on the packing
+            if built:
+                other.optimizer.build(other.trainable_variables)
+            other.load_weights(Path(folder) / "model.weights.h5")
+            np.testing.assert_allclose(_flat(go_on(other).get_weights()), expected, rtol=1e-6, atol=1e-7)
+
+
+@check("optimizer")
+def check_foreign_state(card: Card) -> None:
+    """State of another optimizer, of another model or of Keras is refused with the difference, and nothing changes."""
+    weights = problems.variables(problems.start())
+    optimizer = _make(card)
+    optimizer.apply([ops.convert_to_tensor(g) for g in problems.gradients(1)[0]], weights)
+    mine = problems.state_of(optimizer)
+
+    other_model = _make(card)
+    other_model.build(problems.variables([np.ones((2, 2)), np.ones(3)]))
+    renamed = dict(mine)
+    schema = json.loads(mine["schema"].tobytes())
+    renamed["schema"] = np.frombuffer(json.dumps(schema | {"optimizer": "elsewhere>Other"}).encode(), np.uint8)
+    stock = keras.optimizers.SGD(0.1, momentum=0.9)
+    stock.build(problems.variables(problems.start()))
+    stock_state: dict[str, np.ndarray] = {}
+    stock.save_own_variables(stock_state)
+    for state, hint in (
+        (problems.state_of(other_model), "(2, 2)"),
+        (renamed, "elsewhere>Other"),
+        (stock_state, "keras_optkit"),
+    ):
+        try:
+            optimizer.load_own_variables(state)
+        except ValueError as error:
+            assert hint in str(error), f"the message does not show the difference: {error}"
+        else:
+            raise AssertionError(f"foreign state was accepted ({hint})")
+        _equal(problems.state_of(optimizer).values(), mine.values())
+
+
+@check("optimizer")
+def check_learns(card: Card) -> None:
+    """The loss of a small regression falls; the last and weakest check."""
+    x, y = problems.regression()
+    model = problems.network()
+    model.compile(_make(card, learning_rate=0.05), loss="mse")
+    losses = model.fit(x, y, batch_size=16, epochs=15, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0], f"loss went from {losses[0]} to {losses[-1]}"
+

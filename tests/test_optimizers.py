@@ -1,0 +1,571 @@
+"""Optimizers beyond the conformance suite: the asked-for formulas, torch, Keras, engine details, third parties."""
+
+import json
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch
+from keras import ops
+
+import keras_optkit as ok
+from keras_optkit.optimizers.packing import pack
+from keras_optkit.testing import problems
+
+SHAPES = [(3, 4), (5,), (), (2, 3, 2, 4)]
+START = problems.start(SHAPES)
+GRADS = problems.gradients(100, SHAPES)
+
+
+def run(optimizer, dtype="float64", grads=GRADS):
+    return problems.train(optimizer, grads, values=START, dtype=dtype)
+
+
+# -- the formulas of the guide the package was asked to implement, written out once more ------------------------------
+
+
+def formula(name, theta, g, t, s):
+    """One step: eta = 0.1; `s` is the state, a dict of arrays that starts empty."""
+    eta, eps = 0.1, 1e-8
+    zero = np.zeros_like(theta)
+    if name == "sgd":
+        return theta - eta * g
+    if name == "momentum":
+        s["v"] = 0.9 * s.get("v", zero) + eta * g
+        return theta - s["v"]
+    if name == "adagrad":
+        s["G"] = s.get("G", zero) + g * g
+        return theta - eta * g / np.sqrt(s["G"] + eps)
+    if name == "rmsprop":
+        s["E"] = 0.9 * s.get("E", zero) + 0.1 * g * g
+        return theta - eta * g / np.sqrt(s["E"] + eps)
+    b1, b2 = 0.9, 0.999
+    s["m"] = b1 * s.get("m", zero) + (1 - b1) * g
+    s["v"] = b2 * s.get("v", zero) + (1 - b2) * g * g
+    m_hat, v_hat = s["m"] / (1 - b1**t), s["v"] / (1 - b2**t)
+    return theta - eta * m_hat / (np.sqrt(v_hat) + eps)
+
+
+FORMULAS = {
+    "sgd": lambda: ok.optimizers.SGD(0.1),
+    "momentum": lambda: ok.optimizers.SGD(0.1, momentum=0.9),
+    "adagrad": lambda: ok.optimizers.Adagrad(0.1),
+    "rmsprop": lambda: ok.optimizers.RMSprop(0.1),
+    "adam": lambda: ok.optimizers.Adam(0.1),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula_by_default_arguments(name, mode):
+    trajectory = problems.train(FORMULAS[name](), GRADS[:30], values=START, mode=mode)
+    for i, theta in enumerate(START):
+        state: dict = {}
+        for t, (arrays, weights) in enumerate(zip(GRADS[:30], trajectory, strict=True), 1):
+            theta = formula(name, theta, arrays[i], t, state)
+            np.testing.assert_allclose(weights[i], theta, rtol=1e-12, atol=1e-12, err_msg=f"step {t}")
+
+
+def test_momentum_rate_acts_on_new_gradients_only():
+    """With the rate inside the velocity, a rate of zero lets the velocity run on; outside, it stops at once."""
+    for inside in (True, False):
+        optimizer = ok.optimizers.SGD(0.1, momentum=0.5, rate_in_velocity=inside)
+        w = [keras.Variable(np.array(1.0), dtype="float64")]
+        optimizer.apply([tf.constant(1.0, "float64")], w)
+        optimizer.learning_rate = 0.0
+        optimizer.apply([tf.constant(1.0, "float64")], w)
+        assert float(w[0]) == pytest.approx(0.9 - (0.05 if inside else 0.0), abs=1e-15)
+
+
+# -- torch and Keras --------------------------------------------------------------------------------------------------
+
+TORCH = {
+    "SGD": (lambda: ok.optimizers.SGD(0.01), lambda p: torch.optim.SGD(p, lr=0.01)),
+    "SGD momentum": (
+        lambda: ok.optimizers.SGD(0.01, momentum=0.9, rate_in_velocity=False),
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    ),
+    "SGD nesterov": (
+        lambda: ok.optimizers.SGD(0.01, momentum=0.9, nesterov=True, rate_in_velocity=False),
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    ),
+    "SGD momentum, rate inside, constant": (
+        lambda: ok.optimizers.SGD(0.01, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    ),
+    "Adagrad": (
+        lambda: ok.optimizers.Adagrad(0.01, epsilon=1e-10, epsilon_inside=False),
+        lambda p: torch.optim.Adagrad(p, lr=0.01),
+    ),
+    "Adagrad start": (
+        lambda: ok.optimizers.Adagrad(0.01, 0.1, 1e-10, epsilon_inside=False),
+        lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.1),
+    ),
+    "RMSprop": (
+        lambda: ok.optimizers.RMSprop(0.01, rho=0.99, epsilon_inside=False),
+        lambda p: torch.optim.RMSprop(p, lr=0.01),
+    ),
+    "RMSprop centered momentum": (
+        lambda: ok.optimizers.RMSprop(
+            0.01, 0.99, 0.9, 1e-3, centered=True, epsilon_inside=False, rate_in_velocity=False
+        ),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, eps=1e-3, centered=True),
+    ),
+    "Adam": (lambda: ok.optimizers.Adam(0.01), lambda p: torch.optim.Adam(p, lr=0.01)),
+    "Adam betas": (
+        lambda: ok.optimizers.Adam(0.01, 0.5, 0.9, 1e-3),
+        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.9), eps=1e-3),
+    ),
+    "Adam amsgrad": (
+        lambda: ok.optimizers.Adam(0.01, amsgrad=True),
+        lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    ),
+    "AdamW": (
+        lambda: ok.optimizers.AdamW(0.01, weight_decay=0.1, decay_mask="all"),
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    ),
+    "AdamW default decay": (
+        lambda: ok.optimizers.AdamW(0.01, decay_mask="all"),
+        lambda p: torch.optim.AdamW(p, lr=0.01),
+    ),
+    "AdamW amsgrad": (
+        lambda: ok.optimizers.AdamW(0.01, weight_decay=0.1, decay_mask="all", amsgrad=True),
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+    ),
+}
+
+
+def torch_run(make, dtype):
+    parameters = [torch.nn.Parameter(torch.tensor(p.astype(dtype))) for p in START]
+    optimizer = make(parameters)
+    trajectory = []
+    for arrays in GRADS:
+        for p, g in zip(parameters, arrays, strict=True):
+            p.grad = torch.tensor(g.astype(dtype))
+        optimizer.step()
+        trajectory.append([p.detach().numpy().astype("float64") for p in parameters])
+    return trajectory
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_equals_torch_for_100_steps(name):
+    ours, theirs = TORCH[name]
+    for got, expected in zip(run(ours()), torch_run(theirs, "float64"), strict=True):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_float32_is_as_exact_as_torch(name):
+    """In float32 both round; ours may not be further from the float64 run than 1e-6 of the way travelled and back."""
+    ours, theirs = TORCH[name]
+    exact = torch_run(theirs, "float64")[-1]
+    got = run(ours(), "float32")[-1]
+    for a, b, start in zip(got, exact, START, strict=True):
+        scale = np.maximum(np.abs(b), np.abs(start)).max() + np.abs(b - start).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale)
+
+
+KERAS = {
+    "SGD": (lambda: ok.optimizers.SGD(0.01, 0.9, nesterov=True), lambda: keras.optimizers.SGD(0.01, 0.9, nesterov=True)),
+    "Adagrad": (lambda: ok.optimizers.Adagrad(0.01, 0.1, 1e-7), lambda: keras.optimizers.Adagrad(0.01)),
+    "RMSprop": (
+        lambda: ok.optimizers.RMSprop(0.01, momentum=0.9, epsilon=1e-7, centered=True),
+        lambda: keras.optimizers.RMSprop(0.01, momentum=0.9, centered=True),
+    ),
+    "Adam": (
+        lambda: ok.optimizers.Adam(0.01, epsilon=1e-7, epsilon_hat=True),
+        lambda: keras.optimizers.Adam(0.01),
+    ),
+    "AdamW": (
+        lambda: ok.optimizers.AdamW(0.01, epsilon=1e-7, epsilon_hat=True, weight_decay=0.1, decay_mask="all"),
+        lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERAS)
+def test_equals_keras_with_its_conventions(name):
+    """Keras rounds its learning rate through float32, also when floatx is float64."""
+    keras.config.set_floatx("float64")
+    ours, theirs = KERAS[name]
+    for got, expected in zip(run(ours())[::10], run(theirs())[::10], strict=True):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+# -- hyperparameters --------------------------------------------------------------------------------------------------
+
+
+def test_config_follows_assignments():
+    optimizer = ok.optimizers.AdamW(0.1)
+    optimizer.beta_1 = 0.5
+    optimizer.learning_rate = 0.25
+    optimizer.weight_decay = None
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert (config["beta_1"], config["learning_rate"], config["weight_decay"]) == (0.5, 0.25, None)
+    with pytest.raises(ValueError, match=r"beta_1 must be .*\[0, 1\), got 1.5"):
+        optimizer.beta_1 = 1.5
+    with pytest.raises(ValueError, match=r"learning_rate must be .*\[0, inf\), got -1"):
+        optimizer.learning_rate = -1
+    assert optimizer.beta_1 == 0.5
+    with pytest.raises(AttributeError, match="gamma"):
+        optimizer.gamma  # noqa: B018
+
+
+def test_schedule_in_config_and_in_other_hyperparameters():
+    cosine = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    falling = keras.optimizers.schedules.PolynomialDecay(0.9, 4, 0.5)
+    optimizer = ok.optimizers.SGD(cosine, momentum=falling)
+    again = keras.optimizers.deserialize(json.loads(json.dumps(keras.optimizers.serialize(optimizer))))
+    assert again.get_config() == optimizer.get_config()
+    velocity, theta = 0.0, 1.0
+    w = [keras.Variable(1.0, dtype="float64")]
+    step = tf.function(lambda g: again.apply([g], w))
+    for t in range(6):
+        step(tf.constant(1.0, "float64"))
+        velocity = float(falling(t)) * velocity + float(cosine(t))
+        theta -= velocity
+        assert float(w[0]) == pytest.approx(theta, rel=1e-6)
+
+
+def test_stock_callbacks_drive_a_scheduled_rate():
+    """Keras's own optimizers raise TypeError here, epochs into the run."""
+    x, y = problems.regression()
+    model = problems.network()
+    schedule = keras.optimizers.schedules.CosineDecay(0.05, 1000)
+    model.compile(ok.optimizers.AdamW(schedule), loss="mse")
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.5, patience=1, min_delta=10.0)
+    model.fit(x, y, batch_size=32, epochs=4, verbose=0, callbacks=[plateau])
+    assert float(model.optimizer.learning_rate) == pytest.approx(float(schedule(8)) / 8, rel=1e-3)
+
+
+def test_rate_on_a_schedule_that_is_zero():
+    optimizer = ok.optimizers.SGD(keras.optimizers.schedules.PolynomialDecay(0.0, 10, 0.0))
+    optimizer.learning_rate = 0.0
+    with pytest.raises(ValueError, match="while its schedule is 0"):
+        optimizer.learning_rate = 0.1
+
+
+def test_assigning_a_schedule_replaces_the_rate():
+    optimizer = ok.optimizers.SGD(0.1)
+    optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(0.5, 1, 0.5)
+    assert float(optimizer.learning_rate) == 0.5
+    assert isinstance(optimizer.get_config()["learning_rate"], dict)
+
+
+@pytest.mark.parametrize("wrong", ["keras_optkit>Adamm", "no optimizer", 3])
+def test_a_string_that_is_no_optimizer(wrong):
+    model = problems.network()
+    with pytest.raises((ValueError, TypeError), match=str(wrong)):
+        model.compile(optimizer=wrong, loss="mse")
+
+
+def test_rule_that_is_no_rule():
+    with pytest.raises(TypeError, match=r"rule must be a .*Rule, got 'adam'"):
+        ok.optimizers.Optimizer(0.1, "adam")
+
+
+def test_signature_lists_the_common_keywords():
+    import inspect
+
+    shown = inspect.signature(ok.optimizers.AdamW).parameters
+    assert list(shown)[:2] == ["learning_rate", "beta_1"]
+    assert {"clipnorm", "use_ema", "decay_mask", "name"} <= set(shown)
+    assert "rule" not in shown
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def test_pack_sorts_by_dtype_decay_and_size():
+    shapes = [(2, 3), (4,), (300, 300), (2, 3), ()]
+    buckets = pack(shapes, ["float32"] * 3 + ["float16", "float32"], [True, False, True, True, False], elementwise=True)
+    assert [b.indices for b in buckets] == [(0,), (1, 4), (2,), (3,)]
+    assert [b.flat for b in buckets] == [True, True, False, True]
+    stacked = pack([(2, 3), (4,), (2, 3)], ["float32"] * 3, [True] * 3, elementwise=False)
+    assert [(b.indices, b.flat) for b in stacked] == [((0, 2), False), ((1,), False)]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_join_and_split_are_inverse(flat):
+    shapes = [(2, 3), (4,), (), (0, 5)] if flat else [(2, 3), (2, 3)]
+    (bucket,) = pack(shapes, ["float32"] * len(shapes), [True] * len(shapes), elementwise=flat)
+    parts = [np.random.default_rng(i).normal(size=s).astype("float32") for i, s in enumerate(shapes)]
+    joined = bucket.join(parts)
+    assert joined.shape[0] == (1 if flat else 2)
+    for got, expected in zip(bucket.split(joined), parts, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(bucket.only([1]).split(bucket.only([1]).join([parts[1]]))[0], parts[1])
+
+
+def test_built_inside_a_tf_function_on_plain_variables():
+    w = tf.Variable([1.0, 2.0])
+    optimizer = ok.optimizers.Adam(0.1)
+
+    @tf.function
+    def step():
+        optimizer.apply_gradients([(2.0 * w, w)])
+
+    step()
+    step()
+    expected = problems.train(ok.optimizers.Adam(0.1), [[np.array([2.0, 4.0])]], values=[np.array([1.0, 2.0])])[0][0]
+    assert int(optimizer.iterations) == 2
+    np.testing.assert_allclose(expected, [0.9, 1.9], rtol=1e-6)
+    assert w.numpy()[0] < 0.9
+
+
+def test_wrong_gradients_are_refused():
+    w = problems.variables(problems.start())
+    optimizer = ok.optimizers.SGD(0.1)
+    with pytest.raises(ValueError, match="not built"):
+        optimizer.apply([tf.ones(3)])
+    with pytest.raises(ValueError, match="one to one, got 1 for 2"):
+        optimizer.apply([tf.ones((3, 4))], w[:2])
+    with pytest.raises(ValueError, match="No gradients"):
+        optimizer.apply([None, None], w[:2])
+    with pytest.raises(ValueError, match="Unknown variable weight_4"):
+        optimizer.apply([tf.ones((0, 3))], w[4:5])
+    with pytest.warns(UserWarning, match=r"Gradients do not exist for variables \['weight_1'\]"):
+        optimizer.apply([tf.ones((3, 4), "float64"), None], w[:2])
+    with pytest.raises(ValueError, match="no variables"):
+        ok.optimizers.SGD(0.1).build([])
+
+
+def test_some_of_the_variables_only():
+    """Alternating updates of two parts of a model with one optimizer, as for a GAN."""
+    start, grads = problems.start([(2, 2), (3,)]), problems.gradients(2, [(2, 2), (3,)])
+    w = problems.variables(start)
+    optimizer = ok.optimizers.SGD(0.1)
+    optimizer.build(w)
+    optimizer.apply([ops.convert_to_tensor(grads[0][1])], w[1:])
+    np.testing.assert_array_equal(ops.convert_to_numpy(w[0]), start[0])
+    np.testing.assert_allclose(ops.convert_to_numpy(w[1]), start[1] - 0.1 * grads[0][1], rtol=1e-14)
+
+
+def test_constraints_hold_after_every_update():
+    w = keras.Variable(np.full((4,), 3.0, "float32"), constraint=keras.constraints.MaxNorm(1.0))
+    ok.optimizers.SGD(0.1).apply([tf.zeros(4)], [w])
+    assert np.linalg.norm(w.numpy()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_embedding_gradients_are_summed_over_repeated_rows():
+    table = tf.Variable(tf.zeros((5, 2)))
+    slices = tf.IndexedSlices(tf.ones((3, 2)), tf.constant([1, 1, 4]), dense_shape=(5, 2))
+    ok.optimizers.SGD(1.0).apply([slices], [table])
+    np.testing.assert_array_equal(table.numpy()[:, 0], [0, -2, 0, 0, -1])
+
+
+def test_half_precision_weights_are_updated_through_float32():
+    w = keras.Variable(np.ones((2, 2)), dtype="bfloat16")
+    optimizer = ok.optimizers.Adam(0.25)
+    optimizer.apply([ops.ones((2, 2), "bfloat16")], [w])
+    assert ops.convert_to_numpy(ops.cast(w, "float32"))[0, 0] == 0.75
+    assert problems.state_of(optimizer)["slot.m.0"].dtype == "float32"
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_fit_in_mixed_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    x, y = problems.regression()
+    model = problems.network()
+    model.compile(ok.optimizers.AdamW(0.05, global_clipnorm=1.0, gradient_accumulation_steps=2), loss="mse")
+    losses = model.fit(x, y, batch_size=16, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert model.trainable_variables[0].dtype == "float32"
+
+
+def test_two_replicas_in_fit():
+    x, y = problems.regression()
+    weights = []
+    for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
+        with strategy.scope():
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(1)])
+            model.compile(ok.optimizers.AdamW(0.05, global_clipnorm=0.1, gradient_accumulation_steps=2), loss="mse")
+        model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+        weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
+    np.testing.assert_allclose(*weights, rtol=1e-4, atol=1e-6)
+
+
+# -- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_state_loaded_before_build_is_not_lost(tmp_path):
+    weights = problems.variables(problems.start())
+    optimizer = ok.optimizers.Adam(0.1)
+    optimizer.apply([ops.convert_to_tensor(g) for g in problems.gradients(1)[0]], weights)
+    state = problems.state_of(optimizer)
+    waiting = ok.optimizers.Adam(0.3)
+    waiting.load_own_variables(state)
+    assert int(waiting.iterations) == 1
+    assert float(waiting.learning_rate) == 0.1
+    np.testing.assert_array_equal(problems.state_of(waiting)["slot.m.0"], state["slot.m.0"])
+    waiting.build(weights)
+    np.testing.assert_array_equal(problems.state_of(waiting)["slot.m.0"], state["slot.m.0"])
+    other = ok.optimizers.Adam(0.3)
+    other.load_own_variables(state)
+    with pytest.raises(ValueError, match=r"number of variables: 7 != 1"):
+        other.build(weights[:1])
+
+
+def test_a_model_saved_before_training_loads(tmp_path):
+    model = problems.network()
+    model.compile(ok.optimizers.Adam(0.1), loss="mse")
+    model.save(tmp_path / "fresh.keras")
+    loaded = keras.models.load_model(tmp_path / "fresh.keras")
+    assert int(loaded.optimizer.iterations) == 0
+    assert float(loaded.optimizer.learning_rate) == 0.1
+
+
+def test_the_error_of_a_wrong_file_reaches_the_user(tmp_path):
+    x, y = problems.regression()
+    model = problems.network()
+    model.compile(ok.optimizers.RMSprop(0.01), loss="mse")
+    model.fit(x, y, verbose=0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    model.compile(ok.optimizers.Adam(0.01), loss="mse")
+    with pytest.raises(ValueError, match="keras_optkit>RMSprop != keras_optkit>Adam"):
+        model.load_weights(tmp_path / "m.weights.h5")
+
+
+# -- third parties ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SignRule(ok.optimizers.Rule):
+    """θ ← θ - η sign(β m + (1 - β) g), the heart of Signum."""
+
+    elementwise = True
+    beta: float = ok.optimizers.number(0.9, 0, 1, closed="left")
+
+    def slots(self):
+        return {"m": 0.0}
+
+    def update(self, u, slots, p, h):
+        m = self.beta * slots["m"] + (1 - self.beta) * u
+        return h.learning_rate * ops.sign(m), {"m": m}
+
+
+def sign_twin(p, grads, learning_rate=0.01, beta=0.9, weight_decay=0.0):
+    m = np.zeros_like(p)
+    for g in grads:
+        m = beta * m + (1 - beta) * g
+        p = p - learning_rate * (np.sign(m) + weight_decay * p)
+        yield p
+
+
+@keras.saving.register_keras_serializable("third_party")
+class Signum(ok.optimizers.Optimizer):
+    """A third party's optimizer."""
+
+    def __init__(self, learning_rate=0.01, beta=0.9, **common):
+        super().__init__(learning_rate, SignRule(beta), **common)
+
+
+def card(make, twin=sign_twin, cases=({}, {"learning_rate": 0.1, "beta": 0.5})):
+    return ok.Card(name=make.__name__, kind="optimizer", make=make, twin=twin, cases=cases)
+
+
+@ok.testing.conformance([card(Signum)])
+def test_third_party_optimizer_passes(card, check):
+    check(card)
+
+
+
+
+@dataclass(frozen=True)
+class WrongCorrectionRule(ok.optimizers.Rule):
+    """Adam's first moment, corrected with t - 1 in the place of t."""
+
+    elementwise = True
+    beta: float = 0.9
+
+    def slots(self):
+        return {"m": 0.0}
+
+    def update(self, u, slots, p, h):
+        m = self.beta * slots["m"] + (1 - self.beta) * u
+        correction = 1 - self.beta ** ops.cast(h.step - 1 + 1e-3, u.dtype)
+        return h.learning_rate * m / correction, {"m": m}
+
+
+def corrected_twin(p, grads, learning_rate=0.01, beta=0.9, weight_decay=0.0):
+    m = np.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        m = beta * m + (1 - beta) * g
+        p = p - learning_rate * (m / (1 - beta**t) + weight_decay * p)
+        yield p
+
+
+@keras.saving.register_keras_serializable("third_party")
+class WrongCorrection(ok.optimizers.Optimizer):
+    def __init__(self, learning_rate=0.01, beta=0.9, **common):
+        super().__init__(learning_rate, WrongCorrectionRule(beta), **common)
+
+
+@keras.saving.register_keras_serializable("third_party")
+class LostConfig(ok.optimizers.Optimizer):
+    def __init__(self, learning_rate=0.01, beta=0.9, **common):
+        super().__init__(learning_rate, SignRule(beta), **common)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["beta"]
+        return config
+
+
+@keras.saving.register_keras_serializable("third_party")
+class NotStored(ok.optimizers.Optimizer):
+    def __init__(self, learning_rate=0.01, smoothing=0.9, **common):
+        super().__init__(learning_rate, SignRule(smoothing), **common)
+
+
+@dataclass(frozen=True)
+class DriftingRule(SignRule):
+    def update(self, u, slots, p, h):
+        step, new = super().update(u, slots, p, h)
+        return step, {"m": ops.cast(new["m"], "float64" if u.dtype == "float32" else "float32")}
+
+
+@keras.saving.register_keras_serializable("third_party")
+class Drifting(ok.optimizers.Optimizer):
+    def __init__(self, learning_rate=0.01, beta=0.9, **common):
+        super().__init__(learning_rate, DriftingRule(beta), **common)
+
+
+@dataclass(frozen=True)
+class ForgetfulRule(SignRule):
+    """Keeps a step count on the Python side, where no file and no graph sees it."""
+
+    calls = [0]  # noqa: RUF012
+
+    def update(self, u, slots, p, h):
+        self.calls[0] += 1
+        step, new = super().update(u, slots, p, h)
+        return step / self.calls[0], new
+
+
+@keras.saving.register_keras_serializable("third_party")
+class Forgetful(ok.optimizers.Optimizer):
+    def __init__(self, learning_rate=0.01, beta=0.9, **common):
+        super().__init__(learning_rate, ForgetfulRule(beta), **common)
+
+
+@pytest.mark.parametrize(
+    ("broken", "twin", "cases", "caught_by"),
+    [
+        (WrongCorrection, corrected_twin, ({},), "twin"),
+        (LostConfig, sign_twin, ({"beta": 0.5},), "config_round_trip"),
+        (NotStored, sign_twin, ({},), "config_round_trip"),
+        (Drifting, sign_twin, ({},), "dtypes"),
+        (Forgetful, sign_twin, ({},), "modes_agree"),
+    ],
+)
+def test_broken_third_party_optimizer_fails(broken, twin, cases, caught_by):
+    c = card(broken, twin, cases)
+    (found,) = [check for check in ok.testing.checks_for(c) if check.name == caught_by]
+    with pytest.raises((AssertionError, AttributeError)):
+        found(c)
