@@ -30,10 +30,11 @@ def real(
     allowed = f"a finite number in {left}{low}, {high}{right}" + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
-    inside = (low <= value if left == "[" else low < value) and (value <= high if right == "]" else value < high)
-    if not (math.isfinite(value) and inside):
+    number = int(value) if isinstance(value, Integral) else float(value)
+    inside = (low <= number if left == "[" else low < number) and (number <= high if right == "]" else number < high)
+    if not (math.isfinite(number) and inside):
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-    return int(value) if isinstance(value, Integral) else float(value)
+    return number
 
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None, *, optional: bool = False) -> Any:
@@ -44,9 +45,10 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     allowed = " ".join(["an integer", " and ".join(bounds)]).strip() + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
-    if (low is not None and value < low) or (high is not None and value > high):
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-    return int(value)
+    return number
 
 
 def boolean(name: str, value: Any) -> bool:

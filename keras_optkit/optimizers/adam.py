@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit.optimizers.optimizer import Optimizer, Schedule
+from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, flag, number
 from keras_optkit.registry import register
 from keras_optkit.tuning.space import Choice, Float
@@ -24,10 +25,10 @@ class AdamRule(Rule):
     amsgrad: bool = flag(False)
     epsilon_hat: bool = flag(False)
 
-    def slots(self) -> dict[str, float]:  # noqa: D102
+    def slots(self) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0} | ({"v_max": 0.0} if self.amsgrad else {})
 
-    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:  # noqa: ARG002, D102
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2, epsilon = h(self.beta_1), h(self.beta_2), h(self.epsilon)
         m = beta_1 * slots["m"] + (1 - beta_1) * u
         v = beta_2 * slots["v"] + (1 - beta_2) * u * u
@@ -92,7 +93,6 @@ class Adam(Optimizer):
         ValueError: For a value out of range.
 
     Example:
-
     ```python
     import keras
     import keras_optkit as ok
@@ -155,7 +155,6 @@ class AdamW(Optimizer):
         ValueError: For a value out of range.
 
     Example:
-
     ```python
     import keras
     import keras_optkit as ok

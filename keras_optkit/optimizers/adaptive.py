@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit.optimizers.optimizer import Optimizer, Schedule
+from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, flag, is_dynamic, number
 from keras_optkit.registry import register
 from keras_optkit.tuning.space import Choice, Float
@@ -26,11 +27,11 @@ class AdagradRule(Rule):
     epsilon: Value = number(1e-8)
     epsilon_inside: bool = flag(True)
 
-    def slots(self) -> dict[str, float]:  # noqa: D102
+    def slots(self) -> dict[str, float]:
         return {"G": self.initial_accumulator_value}
 
-    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:  # noqa: ARG002, D102
-        G = slots["G"] + u * u  # noqa: N806
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+        G = slots["G"] + u * u
         return h.learning_rate * u / _root(G, h(self.epsilon), self.epsilon_inside), {"G": G}
 
 
@@ -71,7 +72,6 @@ class Adagrad(Optimizer):
         ValueError: For a value out of range.
 
     Example:
-
     ```python
     import keras
     import keras_optkit as ok
@@ -108,10 +108,10 @@ class RMSpropRule(Rule):
     def _has_velocity(self) -> bool:
         return is_dynamic(self.momentum) or self.momentum > 0
 
-    def slots(self) -> dict[str, float]:  # noqa: D102
+    def slots(self) -> dict[str, float]:
         return {"E": 0.0} | ({"mean": 0.0} if self.centered else {}) | ({"v": 0.0} if self._has_velocity else {})
 
-    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:  # noqa: ARG002, D102
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         rho = h(self.rho)
         new = {"E": rho * slots["E"] + (1 - rho) * u * u}
         variance = new["E"]
@@ -172,7 +172,6 @@ class RMSprop(Optimizer):
         ValueError: For a value out of range.
 
     Example:
-
     ```python
     import keras
     import keras_optkit as ok

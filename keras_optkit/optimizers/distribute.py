@@ -43,7 +43,9 @@ def run(step: Step, state: Any, grads: Sequence[Tensor | None]) -> None:
             f"{strategy.num_replicas_in_sync} replicas; call it inside strategy.run(...)."
         )
     present = [i for i, g in enumerate(dense) if g is not None]
-    for i, total in zip(present, context.all_reduce(tf.distribute.ReduceOp.SUM, [dense[i] for i in present]), strict=True):
+    for i, total in zip(
+        present, context.all_reduce(tf.distribute.ReduceOp.SUM, [dense[i] for i in present]), strict=True
+    ):
         dense[i] = total
     handles = [_handle(v) for v in tree.flatten(state)]
 

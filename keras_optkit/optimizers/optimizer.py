@@ -15,14 +15,13 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit import arguments
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Rule, Tensor, Value, is_dynamic, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
-
-Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 _HALF = ("float16", "bfloat16")
 _FORMAT = 1
@@ -71,7 +70,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         own = list(inspect.signature(cls.__init__).parameters)
         known = constructor_parameters(cls)
         shown = [p if p.name in own else p.replace(kind=p.KEYWORD_ONLY) for p in known.values()]
-        cls.__signature__ = inspect.Signature(sorted(shown, key=lambda p: p.kind))  # type: ignore[attr-defined]
+        cls.__signature__ = inspect.Signature(sorted(shown, key=lambda p: p.kind))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Optimizer:
         known = constructor_parameters(cls)
@@ -311,7 +310,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         iterations = state["iterations"]
         rate = self._rate(iterations, state["multiplier"])
         grads = self._clip(grads)
-        weights, slots, memo = list(state["weights"]), list(state["slots"]), {}
+        weights, slots = list(state["weights"]), list(state["slots"])
+        memo: dict[Any, Tensor] = {}
         for b, bucket in enumerate(self._held.buckets):
             present = [place for place, i in enumerate(bucket.indices) if grads[i] is not None]
             if not present:
@@ -493,10 +493,7 @@ def _differences(key: str, theirs: Any, ours: Any) -> list[str]:
         return []
     if key != "variables":
         return [f"{key}: {theirs} != {ours}"]
-    if len(theirs) != len(ours):
-        lines = [f"number of variables: {len(theirs)} != {len(ours)}"]
-    else:
-        lines = []
+    lines = [f"number of variables: {len(theirs)} != {len(ours)}"] if len(theirs) != len(ours) else []
     lines += [
         f"variable {i}: {_described(a)} != {_described(b)}"
         for i, (a, b) in enumerate(itertools.zip_longest(theirs, ours))
@@ -531,7 +528,7 @@ def _sum_of_squares(tensor: Tensor) -> Tensor:
 
 
 def _shrink(sum_of_squares: Tensor, limit: float) -> Tensor:
-    """The factor that brings a tensor with this sum of squares down to the norm `limit`; NaN and infinity go through."""
+    """The factor that brings a tensor with this sum of squares down to the norm `limit`; NaN goes through."""
     return limit / ops.maximum(ops.sqrt(sum_of_squares), limit)
 
 

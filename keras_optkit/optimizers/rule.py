@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import keras
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit import arguments
 
@@ -32,7 +33,7 @@ def scalar_dtype() -> str:
 
 def is_dynamic(value: Value) -> bool:
     """Whether a hyperparameter is known only inside the step."""
-    return isinstance(value, keras.optimizers.schedules.LearningRateSchedule | keras.Variable)
+    return isinstance(value, Schedule | keras.Variable)
 
 
 def number(default: float, low: float = 0.0, high: float = float("inf"), closed: str = "both") -> Any:
@@ -80,7 +81,7 @@ class Hyper:
         return ops.cast(self._memo[key], self._dtype)
 
     def _exact(self, value: Value) -> Any:
-        if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        if isinstance(value, Schedule):
             return ops.cast(value(self._iterations), scalar_dtype())
         return ops.cast(value, scalar_dtype()) if is_dynamic(value) else value
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from keras_optkit.optimizers.optimizer import Optimizer, Schedule
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
+
+from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, flag, is_dynamic, number
 from keras_optkit.registry import register
 from keras_optkit.tuning.space import Choice, Float
@@ -20,10 +22,10 @@ class SGDRule(Rule):
     nesterov: bool = flag(False)
     rate_in_velocity: bool = flag(True)
 
-    def slots(self) -> dict[str, float]:  # noqa: D102
+    def slots(self) -> dict[str, float]:
         return {"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
 
-    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:  # noqa: ARG002, D102
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         if not self.slots():
             return h.learning_rate * u, {}
         gamma = h(self.momentum)
@@ -76,7 +78,6 @@ class SGD(Optimizer):
         ValueError: For a value out of range.
 
     Example:
-
     ```python
     import keras
     import keras_optkit as ok

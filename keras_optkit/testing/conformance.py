@@ -77,7 +77,6 @@ def conformance(which: Iterable[Card] | None = None) -> Any:
         which: The cards to test; every card of keras_optkit when left out.
 
     Example:
-
     ```python
     import keras_optkit as ok
 

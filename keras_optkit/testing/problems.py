@@ -29,6 +29,16 @@ def prepare() -> None:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+def two_replicas() -> Any:
+    """A MirroredStrategy over the two logical devices that `prepare` made."""
+    import tensorflow as tf
+
+    if len(tf.config.list_logical_devices("CPU")) < 2:
+        raise RuntimeError("two logical devices are needed: call keras_optkit.testing.prepare() in conftest.py")
+    # CPU collectives number their calls by process, and mix up two strategies that reduce different dtypes
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice())
+
+
 def start(shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0) -> Arrays:
     """Weights to start from, in float64."""
     rng = np.random.default_rng(seed)

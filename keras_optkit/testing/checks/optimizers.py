@@ -38,7 +38,7 @@ def _equal(got: Any, expected: Any, what: str = "") -> None:
         np.testing.assert_array_equal(a, b, err_msg=f"{what} variable {i}")
 
 
-def _make(card: Card, case: Mapping[str, Any] | None = None, **more: Any) -> Optimizer:
+def _make(card: Card, case: Mapping[str, Any] | None = None, /, **more: Any) -> Optimizer:
     return card.make(**{**(card.cases[0] if case is None else case), **more})
 
 
@@ -169,7 +169,7 @@ def check_packing(card: Card) -> None:
 
 @check("optimizer")
 def check_accumulation(card: Card) -> None:
-    """k micro-batches equal one batch: weights, slots, step count, clipping, decay, average."""
+    """K micro-batches equal one batch: weights, slots, step count, clipping, decay, average."""
     common = {"global_clipnorm": 0.5, "weight_decay": 0.1, "use_ema": True}
     micro = problems.gradients(9)
     large = [[np.mean(parts, axis=0) for parts in zip(*micro[i : i + 3], strict=True)] for i in (0, 3, 6)]
@@ -194,9 +194,7 @@ def check_replicas(card: Card) -> None:
         return  # tf.distribute; on JAX the arrays themselves are sharded, and the optimizer does not see it
     import tensorflow as tf
 
-    if len(tf.config.list_logical_devices("CPU")) < 2:
-        raise RuntimeError("the replica check needs two logical devices: call keras_optkit.testing.prepare() first")
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = problems.two_replicas()
     halves = problems.gradients(4, seed=2)
     rest = problems.gradients(4, seed=3)
     for common in (
@@ -273,7 +271,7 @@ def _custom_loop(card: Card, x: np.ndarray, y: np.ndarray, mode: str) -> np.ndar
 
 @check("optimizer")
 def check_missing_gradient(card: Card) -> None:
-    """A parameter without a gradient keeps its value and its slots bitwise; the others go on as if it were not there."""
+    """A parameter without a gradient keeps its value and its slots bitwise; the others go on."""
     grads: list[list[Any]] = problems.gradients(4)
     holes = [g.copy() for g in grads]
     for place, step in itertools.product((0, 1), (1, 2)):
@@ -360,9 +358,7 @@ def check_loss_scaling(card: Card) -> None:
     optimizer.build(weights)
     grads = problems.gradients(2)
 
-    @tf.function
-    def step(arrays: Any) -> None:
-        optimizer.apply(arrays, weights)
+    step = tf.function(lambda arrays: optimizer.apply(arrays, weights))
 
     def as_tensors(arrays: Any, factor: float) -> list[Any]:
         return [ops.convert_to_tensor(g * factor, dtype="float32") for g in arrays]
@@ -500,4 +496,3 @@ def check_learns(card: Card) -> None:
     model.compile(_make(card, learning_rate=0.05), loss="mse")
     losses = model.fit(x, y, batch_size=16, epochs=15, verbose=0).history["loss"]
     assert losses[-1] < 0.8 * losses[0], f"loss went from {losses[0]} to {losses[-1]}"
-
