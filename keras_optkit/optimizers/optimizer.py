@@ -72,7 +72,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         shown = [p if p.name in own else p.replace(kind=p.KEYWORD_ONLY) for p in known.values()]
         cls.__signature__ = inspect.Signature(sorted(shown, key=lambda p: p.kind))
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Optimizer:
+    def __new__(cls, *_: Any, **kwargs: Any) -> Optimizer:
         known = constructor_parameters(cls)
         for name, value in kwargs.items():
             if name not in known:
@@ -234,10 +234,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             if callable(initial):
                 value = initial(ops.cast(bucket.join([ops.convert_to_tensor(v) for v in variables]), dtype))
             else:
-                value = ops.full_like(bucket.join([ops.zeros(shape, dtype) for shape in bucket.shapes]), initial)
-            slots[name] = self.add_variable(
-                value.shape, initializer=lambda shape, dtype, value=value: value, dtype=dtype, name=name
-            )
+                value = ops.full(bucket.shape, initial, dtype)
+            slots[name] = self.add_variable(value.shape, initializer=lambda *_, v=value, **__: v, dtype=dtype, name=name)
         return slots
 
     # -- the step -----------------------------------------------------------------------------------------------------

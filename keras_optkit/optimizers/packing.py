@@ -39,6 +39,11 @@ class Bucket:
     decayed: bool
     flat: bool
 
+    @property
+    def shape(self) -> Shape:
+        """The shape of the one tensor."""
+        return (1, sum(map(math.prod, self.shapes))) if self.flat else (len(self.shapes), *self.shapes[0])
+
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor made of one tensor for each parameter."""
         if self.flat:
