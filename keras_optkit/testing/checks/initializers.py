@@ -1,1 +1,245 @@
-"""Checks for initializers."""
+"""Checks for initializers.
+
+A card of kind "initializer" builds a `keras.initializers.Initializer` with a `seed` argument. Its tags are its claims:
+
+- "variance": `twin(fan_in, fan_out, **case)` is the standard deviation of its values in a kernel with those fans;
+- "orthogonal": the kernel's matrix has orthogonal rows or columns of length `twin(**case)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_optkit.registry import Card
+from keras_optkit.testing import roundtrip
+from keras_optkit.testing.conformance import check
+from keras_optkit.testing.tools import refuses
+
+
+class Kernel(NamedTuple):
+    """A real layer's kernel: how it is made, its fans, counted by hand, and the matrices it holds."""
+
+    layer: Callable[[Any], Any]
+    shapes: tuple[tuple[int | None, ...], ...]
+    fan_in: int
+    fan_out: int
+    matrices: Callable[[np.ndarray], np.ndarray]
+    variable: Callable[[Any], Any] = lambda layer: layer.kernel
+
+    def values(self, initializer: Any) -> np.ndarray:
+        """The kernel of a new layer with this initializer, in float64."""
+        layer = self.layer(initializer)
+        layer.build(*self.shapes)
+        return np.asarray(ops.convert_to_numpy(self.variable(layer)), "float64")
+
+
+def _flat(rows: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda k: k.reshape(1, rows, -1)
+
+
+def _by_channel(k: np.ndarray) -> np.ndarray:
+    """(*window, channels, multiplier) -> (channels, window, multiplier)."""
+    channels = np.moveaxis(k, -2, 0)
+    return channels.reshape(len(channels), -1, k.shape[-1])
+
+
+# One unit of a depthwise layer sees one channel's window; an input of a grouped one feeds only its group's outputs.
+KERNELS: dict[str, Kernel] = {
+    "Dense": Kernel(lambda i: layers.Dense(200, kernel_initializer=i), ((None, 300),), 300, 200, _flat(300)),
+    "Conv1D": Kernel(lambda i: layers.Conv1D(128, 5, kernel_initializer=i), ((None, 9, 64),), 320, 640, _flat(320)),
+    "Conv2D": Kernel(lambda i: layers.Conv2D(96, 3, kernel_initializer=i), ((None, 9, 9, 48),), 432, 864, _flat(432)),
+    "Conv3D": Kernel(
+        lambda i: layers.Conv3D(64, 3, kernel_initializer=i), ((None, 9, 9, 9, 24),), 648, 1728, _flat(648)
+    ),
+    "Conv2D, 4 groups": Kernel(
+        lambda i: layers.Conv2D(192, 3, groups=4, kernel_initializer=i),
+        ((None, 9, 9, 96),),
+        9 * 24,
+        9 * 48,
+        lambda k: np.moveaxis(k.reshape(9 * 24, 4, 48), 1, 0),
+    ),
+    "Conv1DTranspose": Kernel(
+        lambda i: layers.Conv1DTranspose(128, 5, kernel_initializer=i), ((None, 9, 64),), 320, 640, _flat(640)
+    ),
+    "Conv2DTranspose": Kernel(
+        lambda i: layers.Conv2DTranspose(96, 3, kernel_initializer=i), ((None, 9, 9, 48),), 432, 864, _flat(864)
+    ),
+    "DepthwiseConv1D": Kernel(
+        lambda i: layers.DepthwiseConv1D(9, depth_multiplier=4, depthwise_initializer=i),
+        ((None, 9, 1200),),
+        9,
+        36,
+        _by_channel,
+    ),
+    "DepthwiseConv2D": Kernel(
+        lambda i: layers.DepthwiseConv2D(3, depth_multiplier=4, depthwise_initializer=i),
+        ((None, 9, 9, 1200),),
+        9,
+        36,
+        _by_channel,
+    ),
+    "SeparableConv2D, depthwise": Kernel(
+        lambda i: layers.SeparableConv2D(8, 3, depth_multiplier=4, depthwise_initializer=i),
+        ((None, 9, 9, 1200),),
+        9,
+        36,
+        _by_channel,
+        lambda layer: layer.depthwise_kernel,
+    ),
+    "SeparableConv2D, pointwise": Kernel(
+        lambda i: layers.SeparableConv2D(128, 3, depth_multiplier=4, pointwise_initializer=i),
+        ((None, 9, 9, 100),),
+        400,
+        128,
+        _flat(400),
+        lambda layer: layer.pointwise_kernel,
+    ),
+    "Embedding": Kernel(
+        lambda i: layers.Embedding(500, 100, embeddings_initializer=i),
+        ((None, 9),),
+        500,
+        100,
+        _flat(500),
+        lambda layer: layer.embeddings,
+    ),
+    "EinsumDense, (out, in)": Kernel(
+        lambda i: layers.EinsumDense("abc,dc->abd", output_shape=(None, 200), kernel_initializer=i),
+        ((None, 9, 300),),
+        300,
+        200,
+        _flat(200),
+    ),
+    "MultiHeadAttention, query": Kernel(
+        lambda i: layers.MultiHeadAttention(8, 32, kernel_initializer=i),
+        ((None, 9, 192),) * 2,
+        192,
+        8 * 32,
+        _flat(192),
+        lambda layer: layer.query_dense.kernel,
+    ),
+    "MultiHeadAttention, output": Kernel(
+        lambda i: layers.MultiHeadAttention(8, 32, kernel_initializer=i),
+        ((None, 9, 192),) * 2,
+        8 * 32,
+        192,
+        _flat(256),
+        lambda layer: layer.output_dense.kernel,
+    ),
+    "GroupQueryAttention, key": Kernel(
+        lambda i: layers.GroupQueryAttention(32, 8, 2, kernel_initializer=i),
+        ((None, 9, 600),) * 2,
+        600,
+        2 * 32,
+        _flat(600),
+        lambda layer: next(v for v in layer.variables if "/key/kernel" in v.path),
+    ),
+}
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def _built(card: Card) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    return ((case, card.make(**case)) for case in card.cases)
+
+
+def _draw(initializer: Any, shape: tuple[int, ...] = (6, 5), dtype: str = "float32") -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(ops.cast(initializer(shape, dtype=dtype), "float64")))
+
+
+@check("initializer")
+def check_dtype(card: Card) -> None:
+    """It answers in the shape and dtype asked for, with finite values that are not all the same."""
+    for case, initializer in _built(card):
+        for dtype in _DTYPES:
+            value = initializer((6, 5), dtype=dtype)
+            assert tuple(value.shape) == (6, 5)
+            assert keras.backend.standardize_dtype(value.dtype) == dtype, f"{case}: {value.dtype} instead of {dtype}"
+            assert np.isfinite(_draw(initializer, dtype=dtype)).all()
+            assert np.ptp(_draw(initializer, dtype=dtype)) > 0
+
+
+@check("initializer")
+def check_seed(card: Card) -> None:
+    """An int seed repeats its values, in every call and instance; another seed, and no seed, gives others."""
+    for case in card.cases:
+        seeded = card.make(**{**case, "seed": 3})
+        values = _draw(seeded)
+        np.testing.assert_array_equal(_draw(seeded), values)
+        np.testing.assert_array_equal(_draw(card.make(**{**case, "seed": 3})), values)
+        assert (_draw(card.make(**{**case, "seed": 4})) != values).any(), "the seed makes no difference"
+
+
+@check("initializer")
+def check_fresh_without_seed(card: Card) -> None:
+    """One instance without a seed gives two layers different weights."""
+    for case in card.cases:
+        shared = card.make(**{**case, "seed": None})
+        one, two = (layers.Dense(5, kernel_initializer=shared) for _ in range(2))
+        one.build((None, 6))
+        two.build((None, 6))
+        assert (ops.convert_to_numpy(one.kernel) != ops.convert_to_numpy(two.kernel)).any(), f"{case}: identical layers"
+
+
+@check("initializer")
+def check_config_round_trip(card: Card) -> None:
+    """Its config is JSON and rebuilds it, and its registered name builds it with the defaults."""
+    for case, initializer in _built(card):
+        roundtrip.through_json(initializer, case)
+        roundtrip.assert_same(initializer.clone(), initializer)
+    name = keras.saving.get_registered_name(type(initializer))
+    assert type(layers.Dense(5, kernel_initializer=name).kernel_initializer) is type(initializer)
+
+
+@check("initializer")
+def check_saving(card: Card) -> None:
+    """A model that uses it is saved and loaded with it."""
+    for case, initializer in _built(card):
+        model = keras.Sequential([keras.Input((6,)), layers.Dense(5, kernel_initializer=initializer)])
+        again = roundtrip.through_file(model)
+        roundtrip.assert_same(again.layers[0].kernel_initializer, initializer)
+        for before, after in zip(model.get_weights(), again.get_weights(), strict=True):
+            np.testing.assert_array_equal(after, before, err_msg=str(case))
+
+
+@check("initializer")
+def check_scalar_is_refused(card: Card) -> None:
+    """A scalar has no distribution to claim: a shape of rank 0 is a ValueError that shows it."""
+    for _, initializer in _built(card):
+        refuses(initializer, "shape", (), "rank 1 or more")
+
+
+@check("initializer", requires=["variance"])
+def check_variance(card: Card) -> None:
+    """In every real layer's kernel the variance is the one claimed for its true fans, within 5 standard errors."""
+    assert card.twin is not None, 'the tag "variance" needs a twin'
+    for case, initializer in _built(card):
+        for name, kernel in KERNELS.items():
+            values = kernel.values(initializer)
+            claimed = card.twin(kernel.fan_in, kernel.fan_out, **case) ** 2
+            error = math.sqrt(2 / values.size)  # of a normal variance; a uniform or truncated one has less
+            ratio = values.var() / claimed
+            assert abs(ratio - 1) < 5 * error, f"{card.name}({case}) in {name}: {ratio:.3f} of the claimed variance"
+
+
+@check("initializer", requires=["orthogonal"])
+def check_orthogonal(card: Card) -> None:
+    """Every real layer's kernel has orthogonal rows or columns, whichever are fewer, of the claimed length."""
+    assert card.twin is not None, 'the tag "orthogonal" needs a twin'
+    for case, initializer in _built(card):
+        for name, kernel in KERNELS.items():
+            matrices = kernel.matrices(kernel.values(initializer))
+            if matrices.shape[1] > matrices.shape[2]:
+                matrices = np.swapaxes(matrices, 1, 2)
+            products = matrices @ np.swapaxes(matrices, 1, 2) / card.twin(**case) ** 2
+            np.testing.assert_allclose(
+                products,
+                np.broadcast_to(np.eye(products.shape[1]), products.shape),
+                atol=1e-5,
+                err_msg=f"{card.name}({case}) in {name}",
+            )

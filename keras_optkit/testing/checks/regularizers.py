@@ -1,1 +1,102 @@
-"""Checks for regularizers."""
+"""Checks for regularizers.
+
+A card of kind "regularizer" builds a `keras.regularizers.Regularizer`. Its tags are its claims: "nonnegative" and
+"zero_at_zero" (no penalty on weights that are all zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_optkit.registry import Card
+from keras_optkit.testing import roundtrip
+from keras_optkit.testing.conformance import check
+
+_WEIGHTS = np.random.default_rng(0).normal(size=(6, 5))
+
+
+def _built(card: Card) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    return ((case, card.make(**case)) for case in card.cases)
+
+
+def _penalty(regularizer: Any, weights: np.ndarray, dtype: str) -> float:
+    return float(ops.convert_to_numpy(ops.cast(regularizer(ops.cast(weights, dtype)), "float64")))
+
+
+@check("regularizer")
+def check_scalar(card: Card) -> None:
+    """It is one finite number, for float32 and float64 weights of their dtype."""
+    for case, regularizer in _built(card):
+        for dtype in ("float64", "float32", "bfloat16", "float16"):
+            weights = ops.cast(_WEIGHTS, dtype)
+            value = regularizer(weights)
+            assert tuple(value.shape) == (), f"{case}: shape {value.shape} instead of a scalar"
+            assert np.isfinite(_penalty(regularizer, _WEIGHTS, dtype))
+            if dtype in ("float32", "float64"):
+                assert value.dtype == weights.dtype, f"{case}: {value.dtype} for weights of {weights.dtype}"
+
+
+@check("regularizer")
+def check_half_precision(card: Card) -> None:
+    """On many half-precision weights it is what float32 makes of the same weights: no overflow and no lost terms."""
+    for case, regularizer in _built(card):
+        for dtype in ("bfloat16", "float16"):
+            weights = np.asarray(
+                ops.convert_to_numpy(ops.cast(ops.cast(np.tile(30 * _WEIGHTS, (100, 1)), dtype), "float32"))
+            )
+            expected = _penalty(regularizer, weights, "float32")
+            np.testing.assert_allclose(_penalty(regularizer, weights, dtype), expected, rtol=1e-5, err_msg=str(case))
+
+
+@check("regularizer")
+def check_gradient(card: Card) -> None:
+    """Through the train step of a real layer its gradient is finite and not zero."""
+    for case, regularizer in _built(card):
+        layer = layers.Dense(5, use_bias=False, kernel_regularizer=regularizer)
+        model = keras.Sequential([keras.Input((6,)), layer])
+        model.compile(keras.optimizers.SGD(1.0), loss=lambda _, y: 0.0 * y)
+        layer.kernel.assign(_WEIGHTS)
+        before = ops.convert_to_numpy(layer.kernel).copy()
+        loss = model.train_on_batch(np.ones((2, 6)), np.ones((2, 5)))
+        np.testing.assert_allclose(loss, _penalty(regularizer, before, "float32"), rtol=1e-5, err_msg=str(case))
+        gradient = before - ops.convert_to_numpy(layer.kernel)
+        assert np.isfinite(gradient).all(), f"{case}: {gradient}"
+        assert np.any(gradient), f"{case}: the gradient is zero"
+
+
+@check("regularizer", requires=["nonnegative"])
+def check_nonnegative(card: Card) -> None:
+    """It is a penalty, never a reward."""
+    for _, regularizer in _built(card):
+        assert min(_penalty(regularizer, sign * _WEIGHTS, "float64") for sign in (1, -1)) >= 0
+
+
+@check("regularizer", requires=["zero_at_zero"])
+def check_zero_at_zero(card: Card) -> None:
+    """Weights that are all zero cost nothing."""
+    for _, regularizer in _built(card):
+        assert _penalty(regularizer, np.zeros((6, 5)), "float64") == 0.0
+
+
+@check("regularizer")
+def check_config_round_trip(card: Card) -> None:
+    """Its config is JSON and rebuilds it. (By name alone Keras finds its own regularizers only.)"""
+    for case, regularizer in _built(card):
+        again = roundtrip.through_json(regularizer, case)
+        assert _penalty(again, _WEIGHTS, "float64") == _penalty(regularizer, _WEIGHTS, "float64")
+
+
+@check("regularizer")
+def check_saving(card: Card) -> None:
+    """A model that uses it is saved and loaded with it, and has the same penalty."""
+    for _, regularizer in _built(card):
+        model = keras.Sequential([keras.Input((6,)), layers.Dense(5, kernel_regularizer=regularizer)])
+        again = roundtrip.through_file(model)
+        roundtrip.assert_same(again.layers[0].kernel_regularizer, regularizer)
+        assert len(model.losses) == 1
+        np.testing.assert_array_equal(*(ops.convert_to_numpy(m.losses[0]) for m in (again, model)))

@@ -1,0 +1,134 @@
+"""Layers that add noise in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras.optimizers.schedules import LearningRateSchedule, PolynomialDecay
+
+from keras_optkit import arguments
+from keras_optkit.precision import at_least_float32
+from keras_optkit.registry import register
+from keras_optkit.saving import FromSignature
+from keras_optkit.tuning.space import Float
+
+__all__ = ["ScheduledDropout"]
+
+
+@register(
+    "layer",
+    paper="1207.0580; schedules as in 1703.06229",
+    parity="keras.layers.Dropout",
+    tags=("random",),
+    cases=(
+        {"rate": 0.3, "seed": 7},
+        {"rate": PolynomialDecay(0.0, 4, end_learning_rate=0.6), "seed": 7},
+        {"rate": PolynomialDecay(0.6, 4, end_learning_rate=0.2), "noise_shape": (None, 1, 4)},
+    ),
+    space={"rate": Float(0.0, 0.7)},
+)
+class ScheduledDropout(FromSignature, keras.layers.Dropout):
+    """Dropout whose rate may follow a schedule.
+
+    y = x r / (1 - p) with r ~ Bernoulli(1 - p) in training, y = x at inference. A number p is `keras.layers.Dropout`,
+    draw for draw. A schedule is evaluated at the layer's own step, which starts at 0 and counts the calls in training;
+    rates outside [0, 1] are taken as the nearer end. In half precision a schedule's masks are drawn in float32, so that
+    any rate can be met (bfloat16 draws know 128 rates only, which is what Keras and a number have).
+
+    Shapes: the output has the shape, dtype and mask of the input.
+
+    When not to use it: with a constant rate, where Keras's own layer does, or in a layer that is called several times
+    in one training step (shared, or recomputed by `keras.remat`), since each call counts as a step.
+
+    Args:
+        rate: The fraction p of the units to drop, in [0, 1], or a `LearningRateSchedule` that gives it.
+        noise_shape: Shape of the mask r, with 1 where it is to be shared and None for the input's own size.
+        seed: An int makes the masks repeatable. The state of the generator is saved with the layer, and goes on after
+            loading, as does the step.
+        **kwargs: `name`, `dtype` and so on, as for every Keras layer.
+
+    Raises:
+        TypeError: `rate` is neither a number nor a schedule, or `seed` is not an integer.
+        ValueError: `rate` is a number outside [0, 1], or `noise_shape` is not made of positive integers and None.
+
+    Source: Hinton et al. 2012, arXiv 1207.0580, in the inverted form.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    rate = keras.optimizers.schedules.PolynomialDecay(0.0, decay_steps=1000, end_learning_rate=0.5)
+    layer = ok.layers.ScheduledDropout(rate, seed=1)
+    y = layer(keras.ops.ones((2, 3)), training=True)
+    assert int(layer.step) == 1
+    ```
+    """
+
+    def __init__(
+        self,
+        rate: float | LearningRateSchedule,
+        noise_shape: Sequence[int | None] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        scheduled = isinstance(rate, LearningRateSchedule)
+        if not scheduled:
+            rate = arguments.real("rate", rate, 0, 1)
+        seed = arguments.integer("seed", seed, optional=True)
+        super().__init__(0.5 if scheduled else rate, noise_shape, seed, **kwargs)  # any rate but 0 makes a generator
+        self.rate = rate
+        self.step: Any = None
+
+    def _inherited_config(self) -> dict[str, Any]:
+        config = super()._inherited_config()
+        del config["rate"]  # where Keras would put the schedule object itself
+        return config
+
+    def build(self, input_shape: Any) -> None:  # noqa: ARG002  (Keras's signature)
+        """Makes the step counter of a schedule; with a number the layer has no weights, as Keras's."""
+        if isinstance(self.rate, LearningRateSchedule):
+            self.step = self.add_weight(
+                name="step",
+                shape=(),
+                dtype="int64",
+                initializer="zeros",
+                trainable=False,
+                aggregation="only_first_replica",
+            )
+
+    @property
+    def current_rate(self) -> Any:
+        """The rate of the next training call."""
+        if not isinstance(self.rate, LearningRateSchedule):
+            return self.rate
+        return keras.ops.clip(self.rate(0 if self.step is None else self.step), 0.0, 1.0)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """Drops in training, and advances the step."""
+        if not training or not isinstance(self.rate, LearningRateSchedule):
+            return super().call(inputs, training=training)
+        ops, dtype = keras.ops, at_least_float32(inputs.dtype)
+        rate = ops.cast(self.current_rate, dtype)
+        self.step.assign_add(1)
+        sizes = ops.shape(inputs)
+        shape = [sizes[i] if n is None else n for i, n in enumerate(self.noise_shape or (None,) * len(sizes))]
+        keep = keras.random.uniform(shape, dtype=dtype, seed=self.seed_generator) >= rate
+        scale = ops.cast(ops.divide_no_nan(1.0, 1.0 - rate), inputs.dtype)  # at rate 1 nothing is kept
+        return ops.where(keep, inputs * scale, ops.zeros_like(inputs))
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the step and, which Keras does not, the state of the random generator."""
+        super().save_own_variables(store)
+        if hasattr(self, "seed_generator"):
+            store["seed"] = self.seed_generator.state
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the step and the state of the random generator, if the file has one (a `Dropout`'s has none)."""
+        state = {key: store[key] for key in store.keys()}  # noqa: SIM118  (an HDF5 store is no dict)
+        seed = state.pop("seed", None)
+        super().load_own_variables(state)
+        if seed is not None and hasattr(self, "seed_generator"):
+            self.seed_generator.state.assign(seed)
