@@ -1,4 +1,4 @@
-"""Half precision is for storing: sums, statistics and random numbers are computed in float32."""
+"""Which dtype to compute in: half precision is for storing, and scalars of a whole step are as exact as they can be."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def at_least_float32(dtype: Any) -> str:
     """The dtype to compute in. (`keras.backend.result_type` makes float32 of float64 on some backends.)"""
     dtype = keras.backend.standardize_dtype(dtype)
     return "float32" if dtype in HALF else dtype
+
+
+def scalar_dtype() -> str:
+    """The dtype for step counts, rates and schedules: float64, where the backend has it without being asked.
+
+    In float32 steps beyond 2^24 are no longer told apart, and a rate of 0.1 is off by 1e-8 for float64 weights.
+    """
+    return keras.config.floatx() if keras.config.backend() == "jax" else "float64"

@@ -20,10 +20,10 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit import arguments
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
-from keras_optkit.optimizers.rule import Hyper, Rule, Tensor, Value, is_dynamic, scalar_dtype
+from keras_optkit.optimizers.rule import Hyper, Rule, Tensor, Value, is_dynamic
+from keras_optkit.precision import at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
 
-_HALF = ("float16", "bfloat16")
 _FORMAT = 1
 
 
@@ -209,7 +209,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 self._restore(pending)
 
     def _new_state(self, variables: list[Any], shapes: list[tuple[int, ...]]) -> dict[str, Any]:
-        dtypes = {i: _compute_dtype(b.dtype) for b in self._held.buckets for i in b.indices}
+        dtypes = {i: at_least_float32(b.dtype) for b in self._held.buckets for i in b.indices}
 
         def like_weights(name: str) -> list[keras.Variable]:
             return [self.add_variable(shape, dtype=dtypes[i], name=f"{name}_{i}") for i, shape in enumerate(shapes)]
@@ -228,14 +228,14 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         return state
 
     def _new_slots(self, bucket: Bucket, variables: list[Any]) -> dict[str, keras.Variable]:
-        dtype = _compute_dtype(bucket.dtype)
+        dtype = at_least_float32(bucket.dtype)
         slots = {}
         for name, initial in self.rule.slots().items():
             if callable(initial):
                 value = initial(ops.cast(bucket.join([ops.convert_to_tensor(v) for v in variables]), dtype))
             else:
                 value = ops.full(bucket.shape, initial, dtype)
-            slots[name] = self.add_variable(value.shape, initializer=lambda *_, v=value, **__: v, dtype=dtype, name=name)
+            slots[name] = self.add_variable(value.shape, lambda *_, v=value, **__: v, dtype, name=name)
         return slots
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _step(self, state: dict[str, Any], grads: list[Tensor | None]) -> dict[str, Any]:
         """One call of `apply` as a pure function of the state."""
-        dtypes = [_compute_dtype(keras.backend.standardize_dtype(w.dtype)) for w in state["weights"]]
+        dtypes = [at_least_float32(w.dtype) for w in state["weights"]]
         grads = [None if g is None else ops.cast(g, dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         if self.loss_scale_factor is not None:
             grads = [None if g is None else g / self.loss_scale_factor for g in grads]
@@ -314,7 +314,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             present = [place for place, i in enumerate(bucket.indices) if grads[i] is not None]
             if not present:
                 continue
-            h = Hyper(iterations, rate, _compute_dtype(bucket.dtype), memo)
+            h = Hyper(iterations, rate, at_least_float32(bucket.dtype), memo)
             if len(present) == len(bucket.indices):
                 slots[b] = self._update_bucket(bucket, grads, weights, slots[b], h)
             else:
@@ -515,10 +515,6 @@ def _path(variable: Any) -> str:
 
 def _fields(rule: Rule) -> set[str]:
     return {field.name for field in dataclasses.fields(rule)}
-
-
-def _compute_dtype(dtype: str) -> str:
-    return "float32" if dtype in _HALF else dtype
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:

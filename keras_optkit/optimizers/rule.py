@@ -17,6 +17,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit import arguments
+from keras_optkit.precision import scalar_dtype
 
 Tensor = Any
 Slots = dict[str, Tensor]
@@ -24,11 +25,6 @@ Slots = dict[str, Tensor]
 Value = Any
 #: The initial value of a slot: a number that fills it, or a function of the parameters `(k, *shape)`.
 Initial = float | Callable[[Tensor], Tensor]
-
-
-def scalar_dtype() -> str:
-    """The dtype for scalars of the whole step: float64, where the backend has it without being asked."""
-    return keras.config.floatx() if keras.config.backend() == "jax" else "float64"
 
 
 def is_dynamic(value: Value) -> bool:
