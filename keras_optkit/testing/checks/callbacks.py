@@ -1,1 +1,118 @@
-"""Checks for callbacks."""
+"""Checks for callbacks.
+
+A card of kind "callback" builds a `keras.callbacks.Callback`. The checks train a small regression model with it for two
+epochs, in an empty working directory, so that a case may name relative paths. The tag "passive" claims that training is
+not changed by the callback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_optkit.registry import Card
+from keras_optkit.testing.conformance import check
+from keras_optkit.testing.roundtrip import through_json
+
+
+@contextlib.contextmanager
+def _each_case(card: Card) -> Iterator[Iterator[tuple[Mapping[str, Any], Any]]]:
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        yield ((case, card.make(**case)) for case in card.cases)
+
+
+def _model() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4, "tanh"), keras.layers.Dropout(0.2), keras.layers.Dense(1)]
+    )
+    model.compile(optimizer=keras.optimizers.SGD(0.05, momentum=0.9), loss="mse", metrics=["mae"])
+    return model
+
+
+def _fit(model: keras.Model, *callbacks: Any, **arguments: Any) -> Any:
+    x = np.random.default_rng(0).normal(size=(24, 3)).astype("float32")
+    y = x @ np.array([[1.0], [-2.0], [0.5]], "float32")
+    arguments = {"batch_size": 4, "epochs": 2, "validation_split": 1 / 3, "shuffle": False} | arguments
+    return model.fit(x, y, callbacks=list(callbacks), verbose=0, **arguments)
+
+
+@check("callback")
+def check_fits_twice(card: Card) -> None:
+    """It takes part in two calls of `fit` in a row, and the losses stay finite."""
+    with _each_case(card) as cases:
+        for case, callback in cases:
+            assert isinstance(callback, keras.callbacks.Callback), f"{card.name}({case})"
+            model = _model()
+            for _ in range(2):
+                history = _fit(model, callback)
+                assert np.all(np.isfinite(history.history["val_loss"])), f"{card.name}({case})"
+
+
+@check("callback")
+def check_config_round_trip(card: Card) -> None:
+    """Its config is JSON, and what is built from it has the same config."""
+    with _each_case(card) as cases:
+        for case, callback in cases:
+            through_json(callback, case)
+
+
+@check("callback")
+def check_leaves_no_trace(card: Card) -> None:
+    """After a `fit` with it the optimizer's config is JSON, and training goes on as if it had never been there."""
+    with _each_case(card) as cases:
+        for case, callback in cases:
+            model = _model()
+            _fit(model, callback)
+            plain = _copy(model)
+            after, expected = (_fit(m, epochs=1).history["loss"][0] for m in (model, plain))
+            np.testing.assert_allclose(after, expected, rtol=1e-6, err_msg=f"{card.name}({case})")
+
+
+def _copy(model: keras.Model) -> keras.Model:
+    """A model with equal weights, seeds and optimizer that has not been touched by any callback."""
+    copy = _model()
+    copy.compile(optimizer=through_json(model.optimizer, {}), loss="mse", metrics=["mae"])
+    copy.optimizer.build(copy.trainable_variables)
+    own, other = ([*m.trainable_variables, *m.non_trainable_variables, *m.optimizer.variables] for m in (copy, model))
+    for variable, value in zip(own, other, strict=True):
+        variable.assign(value.numpy())
+    return copy
+
+
+@check("callback")
+def check_survives_failure(card: Card) -> None:
+    """When another callback raises, that exception comes out of `fit`, and a later `fit` works."""
+
+    class Boom(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+            if batch == 1:
+                raise RuntimeError("boom")
+
+    with _each_case(card) as cases:
+        for case, callback in cases:
+            model = _model()
+            try:
+                _fit(model, callback, Boom())
+            except RuntimeError as error:
+                assert "boom" in str(error), f"{card.name}({case})"
+            else:
+                raise AssertionError(f"{card.name}({case}) swallowed an exception.")
+            _fit(model, callback)
+
+
+@check("callback", requires={"passive"})
+def check_is_passive(card: Card) -> None:
+    """The weights after training are bitwise those without it."""
+    with _each_case(card) as cases:
+        for case, callback in cases:
+            model, plain = _model(), _model()
+            _fit(model, callback)
+            _fit(plain)
+            for mine, other in zip(model.get_weights(), plain.get_weights(), strict=True):
+                np.testing.assert_array_equal(mine, other, err_msg=f"{card.name}({case})")

@@ -1,0 +1,326 @@
+"""Driving any hyperparameter of any optimizer by a schedule, inside the compiled training step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+from keras_optkit import arguments
+from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.callbacks.instrument import around
+from keras_optkit.optimizers import Optimizer
+from keras_optkit.precision import scalar_dtype
+from keras_optkit.registry import register
+from keras_optkit.schedules import Cosine, Linear, Schedule
+
+Tensor = Any
+
+#: Numbers in the config of Keras's optimizers that say how the step is built, not what it computes.
+_STRUCTURAL = {"gradient_accumulation_steps", "ema_overwrite_frequency", "loss_scale_factor", "name"}
+
+
+class Driven:
+    """A scalar tensor in the place of a Python number.
+
+    Optimizers read a hyperparameter in two ways. In arithmetic with tensors this behaves as a number does: it takes the
+    other's dtype, and until then keeps its own precision. In the questions that decide whether a part of the update
+    exists at all (`if self.momentum != 0`, `if self.clipnorm and self.clipnorm > 0`) the answer must be known when the
+    step is compiled, and is yes. Every other use of it as a Python number raises.
+
+    Args:
+        name: Name of the hyperparameter.
+        tensor: Its value.
+        dtype: The dtype where nothing else decides.
+        when_read: Called with the name when the value is used.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, dtype: str, when_read: Callable[[str], None]):
+        self._name, self._tensor, self._dtype, self._when_read = name, tensor, dtype, when_read
+
+    def to(self, dtype: Any = None) -> Tensor:
+        """The tensor in `dtype`."""
+        self._when_read(self._name)
+        return ops.cast(self._tensor, keras.backend.standardize_dtype(dtype or self._dtype))
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return self.to(dtype)
+
+    def __jax_array__(self) -> Tensor:
+        return self.to()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __gt__(self, other: Any) -> bool:
+        if isinstance(other, Real) and other == 0:
+            return True
+        raise self._refusal()
+
+    def __index__(self) -> int:
+        raise self._refusal()
+
+    def __float__(self) -> float:
+        raise self._refusal()
+
+    def _refusal(self) -> TypeError:
+        return TypeError(f"{self._name} cannot be driven: it has to be a Python number when the step is compiled.")
+
+    def __pos__(self) -> Driven:
+        return self
+
+    def __neg__(self) -> Driven:
+        return self._combine(operator.mul, -1, False)
+
+    def _combine(self, compute: Callable[[Any, Any], Any], other: Any, swapped: bool) -> Any:
+        if isinstance(other, Driven):
+            other = other._tensor
+        elif not isinstance(other, Real):
+            mine = self.to(other.dtype)
+            return compute(other, mine) if swapped else compute(mine, other)
+        self._when_read(self._name)
+        tensor = compute(other, self._tensor) if swapped else compute(self._tensor, other)
+        return Driven(self._name, tensor, self._dtype, self._when_read)
+
+
+def _add_arithmetic() -> None:
+    for name in ("add", "sub", "mul", "truediv", "pow"):
+        compute = getattr(operator, name)
+        setattr(Driven, f"__{name}__", lambda self, other, c=compute: self._combine(c, other, False))
+        setattr(Driven, f"__r{name}__", lambda self, other, c=compute: self._combine(c, other, True))
+
+
+_add_arithmetic()
+
+
+class _FromHost(LearningRateSchedule):
+    """A Python function of the update count, called before every batch; the compiled step reads what it returned."""
+
+    def __init__(self, name: str, function: Callable[[int], float]):
+        self._name, self._function = name, function
+        self._held = keras.Variable(0.0, dtype=scalar_dtype(), trainable=False, name=name)
+
+    def call_for(self, step: int) -> None:
+        self._held.assign(arguments.real(f"the value of {self._name} at update {step}", self._function(step)))
+
+    def __call__(self, step: Any) -> Tensor:  # noqa: ARG002
+        return ops.copy(self._held)
+
+
+@register(
+    "callback",
+    paper="Smith, arXiv 1803.09820 (learning rate, momentum and weight decay are scheduled together)",
+    cases=(
+        {"schedules": {"learning_rate": Cosine(0.1, 8)}},
+        {"schedules": {"learning_rate": Linear(0.1, 8), "weight_decay": Linear(0.0, 8, final=0.1)}},
+    ),
+)
+class ScheduleHyperparameters(Callback):
+    """Lets hyperparameters of the optimizer follow schedules, update by update.
+
+    A hyperparameter that is a Python number is compiled into the training step: setting `optimizer.momentum` during
+    `fit` changes nothing. This callback has the schedules evaluated inside the step instead, at the number of updates
+    made before, `optimizer.iterations`. It thus works in graph mode and with XLA, in mixed precision, with gradient
+    accumulation (an update is an update of the weights) and with `steps_per_execution > 1`, and a second `fit` goes on
+    where the first one ended.
+
+    Any hyperparameter that is a number in the optimizer's config can be driven, of our optimizers and of Keras's:
+    `learning_rate`, `weight_decay`, `momentum`, `beta_1`, `clipnorm` and so on. After `fit`, and at the end of every
+    epoch, the attributes hold plain numbers, the values used last, so that the optimizer can be saved as usual.
+
+    A value can be a `LearningRateSchedule`, ours or Keras's, or a Python function of the update count. A function is
+    called by the host before every batch, which costs a synchronisation with the device, works on the TensorFlow
+    backend only, and with `steps_per_execution=k` is called before every k-th batch, so that k updates have one value.
+
+    Keras's SGD and RMSprop keep no velocity when they are built with `momentum=0`; give them a momentum above 0 to have
+    it driven. An optimizer that was made with a schedule as its learning rate has one already, so that driving
+    `learning_rate` raises. Clipping thresholds must stay above 0.
+
+    When not to use it: for the learning rate alone; `optimizer = Adam(schedule)` is simpler and is saved with the
+    model. Not together with another callback that sets the same hyperparameter, e.g. ReduceLROnPlateau.
+
+    Args:
+        schedules: Name of a hyperparameter to schedule, or to function of the update count.
+
+    Raises:
+        TypeError: For a value that is neither a schedule nor a function.
+        ValueError: For no schedules at all; when training begins, for a name that the optimizer does not have, with the
+            names it has, and for a hyperparameter that cannot be driven.
+
+    Example:
+    ```python
+    import keras
+    import numpy as np
+    import keras_optkit as ok
+
+    x = keras.random.normal((64, 4), seed=0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9), loss="mse")
+    driven = ok.callbacks.ScheduleHyperparameters(
+        {
+            "learning_rate": ok.schedules.Cosine(0.1, steps=8),
+            "momentum": ok.schedules.Linear(0.5, steps=8, final=0.9),
+            "weight_decay": lambda step: 0.0 if step < 4 else 0.01,
+        }
+    )
+    model.fit(x, x[:, :1], batch_size=16, epochs=2, callbacks=[driven], verbose=0)
+    print(model.optimizer.momentum, model.optimizer.weight_decay)  # as in the 8th update, number 7: 0.85 0.01
+    ```
+    """
+
+    def __init__(self, schedules: Mapping[str, LearningRateSchedule | Callable[[int], float]]):
+        super().__init__()
+        if not isinstance(schedules, Mapping):
+            raise TypeError(f"schedules must be a dict of hyperparameter to schedule, got {schedules!r}.")
+        if not schedules:
+            raise ValueError("schedules must name at least one hyperparameter, got {}.")
+        for name, value in schedules.items():
+            if not callable(value):
+                raise TypeError(
+                    f"schedules[{name!r}] must be a LearningRateSchedule or a function of the update count, "
+                    f"got {value!r}."
+                )
+        self.schedules = dict(schedules)
+        self._detach: Callable[[], None] | None = None
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end()
+        whole = self.model.optimizer
+        scaled = isinstance(whole, keras.optimizers.LossScaleOptimizer)
+        self._optimizer = whole.inner_optimizer if scaled else whole
+        self._refuse_what_cannot_be_driven()
+        self._sources = {name: self._source(name, value) for name, value in self.schedules.items()}
+        self._begun_at = number(self._optimizer.iterations)
+        self._call_functions()
+        for name, source in self._sources.items():
+            value = np.asarray(ops.convert_to_numpy(source(self._begun_at)))
+            if value.shape != ():
+                raise ValueError(f"schedules[{name!r}] must return a scalar, got one of shape {value.shape}.")
+            arguments.real(f"the value of {name} at update {self._begun_at}", value.item())
+        # numbers keep their precision until they meet a tensor, as Python's do; this is for meeting none
+        self._dtype = keras.backend.result_type("float32", *{v.dtype for v in self.model.trainable_variables})
+        self._detach = around(whole, "apply", self._drive, first=True)
+        self.model.make_train_function(force=True)
+
+    def _source(self, name: str, value: Any) -> LearningRateSchedule:
+        if isinstance(value, LearningRateSchedule):
+            return value
+        if keras.config.backend() != "tensorflow":
+            raise ValueError(
+                f"schedules[{name!r}] must be a LearningRateSchedule on the {keras.config.backend()} backend, got the "
+                f"function {value!r}, which a compiled step cannot call."
+            )
+        return _FromHost(name, value)
+
+    def _refuse_what_cannot_be_driven(self) -> None:
+        optimizer = self._optimizer
+        known = _drivable(optimizer)
+        for name in self.schedules:
+            if name not in known:
+                raise ValueError(
+                    f"schedules: {type(optimizer).__name__} has no hyperparameter {name!r} that can be driven. "
+                    f"Allowed: {', '.join(known)}.{arguments.near(name, known)}"
+                )
+        if "learning_rate" in self.schedules and not isinstance(optimizer.learning_rate, keras.Variable):
+            raise ValueError(
+                f"learning_rate cannot be driven: this {type(optimizer).__name__} was made with a schedule as its "
+                "learning rate and follows that. Make it with a number."
+            )
+        if "momentum" in self.schedules and optimizer.built and optimizer.momentum == 0:
+            raise ValueError(
+                f"momentum cannot be driven: this {type(optimizer).__name__} was built with momentum=0 and keeps no "
+                "velocity. Make it with a momentum above 0."
+            )
+
+    @contextlib.contextmanager
+    def _drive(self, *_: Any, **__: Any) -> Iterator[None]:
+        """Around `optimizer.apply`, while the step is traced: the hyperparameters are tensors in there."""
+        optimizer, attributes = self._optimizer, {}
+        read: set[str] = set()
+        for name, source in self._sources.items():
+            value = Schedule.real(source(optimizer.iterations))
+            if name == "learning_rate":  # a variable everywhere in Keras
+                optimizer.learning_rate.assign(ops.cast(value, optimizer.learning_rate.dtype))
+            elif isinstance(optimizer, Optimizer):  # ours read schedules themselves
+                attributes[name] = source
+                read.add(name)
+            else:
+                attributes[name] = Driven(name, value, self._dtype, read.add)
+        numbers = {name: getattr(optimizer, name) for name in attributes}
+        _set(optimizer, attributes)
+        try:
+            yield
+        finally:
+            _set(optimizer, numbers)
+        unread = attributes.keys() - read
+        if unread:
+            raise ValueError(
+                f"{', '.join(sorted(unread))} cannot be driven: {type(optimizer).__name__}, as it is configured, does "
+                "not read it in its update."
+            )
+
+    def _call_functions(self) -> None:
+        functions = [source for source in self._sources.values() if isinstance(source, _FromHost)]
+        if functions:
+            step = number(self._optimizer.iterations)
+            for function in functions:
+                function.call_for(step)
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._call_functions()
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._leave_numbers()
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end()
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self._end()
+
+    def _leave_numbers(self) -> None:
+        """Sets the attributes to the numbers of the last update; the learning rate's variable has its own already."""
+        last = number(self._optimizer.iterations) - 1
+        if last >= self._begun_at:
+            for name, source in self._sources.items():
+                if name != "learning_rate":
+                    setattr(self._optimizer, name, number(source(last)))
+
+    def _end(self) -> None:
+        if self._detach is not None:
+            self._detach()
+            self._detach = None
+            self._leave_numbers()
+            self.model.make_train_function(force=True)
+
+
+def _drivable(optimizer: Any) -> list[str]:
+    """The hyperparameters that are numbers, or may be."""
+    if isinstance(optimizer, Optimizer):
+        fields = [field.name for field in dataclasses.fields(optimizer.rule)]
+        own = [name for name in fields if _is_number(getattr(optimizer, name))]
+        return ["learning_rate", "weight_decay", *own]
+    may_be_none = {"weight_decay", "clipnorm", "clipvalue", "global_clipnorm"}
+    config = optimizer.get_config()
+    numbers = [name for name, value in config.items() if _is_number(value) or (value is None and name in may_be_none)]
+    return ["learning_rate", *(name for name in numbers if name != "learning_rate" and name not in _STRUCTURAL)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _set(optimizer: Any, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if isinstance(optimizer, Optimizer):
+            setattr(optimizer, name, value)
+        else:  # past Keras's and TensorFlow's tracking of attributes: this is for the time of one call only
+            vars(optimizer)[name] = value

@@ -1,0 +1,115 @@
+"""From a space and a build function to what KerasTuner knows: `HyperParameters` and `HyperModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import keras_tuner
+
+from keras_optkit.tuning.space import Choice, Float, Int, Parameter, Space, Values
+
+FIT_ARGUMENTS = ("batch_size", "epochs")
+
+
+def _entry(name: str, parameter: Parameter) -> dict[str, Any]:
+    """One parameter in the form in which KerasTuner stores its own."""
+    match parameter:
+        case Float() | Int():
+            kind = type(parameter).__name__
+            config = {
+                "min_value": parameter.low,
+                "max_value": parameter.high,
+                "step": parameter.step,
+                "sampling": "log" if parameter.log else "linear",
+                "default": parameter.default,
+            }
+        case Choice(values=(True, False) | (False, True)):  # KerasTuner's own Choice turns bools into 0 and 1
+            first = parameter.values[0]
+            kind, config = "Boolean", {"default": first if parameter.default is None else parameter.default}
+        case Choice(values=(bool() as only,)):
+            kind, config = "Fixed", {"value": only}
+        case Choice():
+            kind, config = "Choice", {"values": list(parameter.values), "default": parameter.default}
+        case _:
+            raise TypeError(f"{name} must be a Float, Int or Choice, got {parameter!r}.")
+    conditions = [
+        {"class_name": "Parent", "config": {"name": parent, "values": list(values)}}
+        for parent, values in (parameter.when or {}).items()
+    ]
+    return {"class_name": kind, "config": {"name": name, "conditions": conditions, **config}}
+
+
+def hyperparameters(space: Space) -> keras_tuner.HyperParameters:
+    """The space as KerasTuner's `HyperParameters`, with its conditions and defaults."""
+    entries = [_entry(name, space[name]) for name in space.parents_first()]
+    return keras_tuner.HyperParameters.from_config({"space": entries, "values": space.defaults()})
+
+
+class HyperModel(keras_tuner.HyperModel):
+    """A build function with its space, as a KerasTuner hypermodel that any KerasTuner tuner accepts.
+
+    The parameters `batch_size` and `epochs` of the space are handed to `fit`; the build function sees them too.
+
+    Args:
+        build: Takes the `Values` of a trial and returns a compiled model.
+        space: What to search.
+        name: Name of the hypermodel.
+
+    Raises:
+        TypeError: If `build` is not callable or `space` is not a mapping of parameters.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+
+    def build(hp):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(hp.units), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model
+
+
+    hypermodel = ok.tuning.HyperModel(build, ok.tuning.Space(units=ok.tuning.Int(2, 8)))
+    assert hypermodel.build(hypermodel.hyperparameters()).count_params() == (4 + 1) * 2 + (2 + 1)
+    ```
+    """
+
+    def __init__(self, build: Callable[[Values], keras.Model], space: Space, name: str | None = None) -> None:
+        if not callable(build):
+            raise TypeError(f"build must be a function from a trial's values to a compiled model, got {build!r}.")
+        super().__init__(name=name)
+        self.builder = build
+        self.space = space if isinstance(space, Space) else Space(space)
+
+    def hyperparameters(self) -> keras_tuner.HyperParameters:
+        """The space as KerasTuner's `HyperParameters`, at the space's defaults."""
+        return hyperparameters(self.space)
+
+    def declare_hyperparameters(self, hp: keras_tuner.HyperParameters) -> None:
+        """Registers the whole space, so that no build is needed to find it out."""
+        hp.merge(self.hyperparameters(), overwrite=False)
+
+    def point(self, hp: keras_tuner.HyperParameters) -> Values:
+        """The active values, in the order of the space."""
+        return Values({name: hp.values[name] for name in self.space if name in hp.values})
+
+    def build(self, hp: keras_tuner.HyperParameters) -> keras.Model:
+        """Builds the model of one trial.
+
+        Raises:
+            keras_tuner.errors.FatalTypeError: (a TypeError that ends the search) If what the build function returned is
+                not a compiled model.
+        """
+        model = self.builder(self.point(hp))
+        if not isinstance(model, keras.Model) or not model.compiled:
+            got = "a model that is not compiled" if isinstance(model, keras.Model) else repr(model)
+            raise keras_tuner.errors.FatalTypeError(f"build must return a compiled keras.Model, got {got}.")
+        return model
+
+    def fit(self, hp: keras_tuner.HyperParameters, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        """Calls `model.fit`; `batch_size` and `epochs` come from the trial where the space has them."""
+        values = self.point(hp)
+        return model.fit(*args, **kwargs | {name: values[name] for name in FIT_ARGUMENTS if name in values})

@@ -1,0 +1,97 @@
+"""What is installed is what is meant to be: a light import, one version, a typed and licensed wheel."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import keras_optkit as ok
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code):
+    """Runs `code` in a fresh interpreter and returns the JSON that it prints last."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_loads_nothing_that_keras_does_not():
+    loaded = python(
+        "import sys, json, keras\n"
+        "before = set(sys.modules)\n"
+        "import keras_optkit\n"
+        "added = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(json.dumps(sorted(added - set(sys.stdlib_module_names))))"
+    )
+    assert loaded == ["keras_optkit"]
+
+
+def test_import_needs_no_optional_package():
+    """Keras itself imports some of them where they are installed, which would hide an import of ours."""
+    rooms = python(
+        "import sys, json\n"
+        "for name in ('torch', 'jax', 'matplotlib', 'optuna', 'keras_tuner', 'sklearn', 'pandas', 'pytest'):\n"
+        "    sys.modules[name] = None  # importing it now raises ImportError\n"
+        "import keras_optkit as ok\n"
+        "print(json.dumps([n for n in ok.__all__ if n not in ('testing', 'tuning') and getattr(ok, n) is not None]))"
+    )
+    assert {"callbacks", "initializers", "layers", "optimizers", "regularizers", "schedules"} <= set(rooms)
+
+
+def test_lazy_rooms_are_found_and_a_misspelt_one_is_not():
+    assert set(ok.__all__) <= set(dir(ok))
+    assert all(hasattr(ok, name) for name in ok.__all__)
+    with pytest.raises(AttributeError, match="optimisers"):
+        ok.optimisers  # noqa: B018
+
+
+def test_version_is_said_once():
+    assert version("keras-optkit") == ok.__version__
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    target = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(target)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (file,) = target.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    info = f"keras_optkit-{ok.__version__}.dist-info/"
+    files = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("keras_optkit/**/*.py")}
+    assert {name for name in wheel if not name.startswith(info)} == files | {"keras_optkit/py.typed"}
+
+
+def test_wheel_carries_licence_and_metadata(wheel):
+    info = f"keras_optkit-{ok.__version__}.dist-info"
+    assert wheel[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+    metadata = Parser().parsestr(wheel[f"{info}/METADATA"].decode())
+    assert metadata["Version"] == ok.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    base = {Requirement(line).name for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert base == {"keras", "keras-tuner", "numpy", "tensorboard", "tensorflow"}
+
+
+def test_constraints_pin_every_direct_dependency():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines if line[:1] != "#")}
+    wanted = [Requirement(line) for line in requires("keras-optkit")]
+    allowed = {
+        w.name: w.specifier.contains(pins[canonicalize_name(w.name)]) for w in wanted if w.name != "keras-optkit"
+    }
+    assert len(allowed) > 10
+    assert all(allowed.values()), allowed
+    assert pins["torch"] == "2.13.0"
