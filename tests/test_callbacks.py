@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import itertools
 import json
 import math
 import signal
@@ -15,6 +14,7 @@ from keras import ops
 import keras_optkit as ok
 from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters, TrainingMonitor
 from keras_optkit.schedules import Cosine, Linear, OneCycle, Warmup
+from keras_optkit.testing.problems import two_replicas
 
 STOCK = keras.optimizers
 
@@ -114,8 +114,10 @@ def twin_of(schedule):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("execution", EXECUTION)
-@pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
+@pytest.mark.parametrize(
+    ("room", "execution"),
+    [(room, how) for room in (STOCK, ok.optimizers) for how in EXECUTION if room is STOCK or how != "eager"],
+)
 def test_sgd_is_driven_as_in_a_numpy_loop(room, execution):
     x, y = regression()
     model = linear_model(room.SGD(0.7, momentum=0.1), **EXECUTION[execution])
@@ -183,7 +185,7 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
         (lambda: STOCK.Nadam(use_ema=True, ema_overwrite_frequency=3), "beta_1 beta_2 epsilon ema_momentum"),
         (lambda: STOCK.Adafactor(), "beta_2_decay epsilon_1 epsilon_2 clip_threshold"),
         (lambda: STOCK.Ftrl(l1_regularization_strength=0.01), "learning_rate_power l1_regularization_strength beta"),
-        (lambda: STOCK.Muon(), "learning_rate momentum muon_a adam_beta_1 weight_decay rms_rate"),
+        (lambda: STOCK.Muon(), "learning_rate momentum muon_a weight_decay rms_rate"),
         (lambda: STOCK.SGD(momentum=0.5, clipnorm=0.5), "momentum clipnorm"),
     ],
     ids=["AdamW", "RMSprop", "Nadam", "Adafactor", "Ftrl", "Muon", "SGD"],
@@ -208,10 +210,10 @@ def test_under_loss_scaling_a_skipped_update_does_not_count(room):
     rate, momentum = Linear(0.5, 4, final=0.125), Linear(0.5, 4, final=0.75)
     model = counting_model(room.SGD(1.0, momentum=0.9))
     assert isinstance(model.optimizer, STOCK.LossScaleOptimizer)
-    x = np.array([1, 2, np.inf, 0.5, 1], "float32")[:, None]
+    x = np.array([1, 1.5, np.inf, 0.5, 1], "float32")[:, None]  # times the loss scale 2^15 within float16, but for inf
     fit(model, x, x, ScheduleHyperparameters({"learning_rate": rate, "momentum": momentum}), batch_size=1, epochs=1)
     w, v = 1.0, 0.0
-    for t, g in enumerate([1, 2, 0.5, 1]):
+    for t, g in enumerate([1, 1.5, 0.5, 1]):
         v = twin_of(momentum)(t) * v + twin_of(rate)(t) * g
         w -= v
     assert model.get_weights()[0].item() == pytest.approx(w, rel=1e-6)
@@ -247,6 +249,23 @@ def test_a_second_fit_goes_on_and_numbers_are_left(room):
     np.testing.assert_allclose(model.get_weights()[0], expected[-1], rtol=1e-10)
 
 
+@pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
+def test_a_momentum_that_has_come_down_to_0_can_go_on(room):
+    model = counting_model(room.SGD(1.0, momentum=0.5))
+    momentum = Linear(0.5, 1, final=0.0)
+    for _ in range(2):
+        fit(
+            model,
+            np.ones((2, 1)),
+            np.ones((2, 1)),
+            ScheduleHyperparameters({"momentum": momentum}),
+            batch_size=1,
+            epochs=1,
+        )
+        assert model.optimizer.momentum == 0.0
+    assert model.get_weights()[0].item() == 1.0 - 1.0 - 1.0 - 1.0 - 1.0
+
+
 @pytest.mark.usefixtures("float64")
 def test_without_the_callback_training_goes_on_with_the_numbers_that_were_left():
     x, y = regression()
@@ -258,7 +277,8 @@ def test_without_the_callback_training_goes_on_with_the_numbers_that_were_left()
         return lambda t: twin_of(schedule)(min(t, 5))
 
     expected = numpy_sgd(x, y, 12, held(RATE), held(MOMENTUM), held(DECAY))
-    np.testing.assert_allclose(model.get_weights()[0], expected[-1], rtol=1e-10)
+    # Keras takes plain numbers through float32, also for float64 weights
+    np.testing.assert_allclose(model.get_weights()[0], expected[-1], rtol=1e-7)
 
 
 @pytest.mark.usefixtures("float64")
@@ -274,7 +294,7 @@ def test_functions_are_called_before_every_execution(steps_per_execution, held_f
     fit(model, x, y, ScheduleHyperparameters(functions))
 
     def seen(name):
-        return lambda t: functions[name](t - t % held_for)
+        return lambda t: float(functions[name](t - t % held_for))
 
     expected = numpy_sgd(x, y, 12, *map(seen, functions))
     np.testing.assert_allclose(model.get_weights()[0], expected[-1], rtol=1e-10)
@@ -305,15 +325,15 @@ def test_failure_leaves_a_usable_optimizer(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "schedules", "error", "message"),
     [
-        (lambda: STOCK.SGD(momentum=0.5), {"momentun": RATE}, ValueError, r"no hyperparameter 'momentun'.*learning_rate, .*Did you mean 'momentum'"),
-        (lambda: ok.optimizers.Adam(), {"momentum": RATE}, ValueError, r"Adam has no.*'momentum'.*Allowed: learning_rate, weight_decay, beta_1"),
+        (lambda: STOCK.SGD(momentum=0.5), {"momentun": RATE}, ValueError, "'momentun'.*mean 'momentum'"),
+        (lambda: ok.optimizers.Adam(), {"momentum": RATE}, ValueError, ": learning_rate, weight_decay, beta_1"),
         (lambda: STOCK.SGD(momentum=0.5), {"nesterov": RATE}, ValueError, "'nesterov' that can be driven"),
         (lambda: STOCK.SGD(momentum=0.0), {"momentum": RATE}, ValueError, "built with momentum=0"),
         (lambda: ok.optimizers.SGD(momentum=0.0), {"momentum": RATE}, ValueError, "built with momentum=0"),
         (lambda: STOCK.SGD(RATE), {"learning_rate": RATE}, ValueError, "was made with a schedule"),
         (lambda: ok.optimizers.SGD(RATE), {"learning_rate": RATE}, ValueError, "was made with a schedule"),
-        (lambda: STOCK.Adam(), {"ema_momentum": RATE}, ValueError, "ema_momentum cannot be driven: Adam, as it is configured"),
-        (lambda: STOCK.Muon(), {"ns_steps": RATE}, TypeError, "ns_steps cannot be driven: it has to be a Python number"),
+        (lambda: STOCK.Adam(), {"ema_momentum": RATE}, ValueError, "ema_momentum cannot be driven: Adam, as it is"),
+        (lambda: STOCK.Muon(), {"ns_steps": RATE}, TypeError, "ns_steps cannot.* has to be a Python number"),
         (lambda: STOCK.Adam(), {"beta_1": lambda _: ops.ones(2)}, TypeError, "beta_1 at update 0"),
         (lambda: STOCK.Adam(), {"beta_1": lambda _: math.nan}, ValueError, "beta_1 at update 0.*nan"),
         (lambda: STOCK.Adam(), {"beta_1": Constant([0.5, 0.5])}, ValueError, r"'beta_1'.*scalar.*\(2,\)"),
@@ -404,21 +424,23 @@ def test_nan_is_never_best_and_never_resets_the_wait(mode, curve, patience, epoc
     assert (callback.best, callback.best_epoch) == (best, best_epoch)
 
 
-class Validation(keras.utils.PyDataset):
-    """Validation data whose targets are NaN in some of the passes over it."""
+class Poison(keras.callbacks.Callback):
+    """Makes the model's outputs NaN for the validation of some epochs."""
 
-    def __init__(self, x, y, bad):
+    def __init__(self, epochs):
         super().__init__()
-        self.x, self.y, self.bad, self.passes = x, y, bad, 0
+        self.epochs, self.epoch = epochs, 0
 
-    def __len__(self):
-        return 1
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
 
-    def __getitem__(self, index):
-        return self.x, self.y * (np.nan if self.passes in self.bad else 1.0)
+    def on_test_begin(self, logs=None):
+        self.kept = [np.array(w) for w in self.model.get_weights()]
+        if self.epoch in self.epochs:
+            self.model.set_weights([w * np.nan for w in self.kept])
 
-    def on_epoch_end(self):
-        self.passes += 1
+    def on_test_end(self, logs=None):
+        self.model.set_weights(self.kept)
 
 
 def noisy_model(optimizer="sgd", **arguments):
@@ -449,7 +471,7 @@ def test_nan_in_the_first_validation_of_a_real_fit():
     x, y = regression(dtype="float32")
     model, seen = noisy_model(STOCK.SGD(0.01)), Snapshots()
     stopping = EarlyStopping(patience=2, restore_best_weights=True)
-    fit(model, x, y, stopping, seen, epochs=5, validation_data=Validation(x, y, bad={0, 2}))
+    fit(model, x, y, Poison({0, 2}), stopping, seen, epochs=5, validation_data=(x, y))
     found = [logs["val_loss"] for logs in seen.logs]
     assert [math.isnan(v) for v in found] == [True, False, True, False, False]
     assert stopping.best_epoch == int(np.nanargmin(found))
@@ -469,8 +491,8 @@ def test_best_weights_are_restored_when_the_epochs_are_over():
     stopping = EarlyStopping("val_loss", patience=50, restore_best_weights=True)
     fit(model, x, y, ScheduleHyperparameters(schedules), stopping, seen, epochs=4, validation_data=(x, y))
     found = [logs["val_loss"] for logs in seen.logs]
-    assert int(np.argmin(found)) < 3, found
-    assert stopping.best_epoch == int(np.argmin(found))
+    assert np.nanargmin(found) < 3, found
+    assert stopping.best_epoch == np.nanargmin(found)
     assert_weights(model, seen.weights[stopping.best_epoch])
     assert stopping.stopped_epoch == 0
     assert stopping.stop_reason == "The last epoch is over."
@@ -481,22 +503,22 @@ def interrupt(_):
 
 
 class Failing(keras.utils.PyDataset):
-    """Training data that raise in the last epoch."""
+    """Data that raise in the middle once they are told to."""
 
-    def __init__(self, x, y, error, epochs):
+    def __init__(self, x, y):
         super().__init__()
-        self.x, self.y, self.error, self.left = x, y, error, epochs
+        self.x, self.y, self.fails = x, y, False
 
     def __len__(self):
         return 6
 
     def __getitem__(self, index):
-        if self.left == 1 and index == 3:
-            raise self.error
+        if self.fails and index == 3:
+            raise OSError("disk")
         return self.x[4 * index : 4 * index + 4], self.y[4 * index : 4 * index + 4]
 
-    def on_epoch_end(self):
-        self.left -= 1
+    def fail(self, _):
+        self.fails = True
 
 
 @pytest.mark.parametrize(
@@ -514,24 +536,20 @@ def test_best_weights_are_restored_when_fit_is_left(how, error):
     x, y = regression(dtype="float32")
     model, seen = noisy_model(STOCK.SGD(0.01)), Snapshots()
     stopping = EarlyStopping("loss", patience=50, restore_best_weights=True)
-    callbacks, arguments = [seen, stopping], {}
-    if how == "data":
-        data = Failing(x, y, OSError("disk"), epochs=3)
-        with pytest.raises(error, match="disk"):
-            model.fit(data, epochs=3, verbose=0, callbacks=callbacks, shuffle=False)
-    else:
-        if how == "validation":
-            broken = Failing(x, y, OSError("disk"), epochs=3)
-            arguments["validation_data"] = broken
-        at = {
-            "later callback": [*callbacks, At(boom, batch=3, epoch=2)],
-            "earlier callback": [At(boom, batch=3, epoch=2), *callbacks],
-            "epoch end of a later callback": [*callbacks, At(boom, epoch=2)],
-            "ctrl-c": [At(interrupt, batch=3, epoch=2), *callbacks],
-            "validation": callbacks,
-        }
-        with pytest.raises(error, match={"validation": "disk", "ctrl-c": None}.get(how, "boom")):
-            fit(model, x, y, *at[how], epochs=5, **arguments)
+    callbacks, data = [seen, stopping], Failing(x, y)
+    callbacks = {
+        "later callback": [*callbacks, At(boom, batch=3, epoch=2)],
+        "earlier callback": [At(boom, batch=3, epoch=2), *callbacks],
+        "epoch end of a later callback": [*callbacks, At(boom, epoch=2)],
+        "ctrl-c": [At(interrupt, batch=3, epoch=2), *callbacks],
+        "data": [*callbacks, At(data.fail, epoch=1)],
+        "validation": [*callbacks, At(data.fail, epoch=1)],
+    }[how]
+    arguments = {"x": data} if how == "data" else {"x": x, "y": y, "batch_size": 4}
+    arguments |= {"validation_data": data} if how == "validation" else {}
+    with pytest.raises(error, match={"ctrl-c": None, "data": "disk", "validation": "disk"}.get(how, "boom")):
+        model.fit(**arguments, epochs=5, shuffle=False, verbose=0, callbacks=callbacks)
+    assert len(seen.logs) in (2, 3)
     best = int(np.argmin([logs["loss"] for logs in seen.logs]))
     assert stopping.best_epoch == best
     assert_weights(model, seen.weights[best])
@@ -587,14 +605,11 @@ def test_an_unknown_monitor_raises_at_the_first_epoch_that_shows_it(monitor, arg
 
 def test_epochs_without_validation_are_passed_over():
     x, y = regression(dtype="float32")
-    model, seen = noisy_model(STOCK.SGD(0.0)), Snapshots()  # nothing ever improves
-    stopping = EarlyStopping("val_mae", patience=2)
-    fit(model, x, y, seen, stopping, epochs=20, validation_split=0.25, validation_freq=3)
-    # moving statistics still change: a rate of 0 does not hold the model still, so freeze them by patience alone
-    validated = [i for i, logs in enumerate(seen.logs) if "val_mae" in logs]
-    assert validated == list(range(2, len(seen.logs), 3))
-    assert stopping.stopped_epoch in (0, validated[-1])
-    assert stopping.best_epoch in validated
+    model, seen = linear_model(STOCK.SGD(1e-12), dtype="float32"), Snapshots()  # too small a step to change float32
+    stopping = EarlyStopping("val_loss", patience=2)
+    fit(model, x, y, seen, stopping, epochs=20, validation_data=(x, y), validation_freq=3)
+    assert [i for i, logs in enumerate(seen.logs) if "val_loss" in logs] == [2, 5, 8]
+    assert (stopping.best_epoch, stopping.stopped_epoch, len(seen.logs)) == (2, 8, 9)
 
 
 def test_it_stops_a_real_fit_says_why_and_starts_afresh(capsys):
@@ -613,38 +628,26 @@ def test_it_stops_a_real_fit_says_why_and_starts_afresh(capsys):
         )
 
 
-@pytest.mark.parametrize(
-    ("monitor", "expected"),
-    [
-        ("val_loss", "min"),
-        ("accuracy", "max"),
-        ("val_auc", "max"),
-        ("mean_absolute_error", "min"),
-        ("val_head_loss", "min"),
-        ("pixel_acc", "max"),
-        ("gap", None),
-        ("accuracy_loss", None),
-    ],
-)
-def test_auto_mode_asks_keras_and_then_the_name(monitor, expected):
+def test_auto_mode_asks_keras_and_then_the_name():
     def gap(y, p):
         return ops.mean(y - p)
 
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, "sigmoid")])
-    model.compile(
-        loss="binary_crossentropy", metrics=["accuracy", keras.metrics.AUC(name="auc"), "mean_absolute_error", gap]
-    )
+    metrics = ["accuracy", keras.metrics.AUC(name="auc"), "mean_absolute_error", gap]
+    model.compile(loss="binary_crossentropy", metrics=metrics)
     model.evaluate(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
-    callback = EarlyStopping(monitor, patience=1)
-    callback.set_model(model)
-    callback.on_train_begin()
-    if expected is None:
-        with pytest.raises(ValueError, match=f"mode='auto' cannot tell.*'{monitor}'.*mode='min' or 'max'"):
+    down, up = ["val_loss", "mean_absolute_error", "val_head_loss"], ["accuracy", "val_auc", "pixel_acc"]
+    for monitor in [*down, *up, "gap", "accuracy_loss"]:
+        callback = EarlyStopping(monitor, patience=1)
+        callback.set_model(model)
+        callback.on_train_begin()
+        if monitor in (*down, *up):
             callback.on_epoch_end(0, {monitor: 1.0})
-        return
-    callback.on_epoch_end(0, {monitor: 1.0})
-    callback.on_epoch_end(1, {monitor: 2.0})
-    assert callback.best == (1.0 if expected == "min" else 2.0)
+            callback.on_epoch_end(1, {monitor: 2.0})
+            assert callback.best == (1.0 if monitor in down else 2.0), monitor
+        else:
+            with pytest.raises(ValueError, match=f"mode='auto' cannot tell.*'{monitor}'.*mode='min' or 'max'"):
+                callback.on_epoch_end(0, {monitor: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -778,8 +781,6 @@ def test_loss_has_the_regularisation_and_sample_weights_of_its_batch(tmp_path):
     weight = np.array([1, 3, 2, 2], "float32")
     fit(model, x, 0 * x, TrainingMonitor(tmp_path), batch_size=2, epochs=1, sample_weight=weight)
     expected = [(1 * 1 + 3 * 4) / 2 + 0.5, (2 * 9 + 2 * 16) / 2 + 0.5]
-    if keras.losses.MeanSquaredError()([[0.0]] * 2, x[:2], sample_weight=weight[:2]) != expected[0] - 0.5:
-        expected = [13 / 4 + 0.5, 50 / 4 + 0.5]
     assert [v for _, v in events(tmp_path)["train/loss"]] == pytest.approx(expected, rel=1e-6)
 
 
@@ -787,10 +788,10 @@ def test_loss_has_the_regularisation_and_sample_weights_of_its_batch(tmp_path):
 def test_mixed_precision_norm_is_unscaled_and_a_skipped_update_has_no_step(room, tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     model = counting_model(room.SGD(0.125))
-    x = np.array([1, -2, np.inf, 0.5, 4], "float32")[:, None]
+    x = np.array([1, -1.5, np.inf, 0.5, 0.25], "float32")[:, None]
     fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
     found = events(tmp_path)
-    assert found["train/gradient_norm"] == [(1, 1.0), (2, 2.0), (3, 0.5), (4, 4.0)]
+    assert found["train/gradient_norm"] == [(1, 1.0), (2, 1.5), (3, 0.5), (4, 0.25)]
     assert found["train/loss"][0] == (1, 1.0)
     assert {rate for _, rate in found["train/learning_rate"]} == {0.125}
 
@@ -805,9 +806,9 @@ def test_fixed_loss_scale_is_taken_out(tmp_path):
 
 
 def test_rows_that_occur_twice_in_a_sparse_gradient_are_summed(tmp_path):
-    model = keras.Sequential(
-        [keras.Input((2,), dtype="int32"), keras.layers.Embedding(5, 1), keras.layers.Flatten(), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones", trainable=False)]
-    )  # fmt: skip
+    last = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones", trainable=False)
+    layers = [keras.Input((2,), dtype="int32"), keras.layers.Embedding(5, 1), keras.layers.Flatten(), last]
+    model = keras.Sequential(layers)
     model.compile(optimizer=STOCK.SGD(0.0), loss=lambda _, p: ops.mean(p))
     ids = np.array([[1, 1], [1, 3]])
     fit(model, ids, np.zeros((2, 1)), TrainingMonitor(tmp_path), batch_size=1, epochs=1)
@@ -879,7 +880,7 @@ def test_failure_leaves_everything_written(tmp_path):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 1, 0)])
 def test_the_three_work_together_in_any_order(order, tmp_path):
     x, y = regression()
     model = linear_model(STOCK.SGD(0.7, momentum=0.1))
@@ -895,6 +896,26 @@ def test_the_three_work_together_in_any_order(order, tmp_path):
     rates = [value for _, value in events(tmp_path)["train/learning_rate"]]
     np.testing.assert_allclose(rates, [twin_of(RATE)(t) for t in range(18)], rtol=1e-6)
     assert not {"apply", "scale_loss"} & set(vars(model.optimizer))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
+def test_two_replicas_are_driven_and_monitored_as_one(room, tmp_path):
+    x, y = regression()
+    with two_replicas().scope():
+        model = linear_model(STOCK.LossScaleOptimizer(room.SGD(0.7, momentum=0.1), initial_scale=16.0))
+    fit(model, x, y, TrainingMonitor(tmp_path), ScheduleHyperparameters(SGD_SCHEDULES))
+    w = numpy_sgd(x, y, 12, twin_of(RATE), twin_of(MOMENTUM), twin_of(DECAY))
+    np.testing.assert_allclose(model.get_weights()[0], w[-1], rtol=1e-10)
+    losses, norms = [], []
+    for t in range(12):
+        a, b = (array[4 * t % 24 : 4 * t % 24 + 4] for array in (x, y))
+        losses.append(np.mean((a @ w[t] - b) ** 2))
+        norms.append(np.linalg.norm(2 * a.T @ (a @ w[t] - b) / 4))
+    found = events(tmp_path)
+    for tag, expected in {"train/loss": losses, "train/gradient_norm": norms}.items():
+        assert steps_of(found, tag) == list(range(1, 13))
+        np.testing.assert_allclose([v for _, v in found[tag]], expected, rtol=1e-6, err_msg=tag)
 
 
 @pytest.mark.parametrize(
@@ -921,14 +942,11 @@ class LosesItsConfig(ok.callbacks.EarlyStopping):
         return super().get_config() | {"patience": 7}
 
 
-class SwallowsErrors(ok.callbacks.EarlyStopping):
-    def on_train_begin(self, logs=None):
-        self.model.optimizer.weight_decay = 0.5
-
-
 @pytest.mark.parametrize(("wrong", "failing"), [(Meddles, "is_passive"), (LosesItsConfig, "config_round_trip")])
 def test_suite_fails_a_wrong_callback(wrong, failing):
     keras.saving.register_keras_serializable("test_callbacks")(wrong)
     case = {"monitor": "loss", "patience": 3}
     card = ok.Card(name=wrong.__name__, kind="callback", make=wrong, tags={"passive"}, cases=(case,))
-    assert failing in ok.testing.failures(card)
+    (check,) = (c for c in ok.testing.checks_for(card) if c.name == failing)
+    with pytest.raises(AssertionError):
+        check(card)

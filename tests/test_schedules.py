@@ -143,7 +143,7 @@ def test_a_vector_of_steps_gives_a_vector_of_values():
         np.testing.assert_allclose(together, values(schedule, steps), rtol=1e-14, atol=1e-16)
 
 
-STOCK = ["SGD", "RMSprop", "Adam", "AdamW", "Adamax", "Nadam", "Adadelta", "Adagrad", "Adafactor", "Ftrl", "Lion", "Lamb"]
+STOCK = ["SGD", "RMSprop", "Adam", "AdamW", "Adamax", "Nadam", "Adadelta", "Adagrad", "Adafactor", "Ftrl", "Lion"]
 
 
 @pytest.mark.parametrize("optimizer", STOCK)

@@ -18,6 +18,7 @@ from playwright.sync_api import sync_playwright
 import keras_optkit as ok
 
 SCREENSHOTS = "KERAS_OPTKIT_SCREENSHOTS"  # a directory for pictures of the pages, if wanted
+PATIENCE = 90_000  # milliseconds until something that is not shown counts as missing
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -64,7 +65,7 @@ def browser_page():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1800, "height": 1000})
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(PATIENCE)
         yield page
         browser.close()
 
@@ -118,10 +119,11 @@ def assert_hparams(page, url, trials):
             grid.locator(".table-header").filter(has_text=exactly).first.wait_for()
         except NotShown:
             raise AssertionError(f"The HParams table has the columns {shown}, and no {name!r}.") from None
-    page.wait_for_function(  # the rows come after the header
-        f"([grid, count]) => ({READ_TABLE})(grid).filter(row => row[0]).length > count",
-        arg=[grid.element_handle(), len(trials)],
-    )
+    with contextlib.suppress(NotShown):  # the rows come after the header; a missing one is reported below
+        page.wait_for_function(
+            f"([grid, count]) => ({READ_TABLE})(grid).filter(row => row[0]).length > count",
+            arg=[grid.element_handle(), len(trials)],
+        )
     head, *rows = [row for row in grid.evaluate(READ_TABLE) if row[0]]
     rows = [dict(zip(head, row, strict=False)) for row in rows]
     for trial in trials:

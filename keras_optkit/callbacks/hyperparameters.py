@@ -199,6 +199,7 @@ class ScheduleHyperparameters(Callback):
         self._refuse_what_cannot_be_driven()
         self._sources = {name: self._source(name, value) for name, value in self.schedules.items()}
         self._begun_at = number(self._optimizer.iterations)
+        self._inside = 0
         self._call_functions()
         for name, source in self._sources.items():
             value = np.asarray(ops.convert_to_numpy(source(self._begun_at)))
@@ -234,34 +235,41 @@ class ScheduleHyperparameters(Callback):
                 f"learning_rate cannot be driven: this {type(optimizer).__name__} was made with a schedule as its "
                 "learning rate and follows that. Make it with a number."
             )
-        if "momentum" in self.schedules and optimizer.built and optimizer.momentum == 0:
-            raise ValueError(
-                f"momentum cannot be driven: this {type(optimizer).__name__} was built with momentum=0 and keeps no "
-                "velocity. Make it with a momentum above 0."
-            )
 
     @contextlib.contextmanager
     def _drive(self, *_: Any, **__: Any) -> Iterator[None]:
         """Around `optimizer.apply`, while the step is traced: the hyperparameters are tensors in there."""
         optimizer, attributes = self._optimizer, {}
-        read: set[str] = set()
+        if not self._inside:
+            self._read = set()
         for name, source in self._sources.items():
             value = Schedule.real(source(optimizer.iterations))
             if name == "learning_rate":  # a variable everywhere in Keras
                 optimizer.learning_rate.assign(ops.cast(value, optimizer.learning_rate.dtype))
             elif isinstance(optimizer, Optimizer):  # ours read schedules themselves
                 attributes[name] = source
-                read.add(name)
+                self._read.add(name)
             else:
-                attributes[name] = Driven(name, value, self._dtype, read.add)
-        numbers = {name: getattr(optimizer, name) for name in attributes}
+                attributes[name] = Driven(name, value, self._dtype, self._read.add)
+        if not self._inside:
+            self._numbers = {name: getattr(optimizer, name) for name in attributes}
+        self._inside += 1  # the replicas of a strategy are traced in turns, and so enter before others have left
         _set(optimizer, attributes)
         try:
             yield
+        except Exception as error:
+            if self._numbers.get("momentum") == 0:
+                raise ValueError(
+                    f"momentum cannot be driven: this {type(optimizer).__name__} was built with momentum=0 and keeps "
+                    "no velocity. Make it with a momentum above 0."
+                ) from error
+            raise
         finally:
-            _set(optimizer, numbers)
-        unread = attributes.keys() - read
-        if unread:
+            self._inside -= 1
+            if not self._inside:
+                _set(optimizer, self._numbers)
+        unread = attributes.keys() - self._read
+        if unread and not self._inside:
             raise ValueError(
                 f"{', '.join(sorted(unread))} cannot be driven: {type(optimizer).__name__}, as it is configured, does "
                 "not read it in its update."
@@ -298,6 +306,8 @@ class ScheduleHyperparameters(Callback):
         if self._detach is not None:
             self._detach()
             self._detach = None
+            if self._inside:  # an exception in one replica leaves the others where they were
+                _set(self._optimizer, self._numbers)
             self._leave_numbers()
             self.model.make_train_function(force=True)
 

@@ -198,7 +198,7 @@ def _over_replicas(grads: Sequence[Tensor | None]) -> list[Tensor]:
     """The gradients of the global batch, dense: rows that occur twice in a sparse one have to be summed first."""
     import tensorflow as tf
 
-    present = [ops.convert_to_tensor(g) for g in grads if g is not None]
+    present = [tf.convert_to_tensor(g) for g in grads if g is not None]  # keras.ops would leave it sparse
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return present

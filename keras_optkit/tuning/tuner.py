@@ -326,7 +326,8 @@ class Tuner(keras_tuner.Tuner):
             return
         name = f"trial_{trial.trial_id}"
         directory = self.log_dir / name
-        group = f"{name} ({self.log_dir})"  # TensorBoard merges equal names: those of two searches must differ
+        # TensorBoard merges equal names, so those of two searches must differ; and it cuts off long ones at the end.
+        group = f"{name} ({self.log_dir.name} in {self.log_dir.parent})"
         if self.executions_per_trial > 1:
             directory /= f"execution_{execution}"
         with logs.hparams_session(directory, group, values) as metric:
