@@ -361,7 +361,7 @@ def test_bad_normalization_is_refused(make, words):
 class Forgetful(layers.Dropout):
     """Loses its rate and its seed in the config, and drops at inference."""
 
-    def call(self, inputs, training=False):  # noqa: ARG002
+    def call(self, inputs, training=False):
         return super().call(inputs, training=True)
 
     def get_config(self):
