@@ -118,10 +118,7 @@ class _FromHost(LearningRateSchedule):
 @register(
     "callback",
     paper="Smith, arXiv 1803.09820 (learning rate, momentum and weight decay are scheduled together)",
-    cases=(
-        {"schedules": {"learning_rate": Cosine(0.1, 8)}},
-        {"schedules": {"learning_rate": Linear(0.1, 8), "weight_decay": Linear(0.0, 8, final=0.1)}},
-    ),
+    cases=({"schedules": {"learning_rate": Cosine(0.1, 8), "weight_decay": Linear(0.0, 8, final=0.1)}},),
 )
 class ScheduleHyperparameters(Callback):
     """Lets hyperparameters of the optimizer follow schedules, update by update.
@@ -132,16 +129,17 @@ class ScheduleHyperparameters(Callback):
     accumulation (an update is an update of the weights) and with `steps_per_execution > 1`, and a second `fit` goes on
     where the first one ended.
 
-    Any hyperparameter that is a number in the optimizer's config can be driven, of our optimizers and of Keras's:
-    `learning_rate`, `weight_decay`, `momentum`, `beta_1`, `clipnorm` and so on. After `fit`, and at the end of every
-    epoch, the attributes hold plain numbers, the values used last, so that the optimizer can be saved as usual.
+    With Keras's optimizers any number in the config can be driven: `learning_rate`, `weight_decay`, `momentum`,
+    `beta_1`, `clipnorm` and so on; with ours, the learning rate, the weight decay and the numbers of the update rule.
+    After `fit`, and at the end of every epoch, the attributes hold plain numbers, the values used last, so that the
+    optimizer can be saved as usual.
 
     A value can be a `LearningRateSchedule`, ours or Keras's, or a Python function of the update count. A function is
     called by the host before every batch, which costs a synchronisation with the device, works on the TensorFlow
     backend only, and with `steps_per_execution=k` is called before every k-th batch, so that k updates have one value.
 
-    Keras's SGD and RMSprop keep no velocity when they are built with `momentum=0`; give them a momentum above 0 to have
-    it driven. An optimizer that was made with a schedule as its learning rate has one already, so that driving
+    SGD and RMSprop keep no velocity when they are built with `momentum=0`; give them a momentum above 0 to have it
+    driven. An optimizer that was made with a schedule as its learning rate has one already, so that driving
     `learning_rate` raises. Clipping thresholds must stay above 0.
 
     When not to use it: for the learning rate alone; `optimizer = Adam(schedule)` is simpler and is saved with the
@@ -152,13 +150,12 @@ class ScheduleHyperparameters(Callback):
 
     Raises:
         TypeError: For a value that is neither a schedule nor a function.
-        ValueError: For no schedules at all; when training begins, for a name that the optimizer does not have, with the
-            names it has, and for a hyperparameter that cannot be driven.
+        ValueError: For no schedules at all; when training begins, before the first update, for a name that the
+            optimizer does not have, with the names it has, and for a hyperparameter that cannot be driven.
 
     Example:
     ```python
     import keras
-    import numpy as np
     import keras_optkit as ok
 
     x = keras.random.normal((64, 4), seed=0)
@@ -228,7 +225,7 @@ class ScheduleHyperparameters(Callback):
             if name not in known:
                 raise ValueError(
                     f"schedules: {type(optimizer).__name__} has no hyperparameter {name!r} that can be driven. "
-                    f"Allowed: {', '.join(known)}.{arguments.near(name, known)}"
+                    f"Allowed: {', '.join(known) or 'none'}.{arguments.near(name, known)}"
                 )
         if "learning_rate" in self.schedules and not isinstance(optimizer.learning_rate, keras.Variable):
             raise ValueError(
@@ -321,7 +318,8 @@ def _drivable(optimizer: Any) -> list[str]:
     may_be_none = {"weight_decay", "clipnorm", "clipvalue", "global_clipnorm"}
     config = optimizer.get_config()
     numbers = [name for name, value in config.items() if _is_number(value) or (value is None and name in may_be_none)]
-    return ["learning_rate", *(name for name in numbers if name != "learning_rate" and name not in _STRUCTURAL)]
+    rate = ["learning_rate"] if hasattr(optimizer, "learning_rate") else []  # Keras's MultiOptimizer has none
+    return [*rate, *(name for name in numbers if name != "learning_rate" and name not in _STRUCTURAL)]
 
 
 def _is_number(value: Any) -> bool:

@@ -129,7 +129,9 @@ class TrainingMonitor(Callback):
     @contextlib.contextmanager
     def _see_gradients(self, grads: Sequence[Tensor | None], *_: Any, **__: Any) -> Iterator[None]:
         optimizer = self.model.optimizer
-        self._hold("learning_rate", optimizer.learning_rate)
+        rate = getattr(optimizer, "learning_rate", None)  # Keras's MultiOptimizer has none
+        if rate is not None:
+            self._hold("learning_rate", rate)
         scale = type(optimizer).scale_loss(optimizer, ops.ones((), "float32"))  # the class's own, which nobody watches
         self._hold("gradient_norm", _global_norm(_over_replicas(grads)) / scale)
         yield
