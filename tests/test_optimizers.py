@@ -363,6 +363,30 @@ def test_embedding_gradients_are_summed_over_repeated_rows():
     np.testing.assert_array_equal(table.numpy()[:, 0], [0, -2, 0, 0, -1])
 
 
+def test_clipping_sees_repeated_rows_of_a_sparse_gradient_summed():
+    table = tf.Variable(tf.zeros((5, 2)))
+    slices = tf.IndexedSlices(tf.ones((3, 2)), tf.constant([1, 1, 4]), dense_shape=(5, 2))
+    ok.optimizers.SGD(1.0, global_clipnorm=1.0).apply([slices], [table])
+    assert np.linalg.norm(table.numpy()) == pytest.approx(1.0, rel=1e-6)
+    assert table.numpy()[1, 0] == pytest.approx(-2 / np.sqrt(10), rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [ok.optimizers.SGD, ok.optimizers.RMSprop])
+def test_momentum_can_be_switched_off_but_not_on_after_build(make):
+    one = tf.constant(1.0, "float64")
+    w = [keras.Variable(1.0, dtype="float64")]
+    off, plain = make(0.1, momentum=0.9), make(0.1)
+    off.build(w)
+    off.momentum = 0.0
+    off.apply([one], w)
+    expected = [keras.Variable(1.0, dtype="float64")]
+    plain.apply([one], expected)
+    assert float(w[0]) == float(expected[0])
+    plain.momentum = 0.9
+    with pytest.raises(ValueError, match=r"built without the state \['v'\]"):
+        plain.apply([one], expected)
+
+
 def test_half_precision_weights_are_updated_through_float32():
     w = keras.Variable(np.ones((2, 2)), dtype="bfloat16")
     optimizer = ok.optimizers.Adam(0.25)

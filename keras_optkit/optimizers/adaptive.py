@@ -104,12 +104,12 @@ class RMSpropRule(Rule):
     epsilon_inside: bool = flag(True)
     rate_in_velocity: bool = flag(True)
 
-    @property
-    def _has_velocity(self) -> bool:
-        return is_dynamic(self.momentum) or self.momentum > 0
-
     def slots(self) -> dict[str, float]:
-        return {"E": 0.0} | ({"mean": 0.0} if self.centered else {}) | ({"v": 0.0} if self._has_velocity else {})
+        return (
+            {"E": 0.0}
+            | ({"mean": 0.0} if self.centered else {})
+            | ({"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {})
+        )
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         rho = h(self.rho)
@@ -119,7 +119,7 @@ class RMSpropRule(Rule):
             new["mean"] = rho * slots["mean"] + (1 - rho) * u
             variance = variance - new["mean"] * new["mean"]
         direction = u / _root(variance, h(self.epsilon), self.epsilon_inside)
-        if not self._has_velocity:
+        if "v" not in slots:
             return h.learning_rate * direction, new
         if self.rate_in_velocity:
             new["v"] = h(self.momentum) * slots["v"] + h.learning_rate * direction

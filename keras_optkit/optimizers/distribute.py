@@ -28,7 +28,7 @@ def run(step: Step, state: Any, grads: Sequence[Tensor | None]) -> None:
     In a replica of a distribution strategy the gradients are first summed over the replicas, so that `step` sees the
     gradients of the global batch, and every device then updates its own copies of the variables alike.
     """
-    dense = [None if g is None else ops.convert_to_tensor(g) for g in grads]
+    dense = [None if g is None else _dense(g) for g in grads]
     if not TENSORFLOW:
         _assign(step, state, dense)
         return
@@ -56,6 +56,11 @@ def run(step: Step, state: Any, grads: Sequence[Tensor | None]) -> None:
         strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
 
     context.merge_call(across_replicas, args=(dense,))
+
+
+def _dense(gradient: Any) -> Tensor:
+    """A gradient as one tensor; rows that occur twice in a sparse one are summed, which Keras's conversion leaves."""
+    return tf.convert_to_tensor(gradient) if TENSORFLOW else ops.convert_to_tensor(gradient)
 
 
 def _assign(step: Step, state: Any, grads: list[Tensor | None]) -> None:

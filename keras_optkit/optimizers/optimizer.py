@@ -345,11 +345,16 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         """Updates the bucket's members in `weights` and returns its new slots."""
         u = bucket.join([grads[i] for i in bucket.indices])
         p = ops.cast(bucket.join([weights[i] for i in bucket.indices]), u.dtype)
+        missing = set(self.rule.slots()) - set(slots)
+        if missing:
+            raise ValueError(
+                f"{self.name} was built without the state {sorted(missing)} that {self.rule!r} needs. Give a "
+                "hyperparameter that switches state on a value other than 0 before the optimizer is built."
+            )
         step, new_slots = self.rule.update(u, slots, p, h)
         if set(new_slots) != set(slots):
             raise ValueError(
-                f"{type(self.rule).__name__}.update returned the slots {sorted(new_slots)}, expected {sorted(slots)}. "
-                "A hyperparameter that decides which slots exist cannot change after build."
+                f"{type(self.rule).__name__}.update returned the slots {sorted(new_slots)}, expected {sorted(slots)}."
             )
         if self.weight_decay is not None and bucket.decayed:
             step = step + h.learning_rate * h(self.weight_decay) * p

@@ -26,7 +26,7 @@ class SGDRule(Rule):
         return {"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-        if not self.slots():
+        if "v" not in slots:
             return h.learning_rate * u, {}
         gamma = h(self.momentum)
         if self.rate_in_velocity:
