@@ -254,6 +254,7 @@ WHOLE = idx(np.zeros((600, 28, 28), np.uint8))
         (gzip.compress(idx(np.zeros((600, 32, 32), np.uint8))), r"images of 28x28.*\(600, 32, 32\)"),
         (gzip.compress(idx(np.zeros((599, 28, 28), np.uint8))), "as many labels"),
     ],
+    ids=range(10),  # gzip writes the time into its header, and all xdist workers must name the tests alike
 )
 def test_fashion_mnist_says_what_is_wrong_with_the_files(example, fashion, capsys, content, complaint):
     path = fashion / "train-images-idx3-ubyte.gz"

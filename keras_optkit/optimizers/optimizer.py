@@ -32,7 +32,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     A subclass is a signature, a docstring and a rule. Every hyperparameter of the rule is an attribute of the optimizer
     that can be read and, before the training function is traced, set; the config is collected from the constructor's
-    signature. The order of one step is: unscale, sum over replicas, accumulate, clip, rule, decoupled weight decay,
+    signature. The order of one step is: sum over replicas, unscale, accumulate, clip, rule, decoupled weight decay,
     constraints, moving average. Clipping thus sees the gradient of the whole global batch, and schedules, weight decay
     and the average count updates of the weights, not micro-batches.
 
