@@ -18,7 +18,6 @@ from keras_optkit.initializers import (
     XavierNormal,
     XavierUniform,
 )
-from keras_optkit.private import current_layer
 from keras_optkit.registry import Card
 from keras_optkit.testing import roundtrip
 from keras_optkit.testing.checks.initializers import KERNELS
@@ -180,20 +179,6 @@ def test_one_instance_serves_kernels_of_one_shape_in_different_layers():
     assert kernel(depthwise).shape == kernel(conv).shape
     assert math.sqrt(6 / 9) * 0.95 < abs(kernel(depthwise)).max() <= math.sqrt(6 / 9)
     assert math.sqrt(6 / 4500) * 0.95 < abs(kernel(conv)).max() <= math.sqrt(6 / 4500)
-
-
-def test_the_layer_at_work_is_known():
-    seen = []
-
-    class Spy(keras.initializers.Initializer):
-        def __call__(self, shape, dtype=None):
-            seen.append(current_layer())
-            return keras.ops.zeros(shape, dtype)
-
-    layer = layers.Dense(2, kernel_initializer=Spy())
-    layer.build((None, 3))
-    assert seen == [layer]
-    assert current_layer() is None
 
 
 def test_axes_can_be_given():
