@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert parameters < 1_000_000
 
     results = compare(recipe, lambda _: data, [arguments.seed], arguments.logs, console)
-    console.print(table(results, f"Fashion-MNIST, {recipe.epochs} epochs, seed {arguments.seed}"))
+    console.print(table(results, f"Fashion-MNIST, test accuracy after {recipe.epochs} epochs, seed {arguments.seed}"))
     draw(results, arguments.logs / "curves.png")
     console.print(f"Curves: {arguments.logs / 'curves.png'}; tensorboard --logdir {arguments.logs}")
 

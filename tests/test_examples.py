@@ -65,7 +65,7 @@ def test_each_row_adds_its_technique_and_keeps_those_before(example):
             assert np.std(layer.kernel) == pytest.approx(std if initialised else 0.05, rel=0.03)
         assert type(model.optimizer).__name__ == ("Adam" if row >= cnn.Row.OPTIMIZER else "SGD")
         regularised = row >= cnn.Row.REGULARISATION
-        assert len(layers_of(model, keras.layers.BatchNormalization)) == (4 if regularised else 0)
+        assert len(layers_of(model, keras.layers.BatchNormalization)) == (3 if regularised else 0)
         assert [layer.rate for layer in layers_of(model, keras.layers.Dropout)] == ([0.5] if regularised else [])
         assert len(model.losses) == (5 if regularised else 0)
         rates = []
