@@ -115,6 +115,15 @@ _CASES = (
 )
 
 
+class _Between(Schedule):
+    """A schedule that goes from one value to another in a number of updates."""
+
+    def __init__(self, initial: float, steps: int, final: float = 0.0):
+        self.initial = arguments.real("initial", initial)
+        self.steps = arguments.integer("steps", steps, 1)
+        self.final = arguments.real("final", final)
+
+
 @register(
     "schedule",
     paper="torch LinearLR; Keras PolynomialDecay with power 1",
@@ -123,7 +132,7 @@ _CASES = (
     cases=_CASES,
     twin=references.linear,
 )
-class Linear(Schedule):
+class Linear(_Between):
     """A straight line from one value to another.
 
     ```text
@@ -153,11 +162,6 @@ class Linear(Schedule):
     ```
     """
 
-    def __init__(self, initial: float, steps: int, final: float = 0.0):
-        self.initial = arguments.real("initial", initial)
-        self.steps = arguments.integer("steps", steps, 1)
-        self.final = arguments.real("final", final)
-
     def value(self, step: Any) -> Tensor:  # noqa: D102
         return _line(_share(step, self.steps), self.initial, self.final)
 
@@ -170,7 +174,7 @@ class Linear(Schedule):
     cases=_CASES,
     twin=references.cosine,
 )
-class Cosine(Schedule):
+class Cosine(_Between):
     """Half a cosine from one value to another: flat at both ends, steepest in the middle.
 
     ```text
@@ -199,11 +203,6 @@ class Cosine(Schedule):
     print([round(float(schedule(step)), 4) for step in (0, 50, 100, 550, 1000)])
     ```
     """
-
-    def __init__(self, initial: float, steps: int, final: float = 0.0):
-        self.initial = arguments.real("initial", initial)
-        self.steps = arguments.integer("steps", steps, 1)
-        self.final = arguments.real("final", final)
 
     def value(self, step: Any) -> Tensor:  # noqa: D102
         return _half_cosine(_share(step, self.steps), self.initial, self.final)
