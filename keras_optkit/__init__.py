@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from keras_optkit import callbacks, initializers, layers, optimizers, regularizers, schedules
+from keras_optkit.optimizers import Group
 from keras_optkit.registry import Card, cards, register
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Card",
+    "Group",
     "__version__",
     "callbacks",
     "cards",

@@ -11,6 +11,7 @@ import torch
 from keras import ops
 
 import keras_optkit as ok
+from keras_optkit.optimizers.groups import Treatment
 from keras_optkit.optimizers.packing import pack
 from keras_optkit.testing import problems
 
@@ -286,23 +287,35 @@ def test_signature_lists_the_common_keywords():
 
 def test_pack_sorts_by_dtype_decay_and_size():
     shapes = [(2, 3), (4,), (300, 300), (2, 3), ()]
-    buckets = pack(shapes, ["float32"] * 3 + ["float16", "float32"], [True, False, True, True, False], elementwise=True)
+    decayed, spared = Treatment(), Treatment(decayed=False)
+    treatments = [decayed, spared, decayed, decayed, spared]
+    dtypes = ["float32"] * 3 + ["float16", "float32"]
+    buckets = pack(shapes, dtypes, treatments, elementwise=True)
     assert [b.indices for b in buckets] == [(0,), (1, 4), (2,), (3,)]
     assert [b.flat for b in buckets] == [True, True, False, True]
-    stacked = pack([(2, 3), (4,), (2, 3)], ["float32"] * 3, [True] * 3, elementwise=False)
+    assert [b.alone for b in buckets] == [False, False, True, False]
+    some = pack(shapes, dtypes, [None, *treatments[1:]], elementwise=True, alone=lambda i: i == 4)
+    assert [b.indices for b in some] == [(1,), (2,), (3,), (4,)]
+    stacked = pack([(2, 3), (4,), (2, 3)], ["float32"] * 3, [decayed] * 3, elementwise=False)
     assert [(b.indices, b.flat) for b in stacked] == [((0, 2), False), ((1,), False)]
 
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_join_and_split_are_inverse(flat):
     shapes = [(2, 3), (4,), (), (0, 5)] if flat else [(2, 3), (2, 3)]
-    (bucket,) = pack(shapes, ["float32"] * len(shapes), [True] * len(shapes), elementwise=flat)
+    (bucket,) = pack(shapes, ["float32"] * len(shapes), [Treatment()] * len(shapes), elementwise=flat)
     parts = [np.random.default_rng(i).normal(size=s).astype("float32") for i, s in enumerate(shapes)]
     joined = bucket.join(parts)
     assert joined.shape[0] == (1 if flat else 2)
     for got, expected in zip(bucket.split(joined), parts, strict=True):
         np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(bucket.only([1]).split(bucket.only([1]).join([parts[1]]))[0], parts[1])
+    mask = np.broadcast_to(bucket.mask([1], {}), joined.shape)
+    for place, part in enumerate(bucket.split(mask)):
+        np.testing.assert_array_equal(part, np.full(shapes[place], place == 1))
+    ends = np.cumsum([part.size for part in parts])
+    assert [bucket.member(int(end) - 1) for end, part in zip(ends, parts, strict=True) if part.size] == [
+        i for i, part in enumerate(parts) if part.size
+    ]
 
 
 def test_built_inside_a_tf_function_on_plain_variables():

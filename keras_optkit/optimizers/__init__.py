@@ -2,8 +2,23 @@
 
 from keras_optkit.optimizers.adam import Adam, AdamW
 from keras_optkit.optimizers.adaptive import Adagrad, RMSprop
-from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.groups import Explanation, Group
+from keras_optkit.optimizers.optimizer import Nonfinite, Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, flag, number
 from keras_optkit.optimizers.sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Hyper", "Optimizer", "RMSprop", "Rule", "flag", "number"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Explanation",
+    "Group",
+    "Hyper",
+    "Nonfinite",
+    "Optimizer",
+    "RMSprop",
+    "Rule",
+    "flag",
+    "number",
+]

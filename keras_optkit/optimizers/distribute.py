@@ -1,20 +1,24 @@
-"""How a pure step is run on the backend: reading variables, reducing over replicas, assigning the results.
+"""How a pure step is run on the backend: reading variables, reducing over replicas, fusing, assigning the results.
 
-This is the only file that knows about TensorFlow's variables and distribution strategies.
+This is the only file that knows about TensorFlow's variables, its XLA and its distribution strategies.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops, tree
 
+if TYPE_CHECKING:
+    from keras_optkit.optimizers.packing import Bucket
+
 Tensor = Any
-#: A pure step: (state, gradients) -> new state, with the structure of the state.
-Step = Callable[[Any, list[Tensor | None]], Any]
+State = dict[str, Any]
 
 TENSORFLOW = keras.config.backend() == "tensorflow"
 
@@ -22,60 +26,286 @@ if TENSORFLOW:
     import tensorflow as tf
 
 
-def run(step: Step, state: Any, grads: Sequence[Tensor | None]) -> None:
-    """Computes `step` on the values of the variables in `state` and assigns what has changed.
+class Rows(NamedTuple):
+    """Some rows of a tensor, or what to write into them.
 
-    In a replica of a distribution strategy the gradients are first summed over the replicas, so that `step` sees the
-    gradients of the global batch, and every device then updates its own copies of the variables alike.
+    Attributes:
+        indices: `(n,)`; a row may occur several times, each time with the same values.
+        values: `(n, *row)`.
+        first: `(n, 1, ...)`, True where a row occurs for the first time.
     """
-    dense = [None if g is None else _dense(g) for g in grads]
+
+    indices: Tensor
+    values: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of `Optimizer.apply` does, as pure functions of the state.
+
+    In the state that these functions see, "weights" is a list with one tensor for each bucket; None stands for a
+    tensor that they may not look at as a whole, because it is to be updated by rows.
+
+    Attributes:
+        collect: (state, grads) -> state, in every call; None: there is nothing to collect.
+        due: (scalars of the state) -> whether there is an update in this call; None: always.
+        read: (scalars of the state) -> present values of schedules, a flat list. Never compiled.
+        prepare: (scalars of the state, grads, read) -> what the updates of all buckets need.
+        update: (state, grads, prepared) -> state.
+        update_rows: (bucket, take, rows, prepared) -> new rows, by state name; `take(name)` gives the present ones.
+        healthy: (scalars of the new state) -> whether all is well; if not, the call fails with `failure`.
+    """
+
+    collect: Callable[[State, list[Any]], State] | None
+    due: Callable[[State], Tensor] | None
+    read: Callable[[State], list[Tensor]]
+    prepare: Callable[[State, list[Any], list[Tensor]], Any]
+    update: Callable[[State, list[Any], Any], State]
+    update_rows: Callable[[int, Callable[[str], Tensor], Rows, Any], dict[str, Tensor]]
+    healthy: Callable[[State], Tensor] | None = None
+    failure: str = ""
+
+
+def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool) -> None:
+    """Runs `step` on the values of the variables in `state` and assigns what has changed.
+
+    Args:
+        step: What to do.
+        buckets: How the variables in `state["weights"]`, a list for each bucket, become one tensor each.
+        state: Nested dicts and lists of variables.
+        grads: One gradient for each bucket, `Rows` or anything of tensors, summed over replicas.
+        fuse: Whether to compile the step with XLA where the function that it is part of is not compiled. Inside a
+            replica every device updates its own copies of the variables alike.
+    """
     if not TENSORFLOW:
-        _assign(step, state, dense)
+        _run_pure(step, buckets, state, grads)
         return
     strategy = tf.distribute.get_strategy()
     if strategy.num_replicas_in_sync == 1:
-        _assign(step, state, dense)
+        _run(step, buckets, state, grads, fuse)
         return
+    handles = [_handle(v) for v in tree.flatten(state)]
+
+    def on_device(_: Any, grads: list[Any], handles: list[Any]) -> None:
+        _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse)
+
+    def across_replicas(strategy: Any, grads: list[Any]) -> None:
+        strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
+
+    tf.distribute.get_replica_context().merge_call(across_replicas, args=(grads,))
+
+
+def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any]) -> None:
+    before = _read(buckets, state)
+    after = before if step.collect is None else step.collect(before, grads)
+
+    def update() -> State:
+        return step.update(after, grads, step.prepare(after, grads, step.read(after)))
+
+    new = update() if step.due is None else ops.cond(step.due(after), update, lambda: after)
+    _write(buckets, state, before, new)
+
+
+def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool) -> None:
+    fuse = fuse and not tf.executing_eagerly()
+    if step.collect is not None:
+        before = _read(buckets, state, only=("accumulated", "micro"))
+        _write(buckets, state, before, step.collect(before, grads))
+
+    def update() -> None:
+        read = step.read(_scalars(state))
+        rows = {b: grad for b, grad in enumerate(grads) if isinstance(grad, Rows)}
+        dense = [None if b in rows else grad for b, grad in enumerate(grads)]
+        prepared = step.prepare(_scalars(state), grads, read) if rows else None
+
+        def compute(joined: list[Any], dense: list[Any], read: list[Tensor], prepared: Any) -> list[Any]:
+            before = _read(buckets, state, joined=joined, without=rows)
+            ready = prepared if rows else step.prepare(before, dense, read)
+            return _write(buckets, state, before, step.update(before, dense, ready), keep=fuse)
+
+        if fuse:
+            compute = tf.function(compute, jit_compile=True, autograph=False)
+        # concatenating a thousand small weights is quicker outside of XLA, both to compile and to run
+        joined = [
+            None if bucket.alone or b in rows else bucket.join([_tensor(v) for v in state["weights"][b]])
+            for b, bucket in enumerate(buckets)
+        ]
+        for b, new in enumerate(compute(joined, dense, read, prepared)):
+            if new is not None:
+                _assign_all(state["weights"][b], buckets[b].split(new))
+        for b, grad in rows.items():
+            _write_rows(step, state, b, grad, prepared)
+
+    def update_and_say_so() -> bool:
+        update()
+        return True
+
+    if step.due is None:
+        update()
+    else:
+        tf.cond(step.due(_scalars(state)), update_and_say_so, lambda: False)
+    if step.healthy is not None:
+        tf.debugging.Assert(step.healthy(_scalars(state)), [step.failure])
+
+
+def _read(
+    buckets: Sequence[Bucket],
+    state: State,
+    *,
+    joined: Sequence[Tensor | None] | None = None,
+    without: Collection[int] = (),
+    only: Collection[str] | None = None,
+) -> State:
+    """The state as tensors; None for the weights and slots of the buckets in `without`."""
+    view: State = {}
+    for name, part in state.items():
+        if only is not None and name not in only:
+            continue
+        if name == "weights":
+            view[name] = [
+                None
+                if b in without
+                else bucket.join([_tensor(v) for v in part[b]])
+                if joined is None or joined[b] is None
+                else joined[b]
+                for b, bucket in enumerate(buckets)
+            ]
+        elif name == "slots":
+            view[name] = [
+                {slot: None if b in without else _tensor(v) for slot, v in slots.items()}
+                for b, slots in enumerate(part)
+            ]
+        else:
+            view[name] = tree.map_structure(_tensor, part)
+    return view
+
+
+def _write(buckets: Sequence[Bucket], state: State, before: State, after: State, keep: bool = False) -> list[Any]:
+    """Assigns what has changed. With `keep`, the joined weights are returned instead, None for all others."""
+    kept: list[Any] = [None] * len(buckets)
+    for name, old in before.items():
+        if name == "weights":
+            for b, bucket in enumerate(buckets):
+                new = after[name][b]
+                if new is old[b]:
+                    continue
+                if keep and not bucket.alone:
+                    kept[b] = new
+                else:
+                    _assign_all(state[name][b], bucket.split(new))
+        else:
+            for variable, a, b in zip(*map(tree.flatten, (state[name], old, after[name])), strict=True):
+                if a is not b:
+                    variable.assign(b)
+    return kept
+
+
+def _write_rows(step: Step, state: State, b: int, grad: Rows, prepared: Any) -> None:
+    variables = {"weights": state["weights"][b][0], **state["slots"][b]}
+
+    def take(name: str) -> Tensor:
+        return tf.gather(_handle(variables[name]), grad.indices)
+
+    for name, values in step.update_rows(b, take, grad, prepared).items():
+        _handle(variables[name]).scatter_update(tf.IndexedSlices(values, grad.indices))
+
+
+def _assign_all(variables: Sequence[Any], values: Sequence[Tensor]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        _handle(variable).assign(value) if TENSORFLOW else variable.assign(value)
+
+
+def _scalars(state: State) -> State:
+    """What is neither a list nor in one: counters and the like."""
+    return {name: tree.map_structure(_tensor, part) for name, part in state.items() if not isinstance(part, list)}
+
+
+def sum_over_replicas(tensors: list[Any]) -> list[Any]:
+    """The sum over the replicas of a strategy for each tensor; None stays None."""
+    if not TENSORFLOW or tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return tensors
     context = tf.distribute.get_replica_context()
     if context is None:
         raise RuntimeError(
             "Optimizer.apply was called in the cross-replica context of a strategy with "
-            f"{strategy.num_replicas_in_sync} replicas; call it inside strategy.run(...)."
+            f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas; call it inside strategy.run(...)."
         )
-    present = [i for i, g in enumerate(dense) if g is not None]
-    for i, total in zip(
-        present, context.all_reduce(tf.distribute.ReduceOp.SUM, [dense[i] for i in present]), strict=True
-    ):
-        dense[i] = total
-    handles = [_handle(v) for v in tree.flatten(state)]
-
-    def on_device(_: Any, grads: list[Tensor | None], handles: list[Any]) -> None:
-        _assign(step, tree.pack_sequence_as(state, handles), grads)
-
-    def across_replicas(strategy: Any, grads: list[Tensor | None]) -> None:
-        strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
-
-    context.merge_call(across_replicas, args=(dense,))
+    present = [i for i, t in enumerate(tensors) if t is not None]
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, [tensors[i] for i in present])
+    result = list(tensors)
+    for i, value in zip(present, total, strict=True):
+        result[i] = value
+    return result
 
 
-def _dense(gradient: Any) -> Tensor:
+def is_sparse(gradient: Any) -> bool:
+    """Whether a gradient holds some rows only."""
+    return TENSORFLOW and isinstance(gradient, tf.IndexedSlices)
+
+
+def dense(gradient: Any) -> Tensor:
     """A gradient as one tensor; rows that occur twice in a sparse one are summed, which Keras's conversion leaves."""
     return tf.convert_to_tensor(gradient) if TENSORFLOW else ops.convert_to_tensor(gradient)
 
 
-def _assign(step: Step, state: Any, grads: list[Tensor | None]) -> None:
-    before = tree.map_structure(_read, state)
-    after = step(before, grads)
-    for variable, old, new in zip(tree.flatten(state), tree.flatten(before), tree.flatten(after), strict=True):
-        if new is not old:
-            variable.assign(new)
+def cast(gradient: Any, dtype: str) -> Any:
+    """A gradient, sparse or not, in another dtype."""
+    if is_sparse(gradient):
+        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, gradient.dense_shape)
+    return gradient if keras.backend.standardize_dtype(gradient.dtype) == dtype else ops.cast(gradient, dtype)
+
+
+def touched(gradient: Any) -> Tensor:
+    """For a sparse gradient, True for all numbers of the rows that it holds, in the shape of the parameter."""
+    ones = tf.IndexedSlices(tf.ones_like(gradient.values), gradient.indices, gradient.dense_shape)
+    return nonzero_rows(tf.convert_to_tensor(ones))
+
+
+def nonzero_rows(tensor: Tensor) -> Tensor:
+    """True for all numbers of the rows, along the first axis, that hold a number other than 0."""
+    other_axes = list(range(1, len(tensor.shape)))
+    return ops.broadcast_to(ops.any(ops.not_equal(tensor, 0), axis=other_axes, keepdims=True), tensor.shape)
+
+
+def rows(gradient: Any) -> Rows:
+    """The rows of a sparse gradient, where each occurrence of a row has the sum of all its occurrences.
+
+    Nothing here has a shape that depends on how many rows differ, so it can be compiled.
+    """
+    order = tf.argsort(gradient.indices, stable=True)
+    indices = tf.gather(gradient.indices, order)
+    first = tf.concat([tf.ones_like(indices[:1], "bool"), indices[1:] != indices[:-1]], 0)
+    segments = tf.cumsum(tf.cast(first, "int32")) - 1
+    values = tf.gather(gradient.values, order)
+    sums = tf.math.unsorted_segment_sum(values, segments, tf.size(segments))
+    return Rows(indices, tf.gather(sums, segments), tf.reshape(first, (-1, *[1] * (len(values.shape) - 1))))
+
+
+def on_cpu(variable: Any) -> bool:
+    """Whether a variable lives on a CPU, or its first copy does."""
+    return TENSORFLOW and "CPU" in (_handle(variable).device or "CPU")
+
+
+def concatenate(vectors: Sequence[Tensor]) -> Tensor:
+    """Vectors end to end, without the work of `keras.ops` for each of a thousand."""
+    if len(vectors) == 1:
+        return vectors[0]
+    return tf.concat(vectors, 0) if TENSORFLOW else ops.concatenate(vectors)
+
+
+def split(vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The inverse of `concatenate`. (`ops.split` loses the static sizes on TensorFlow.)"""
+    if len(sizes) == 1:
+        return [vector]
+    return tf.split(vector, sizes) if TENSORFLOW else ops.split(vector, np.cumsum(sizes)[:-1].tolist())
 
 
 def _handle(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def _read(variable: Any) -> Tensor:
+def _tensor(variable: Any) -> Tensor:
     """The present value as a tensor; on TensorFlow `.value` of a Keras variable is still the variable."""
     value = _handle(variable)
     return tf.convert_to_tensor(value) if TENSORFLOW else value

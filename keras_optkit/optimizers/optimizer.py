@@ -6,25 +6,73 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit import arguments
 from keras_optkit.optimizers import distribute
+from keras_optkit.optimizers.distribute import Rows, State
+from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
-from keras_optkit.optimizers.rule import Hyper, Rule, Tensor, Value, is_dynamic
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, is_dynamic
 from keras_optkit.precision import at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
 
 _FORMAT = 1
+
+#: State for each parameter besides the rule's slots, packed as they are.
+_PER_PARAMETER = ("accumulated", "average")
+
+
+class Grad(NamedTuple):
+    """The gradients of the parameters of a bucket.
+
+    Attributes:
+        value: They as one tensor, `(k, *shape)` or `(1, n)`; 0 where there is none.
+        mask: True for the numbers to update, in a shape that broadcasts; None: all.
+        present: Places in the bucket of the parameters that have a gradient.
+        sparse: Places of those among them of which only the rows in the gradient are to be updated.
+    """
+
+    value: Tensor
+    mask: Any
+    present: tuple[int, ...]
+    sparse: tuple[int, ...]
+
+
+class Nonfinite(NamedTuple):
+    """What `skip_nonfinite` has met.
+
+    Attributes:
+        skipped: How many updates were left out because of a non-finite gradient.
+        in_a_row: How many of them are the last ones.
+        variable: Path of the first variable with such a gradient in the last of them; None if there was none.
+    """
+
+    skipped: int
+    in_a_row: int
+    variable: str | None
+
+
+class _Prepared(NamedTuple):
+    """What the updates of all buckets of one step have in common."""
+
+    iterations: Tensor  # before the update
+    rate: Tensor
+    read: list[Tensor]  # the present values of the hyperparameters that are schedules or variables
+    scalars: dict[str, Tensor]  # the rule's, after `measure`
+    factor: Tensor | None  # of clipping by global norm
+    finite: Tensor | None  # whether all gradients are
+    position: Tensor | None  # (bucket, place in it) of the first number that is not
 
 
 class Optimizer(FromSignature, keras.optimizers.Optimizer):
@@ -32,9 +80,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     A subclass is a signature, a docstring and a rule. Every hyperparameter of the rule is an attribute of the optimizer
     that can be read and, before the training function is traced, set; the config is collected from the constructor's
-    signature. The order of one step is: sum over replicas, unscale, accumulate, clip, rule, decoupled weight decay,
-    constraints, moving average. Clipping thus sees the gradient of the whole global batch, and schedules, weight decay
-    and the average count updates of the weights, not micro-batches.
+    signature. The order of one step is: unscale, sum over replicas, accumulate, finite check, clip, rule, decoupled
+    weight decay, constraints, moving average. Clipping thus sees the gradient of the whole global batch, and schedules,
+    weight decay and the average count updates of the weights, not micro-batches.
 
     Float16 and bfloat16 parameters have float32 slots and are updated in float32.
 
@@ -52,8 +100,18 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         use_ema: Keeps an exponential moving average of the weights, which they are set to at the end of `fit`
             (`finalize_variable_values`).
         ema_momentum: Decay of that average, in [0, 1): `a ← momentum a + (1 - momentum) θ`; the first update sets `a`.
+        skip_nonfinite: k >= 1: an update whose gradient is not finite is left out, with weights, state and update
+            count bitwise as before, and the k-th in a row is an error; see `nonfinite`. None: no check.
         decay_mask: `"auto"` spares vectors and scalars (biases, normalisation scales) from weight decay, `"all"`
             decays everything, as Keras and torch do by default.
+        groups: A list of `keras_optkit.Group`: parameters with rates and decays of their own. See `explain`.
+        layer_decay: d in (0, 1]: the learning rate of each layer is d times that of the next one, so that the last
+            layer has the full rate; multiplied with the groups' `lr_scale`.
+        sparse: What is done with gradients of some rows only, those of embeddings: `"lazy"` updates these rows and
+            their state alone, as if the others were not there, decay included; `"dense"` takes the gradients of the
+            other rows as zeros. A rule that is not element-wise is always dense.
+        fuse: Whether the update is compiled with XLA where the training step is not: `"auto"` in graphs on CPUs,
+            True in all graphs, False never. Eager steps are never compiled.
         name: Name of the optimizer.
 
     Raises:
@@ -95,7 +153,12 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         gradient_accumulation_steps: int | None = None,
         use_ema: bool = False,
         ema_momentum: float = 0.99,
+        skip_nonfinite: int | None = None,
         decay_mask: str = "auto",
+        groups: Sequence[Group] | None = None,
+        layer_decay: float | None = None,
+        sparse: str = "lazy",
+        fuse: bool | str = "auto",
         name: str | None = None,
     ):
         if not isinstance(rule, Rule):
@@ -111,7 +174,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         self._updates = super().iterations
         self._schedule = schedule
         self._multiplier = self.add_variable(
-            (), initializer=lambda _, dtype: ops.full((), multiplier, dtype), dtype=scalar_dtype(), name="learning_rate"
+            (), initializer=_filled(multiplier), dtype=scalar_dtype(), name="learning_rate"
         )
         self.weight_decay = _checked_decay(weight_decay)
         self.clipnorm, self.clipvalue, self.global_clipnorm = clipnorm, clipvalue, global_clipnorm
@@ -120,9 +183,17 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         )
         self.use_ema = arguments.boolean("use_ema", use_ema)
         self.ema_momentum = arguments.real("ema_momentum", ema_momentum, 0, 1, closed="left")
+        self.skip_nonfinite = arguments.integer("skip_nonfinite", skip_nonfinite, 1, optional=True)
         self.decay_mask = arguments.choice("decay_mask", decay_mask, ("auto", "all"))
         # held in a namespace, where Keras's and TensorFlow's attribute tracking does not wrap lists and dicts
-        self._held = SimpleNamespace(state=None, buckets=(), pending=None)
+        self._held = SimpleNamespace(state=None, buckets=(), pending=None, groups=checked_groups(groups))
+        self.layer_decay = arguments.real("layer_decay", layer_decay, 0, 1, closed="right", optional=True)
+        self.sparse = arguments.choice("sparse", sparse, ("lazy", "dense"))
+        self.fuse = arguments.choice("fuse", fuse, ("auto", True, False))
+        if use_ema and rule.averages:
+            raise ValueError(
+                f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
+            )
         self.rule = rule
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
@@ -180,6 +251,11 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             return multiplier
         return ops.cast(self._schedule(iterations), scalar_dtype()) * multiplier
 
+    @property
+    def groups(self) -> list[Group] | None:
+        """The groups of parameters, in the order in which they are looked through; fixed when the optimizer is made."""
+        return self._held.groups
+
     # -- variables ----------------------------------------------------------------------------------------------------
 
     def build(self, variables: Sequence[Any]) -> None:
@@ -192,39 +268,68 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         for variable in variables:
             if getattr(variable, "overwrite_with_gradient", False):  # Keras's float8 scales
                 raise ValueError(f"{self.name} cannot train {variable.path}: float8 training is not supported.")
+        buckets = self._pack(variables)
         super().build(variables)
-        shapes = [tuple(v.shape) for v in variables]
-        buckets = pack(
-            shapes,
-            [keras.backend.standardize_dtype(v.dtype) for v in variables],
-            [self.decay_mask == "all" or len(shape) > 1 for shape in shapes],
-            elementwise=self.rule.elementwise,
-            below=self.pack_below,
-        )
         self._held.buckets = buckets
         with distribute.outside_graph():
-            self._held.state = self._new_state(variables, shapes)
+            self._held.state = self._new_state(variables)
             if self._held.pending is not None:
                 pending, self._held.pending = self._held.pending, None
                 self._restore(pending)
 
-    def _new_state(self, variables: list[Any], shapes: list[tuple[int, ...]]) -> dict[str, Any]:
-        dtypes = {i: at_least_float32(b.dtype) for b in self._held.buckets for i in b.indices}
+    def _treatments(self, variables: Sequence[Any]) -> tuple[list[Treatment | None], list[Group | None]]:
+        return treatments(
+            [_path(v) for v in variables],
+            [len(v.shape) for v in variables],
+            self.groups,
+            self.layer_decay,
+            self.decay_mask,
+        )
+
+    def _pack(self, variables: Sequence[Any]) -> tuple[Bucket, ...]:
+        buckets = pack(
+            [tuple(v.shape) for v in variables],
+            [keras.backend.standardize_dtype(v.dtype) for v in variables],
+            self._treatments(variables)[0],
+            elementwise=self.rule.elementwise,
+            below=self.pack_below,
+            alone=lambda i: getattr(variables[i], "constraint", None) is not None,
+        )
+        if not buckets:
+            raise ValueError(f"{self.name} has nothing to train: its groups freeze all {len(variables)} variables.")
+        return buckets
+
+    def _new_state(self, variables: list[Any]) -> State:
+        buckets = self._held.buckets
 
         def like_weights(name: str) -> list[keras.Variable]:
-            return [self.add_variable(shape, dtype=dtypes[i], name=f"{name}_{i}") for i, shape in enumerate(shapes)]
+            return [self.add_variable(b.stored_shape, dtype=at_least_float32(b.dtype), name=name) for b in buckets]
 
-        state = {
-            "weights": variables,
-            "slots": [self._new_slots(b, [variables[i] for i in b.indices]) for b in self._held.buckets],
+        def counter(name: str) -> keras.Variable:
+            return self.add_variable((), dtype="int", name=name)
+
+        state: State = {
+            "weights": [[variables[i] for i in b.indices] for b in buckets],
+            "slots": [self._new_slots(b, [variables[i] for i in b.indices]) for b in buckets],
             "iterations": self._updates,
             "multiplier": self._multiplier,
         }
+        if self.rule.scalars():
+            state["scalars"] = {
+                name: self.add_variable((), _filled(value), scalar_dtype(), name=name)
+                for name, value in self.rule.scalars().items()
+            }
         if self.gradient_accumulation_steps:
-            state["micro"] = self.add_variable((), dtype="int", name="micro")
+            state["micro"] = counter("micro")
             state["accumulated"] = like_weights("accumulated")
         if self.use_ema:
             state["average"] = like_weights("average")
+        if self.use_ema or self.rule.averages:
+            state["evaluating"] = counter("evaluating")
+        if self.skip_nonfinite:
+            state["nonfinite"] = {
+                name: counter(f"nonfinite_{name}") for name in ("skipped", "in_a_row", "bucket", "place")
+            }
         return state
 
     def _new_slots(self, bucket: Bucket, variables: list[Any]) -> dict[str, keras.Variable]:
@@ -232,11 +337,47 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         slots = {}
         for name, initial in self.rule.slots().items():
             if callable(initial):
-                value = initial(ops.cast(bucket.join([ops.convert_to_tensor(v) for v in variables]), dtype))
+                joined = bucket.join([ops.convert_to_tensor(v) for v in variables])
+                value = bucket.stored(initial(ops.cast(joined, dtype)))
+                slots[name] = self.add_variable(value.shape, lambda *_, v=value, **__: v, dtype, name=name)
             else:
-                value = ops.full(bucket.shape, initial, dtype)
-            slots[name] = self.add_variable(value.shape, lambda *_, v=value, **__: v, dtype, name=name)
+                slots[name] = self.add_variable(bucket.stored_shape, _filled(initial), dtype, name=name)
         return slots
+
+    def explain(self, model: Any) -> Explanation:
+        """How each variable is trained: its group, rule, learning rate, decay, and the size of its state.
+
+        Args:
+            model: A model, whose trainable variables are shown, or a list of variables. Nothing is built or changed.
+
+        Returns:
+            A table: its `rows` can be read, and printing it shows it.
+        """
+        variables = list(getattr(model, "trainable_variables", model))
+        if not variables:
+            raise ValueError(f"model must have trainable variables, got {model!r}. Is it built?")
+        found, groups = self._treatments(variables)
+        rate, decay = _as_number(self.learning_rate), _as_number(self._present(self.weight_decay) or 0.0)
+        copies = len(self.rule.slots()) + self.use_ema + bool(self.gradient_accumulation_steps)
+        rows = []
+        for variable, treatment, group in zip(variables, found, groups, strict=True):
+            size = np.dtype(at_least_float32(variable.dtype)).itemsize * copies
+            lr_scale, own = (treatment.lr_scale, treatment.weight_decay) if treatment else (0.0, 0.0)
+            rows.append(
+                Explained(
+                    _path(variable),
+                    tuple(variable.shape),
+                    "" if group is None else group.match,
+                    type(self.rule).__name__ if treatment else "frozen",
+                    rate * lr_scale,
+                    (decay if own is None else own) if treatment and treatment.decayed else 0.0,
+                    size * math.prod(variable.shape) if treatment else 0,
+                )
+            )
+        return Explanation(tuple(rows))
+
+    def _present(self, value: Value | None) -> Any:
+        return value(self._updates) if isinstance(value, Schedule) else value
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -257,13 +398,15 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         if trainable_variables is None:
             if not self.built:
                 raise ValueError(f"{self.name} is not built yet; pass the variables, or call build(variables) first.")
-            variables = self._held.state["weights"]
+            variables = self._trainable_variables
         else:
             variables = list(trainable_variables)
             self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(f"grads must match the variables one to one, got {len(grads)} for {len(variables)}.")
-        distribute.run(self._step, self._held.state, self._in_order(grads, variables))
+        fuse = distribute.on_cpu(self._updates) if self.fuse == "auto" else self.fuse
+        bucketed = self._bucketed(self._in_order(grads, variables))
+        distribute.run(self._program(), self._held.buckets, self._held.state, bucketed, fuse)
 
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
         """One gradient or None for each variable the optimizer was built with."""
@@ -272,7 +415,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             raise ValueError(f"No gradients provided for any variable; the variables are {missing}.")
         if missing:
             warnings.warn(f"Gradients do not exist for variables {missing}; they are left as they are.", stacklevel=3)
-        places = {distribute.key(v): i for i, v in enumerate(self._held.state["weights"])}
+        places = {distribute.key(v): i for i, v in enumerate(self._trainable_variables)}
         ordered: list[Tensor | None] = [None] * len(places)
         for grad, variable in zip(grads, variables, strict=True):
             place = places.get(distribute.key(variable))
@@ -284,104 +427,303 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             ordered[place] = grad
         return ordered
 
-    def _step(self, state: dict[str, Any], grads: list[Tensor | None]) -> dict[str, Any]:
-        """One call of `apply` as a pure function of the state."""
-        dtypes = [at_least_float32(w.dtype) for w in state["weights"]]
-        grads = [None if g is None else ops.cast(g, dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-        if self.loss_scale_factor is not None:
-            grads = [None if g is None else g / self.loss_scale_factor for g in grads]
-        k = self.gradient_accumulation_steps
-        if not k:
-            return self._update(state, grads)
-        sums = [a if g is None else a + g for a, g in zip(state["accumulated"], grads, strict=True)]
-        micro = state["micro"] + 1
+    def _bucketed(self, grads: list[Any]) -> list[Grad | Rows | None]:
+        """The gradient of each bucket, in the dtype to compute in, unscaled, and summed over the replicas."""
+        dtypes = {i: at_least_float32(b.dtype) for b in self._held.buckets for i in b.indices}
+        lazy = {i for i, g in enumerate(grads) if self._is_lazy(g)}
+        grads = [
+            None
+            if g is None or i not in dtypes
+            else distribute.cast(g if i in lazy else distribute.dense(g), dtypes[i])
+            for i, g in enumerate(grads)
+        ]
+        grads = distribute.sum_over_replicas(grads)
+        return [self._of_bucket(bucket, grads, lazy) for bucket in self._held.buckets]
 
-        def update() -> dict[str, Any]:
-            means = [None if g is None else a / k for a, g in zip(sums, grads, strict=True)]
-            cleared = {"accumulated": [ops.zeros_like(a) for a in sums], "micro": ops.zeros_like(micro)}
-            return self._update(state, means) | cleared
+    def _of_bucket(self, bucket: Bucket, grads: list[Any], lazy: set[int]) -> Grad | Rows | None:
+        scale = self.loss_scale_factor
+        mine = [grads[i] for i in bucket.indices]
+        present = tuple(place for place, g in enumerate(mine) if g is not None)
+        sparse = tuple(place for place in present if bucket.indices[place] in lazy)
+        if not present:
+            return None
+        if sparse and self._can_take_rows(bucket):
+            rows = distribute.rows(mine[0])
+            return rows if scale is None else rows._replace(values=rows.values / scale)
+        hits = {place: distribute.touched(mine[place]) for place in sparse}
+        parts = [
+            ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else distribute.dense(g)
+            for g, shape in zip(mine, bucket.shapes, strict=True)
+        ]
+        joined = bucket.join(parts)
+        mask = None if len(present) == len(mine) and not sparse else bucket.mask(present, hits)
+        return Grad(joined if scale is None else joined / scale, mask, present, sparse)
 
-        return ops.cond(ops.equal(micro, k), update, lambda: state | {"accumulated": sums, "micro": micro})
+    def _is_lazy(self, grad: Any) -> bool:
+        return self.sparse == "lazy" and self.rule.elementwise and distribute.is_sparse(grad)
 
-    def _update(self, state: dict[str, Any], grads: list[Tensor | None]) -> dict[str, Any]:
-        """One update of the weights as a pure function of the state."""
-        iterations = state["iterations"]
-        rate = self._rate(iterations, state["multiplier"])
-        grads = self._clip(grads)
-        weights, slots = list(state["weights"]), list(state["slots"])
-        memo: dict[Any, Tensor] = {}
+    def _can_take_rows(self, bucket: Bucket) -> bool:
+        """Whether nothing has to look at the rows without a gradient."""
+        looks = self.gradient_accumulation_steps or "evaluating" in self._held.state or self._constraint(bucket)
+        return bucket.alone and not looks
+
+    def _constraint(self, bucket: Bucket) -> Any:
+        """The constraint of a bucket's variable, or None; variables with one are alone in their buckets."""
+        return getattr(self._trainable_variables[bucket.indices[0]], "constraint", None)
+
+    def _program(self) -> distribute.Step:
+        """One call of `apply` in pure functions of the state."""
+        k, limit = self.gradient_accumulation_steps, self.skip_nonfinite
+        own = [b.treatment.weight_decay for b in self._held.buckets]
+        candidates = [self._schedule, self.weight_decay, *own, *(getattr(self.rule, n) for n in _fields(self.rule))]
+        dynamic = [value for value in candidates if is_dynamic(value)]
+
+        def read(state: State) -> list[Tensor]:
+            h = Hyper(state["iterations"], state["multiplier"], scalar_dtype())
+            return [h.exact(value) for value in dynamic]
+
+        def prepare(state: State, grads: list[Any], read: list[Tensor]) -> _Prepared:
+            return self._prepare(state, self._means(state, grads) if k else grads, dynamic, read)
+
+        def update(state: State, grads: list[Any], prepared: _Prepared) -> State:
+            return self._update(state, self._means(state, grads) if k else grads, dynamic, prepared)
+
+        def update_rows(b: int, take: Any, rows: Rows, prepared: _Prepared) -> dict[str, Tensor]:
+            return self._update_rows(b, take, rows, dynamic, prepared)
+
+        return distribute.Step(
+            collect=self._collect if k else None,
+            due=(lambda state: ops.equal(state["micro"], k)) if k else None,
+            read=read,
+            prepare=prepare,
+            update=update,
+            update_rows=update_rows,
+            healthy=(lambda state: state["nonfinite"]["in_a_row"] < limit) if limit else None,
+            failure=f"{self.name}: {limit} non-finite gradients in a row, as many as skip_nonfinite allows. The "
+            "weights are those before them; optimizer.nonfinite names the first such variable.",
+        )
+
+    def _collect(self, state: State, grads: list[Grad | None]) -> State:
+        """Adds the gradients of one micro-batch to those of the others."""
+        sums = [
+            a if g is None else a + bucket.stored(g.value)
+            for bucket, a, g in zip(self._held.buckets, state["accumulated"], grads, strict=True)
+        ]
+        return state | {"accumulated": sums, "micro": state["micro"] + 1}
+
+    def _means(self, state: State, grads: list[Grad | None]) -> list[Grad | None]:
+        """The mean gradients of the micro-batches; of a sparse one, rows of zeros count as not there."""
+        means: list[Grad | None] = []
+        for bucket, a, g in zip(self._held.buckets, state["accumulated"], grads, strict=True):
+            if g is not None:
+                sums, mask = bucket.view(a), g.mask
+                if g.sparse:
+                    parts = bucket.split(sums)
+                    hits = {place: distribute.nonzero_rows(parts[place]) for place in g.sparse}
+                    mask = bucket.mask(g.present, hits)
+                g = g._replace(value=sums / self.gradient_accumulation_steps, mask=mask)
+            means.append(g)
+        return means
+
+    def _prepare(self, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> _Prepared:
+        """What needs all gradients, or is the same for all of them."""
+        factor = finite = position = None
+        if self.global_clipnorm is not None:
+            total = sum(ops.cast(_sum_of_squares(g), scalar_dtype()) for g in grads if g is not None)
+            factor = _shrink(total, self.global_clipnorm)
+        if self.skip_nonfinite:
+            present = [(b, _values(g)) for b, g in enumerate(grads) if g is not None]
+            flags = ops.stack([ops.all(ops.isfinite(values)) for _, values in present])
+            finite = ops.all(flags)
+            nowhere = ops.zeros((2,), "int32")
+            position = ops.cond(finite, lambda: nowhere, lambda: _first_bad(present, flags))
+        scheduled = None if self._schedule is None else read[dynamic.index(self._schedule)]
+        multiplier = ops.cast(state["multiplier"], scalar_dtype())
+        rate = multiplier if scheduled is None else scheduled * multiplier
+        prepared = _Prepared(state["iterations"], rate, read, state.get("scalars", {}), factor, finite, position)
+        if "scalars" in state:
+            new = self.rule.measure(self._hyper(prepared, _memo(dynamic, read)))
+            prepared = prepared._replace(
+                scalars={name: ops.cast(new[name], old.dtype) for name, old in state["scalars"].items()}
+            )
+        return prepared
+
+    def _hyper(self, prepared: _Prepared, memo: dict[Any, Tensor], bucket: Bucket | None = None) -> Hyper:
+        """What the rule is told, for the parameters of a bucket or (for `measure`) for the whole model."""
+        treatment = Treatment() if bucket is None else bucket.treatment
+        decay = self.weight_decay if treatment.weight_decay is None else treatment.weight_decay
+        return Hyper(
+            prepared.iterations,
+            prepared.rate if treatment.lr_scale == 1 else prepared.rate * treatment.lr_scale,
+            scalar_dtype() if bucket is None else at_least_float32(bucket.dtype),
+            weight_decay=decay if treatment.decayed and decay is not None else 0.0,
+            scalars=prepared.scalars,
+            memo=memo,
+        )
+
+    def _update(self, state: State, grads: list[Any], dynamic: list[Value], prepared: _Prepared) -> State:
+        """One update of the weights; buckets whose weights are None are left to `_update_rows`."""
+        memo = _memo(dynamic, prepared.read)
+        new = state | {name: list(state[name]) for name in ("weights", "slots", "average") if name in state}
+        new["iterations"] = state["iterations"] + 1
+        if "scalars" in state:
+            new["scalars"] = prepared.scalars
         for b, bucket in enumerate(self._held.buckets):
-            present = [place for place, i in enumerate(bucket.indices) if grads[i] is not None]
-            if not present:
+            if state["weights"][b] is None or (grads[b] is None and "evaluating" not in state):
                 continue
-            h = Hyper(iterations, rate, at_least_float32(bucket.dtype), memo)
-            if len(present) == len(bucket.indices):
-                slots[b] = self._update_bucket(bucket, grads, weights, slots[b], h)
-            else:
-                parts = {name: bucket.split(slot) for name, slot in slots[b].items()}
-                some = bucket.only(present)
-                old = {name: some.join([part[place] for place in present]) for name, part in parts.items()}
-                for name, new in self._update_bucket(some, grads, weights, old, h).items():
-                    for place, value in zip(present, some.split(new), strict=True):
-                        parts[name][place] = value
-                slots[b] = {name: bucket.join(part) for name, part in parts.items()}
-        for i, variable in enumerate(self._held.state["weights"]):
-            constraint = getattr(variable, "constraint", None)
-            if constraint is not None and grads[i] is not None:
-                weights[i] = constraint(weights[i])
-        new = state | {"weights": weights, "slots": slots, "iterations": iterations + 1}
-        if self.use_ema:
-            started = ops.cast(iterations > 0, scalar_dtype())
-            momentum = started * self.ema_momentum  # the first update sets the average
-            new["average"] = [
-                ops.cast(momentum, a.dtype) * a + ops.cast(1 - momentum, a.dtype) * ops.cast(w, a.dtype)
-                for a, w in zip(state["average"], weights, strict=True)
-            ]
+            h = self._hyper(prepared, memo, bucket)
+            p, slots, average = self._for_training(state, b, h)
+            if grads[b] is not None:
+                u = self._clip(bucket, grads[b].value, prepared.factor)
+                p, slots = self._apply_rule(u, slots, p, h, grads[b].mask)
+                constraint = self._constraint(bucket)
+                if constraint is not None:
+                    p = ops.expand_dims(constraint(p[0]), 0)
+            if average is not None:
+                started = ops.cast(state["iterations"] > 0, scalar_dtype())
+                momentum = started * self.ema_momentum  # the first update sets the average
+                average = ops.cast(momentum, p.dtype) * average + ops.cast(1 - momentum, p.dtype) * p
+                new["average"][b] = bucket.stored(average)
+            new["weights"][b] = ops.cast(p, bucket.dtype)
+            new["slots"][b] = {name: bucket.stored(slot) for name, slot in slots.items()}
+        if "evaluating" in state:
+            new["evaluating"] = ops.zeros_like(state["evaluating"])
+        if self.skip_nonfinite:
+            new = _unless_nonfinite(state, new, prepared)
+        if "accumulated" in state:
+            new["accumulated"] = [ops.zeros_like(a) for a in state["accumulated"]]
+            new["micro"] = ops.zeros_like(state["micro"])
         return new
 
-    def _update_bucket(
-        self, bucket: Bucket, grads: list[Tensor | None], weights: list[Tensor], slots: dict[str, Tensor], h: Hyper
-    ) -> dict[str, Tensor]:
-        """Updates the bucket's members in `weights` and returns its new slots."""
-        u = bucket.join([grads[i] for i in bucket.indices])
-        p = ops.cast(bucket.join([weights[i] for i in bucket.indices]), u.dtype)
+    def _for_training(self, state: State, b: int, h: Hyper) -> tuple[Tensor, Slots, Tensor | None]:
+        """Weights, slots and average of a bucket to go on from, also if the model holds the weights to evaluate at."""
+        bucket = self._held.buckets[b]
+        p = ops.cast(state["weights"][b], at_least_float32(bucket.dtype))
+        slots = {name: bucket.view(slot) for name, slot in state["slots"][b].items()}
+        if "evaluating" not in state:
+            return p, slots, None
+        evaluating = ops.cast(state["evaluating"], "bool")
+        if self.use_ema:
+            average = bucket.view(state["average"][b])
+            return ops.where(evaluating, average, p), slots, ops.where(evaluating, p, average)
+        back, back_slots = self.rule.train_value(p, slots, h)
+        slots = {name: ops.where(evaluating, back_slots[name], slot) for name, slot in slots.items()}
+        return ops.where(evaluating, back, p), slots, None
+
+    def _apply_rule(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper, mask: Any) -> tuple[Tensor, Slots]:
+        """Parameters and slots after the rule and the decoupled decay; where the mask is False, as they were."""
         missing = set(self.rule.slots()) - set(slots)
         if missing:
             raise ValueError(
                 f"{self.name} was built without the state {sorted(missing)} that {self.rule!r} needs. Give a "
                 "hyperparameter that switches state on a value other than 0 before the optimizer is built."
             )
-        step, new_slots = self.rule.update(u, slots, p, h)
-        if set(new_slots) != set(slots):
+        step, new = self.rule.update(u, slots, p, h)
+        if set(new) != set(slots):
             raise ValueError(
-                f"{type(self.rule).__name__}.update returned the slots {sorted(new_slots)}, expected {sorted(slots)}."
+                f"{type(self.rule).__name__}.update returned the slots {sorted(new)}, expected {sorted(slots)}."
             )
-        if self.weight_decay is not None and bucket.decayed:
-            step = step + h.learning_rate * h(self.weight_decay) * p
-        new_p = ops.cast(p - step, bucket.dtype)
-        for i, value in zip(bucket.indices, bucket.split(new_p), strict=True):
-            weights[i] = value
-        return new_slots
+        if h.decays and not self.rule.handles_decay:
+            step = step + h.learning_rate * h.weight_decay * p
+        if mask is None:
+            return p - step, new
+        return ops.where(mask, p - step, p), {name: ops.where(mask, new[name], old) for name, old in slots.items()}
 
-    def _clip(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+    def _update_rows(
+        self, b: int, take: Any, rows: Rows, dynamic: list[Value], prepared: _Prepared
+    ) -> dict[str, Tensor]:
+        """One update of some rows of a parameter that is alone in its bucket; the new rows by name of the state."""
+        bucket = self._held.buckets[b]
+        weights = take("weights")
+        p = ops.expand_dims(ops.cast(weights, at_least_float32(bucket.dtype)), 0)
+        slots = {name: ops.expand_dims(take(name), 0) for name in self.rule.slots()}
+        h = self._hyper(prepared, _memo(dynamic, prepared.read), bucket)
+        u = self._clip(bucket, rows, prepared.factor)
+        p, slots = self._apply_rule(u, slots, p, h, prepared.finite)
+        return {"weights": ops.cast(p[0], weights.dtype)} | {name: slot[0] for name, slot in slots.items()}
+
+    def _clip(self, bucket: Bucket, grad: Tensor | Rows, factor: Tensor | None) -> Tensor:
+        """The gradient of a bucket, or of some rows with the leading axis, after clipping."""
+        u = ops.expand_dims(grad.values, 0) if isinstance(grad, Rows) else grad
         if self.clipvalue is not None:
-            return [None if g is None else ops.clip(g, -self.clipvalue, self.clipvalue) for g in grads]
+            return ops.clip(u, -self.clipvalue, self.clipvalue)
         if self.clipnorm is not None:
-            return [None if g is None else g * _shrink(_sum_of_squares(g), self.clipnorm) for g in grads]
-        if self.global_clipnorm is not None:
-            total = sum(ops.cast(_sum_of_squares(g), scalar_dtype()) for g in grads if g is not None)
-            factor = _shrink(total, self.global_clipnorm)
-            return [None if g is None else g * ops.cast(factor, g.dtype) for g in grads]
-        return grads
+            if isinstance(grad, Rows):
+                return u * _shrink(_sum_of_squares(grad), self.clipnorm)
+            return bucket.join([g * _shrink(_sum_of_squares(g), self.clipnorm) for g in bucket.split(u)])
+        return u if factor is None else u * ops.cast(factor, u.dtype)
+
+    # -- which weights the model holds --------------------------------------------------------------------------------
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether the model holds the weights to evaluate at, and not those that training goes on from."""
+        return self._averages() and bool(_as_number(self._held.state["evaluating"]))
+
+    def swap_weights(self, evaluating: bool) -> None:
+        """Gives the model the weights to evaluate at (True), or those that training goes on from (False).
+
+        They differ with `use_ema=True` and for rules that average by themselves, such as Schedule-Free; otherwise, and
+        where the model holds the wanted weights already, nothing happens. Training may go on in either case: the next
+        update takes the weights of training back by itself.
+        """
+        if not self._averages() or self.evaluating == evaluating or _as_number(self._updates) == 0:
+            return
+        state: State = self._held.state
+        h_memo: dict[Any, Tensor] = {}
+        for b, bucket in enumerate(self._held.buckets):
+            p = bucket.join([ops.convert_to_tensor(v) for v in state["weights"][b]])
+            wide = ops.cast(p, at_least_float32(bucket.dtype))
+            if self.use_ema:
+                average = state["average"][b]
+                new, stored = bucket.view(ops.copy(ops.convert_to_tensor(average))), Slots()
+                average.assign(bucket.stored(wide))
+            else:
+                h = Hyper(self._updates, self.learning_rate, wide.dtype, memo=h_memo)
+                slots = {name: bucket.view(ops.convert_to_tensor(v)) for name, v in state["slots"][b].items()}
+                new, stored = (self.rule.eval_value if evaluating else self.rule.train_value)(wide, slots, h)
+            for name, slot in stored.items():
+                state["slots"][b][name].assign(bucket.stored(slot))
+            for variable, value in zip(state["weights"][b], bucket.split(ops.cast(new, bucket.dtype)), strict=True):
+                variable.assign(value)
+        state["evaluating"].assign(int(evaluating))
+
+    def _averages(self) -> bool:
+        return self.built and "evaluating" in self._held.state
 
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
-        """Sets the weights to their moving average, if one is kept; `fit` calls it at its end."""
-        if not (self.use_ema and self.built and _as_number(self._updates) > 0):
-            return
-        places = {distribute.key(v): i for i, v in enumerate(self._held.state["weights"])}
-        for variable in var_list:
-            average = self._held.state["average"][places[distribute.key(variable)]]
-            variable.assign(ops.cast(average, variable.dtype))
+        """Gives the model the weights to evaluate at; `fit` calls it at its end."""
+        self.swap_weights(evaluating=True)
+        self._raise_if_too_many_nonfinite()
+
+    @property
+    def nonfinite(self) -> Nonfinite:
+        """What `skip_nonfinite` has met so far.
+
+        Raises:
+            ValueError: Without `skip_nonfinite`, or before the optimizer is built.
+        """
+        if not (self.skip_nonfinite and self.built):
+            raise ValueError(
+                f"{self.name} counts non-finite gradients with skip_nonfinite=k and once it is built; "
+                f"it has skip_nonfinite={self.skip_nonfinite!r} and is {'' if self.built else 'not '}built."
+            )
+        counts = {name: _as_number(v) for name, v in self._held.state["nonfinite"].items()}
+        path = None
+        if counts["skipped"]:
+            member = self._held.buckets[counts["bucket"]].member(counts["place"])
+            path = _path(self._trainable_variables[member])
+        return Nonfinite(counts["skipped"], counts["in_a_row"], path)
+
+    def _raise_if_too_many_nonfinite(self) -> None:
+        """For compiled steps, which cannot raise."""
+        if self.skip_nonfinite and self.built:
+            met = self.nonfinite
+            if met.in_a_row >= self.skip_nonfinite:
+                raise FloatingPointError(
+                    f"{self.name}: {met.in_a_row} non-finite gradients in a row, skip_nonfinite={self.skip_nonfinite}; "
+                    f"the first such variable in the last one is {met.variable}."
+                )
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -401,20 +743,25 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             "format": _FORMAT,
             "optimizer": keras.saving.get_registered_name(type(self)),
             "learning_rate": "constant" if self._schedule is None else "schedule",
-            "state": sorted([*self.rule.slots(), *({"accumulated", "average"} & set(state))]) if self.built else None,
-            "variables": [[_kind(v), list(v.shape)] for v in state.get("weights", [])],
+            "state": sorted([*self.rule.slots(), *self.rule.scalars(), *(set(_PER_PARAMETER) & set(state))])
+            if self.built
+            else None,
+            "variables": [[_kind(v), list(v.shape)] for v in self._trainable_variables],
         }
 
     def _entries(self) -> dict[str, tuple[Any, Bucket | None]]:
-        """The variables to save by name; a packed one with the bucket that it is to be split by."""
+        """The variables to save by name; one that holds a bucket's state with that bucket, to be split by."""
         state = self._held.state or {"iterations": self._updates, "multiplier": self._multiplier}
-        entries: dict[str, tuple[Any, Bucket | None]] = {
-            name: (state[name], None) for name in ("iterations", "multiplier", "micro") if name in state
-        }
-        for name in ("accumulated", "average"):
-            entries |= {f"{name}.{i}": (v, None) for i, v in enumerate(state.get(name, []))}
-        for bucket, slots in zip(self._held.buckets, state.get("slots", []), strict=True):
-            entries |= {f"slot.{name}.{bucket.indices[0]}": (v, bucket) for name, v in slots.items()}
+        entries: dict[str, tuple[Any, Bucket | None]] = {}
+        for name, part in state.items():
+            if isinstance(part, dict):
+                entries |= {f"{name}.{key}": (v, None) for key, v in part.items()}
+            elif not isinstance(part, list):
+                entries[name] = (part, None)
+        for b, bucket in enumerate(self._held.buckets):
+            packed = {f"slot.{name}": v for name, v in state["slots"][b].items()}
+            packed |= {name: state[name][b] for name in _PER_PARAMETER if name in state}
+            entries |= {f"{name}.{bucket.indices[0]}": (v, bucket) for name, v in packed.items()}
         return entries
 
     def save_own_variables(self, store: Any) -> None:
@@ -430,7 +777,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 store[name] = value
             else:
                 slot = name.rsplit(".", 1)[0]
-                for i, part in zip(bucket.indices, bucket.split(value), strict=True):
+                for i, part in zip(bucket.indices, bucket.split(bucket.view(value)), strict=True):
                     store[f"{slot}.{i}"] = ops.convert_to_numpy(part)
 
     def load_own_variables(self, store: Any) -> None:
@@ -469,7 +816,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 variable.assign(saved[name])
             else:
                 slot = name.rsplit(".", 1)[0]
-                variable.assign(bucket.join([saved[f"{slot}.{i}"] for i in bucket.indices]))
+                variable.assign(bucket.stored(bucket.join([saved[f"{slot}.{i}"] for i in bucket.indices])))
 
     def _refuse_unless_same(self, saved: dict[str, np.ndarray], keys: Sequence[str]) -> bool:
         """Raises with the differences between the saved schema and this one; True if it was saved before build."""
@@ -509,6 +856,11 @@ def _described(variable: list[Any] | None) -> str:
     return "none" if variable is None else f"{variable[0]} {tuple(variable[1])}"
 
 
+def _filled(value: float) -> Callable[..., Tensor]:
+    """An initializer with a constant in full precision; Keras's goes through float32."""
+    return lambda shape, dtype: ops.full(shape, value, dtype)
+
+
 def _kind(variable: Any) -> str:
     """The last part of a variable's path, without the number that makes it unique: "kernel", "gamma", ..."""
     return re.sub(r"(_\d+)?(:\d+)?$", "", variable.name.split("/")[-1])
@@ -522,8 +874,43 @@ def _fields(rule: Rule) -> set[str]:
     return {field.name for field in dataclasses.fields(rule)}
 
 
-def _sum_of_squares(tensor: Tensor) -> Tensor:
-    return ops.sum(ops.square(tensor))
+def _values(grad: Any) -> Tensor:
+    """The numbers of a Grad, of Rows or of a tensor."""
+    return grad.values if isinstance(grad, Rows) else grad.value if isinstance(grad, Grad) else grad
+
+
+def _sum_of_squares(grad: Any) -> Tensor:
+    squares = ops.square(_values(grad))
+    return ops.sum(ops.where(grad.first, squares, ops.zeros_like(squares)) if isinstance(grad, Rows) else squares)
+
+
+def _first_bad(grads: Sequence[tuple[int, Tensor]], flags: Tensor) -> Tensor:
+    """(bucket, place in it) of the first number that is not finite, of the first bucket that has one."""
+    places = [ops.argmin(ops.cast(ops.isfinite(ops.reshape(values, (-1,))), "int32")) for _, values in grads]
+    first = ops.argmin(ops.cast(flags, "int32"))
+    numbers = ops.convert_to_tensor([b for b, _ in grads], "int32")
+    return ops.stack([ops.take(numbers, first), ops.cast(ops.take(ops.stack(places), first), "int32")])
+
+
+def _unless_nonfinite(state: State, new: State, prepared: _Prepared) -> State:
+    """The new state if all gradients are finite, else the old one; what was met is counted."""
+    finite, counts = prepared.finite, state["nonfinite"]
+    kept = tree.map_structure(lambda old, value: value if value is old else ops.where(finite, value, old), state, new)
+    bad = ops.cast(ops.logical_not(finite), counts["skipped"].dtype)
+    bucket, place = ops.unstack(ops.cast(prepared.position, counts["bucket"].dtype), 2)
+    return kept | {
+        "nonfinite": {
+            "skipped": counts["skipped"] + bad,
+            "in_a_row": (counts["in_a_row"] + bad) * bad,
+            "bucket": ops.where(finite, counts["bucket"], bucket),
+            "place": ops.where(finite, counts["place"], place),
+        }
+    }
+
+
+def _memo(dynamic: Sequence[Value], read: Sequence[Tensor]) -> dict[Any, Tensor]:
+    """What `Hyper` remembers at the start of a step: the present values of schedules."""
+    return {("value", id(value)): tensor for value, tensor in zip(dynamic, read, strict=True)}
 
 
 def _shrink(sum_of_squares: Tensor, limit: float) -> Tensor:

@@ -8,11 +8,15 @@ stay alone, since copying them together would cost more than it saves.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from keras import ops
+
+from keras_optkit.optimizers import distribute
+from keras_optkit.optimizers.groups import Treatment
 
 Tensor = Any
 Shape = tuple[int, ...]
@@ -29,61 +33,99 @@ class Bucket:
         indices: Their positions in the optimizer's list of variables.
         shapes: Their shapes.
         dtype: Their dtype.
-        decayed: Whether weight decay applies to them.
+        treatment: What distinguishes them from the other parameters: rate, decay.
         flat: Laid end to end as `(1, n)`; otherwise stacked as `(k, *shape)`.
     """
 
     indices: tuple[int, ...]
     shapes: tuple[Shape, ...]
     dtype: str
-    decayed: bool
+    treatment: Treatment
     flat: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is a single parameter, whose state is stored in the parameter's own shape."""
+        return not self.flat and len(self.shapes) == 1
 
     @property
     def shape(self) -> Shape:
         """The shape of the one tensor."""
         return (1, sum(map(math.prod, self.shapes))) if self.flat else (len(self.shapes), *self.shapes[0])
 
+    @property
+    def stored_shape(self) -> Shape:
+        """The shape that its state is stored in."""
+        return self.shapes[0] if self.alone else self.shape
+
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor made of one tensor for each parameter."""
         if self.flat:
-            return ops.concatenate([ops.reshape(t, (1, -1)) for t in tensors], axis=1)
-        return ops.stack(tensors) if len(tensors) > 1 else ops.expand_dims(tensors[0], 0)
+            parts = [t if len(t.shape) == 1 else ops.reshape(t, (-1,)) for t in tensors]
+            return ops.reshape(distribute.concatenate(parts), (1, -1))
+        return ops.expand_dims(tensors[0], 0) if self.alone else ops.stack(tensors)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The inverse of `join`."""
         if not self.flat:
-            return [tensor[i] for i in range(len(self.shapes))]
-        parts, start = [], 0
-        for shape in self.shapes:
-            stop = start + math.prod(shape)
-            parts.append(ops.reshape(tensor[0, start:stop], shape))
-            start = stop
-        return parts
+            return [tensor[0]] if self.alone else list(ops.unstack(tensor, len(self.shapes)))
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts = distribute.split(ops.reshape(tensor, (-1,)), sizes)
+        return [p if len(shape) == 1 else ops.reshape(p, shape) for p, shape in zip(parts, self.shapes, strict=True)]
 
-    def only(self, members: Sequence[int]) -> Bucket:
-        """The bucket with some of its parameters, given by their places in it."""
-        return replace(
-            self, indices=tuple(self.indices[i] for i in members), shapes=tuple(self.shapes[i] for i in members)
-        )
+    def view(self, stored: Tensor) -> Tensor:
+        """Stored state as the rule sees it, with the leading axis."""
+        return ops.expand_dims(stored, 0) if self.alone else stored
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """The inverse of `view`."""
+        return tensor[0] if self.alone else tensor
+
+    def mask(self, present: Collection[int], hits: Mapping[int, Tensor]) -> Any:
+        """True for the numbers to update, in a shape that broadcasts.
+
+        Args:
+            present: Places in the bucket of the parameters that are to be updated.
+            hits: For some of them, by place, where: a tensor of the parameter's shape.
+        """
+        if hits:
+            full = [np.full(shape, place in present) for place, shape in enumerate(self.shapes)]
+            return self.join([hits.get(place, mask) for place, mask in enumerate(full)])
+        flags = np.array([place in present for place in range(len(self.shapes))])
+        if self.flat:
+            return np.repeat(flags, [math.prod(shape) for shape in self.shapes])[None]
+        return flags.reshape(-1, *[1] * len(self.shapes[0]))
+
+    def member(self, place: int) -> int:
+        """The index of the parameter that a number of the one tensor belongs to, given by its place in it, flat."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        return self.indices[int(np.searchsorted(ends, place, side="right"))]
 
 
 def pack(
     shapes: Sequence[Shape],
     dtypes: Sequence[str],
-    decayed: Sequence[bool],
+    treatments: Sequence[Treatment | None],
     *,
     elementwise: bool,
     below: int = PACK_BELOW,
+    alone: Callable[[int], bool] = lambda _: False,
 ) -> tuple[Bucket, ...]:
-    """Sorts parameters into buckets of one dtype and one treatment, in the order of their first members."""
+    """Sorts parameters into buckets of one dtype and one treatment, in the order of their first members.
+
+    Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` share with none.
+    """
     members: dict[Hashable, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        flat = elementwise and math.prod(shape) < below
-        alone = elementwise and not flat
-        key = (dtypes[i], decayed[i], "flat" if flat else shape, i if alone else None)
+    flat = {}
+    for i, (shape, treatment) in enumerate(zip(shapes, treatments, strict=True)):
+        if treatment is None:
+            continue
+        small = math.prod(shape) < below
+        flat[i] = elementwise and small and not alone(i)
+        by_itself = alone(i) or (elementwise and not small)
+        key = (dtypes[i], treatment, "flat" if flat[i] else shape, i if by_itself else None)
         members.setdefault(key, []).append(i)
     return tuple(
-        Bucket(tuple(m), tuple(shapes[i] for i in m), dtypes[m[0]], decayed[m[0]], flat=key[2] == "flat")  # type: ignore[index]
-        for key, m in members.items()
+        Bucket(tuple(m), tuple(shapes[i] for i in m), dtypes[m[0]], treatments[m[0]], flat[m[0]])  # type: ignore[arg-type]
+        for m in members.values()
     )

@@ -51,35 +51,60 @@ class Hyper:
 
     Attributes:
         step: t, the number of this update, counted from 1.
-        learning_rate: The learning rate of this update, which the rule multiplies into its result.
+        learning_rate: The learning rate of this update for these parameters, which the rule multiplies into its result.
+        weight_decay: λ of this update for these parameters, 0 where there is none. Only a rule that says
+            `handles_decay` has to look at it.
+        decays: Whether there is a decay.
+        scalars: The rule's state for the whole model, as `measure` has left it.
     """
 
-    def __init__(self, iterations: Tensor, learning_rate: Tensor, dtype: str, memo: dict[Any, Tensor] | None = None):
+    def __init__(
+        self,
+        iterations: Tensor,
+        learning_rate: Tensor,
+        dtype: str,
+        *,
+        weight_decay: Any = 0.0,
+        scalars: Mapping[str, Tensor] | None = None,
+        memo: dict[Any, Tensor] | None = None,
+    ):
         self._iterations = iterations
         self._dtype = dtype
         self._memo = {} if memo is None else memo
         self.step = ops.cast(iterations + 1, scalar_dtype())
         self.learning_rate = ops.cast(learning_rate, dtype)
+        self.weight_decay = self(weight_decay)
+        self.decays = is_dynamic(weight_decay) or bool(weight_decay)
+        self.scalars = dict(scalars or {})
 
     def __call__(self, value: Value) -> Any:
         """The present value of a hyperparameter: numbers stay Python numbers, schedules are read at this step."""
-        return ops.cast(self._exact(value), self._dtype) if is_dynamic(value) else value
+        return ops.cast(self.exact(value), self._dtype) if is_dynamic(value) else value
+
+    def scalar(self, name: str) -> Tensor:
+        """One of the rule's scalars in the dtype of the computation."""
+        return ops.cast(self.scalars[name], self._dtype)
 
     def bias_correction(self, beta: Value) -> Tensor:
         """`1 - beta**t`, without the cancellation that costs float32 half of its digits when beta is near 1.
 
         Where beta is a schedule its present value is taken for all steps, as torch and optax do.
         """
-        key = id(beta) if is_dynamic(beta) else beta
+        key = ("correction", id(beta) if is_dynamic(beta) else beta)
         if key not in self._memo:
-            decay = ops.convert_to_tensor(self._exact(beta), dtype=scalar_dtype())
+            decay = ops.convert_to_tensor(self.exact(beta), dtype=scalar_dtype())
             self._memo[key] = -ops.expm1(self.step * ops.log(decay))
         return ops.cast(self._memo[key], self._dtype)
 
-    def _exact(self, value: Value) -> Any:
-        if isinstance(value, Schedule):
-            return ops.cast(value(self._iterations), scalar_dtype())
-        return ops.cast(value, scalar_dtype()) if is_dynamic(value) else value
+    def exact(self, value: Value) -> Any:
+        """The present value in the dtype for scalars; schedules are read once in a step."""
+        if not is_dynamic(value):
+            return value
+        key = ("value", id(value))
+        if key not in self._memo:
+            present = value(self._iterations) if isinstance(value, Schedule) else value
+            self._memo[key] = ops.cast(present, scalar_dtype())
+        return self._memo[key]
 
 
 @dataclass(frozen=True)
@@ -87,10 +112,18 @@ class Rule:
     """Base of the update rules.
 
     Subclasses are frozen dataclasses whose fields, made with `number` and `flag`, are the hyperparameters; each is
-    checked when the rule is made. `elementwise` says that every number is updated on its own.
+    checked when the rule is made.
+
+    Attributes:
+        elementwise: Whether every number is updated on its own.
+        handles_decay: Whether `update` itself subtracts the decoupled decay `η λ θ`, or what stands in its place.
+        averages: Whether the weights to evaluate at are others than those of training; then there are `eval_value` and
+            `train_value`.
     """
 
     elementwise: ClassVar[bool] = False
+    handles_decay: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -101,6 +134,14 @@ class Rule:
     def slots(self) -> Mapping[str, Initial]:
         """Names and initial values of the state kept for every parameter."""
         return {}
+
+    def scalars(self) -> Mapping[str, float]:
+        """Names and initial values of the state kept once for the whole model."""
+        return {}
+
+    def measure(self, h: Hyper) -> dict[str, Tensor]:
+        """The new scalars of this update, from the old ones in `h.scalars`; computed before any `update`."""
+        return dict(h.scalars)
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         """Turns the gradient `u` into the step that is subtracted from the parameters `p`, and the slots into new ones.
@@ -114,4 +155,12 @@ class Rule:
         Returns:
             The step, with the learning rate in it, and the new slots under the same names.
         """
+        raise NotImplementedError
+
+    def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        """The parameters to evaluate at, and the slots to keep meanwhile, from those of training."""
+        raise NotImplementedError
+
+    def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        """The inverse of `eval_value`: the parameters and slots that training goes on from."""
         raise NotImplementedError
