@@ -292,12 +292,12 @@ def test_pack_sorts_by_dtype_decay_and_size():
     dtypes = ["float32"] * 3 + ["float16", "float32"]
     buckets = pack(shapes, dtypes, treatments, elementwise=True)
     assert [b.indices for b in buckets] == [(0,), (1, 4), (2,), (3,)]
-    assert [b.flat for b in buckets] == [True, True, False, True]
+    assert [b.form for b in buckets] == ["flat", "flat", "bare", "flat"]
     assert [b.alone for b in buckets] == [False, False, True, False]
     some = pack(shapes, dtypes, [None, *treatments[1:]], elementwise=True, alone=lambda i: i == 4)
     assert [b.indices for b in some] == [(1,), (2,), (3,), (4,)]
     stacked = pack([(2, 3), (4,), (2, 3)], ["float32"] * 3, [decayed] * 3, elementwise=False)
-    assert [(b.indices, b.flat) for b in stacked] == [((0, 2), False), ((1,), False)]
+    assert [(b.indices, b.form) for b in stacked] == [((0, 2), "stacked"), ((1,), "stacked")]
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -475,7 +475,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         """One call of `apply` in pure functions of the state."""
         k, limit = self.gradient_accumulation_steps, self.skip_nonfinite
         own = [b.treatment.weight_decay for b in self._held.buckets]
-        candidates = [self._schedule, self.weight_decay, *own, *(getattr(self.rule, n) for n in _fields(self.rule))]
+        candidates = [self._schedule, self.weight_decay, *own, *self.rule.hyperparameters()]
         dynamic = [value for value in candidates if is_dynamic(value)]
 
         def read(state: State) -> list[Tensor]:
@@ -578,7 +578,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 p, slots = self._apply_rule(u, slots, p, h, grads[b].mask)
                 constraint = self._constraint(bucket)
                 if constraint is not None:
-                    p = ops.expand_dims(constraint(p[0]), 0)
+                    p = bucket.join([constraint(bucket.split(p)[0])])
             if average is not None:
                 started = ops.cast(state["iterations"] > 0, scalar_dtype())
                 momentum = started * self.ema_momentum  # the first update sets the average
@@ -635,16 +635,16 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         """One update of some rows of a parameter that is alone in its bucket; the new rows by name of the state."""
         bucket = self._held.buckets[b]
         weights = take("weights")
-        p = ops.expand_dims(ops.cast(weights, at_least_float32(bucket.dtype)), 0)
-        slots = {name: ops.expand_dims(take(name), 0) for name in self.rule.slots()}
+        p = ops.cast(weights, at_least_float32(bucket.dtype))
+        slots = {name: take(name) for name in self.rule.slots()}
         h = self._hyper(prepared, _memo(dynamic, prepared.read), bucket)
         u = self._clip(bucket, rows, prepared.factor)
         p, slots = self._apply_rule(u, slots, p, h, prepared.finite)
-        return {"weights": ops.cast(p[0], weights.dtype)} | {name: slot[0] for name, slot in slots.items()}
+        return {"weights": ops.cast(p, weights.dtype), **slots}
 
     def _clip(self, bucket: Bucket, grad: Tensor | Rows, factor: Tensor | None) -> Tensor:
-        """The gradient of a bucket, or of some rows with the leading axis, after clipping."""
-        u = ops.expand_dims(grad.values, 0) if isinstance(grad, Rows) else grad
+        """The gradient of a bucket, or of some rows, after clipping."""
+        u = _values(grad)
         if self.clipvalue is not None:
             return ops.clip(u, -self.clipvalue, self.clipvalue)
         if self.clipnorm is not None:
@@ -680,7 +680,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 average.assign(bucket.stored(wide))
             else:
                 h = Hyper(self._updates, self.learning_rate, wide.dtype, memo=h_memo)
-                slots = {name: bucket.view(ops.convert_to_tensor(v)) for name, v in state["slots"][b].items()}
+                held = state["slots"][b]
+                # copies: what TensorFlow hands out is the live variable, and a rule may let the two change places
+                slots = {name: bucket.view(ops.copy(ops.convert_to_tensor(v))) for name, v in held.items()}
                 new, stored = (self.rule.eval_value if evaluating else self.rule.train_value)(wide, slots, h)
             for name, slot in stored.items():
                 state["slots"][b][name].assign(bucket.stored(slot))

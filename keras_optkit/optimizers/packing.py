@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from keras import ops
@@ -34,52 +34,54 @@ class Bucket:
         shapes: Their shapes.
         dtype: Their dtype.
         treatment: What distinguishes them from the other parameters: rate, decay.
-        flat: Laid end to end as `(1, n)`; otherwise stacked as `(k, *shape)`.
+        form: How they become one tensor: "flat", laid end to end as `(1, n)`; "stacked", as `(k, *shape)`; or "bare", a
+            single parameter of an element-wise rule as it is. (It could have the leading axis, too, but XLA updates a
+            variable in place only if nothing, not even a reshape, stands between the variable and the arithmetic.)
     """
 
     indices: tuple[int, ...]
     shapes: tuple[Shape, ...]
     dtype: str
     treatment: Treatment
-    flat: bool
+    form: str
 
     @property
     def alone(self) -> bool:
         """Whether it is a single parameter, whose state is stored in the parameter's own shape."""
-        return not self.flat and len(self.shapes) == 1
-
-    @property
-    def shape(self) -> Shape:
-        """The shape of the one tensor."""
-        return (1, sum(map(math.prod, self.shapes))) if self.flat else (len(self.shapes), *self.shapes[0])
+        return self.form != "flat" and len(self.shapes) == 1
 
     @property
     def stored_shape(self) -> Shape:
         """The shape that its state is stored in."""
-        return self.shapes[0] if self.alone else self.shape
+        if self.form == "flat":
+            return (1, sum(map(math.prod, self.shapes)))
+        return self.shapes[0] if self.alone else (len(self.shapes), *self.shapes[0])
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor made of one tensor for each parameter."""
-        if self.flat:
-            parts = [t if len(t.shape) == 1 else ops.reshape(t, (-1,)) for t in tensors]
-            return ops.reshape(distribute.concatenate(parts), (1, -1))
-        return ops.expand_dims(tensors[0], 0) if self.alone else ops.stack(tensors)
+        if self.form == "bare":
+            return tensors[0]
+        if self.form == "stacked":
+            return ops.expand_dims(tensors[0], 0) if self.alone else ops.stack(tensors)
+        parts = [t if len(t.shape) == 1 else ops.reshape(t, (-1,)) for t in tensors]
+        return ops.reshape(distribute.concatenate(parts), (1, -1))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The inverse of `join`."""
-        if not self.flat:
+        if self.form == "bare":
+            return [tensor]
+        if self.form == "stacked":
             return [tensor[0]] if self.alone else list(ops.unstack(tensor, len(self.shapes)))
-        sizes = [math.prod(shape) for shape in self.shapes]
-        parts = distribute.split(ops.reshape(tensor, (-1,)), sizes)
+        parts = distribute.split(ops.reshape(tensor, (-1,)), [math.prod(shape) for shape in self.shapes])
         return [p if len(shape) == 1 else ops.reshape(p, shape) for p, shape in zip(parts, self.shapes, strict=True)]
 
     def view(self, stored: Tensor) -> Tensor:
-        """Stored state as the rule sees it, with the leading axis."""
-        return ops.expand_dims(stored, 0) if self.alone else stored
+        """Stored state in the form of the one tensor."""
+        return self.join([stored]) if self.alone else stored
 
     def stored(self, tensor: Tensor) -> Tensor:
         """The inverse of `view`."""
-        return tensor[0] if self.alone else tensor
+        return self.split(tensor)[0] if self.alone else tensor
 
     def mask(self, present: Collection[int], hits: Mapping[int, Tensor]) -> Any:
         """True for the numbers to update, in a shape that broadcasts.
@@ -92,9 +94,9 @@ class Bucket:
             full = [np.full(shape, place in present) for place, shape in enumerate(self.shapes)]
             return self.join([hits.get(place, mask) for place, mask in enumerate(full)])
         flags = np.array([place in present for place in range(len(self.shapes))])
-        if self.flat:
+        if self.form == "flat":
             return np.repeat(flags, [math.prod(shape) for shape in self.shapes])[None]
-        return flags.reshape(-1, *[1] * len(self.shapes[0]))
+        return flags[0] if self.form == "bare" else flags.reshape(-1, *[1] * len(self.shapes[0]))
 
     def member(self, place: int) -> int:
         """The index of the parameter that a number of the one tensor belongs to, given by its place in it, flat."""
@@ -116,16 +118,15 @@ def pack(
     Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` share with none.
     """
     members: dict[Hashable, list[int]] = {}
-    flat = {}
+    forms = {}
     for i, (shape, treatment) in enumerate(zip(shapes, treatments, strict=True)):
         if treatment is None:
             continue
-        small = math.prod(shape) < below
-        flat[i] = elementwise and small and not alone(i)
-        by_itself = alone(i) or (elementwise and not small)
-        key = (dtypes[i], treatment, "flat" if flat[i] else shape, i if by_itself else None)
+        by_itself = alone(i) or (elementwise and math.prod(shape) >= below)
+        forms[i] = "stacked" if not elementwise else "bare" if by_itself else "flat"
+        key = (dtypes[i], treatment, shape if forms[i] == "stacked" else forms[i], i if by_itself else None)
         members.setdefault(key, []).append(i)
     return tuple(
-        Bucket(tuple(m), tuple(shapes[i] for i in m), dtypes[m[0]], treatments[m[0]], flat[m[0]])  # type: ignore[arg-type]
+        Bucket(tuple(m), tuple(shapes[i] for i in m), dtypes[m[0]], cast(Treatment, treatments[m[0]]), forms[m[0]])
         for m in members.values()
     )

@@ -2,11 +2,12 @@
 
 A rule sees tensors with a leading axis, `(k, *shape)`: k parameters of one shape are updated as one tensor. What is
 computed "per parameter" is therefore reduced over all axes but the first, and matrix products batch for free. An
-element-wise rule may also be handed many parameters of any shapes, flattened into one `(1, n)` tensor.
+element-wise rule is handed tensors of any shape: many parameters flattened into one `(1, n)`, or one as it is.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ class Hyper:
         """The present value of a hyperparameter: numbers stay Python numbers, schedules are read at this step."""
         return ops.cast(self.exact(value), self._dtype) if is_dynamic(value) else value
 
+    def at_rate(self, learning_rate: Tensor) -> Hyper:
+        """The same step with another learning rate, for a rule inside of a rule."""
+        other = copy.copy(self)
+        other.learning_rate = learning_rate
+        return other
+
     def scalar(self, name: str) -> Tensor:
         """One of the rule's scalars in the dtype of the computation."""
         return ops.cast(self.scalars[name], self._dtype)
@@ -130,6 +137,11 @@ class Rule:
             check = field.metadata.get("check")
             if check is not None:
                 object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
+
+    def hyperparameters(self) -> list[Value]:
+        """The values of all fields, and of those of rules in fields."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [v for value in values for v in (value.hyperparameters() if isinstance(value, Rule) else [value])]
 
     def slots(self) -> Mapping[str, Initial]:
         """Names and initial values of the state kept for every parameter."""
