@@ -67,6 +67,7 @@ class Recipe:
     augmentation: Callable[[], list[keras.layers.Layer]]  # layers that act during training only
     batch_size: int
     epochs: int
+    pool_padding: str = "same"  # "valid" drops a last row and column that are left over
     units: int = 256  # of the first dense layer
     learning_rate: float = 1e-3  # of Adam while there is no schedule
     peak_rate: float = 4e-3  # of the one-cycle schedule
@@ -141,7 +142,7 @@ def build(recipe: Recipe, row: Row, steps: int) -> keras.Model:
     for width, window, pool in zip(recipe.widths, recipe.windows, recipe.pools, strict=True):
         layers.append(conv(width, window))
         if pool:  # before the ReLU, which gives the same and costs a quarter
-            layers.append(keras.layers.MaxPooling2D(padding="same"))
+            layers.append(keras.layers.MaxPooling2D(padding=recipe.pool_padding))
         if regularised:
             layers.append(ok.layers.GhostBatchNormalization(momentum=0.9))
         layers.append(keras.layers.ReLU())

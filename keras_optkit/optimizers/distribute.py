@@ -244,8 +244,10 @@ def is_sparse(gradient: Any) -> bool:
     return TENSORFLOW and isinstance(gradient, tf.IndexedSlices)
 
 
-def dense(gradient: Any) -> Tensor:
+def dense(gradient: Any, shape: Sequence[int]) -> Tensor:
     """A gradient as one tensor; rows that occur twice in a sparse one are summed, which Keras's conversion leaves."""
+    if is_sparse(gradient):  # the conversion does not know the shape where `dense_shape` is computed in the graph
+        return tf.ensure_shape(tf.math.unsorted_segment_sum(gradient.values, gradient.indices, shape[0]), shape)
     return tf.convert_to_tensor(gradient) if TENSORFLOW else ops.convert_to_tensor(gradient)
 
 
@@ -256,10 +258,10 @@ def cast(gradient: Any, dtype: str) -> Any:
     return gradient if keras.backend.standardize_dtype(gradient.dtype) == dtype else ops.cast(gradient, dtype)
 
 
-def touched(gradient: Any) -> Tensor:
+def touched(gradient: Any, shape: Sequence[int]) -> Tensor:
     """For a sparse gradient, True for all numbers of the rows that it holds, in the shape of the parameter."""
-    ones = tf.IndexedSlices(tf.ones_like(gradient.values), gradient.indices, gradient.dense_shape)
-    return nonzero_rows(tf.convert_to_tensor(ones))
+    hits = tf.math.unsorted_segment_sum(tf.ones_like(gradient.indices), gradient.indices, shape[0])
+    return tf.broadcast_to(tf.reshape(hits > 0, (-1, *[1] * (len(shape) - 1))), shape)
 
 
 def nonzero_rows(tensor: Tensor) -> Tensor:

@@ -434,7 +434,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         grads = [
             None
             if g is None or i not in dtypes
-            else distribute.cast(g if i in lazy else distribute.dense(g), dtypes[i])
+            else distribute.cast(g if i in lazy else distribute.dense(g, self._trainable_variables[i].shape), dtypes[i])
             for i, g in enumerate(grads)
         ]
         grads = distribute.sum_over_replicas(grads)
@@ -450,9 +450,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         if sparse and self._can_take_rows(bucket):
             rows = distribute.rows(mine[0])
             return rows if scale is None else rows._replace(values=rows.values / scale)
-        hits = {place: distribute.touched(mine[place]) for place in sparse}
+        hits = {place: distribute.touched(mine[place], bucket.shapes[place]) for place in sparse}
         parts = [
-            ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else distribute.dense(g)
+            ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else distribute.dense(g, shape)
             for g, shape in zip(mine, bucket.shapes, strict=True)
         ]
         joined = bucket.join(parts)

@@ -1,0 +1,144 @@
+"""The benchmark of optimizers measures what it says: the same update everywhere. How long it takes is not tested."""
+
+import importlib
+import math
+import re
+import sys
+
+import pytest
+
+LABELS = ["keras, graph", "keras, XLA", "ours, graph", "ours, XLA", "torch, fused"]
+
+
+@pytest.fixture
+def bench(monkeypatch, request):
+    """The script, imported as Python finds it when it is run."""
+    monkeypatch.syspath_prepend(request.config.rootpath / "examples" / "benchmarks")
+    return importlib.import_module("optimizer_step")
+
+
+def tables(printed):
+    """The cells of the Markdown tables below their headings, by title."""
+    found = re.findall(r"^([^|\n]+):\n\n\|.*\n\| ---.*\n((?:\|.*\n)+)", printed, re.MULTILINE)
+    return {title: [row.strip("| ").split(" | ") for row in rows.splitlines()] for title, rows in found}
+
+
+def test_updates_of_one_set(bench, capsys):
+    bench.main(["--sets", "mlp", "--repeats", "2", "--sample-seconds", "0.01", "--markdown"])
+    printed, progress = capsys.readouterr()
+    assert "mlp: round 2 of 2" in progress
+    times, means, weights, traces = tables(printed).values()
+    assert [row[:2] for row in times] == [["mlp", label] for label in [*LABELS, "(empty function)"]]
+    assert times[0][4] == "1.00 [1.00, 1.00]"
+    assert [row[0] for row in means] == LABELS
+    assert [row[1] for row in weights] == ["ours - keras", "ours - float64", "keras - float64"]
+    assert all(0 < float(row[2]) < 1e-6 for row in weights)
+    assert f"ours and Keras's: {weights[0][2]} of the weights, below 1e-06" in printed
+    assert [row[1] for row in traces] == LABELS[:4]
+    assert all(float(cell) > 0 for row in traces for cell in row[2:])
+
+
+def test_choice_of_alternatives_and_tables_on_a_terminal(bench, capsys):
+    choice = ["--sets", "mlp", "--alternatives", "ours-graph", "--repeats", "1", "--sample-seconds", "0.001"]
+    bench.main(choice)
+    printed = capsys.readouterr().out
+    assert re.search(r"│ mlp │ ours, graph +│ +[\d.-]+ │ +[\d.]+ │ +- │", printed)  # nothing to take a ratio to
+    assert "keras, graph" not in printed
+    bench.main([*choice, "--trace"])
+    printed = capsys.readouterr().out
+    assert re.search(r"│ mlp │ ours, graph │ +[\d.]+ │ +[\d.]+ │ +[\d.]+ │ +- │", printed)
+    assert "One update" not in printed
+
+
+@pytest.mark.parametrize("wrong", ["keras", "ours"])
+def test_a_wrong_update_is_seen_and_attributed(bench, monkeypatch, wrong):
+    correct = bench.new_optimizer
+
+    def planted(kind):
+        optimizer = correct(kind)
+        if kind == wrong:
+            optimizer.learning_rate = 1.001 * bench.LEARNING_RATE
+        return optimizer
+
+    monkeypatch.setattr(bench, "new_optimizer", planted)
+    found = {pair: max(difference) for pair, difference in bench.differences([(30, 20), (20,)]).items()}
+    right = ({"keras", "ours"} - {wrong}).pop()
+    assert found["ours - keras"] > 5e-4
+    assert found[f"{wrong} - float64"] > 5e-4
+    assert found[f"{right} - float64"] < 5e-5
+
+
+def test_timing_reports_net_and_ratio_of_each_round(bench, monkeypatch):
+    """With a clock that advances by fixed amounts: 2 for passing the gradients, 10 and 6 for the updates."""
+    now = [0.0]
+
+    def taking(seconds):
+        return lambda *_: now.__setitem__(0, now[0] + seconds)
+
+    def timeit(call, number):
+        start = now[0]
+        for _ in range(number):
+            call()
+        return now[0] - start
+
+    monkeypatch.setattr(bench.timeit, "timeit", timeit)
+    monkeypatch.setattr(bench.timeit, "repeat", lambda call, number, repeat: [timeit(call, number)] * repeat)
+    monkeypatch.setattr(bench, "trace", lambda *_: taking(2.0))
+    cost = bench.Cost(1, 2, 3)
+    seconds = {"keras-graph": 10.0, "ours-graph": 6.0}
+    monkeypatch.setattr(bench, "prepare", lambda name, *_: bench.Update(taking(seconds[name]), cost))
+    monkeypatch.setattr(bench, "prepare_torch", lambda _: taking(4.0))
+    timings, costs = bench.time_set("x", [(1,)], [*seconds, "torch"], 3, 20.0)
+    assert timings["keras-graph"] == (10, 8, [1, 1, 1])
+    assert timings["ours-graph"] == (6, 4, [0.5, 0.5, 0.5])
+    assert timings["torch"] == (4, 4, [0.5, 0.5, 0.5])  # nothing is subtracted from torch
+    assert timings["empty"].gross == 2
+    assert costs == dict.fromkeys(seconds, cost)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's account in /proc")
+def test_memory_and_fit(bench, capsys):
+    bench.main(["--sets", "mlp", "--memory", "--fit", "--repeats", "1", "--markdown"])
+    memory, fit = tables(capsys.readouterr().out).values()
+    assert [row[:2] for row in memory] == [["mlp", "keras, graph"], ["mlp", "ours, graph"]]
+    assert all(0 < float(row[2]) <= float(row[3]) for row in memory)
+    assert [row[0] for row in fit] == ["keras, Adam", "ours, Adam"]
+    assert all(float(row[1]) > 0 for row in fit)
+
+
+def test_sets_have_the_sizes_of_their_models(bench):
+    shapes = {name: bench.SETS[name]() for name in bench.SETS}
+    sizes = {name: sum(map(math.prod, of_set)) for name, of_set in shapes.items()}
+    assert sizes == {
+        "mlp": 669_706,
+        "small": 1_000_000,
+        "mobilenetv2": 3_504_872,
+        "resnet50": 25_583_592,
+        "bert": 109_482_240,
+        "large": 25_000_000,
+    }
+    assert len(shapes["bert"]) == 199
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sets", "mlp,mpl"], "unknown 'mpl'; allowed: mlp, small, mobilenetv2, resnet50, bert, large"),
+        (["--alternatives", "ours"], "unknown 'ours'; allowed: keras-graph, keras-xla, ours-graph, ours-xla, torch"),
+        (["--repeats", "0"], "must be a whole number above 0, got '0'"),
+        (["--sample-seconds", "nan"], "must be a number above 0, got 'nan'"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_is_allowed(bench, capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments)
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_numbers_keep_three_digits(bench):
+    assert [bench.number(x) for x in (0.00123456, 1.5, 12.345, 1234.5)] == ["0.00123", "1.50", "12.3", "1,234"]
+    assert bench.spread([]) == "-"
+    assert bench.spread([1.0, 2.0, 3.0]) == "2.00 [1.50, 2.50]"
+    assert bench.geometric_mean([0.5, 2.0]) == "1.00"
+    assert bench.geometric_mean([0.5, -0.1]) == "-"  # the empty function took longer: noise
