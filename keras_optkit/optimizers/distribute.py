@@ -284,6 +284,19 @@ def rows(gradient: Any) -> Rows:
     return Rows(indices, tf.gather(sums, segments), tf.reshape(first, (-1, *[1] * (len(values.shape) - 1))))
 
 
+def random_bits(shape: Sequence[int], seed: tuple[Any, Any]) -> Tensor:
+    """Random int32 numbers, all bits of them, as a function of the seed alone, a pair of integers."""
+    if TENSORFLOW:
+        pair = tf.stack([tf.cast(part, "int32") for part in seed])
+        return tf.random.stateless_uniform(shape, pair, None, None, "int32", alg="philox")
+    if keras.config.backend() == "jax":
+        import jax
+
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed[0]), seed[1])
+        return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, "uint32"), "int32")
+    raise ValueError(f"stochastic_rounding is for the backends tensorflow and jax, not {keras.config.backend()}.")
+
+
 def on_cpu(variable: Any) -> bool:
     """Whether a variable lives on a CPU, or its first copy does."""
     return TENSORFLOW and "CPU" in (_handle(variable).device or "CPU")

@@ -24,7 +24,7 @@ from keras_optkit.optimizers.distribute import Rows, State
 from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, is_dynamic
-from keras_optkit.precision import at_least_float32, scalar_dtype
+from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
 
 _FORMAT = 1
@@ -112,6 +112,11 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             other rows as zeros. A rule that is not element-wise is always dense.
         fuse: Whether the update is compiled with XLA where the training step is not: `"auto"` in graphs on CPUs,
             True in all graphs, False never. Eager steps are never compiled.
+        master_weights: Keeps a float32 copy of float16 and bfloat16 weights, which is what is updated, so that steps
+            below the weights' resolution add up. Costs 4 bytes for each number.
+        stochastic_rounding: Rounds updated bfloat16 weights up or down at random, with the probabilities that make the
+            rounded weight right on average; small steps then add up without a copy. The random numbers are a function
+            of the update count. At most one of the two can be given; for float32 weights neither does anything.
         name: Name of the optimizer.
 
     Raises:
@@ -159,6 +164,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         layer_decay: float | None = None,
         sparse: str = "lazy",
         fuse: bool | str = "auto",
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         name: str | None = None,
     ):
         if not isinstance(rule, Rule):
@@ -190,6 +197,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         self.layer_decay = arguments.real("layer_decay", layer_decay, 0, 1, closed="right", optional=True)
         self.sparse = arguments.choice("sparse", sparse, ("lazy", "dense"))
         self.fuse = arguments.choice("fuse", fuse, ("auto", True, False))
+        self.master_weights = arguments.boolean("master_weights", master_weights)
+        self.stochastic_rounding = arguments.boolean("stochastic_rounding", stochastic_rounding)
+        if master_weights and stochastic_rounding:
+            raise ValueError("At most one of master_weights, stochastic_rounding can be True, got both.")
         if use_ema and rule.averages:
             raise ValueError(
                 f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
@@ -269,6 +280,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             if getattr(variable, "overwrite_with_gradient", False):  # Keras's float8 scales
                 raise ValueError(f"{self.name} cannot train {variable.path}: float8 training is not supported.")
         buckets = self._pack(variables)
+        if self.stochastic_rounding and any(b.dtype == "float16" for b in buckets):
+            raise ValueError(
+                "stochastic_rounding=True is for bfloat16 weights, got float16 ones. Use master_weights=True for them."
+            )
         super().build(variables)
         self._held.buckets = buckets
         with distribute.outside_graph():
@@ -324,6 +339,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             state["accumulated"] = like_weights("accumulated")
         if self.use_ema:
             state["average"] = like_weights("average")
+        if self.master_weights:
+            state["master"] = [self._new_master(variables, b) if b.dtype in HALF else {} for b in buckets]
         if self.use_ema or self.rule.averages:
             state["evaluating"] = counter("evaluating")
         if self.skip_nonfinite:
@@ -331,6 +348,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 name: counter(f"nonfinite_{name}") for name in ("skipped", "in_a_row", "bucket", "place")
             }
         return state
+
+    def _new_master(self, variables: list[Any], bucket: Bucket) -> dict[str, keras.Variable]:
+        value = bucket.stored(bucket.join([ops.cast(variables[i], "float32") for i in bucket.indices]))
+        return {"master": self.add_variable(value.shape, lambda *_, **__: value, "float32", name="master")}
 
     def _new_slots(self, bucket: Bucket, variables: list[Any]) -> dict[str, keras.Variable]:
         dtype = at_least_float32(bucket.dtype)
@@ -464,7 +485,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _can_take_rows(self, bucket: Bucket) -> bool:
         """Whether nothing has to look at the rows without a gradient."""
-        looks = self.gradient_accumulation_steps or "evaluating" in self._held.state or self._constraint(bucket)
+        state = self._held.state
+        looks = "accumulated" in state or "evaluating" in state or "master" in state or self._constraint(bucket)
         return bucket.alone and not looks
 
     def _constraint(self, bucket: Bucket) -> Any:
@@ -564,7 +586,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
     def _update(self, state: State, grads: list[Any], dynamic: list[Value], prepared: _Prepared) -> State:
         """One update of the weights; buckets whose weights are None are left to `_update_rows`."""
         memo = _memo(dynamic, prepared.read)
-        new = state | {name: list(state[name]) for name in ("weights", "slots", "average") if name in state}
+        new = state | {name: list(part) for name, part in state.items() if isinstance(part, list)}
         new["iterations"] = state["iterations"] + 1
         if "scalars" in state:
             new["scalars"] = prepared.scalars
@@ -584,7 +606,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 momentum = started * self.ema_momentum  # the first update sets the average
                 average = ops.cast(momentum, p.dtype) * average + ops.cast(1 - momentum, p.dtype) * p
                 new["average"][b] = bucket.stored(average)
-            new["weights"][b] = ops.cast(p, bucket.dtype)
+            new["weights"][b] = self._narrowed(p, b, state["iterations"])
+            if self.master_weights and state["master"][b]:
+                new["master"][b] = {"master": bucket.stored(p)}
             new["slots"][b] = {name: bucket.stored(slot) for name, slot in slots.items()}
         if "evaluating" in state:
             new["evaluating"] = ops.zeros_like(state["evaluating"])
@@ -598,7 +622,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
     def _for_training(self, state: State, b: int, h: Hyper) -> tuple[Tensor, Slots, Tensor | None]:
         """Weights, slots and average of a bucket to go on from, also if the model holds the weights to evaluate at."""
         bucket = self._held.buckets[b]
-        p = ops.cast(state["weights"][b], at_least_float32(bucket.dtype))
+        p = self._widened(state["weights"][b], state, b)
         slots = {name: bucket.view(slot) for name, slot in state["slots"][b].items()}
         if "evaluating" not in state:
             return p, slots, None
@@ -609,6 +633,26 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         back, back_slots = self.rule.train_value(p, slots, h)
         slots = {name: ops.where(evaluating, back_slots[name], slot) for name, slot in slots.items()}
         return ops.where(evaluating, back, p), slots, None
+
+    def _widened(self, weights: Tensor, state: State, b: int) -> Tensor:
+        """The weights of a bucket in the dtype to compute in: the masters, where they are what the weights show."""
+        bucket = self._held.buckets[b]
+        wide = ops.cast(weights, at_least_float32(bucket.dtype))
+        if not (self.master_weights and state["master"][b]):
+            return wide
+        master = bucket.view(ops.convert_to_tensor(state["master"][b]["master"]))
+        # weights that were set from outside, by a callback or a file, count more than their masters
+        return ops.where(ops.equal(ops.cast(master, bucket.dtype), weights), master, wide)
+
+    def _narrowed(self, p: Tensor, b: int, iterations: Tensor) -> Tensor:
+        """Updated weights in their own dtype."""
+        bucket = self._held.buckets[b]
+        if not (self.stochastic_rounding and bucket.dtype == "bfloat16"):
+            return ops.cast(p, bucket.dtype)
+        # a bfloat16 is the upper half of a float32: what is added to the lower half carries over with its probability
+        noise = ops.bitwise_and(distribute.random_bits(p.shape, (b, iterations)), 0xFFFF)
+        rounded = ops.bitwise_and(ops.view(p, "int32") + noise, -0x10000)
+        return ops.cast(ops.view(rounded, "float32"), bucket.dtype)
 
     def _apply_rule(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper, mask: Any) -> tuple[Tensor, Slots]:
         """Parameters and slots after the rule and the decoupled decay; where the mask is False, as they were."""
@@ -672,8 +716,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         state: State = self._held.state
         h_memo: dict[Any, Tensor] = {}
         for b, bucket in enumerate(self._held.buckets):
-            p = bucket.join([ops.convert_to_tensor(v) for v in state["weights"][b]])
-            wide = ops.cast(p, at_least_float32(bucket.dtype))
+            wide = self._widened(bucket.join([ops.convert_to_tensor(v) for v in state["weights"][b]]), state, b)
             if self.use_ema:
                 average = state["average"][b]
                 new, stored = bucket.view(ops.copy(ops.convert_to_tensor(average))), Slots()
@@ -745,7 +788,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             "format": _FORMAT,
             "optimizer": keras.saving.get_registered_name(type(self)),
             "learning_rate": "constant" if self._schedule is None else "schedule",
-            "state": sorted([*self.rule.slots(), *self.rule.scalars(), *(set(_PER_PARAMETER) & set(state))])
+            "state": sorted([*self.rule.slots(), *self.rule.scalars(), *({*_PER_PARAMETER, "master"} & set(state))])
             if self.built
             else None,
             "variables": [[_kind(v), list(v.shape)] for v in self._trainable_variables],
@@ -763,6 +806,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         for b, bucket in enumerate(self._held.buckets):
             packed = {f"slot.{name}": v for name, v in state["slots"][b].items()}
             packed |= {name: state[name][b] for name in _PER_PARAMETER if name in state}
+            packed |= state["master"][b] if "master" in state else {}
             entries |= {f"{name}.{bucket.indices[0]}": (v, bucket) for name, v in packed.items()}
         return entries
 
@@ -814,6 +858,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         if fresh:
             entries = {name: entries[name] for name in ("iterations", "multiplier")}
         for name, (variable, bucket) in entries.items():
+            if name.startswith("nonfinite.") and name not in saved:  # counting may begin at any time
+                continue
             if bucket is None:
                 variable.assign(saved[name])
             else:
