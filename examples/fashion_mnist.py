@@ -40,7 +40,7 @@ FASHION = Recipe(
         keras.layers.RandomTranslation(2 / 28, 2 / 28, fill_mode="constant", interpolation="nearest"),
     ],
     batch_size=128,
-    epochs=20,
+    epochs=18,
     l2=5e-5,
     dropout=0.4,
     label_smoothing=0.1,

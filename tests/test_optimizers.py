@@ -435,6 +435,30 @@ def test_two_replicas_in_fit():
 # -- state ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("strategy", ["mirrored", "one device"])
+def test_a_strategy_with_one_replica(strategy):
+    strategy = (
+        tf.distribute.MirroredStrategy(["CPU:0"])
+        if strategy == "mirrored"
+        else tf.distribute.OneDeviceStrategy("CPU:0")
+    )
+    x, y = problems.regression()
+
+    def fitted():
+        model = problems.network()
+        model.compile(ok.optimizers.AdamW(0.01, global_clipnorm=1.0, gradient_accumulation_steps=2), loss="mse")
+        model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+        return np.concatenate([w.ravel() for w in model.get_weights()])
+
+    expected = fitted()
+    with strategy.scope():
+        np.testing.assert_allclose(fitted(), expected, rtol=1e-5, atol=1e-6)
+        weights = problems.variables([np.ones(3)])
+        optimizer = ok.optimizers.SGD(0.5)
+        optimizer.apply([tf.ones(3, tf.float64)], weights)  # in the cross-replica context
+        np.testing.assert_array_equal(ops.convert_to_numpy(weights[0]), 0.5)
+
+
 def test_state_loaded_before_build_is_not_lost():
     weights = problems.variables(problems.start())
     optimizer = ok.optimizers.Adam(0.1)

@@ -81,8 +81,7 @@ def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], f
     if not TENSORFLOW:
         _run_pure(step, buckets, state, grads)
         return
-    strategy = tf.distribute.get_strategy()
-    if strategy.num_replicas_in_sync == 1:
+    if not tf.distribute.has_strategy():
         _run(step, buckets, state, grads, fuse)
         return
     handles = [_handle(v) for v in tree.flatten(state)]
@@ -93,7 +92,11 @@ def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], f
     def across_replicas(strategy: Any, grads: list[Any]) -> None:
         strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
 
-    tf.distribute.get_replica_context().merge_call(across_replicas, args=(grads,))
+    context = tf.distribute.get_replica_context()
+    if context is None:  # of a strategy with one replica; the others have been refused by now
+        across_replicas(tf.distribute.get_strategy(), grads)
+    else:
+        context.merge_call(across_replicas, args=(grads,))
 
 
 def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any]) -> None:
