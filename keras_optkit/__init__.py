@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from keras_optkit import callbacks, initializers, layers, optimizers, regularizers, schedules
+from keras_optkit.averaging import recalibrate_batch_norm
 from keras_optkit.optimizers import Group
 from keras_optkit.registry import Card, cards, register
 
@@ -23,6 +24,7 @@ __all__ = [
     "initializers",
     "layers",
     "optimizers",
+    "recalibrate_batch_norm",
     "register",
     "regularizers",
     "schedules",

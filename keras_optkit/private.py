@@ -47,3 +47,15 @@ def current_layer() -> Any:
         return None
     scopes = global_state.get_global_attribute("name_scope_stack")
     return scopes[-1].caller if scopes else None
+
+
+def sublayers(layer: Any) -> list[Any]:
+    """All layers inside of a layer or model, at any depth.
+
+    Keras lists only those that a model was put together from. Fall-back: the lists of all models in the lists.
+    """
+    flatten = getattr(layer, "_flatten_layers", None)
+    if flatten is not None:
+        return list(flatten(include_self=False))
+    direct = list(getattr(layer, "layers", ()))
+    return direct + [below for child in direct for below in sublayers(child)]

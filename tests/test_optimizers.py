@@ -343,7 +343,7 @@ def test_wrong_gradients_are_refused():
         optimizer.apply([tf.ones((3, 4))], w[:2])
     with pytest.raises(ValueError, match="No gradients"):
         optimizer.apply([None, None], w[:2])
-    with pytest.raises(ValueError, match="Unknown variable weight_4"):
+    with pytest.raises(ValueError, match=r"Unknown variables weight_4: .* only 0 of them"):
         optimizer.apply([tf.ones((0, 3))], w[4:5])
     with pytest.warns(UserWarning, match=r"Gradients do not exist for variables \['weight_1'\]"):
         optimizer.apply([tf.ones((3, 4), "float64"), None], w[:2])

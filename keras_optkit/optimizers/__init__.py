@@ -6,6 +6,7 @@ from keras_optkit.optimizers.groups import Explanation, Group
 from keras_optkit.optimizers.optimizer import Nonfinite, Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, flag, number
 from keras_optkit.optimizers.sgd import SGD
+from keras_optkit.optimizers.wrappers import Lookahead, ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 
 __all__ = [
     "SGD",
@@ -15,10 +16,14 @@ __all__ = [
     "Explanation",
     "Group",
     "Hyper",
+    "Lookahead",
     "Nonfinite",
     "Optimizer",
     "RMSprop",
     "Rule",
+    "ScheduleFree",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "flag",
     "number",
 ]

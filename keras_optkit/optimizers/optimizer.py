@@ -23,6 +23,7 @@ from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.distribute import Rows, State
 from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
+from keras_optkit.optimizers.resuming import guard_training
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, is_dynamic
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
@@ -193,7 +194,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         self.skip_nonfinite = arguments.integer("skip_nonfinite", skip_nonfinite, 1, optional=True)
         self.decay_mask = arguments.choice("decay_mask", decay_mask, ("auto", "all"))
         # held in a namespace, where Keras's and TensorFlow's attribute tracking does not wrap lists and dicts
-        self._held = SimpleNamespace(state=None, buckets=(), pending=None, groups=checked_groups(groups))
+        self._held = SimpleNamespace(
+            variables=[], places=[], buckets=(), state=None, pending=None, groups=checked_groups(groups)
+        )
         self.layer_decay = arguments.real("layer_decay", layer_decay, 0, 1, closed="right", optional=True)
         self.sparse = arguments.choice("sparse", sparse, ("lazy", "dense"))
         self.fuse = arguments.choice("fuse", fuse, ("auto", True, False))
@@ -206,6 +209,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
             )
         self.rule = rule
+        if use_ema or rule.averages:
+            guard_training()
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
 
@@ -270,27 +275,69 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
     # -- variables ----------------------------------------------------------------------------------------------------
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Creates the state for `variables`, the weights to be trained, in this order."""
-        if self.built:
-            return
+        """Creates the state for `variables`, the weights to be trained, in this order.
+
+        An optimizer that is built already goes on with the state that it has: `variables` may hold more than those it
+        was built with, such as layers that are no longer frozen, and the new ones start afresh. On TensorFlow this
+        happens by itself in the first step that trains them; elsewhere, call `build` before `fit`.
+
+        Raises:
+            ValueError: If there are no variables, or if some of those it was built with are missing.
+        """
         variables = list(variables)
+        if self.built:
+            self._extend(variables)
+            return
         if not variables:
             raise ValueError(f"{self.name} was given no variables to train.")
-        for variable in variables:
+        self._add(variables, variables)
+        super().build(variables)
+        if self._held.pending is not None:
+            pending, self._held.pending = self._held.pending, None
+            with distribute.outside_graph():
+                self._restore(pending)
+
+    def _add(self, new: list[Any], variables: list[Any]) -> None:
+        """Adds variables, and the buckets with their state.
+
+        Args:
+            new: The variables to add.
+            variables: All, also those that are here already, in the model's order, which a file has, too.
+        """
+        for variable in new:
             if getattr(variable, "overwrite_with_gradient", False):  # Keras's float8 scales
                 raise ValueError(f"{self.name} cannot train {variable.path}: float8 training is not supported.")
-        buckets = self._pack(variables)
+        buckets = self._pack(new, variables)
         if self.stochastic_rounding and any(b.dtype == "float16" for b in buckets):
             raise ValueError(
                 "stochastic_rounding=True is for bfloat16 weights, got float16 ones. Use master_weights=True for them."
             )
-        super().build(variables)
-        self._held.buckets = buckets
+        held, first = self._held, len(self._held.variables)
         with distribute.outside_graph():
-            self._held.state = self._new_state(variables)
-            if self._held.pending is not None:
-                pending, self._held.pending = self._held.pending, None
-                self._restore(pending)
+            more = self._new_state(new, buckets)
+            if held.state is None:
+                held.state = more | self._new_scalars()
+            else:
+                held.state |= {name: held.state[name] + part for name, part in more.items()}
+        held.variables = [*held.variables, *new]
+        held.buckets = (*held.buckets, *(b.moved(first) for b in buckets))
+        order = {distribute.key(v): place for place, v in enumerate(variables)}
+        held.places = [order[distribute.key(v)] for v in held.variables]
+
+    def _extend(self, variables: list[Any]) -> None:
+        """Makes room for variables that the optimizer was not built with."""
+        known = {distribute.key(v): i for i, v in enumerate(self._held.variables)}
+        given = {distribute.key(v) for v in variables}
+        new = [_path(v) for v in variables if distribute.key(v) not in known]
+        if not new:
+            return
+        if not given.issuperset(known):
+            raise ValueError(
+                f"Unknown variables {', '.join(new)}: {self.name} was built for {len(known)} variables, and only "
+                f"{len(given & set(known))} of them are here. It can go on with more variables, but not with others: "
+                "make a new optimizer for another model."
+            )
+        self._add([v for v in variables if distribute.key(v) not in known], variables)
 
     def _treatments(self, variables: Sequence[Any]) -> tuple[list[Treatment | None], list[Group | None]]:
         return treatments(
@@ -301,34 +348,44 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             self.decay_mask,
         )
 
-    def _pack(self, variables: Sequence[Any]) -> tuple[Bucket, ...]:
-        buckets = pack(
-            [tuple(v.shape) for v in variables],
-            [keras.backend.standardize_dtype(v.dtype) for v in variables],
-            self._treatments(variables)[0],
+    def _pack(self, new: Sequence[Any], variables: Sequence[Any]) -> tuple[Bucket, ...]:
+        treatment = dict(zip(map(distribute.key, variables), self._treatments(variables)[0], strict=True))
+        if all(value is None for value in treatment.values()):
+            raise ValueError(f"{self.name} has nothing to train: its groups freeze all {len(variables)} variables.")
+        return pack(
+            [tuple(v.shape) for v in new],
+            [keras.backend.standardize_dtype(v.dtype) for v in new],
+            [treatment[distribute.key(v)] for v in new],
             elementwise=self.rule.elementwise,
             below=self.pack_below,
-            alone=lambda i: getattr(variables[i], "constraint", None) is not None,
+            alone=lambda i: getattr(new[i], "constraint", None) is not None,
         )
-        if not buckets:
-            raise ValueError(f"{self.name} has nothing to train: its groups freeze all {len(variables)} variables.")
-        return buckets
 
-    def _new_state(self, variables: list[Any]) -> State:
-        buckets = self._held.buckets
+    def _new_state(self, variables: list[Any], buckets: Sequence[Bucket]) -> dict[str, list[Any]]:
+        """The state that there is for each bucket."""
 
         def like_weights(name: str) -> list[keras.Variable]:
             return [self.add_variable(b.stored_shape, dtype=at_least_float32(b.dtype), name=name) for b in buckets]
 
+        state: dict[str, list[Any]] = {
+            "weights": [[variables[i] for i in b.indices] for b in buckets],
+            "slots": [self._new_slots(b, [variables[i] for i in b.indices]) for b in buckets],
+        }
+        if self.gradient_accumulation_steps:
+            state["accumulated"] = like_weights("accumulated")
+        if self.use_ema:
+            state["average"] = like_weights("average")
+        if self.master_weights:
+            state["master"] = [self._new_master(variables, b) if b.dtype in HALF else {} for b in buckets]
+        return state
+
+    def _new_scalars(self) -> State:
+        """The state that there is once."""
+
         def counter(name: str) -> keras.Variable:
             return self.add_variable((), dtype="int", name=name)
 
-        state: State = {
-            "weights": [[variables[i] for i in b.indices] for b in buckets],
-            "slots": [self._new_slots(b, [variables[i] for i in b.indices]) for b in buckets],
-            "iterations": self._updates,
-            "multiplier": self._multiplier,
-        }
+        state: State = {"iterations": self._updates, "multiplier": self._multiplier}
         if self.rule.scalars():
             state["scalars"] = {
                 name: self.add_variable((), _filled(value), scalar_dtype(), name=name)
@@ -336,11 +393,6 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             }
         if self.gradient_accumulation_steps:
             state["micro"] = counter("micro")
-            state["accumulated"] = like_weights("accumulated")
-        if self.use_ema:
-            state["average"] = like_weights("average")
-        if self.master_weights:
-            state["master"] = [self._new_master(variables, b) if b.dtype in HALF else {} for b in buckets]
         if self.use_ema or self.rule.averages:
             state["evaluating"] = counter("evaluating")
         if self.skip_nonfinite:
@@ -419,7 +471,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         if trainable_variables is None:
             if not self.built:
                 raise ValueError(f"{self.name} is not built yet; pass the variables, or call build(variables) first.")
-            variables = self._trainable_variables
+            variables = self._held.variables
         else:
             variables = list(trainable_variables)
             self.build(variables)
@@ -436,15 +488,12 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             raise ValueError(f"No gradients provided for any variable; the variables are {missing}.")
         if missing:
             warnings.warn(f"Gradients do not exist for variables {missing}; they are left as they are.", stacklevel=3)
-        places = {distribute.key(v): i for i, v in enumerate(self._trainable_variables)}
+        places = {distribute.key(v): i for i, v in enumerate(self._held.variables)}
         ordered: list[Tensor | None] = [None] * len(places)
         for grad, variable in zip(grads, variables, strict=True):
             place = places.get(distribute.key(variable))
             if place is None:
-                raise ValueError(
-                    f"Unknown variable {_path(variable)}: {self.name} was built for {len(places)} other variables. "
-                    "Make a new optimizer for a new set of variables."
-                )
+                raise ValueError(f"Unknown variable {_path(variable)}: {self.name} was built for others.")
             ordered[place] = grad
         return ordered
 
@@ -455,7 +504,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         grads = [
             None
             if g is None or i not in dtypes
-            else distribute.cast(g if i in lazy else distribute.dense(g, self._trainable_variables[i].shape), dtypes[i])
+            else distribute.cast(g if i in lazy else distribute.dense(g, self._held.variables[i].shape), dtypes[i])
             for i, g in enumerate(grads)
         ]
         grads = distribute.sum_over_replicas(grads)
@@ -491,7 +540,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _constraint(self, bucket: Bucket) -> Any:
         """The constraint of a bucket's variable, or None; variables with one are alone in their buckets."""
-        return getattr(self._trainable_variables[bucket.indices[0]], "constraint", None)
+        return getattr(self._held.variables[bucket.indices[0]], "constraint", None)
 
     def _program(self) -> distribute.Step:
         """One call of `apply` in pure functions of the state."""
@@ -708,8 +757,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         """Gives the model the weights to evaluate at (True), or those that training goes on from (False).
 
         They differ with `use_ema=True` and for rules that average by themselves, such as Schedule-Free; otherwise, and
-        where the model holds the wanted weights already, nothing happens. Training may go on in either case: the next
-        update takes the weights of training back by itself.
+        where the model holds the wanted weights already, nothing happens. `fit` and `train_on_batch` take the weights
+        of training back when they begin. So does the next update of a loop of one's own, but its gradient has been
+        computed by then: call `swap_weights(False)` before going on.
         """
         if not self._averages() or self.evaluating == evaluating or _as_number(self._updates) == 0:
             return
@@ -757,7 +807,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         path = None
         if counts["skipped"]:
             member = self._held.buckets[counts["bucket"]].member(counts["place"])
-            path = _path(self._trainable_variables[member])
+            path = _path(self._held.variables[member])
         return Nonfinite(counts["skipped"], counts["in_a_row"], path)
 
     def _raise_if_too_many_nonfinite(self) -> None:
@@ -791,7 +841,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             "state": sorted([*self.rule.slots(), *self.rule.scalars(), *({*_PER_PARAMETER, "master"} & set(state))])
             if self.built
             else None,
-            "variables": [[_kind(v), list(v.shape)] for v in self._trainable_variables],
+            "variables": [
+                [_kind(v), list(v.shape)]
+                for _, v in sorted(zip(self._held.places, self._held.variables, strict=True), key=lambda pair: pair[0])
+            ],
         }
 
     def _entries(self) -> dict[str, tuple[Any, Bucket | None]]:
@@ -824,7 +877,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             else:
                 slot = name.rsplit(".", 1)[0]
                 for i, part in zip(bucket.indices, bucket.split(bucket.view(value)), strict=True):
-                    store[f"{slot}.{i}"] = ops.convert_to_numpy(part)
+                    store[f"{slot}.{self._held.places[i]}"] = ops.convert_to_numpy(part)
 
     def load_own_variables(self, store: Any) -> None:
         """Restores the state; one of another optimizer or another model is refused.
@@ -864,7 +917,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 variable.assign(saved[name])
             else:
                 slot = name.rsplit(".", 1)[0]
-                variable.assign(bucket.stored(bucket.join([saved[f"{slot}.{i}"] for i in bucket.indices])))
+                parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
+                variable.assign(bucket.stored(bucket.join(parts)))
 
     def _refuse_unless_same(self, saved: dict[str, np.ndarray], keys: Sequence[str]) -> bool:
         """Raises with the differences between the saved schema and this one; True if it was saved before build."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -97,6 +97,10 @@ class Bucket:
         if self.form == "flat":
             return np.repeat(flags, [math.prod(shape) for shape in self.shapes])[None]
         return flags[0] if self.form == "bare" else flags.reshape(-1, *[1] * len(self.shapes[0]))
+
+    def moved(self, first: int) -> Bucket:
+        """The same bucket in a list of variables that has `first` others before."""
+        return replace(self, indices=tuple(first + i for i in self.indices))
 
     def member(self, place: int) -> int:
         """The index of the parameter that a number of the one tensor belongs to, given by its place in it, flat."""

@@ -6,6 +6,7 @@ optimizer's own arguments, and yields the parameter after each step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -106,5 +107,81 @@ def adamw(p: np.ndarray, grads: Grads, weight_decay: float = 0.01, **arguments: 
     return adam(p, grads, weight_decay=weight_decay, **arguments)
 
 
+def _directions(inner: dict[str, Any], grads: Grads) -> list[np.ndarray]:
+    """What an optimizer, whose steps do not depend on the weights, would subtract with a learning rate of 1."""
+    grads = list(grads)
+    zero = np.zeros_like(grads[0])
+    path = [zero, *TWINS[inner["class_name"]](zero, grads, learning_rate=1.0, weight_decay=0.0, **inner["config"])]
+    return [a - b for a, b in itertools.pairwise(path)]
+
+
+def lookahead(
+    p: np.ndarray,
+    grads: Grads,
+    inner: dict[str, Any],
+    sync_period: int = 5,
+    slow_step_size: float = 0.5,
+    learning_rate: float = 0.001,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """Lookahead; the fast weights."""
+    slow = p
+    for t, direction in enumerate(_directions(inner, grads), 1):
+        p = p - learning_rate * (direction + weight_decay * p)
+        if t % sync_period == 0:
+            slow = p = slow + slow_step_size * (p - slow)
+        yield p
+
+
+def schedule_free(
+    p: np.ndarray,
+    grads: Grads,
+    inner: dict[str, Any],
+    momentum: float = 0.9,
+    warmup_steps: int = 0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    learning_rate: float = 0.001,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """Schedule-Free; the weights y of training."""
+    x = y = z = p
+    total = largest = 0.0
+    for t, direction in enumerate(_directions(inner, grads), 1):
+        rate = learning_rate * min(t / max(warmup_steps, 1), 1)
+        z = z - rate * (direction + weight_decay * y)
+        largest = max(largest, rate)
+        total += t**r * largest**weight_lr_power
+        share = t**r * largest**weight_lr_power / total
+        x = (1 - share) * x + share * z
+        y = momentum * x + (1 - momentum) * z
+        yield y
+
+
+def schedule_free_sgd(
+    p: np.ndarray, grads: Grads, learning_rate: float = 1.0, **arguments: Any
+) -> Iterator[np.ndarray]:
+    """Schedule-Free SGD."""
+    return schedule_free(p, grads, {"class_name": "SGD", "config": {}}, learning_rate=learning_rate, **arguments)
+
+
+def schedule_free_adamw(
+    p: np.ndarray, grads: Grads, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8, **arguments: Any
+) -> Iterator[np.ndarray]:
+    """Schedule-Free AdamW."""
+    inner = {"class_name": "Adam", "config": {"beta_1": 0.0, "beta_2": beta_2, "epsilon": epsilon}}
+    return schedule_free(p, grads, inner, momentum=beta_1, **arguments)
+
+
 #: The twin of each of the package's optimizers, by the optimizer's name.
-TWINS: dict[str, Twin] = {"SGD": sgd, "Adagrad": adagrad, "RMSprop": rmsprop, "Adam": adam, "AdamW": adamw}
+TWINS: dict[str, Twin] = {
+    "SGD": sgd,
+    "Adagrad": adagrad,
+    "RMSprop": rmsprop,
+    "Adam": adam,
+    "AdamW": adamw,
+    "Lookahead": lookahead,
+    "ScheduleFree": schedule_free,
+    "ScheduleFreeSGD": schedule_free_sgd,
+    "ScheduleFreeAdamW": schedule_free_adamw,
+}

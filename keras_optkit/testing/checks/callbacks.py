@@ -2,7 +2,7 @@
 
 A card of kind "callback" builds a `keras.callbacks.Callback`. The checks train a small regression model with it for two
 epochs, in an empty working directory, so that a case may name relative paths. The tag "passive" claims that training is
-not changed by the callback.
+not changed by the callback; "averages" says that it needs an optimizer that averages weights.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def _each_case(card: Card) -> Iterator[Iterator[tuple[Mapping[str, Any], Any]]]:
         yield ((case, card.make(**case)) for case in card.cases)
 
 
-def _model() -> keras.Model:
+def _model(card: Card) -> keras.Model:
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((3,)), keras.layers.Dense(4, "tanh"), keras.layers.Dropout(0.2), keras.layers.Dense(1)]
     )
-    model.compile(optimizer=keras.optimizers.SGD(0.05, momentum=0.9), loss="mse", metrics=["mae"])
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9, use_ema="averages" in card.tags)
+    model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
     return model
 
 
@@ -48,7 +49,7 @@ def check_fits_twice(card: Card) -> None:
     with _each_case(card) as cases:
         for case, callback in cases:
             assert isinstance(callback, keras.callbacks.Callback), f"{card.name}({case})"
-            model = _model()
+            model = _model(card)
             for _ in range(2):
                 history = _fit(model, callback)
                 assert np.all(np.isfinite(history.history["val_loss"])), f"{card.name}({case})"
@@ -67,16 +68,16 @@ def check_leaves_no_trace(card: Card) -> None:
     """After a `fit` with it the optimizer's config is JSON, and training goes on as if it had never been there."""
     with _each_case(card) as cases:
         for case, callback in cases:
-            model = _model()
+            model = _model(card)
             _fit(model, callback)
-            plain = _copy(model)
+            plain = _copy(card, model)
             after, expected = (_fit(m, epochs=1).history["loss"][0] for m in (model, plain))
             np.testing.assert_allclose(after, expected, rtol=1e-6, err_msg=f"{card.name}({case})")
 
 
-def _copy(model: keras.Model) -> keras.Model:
+def _copy(card: Card, model: keras.Model) -> keras.Model:
     """A model with equal weights, seeds and optimizer that has not been touched by any callback."""
-    copy = _model()
+    copy = _model(card)
     copy.compile(optimizer=through_json(model.optimizer, {}), loss="mse", metrics=["mae"])
     copy.optimizer.build(copy.trainable_variables)
     own, other = ([*m.trainable_variables, *m.non_trainable_variables, *m.optimizer.variables] for m in (copy, model))
@@ -96,7 +97,7 @@ def check_survives_failure(card: Card) -> None:
 
     with _each_case(card) as cases:
         for case, callback in cases:
-            model = _model()
+            model = _model(card)
             try:
                 _fit(model, callback, Boom())
             except RuntimeError as error:
@@ -111,7 +112,7 @@ def check_is_passive(card: Card) -> None:
     """The weights after training are bitwise those without it."""
     with _each_case(card) as cases:
         for case, callback in cases:
-            model, plain = _model(), _model()
+            model, plain = _model(card), _model(card)
             _fit(model, callback)
             _fit(plain)
             for mine, other in zip(model.get_weights(), plain.get_weights(), strict=True):

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_optkit.optimizers.groups import Group
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
@@ -42,6 +43,18 @@ def _make(card: Card, case: Mapping[str, Any] | None = None, /, **more: Any) -> 
     return card.make(**{**(card.cases[0] if case is None else case), **more})
 
 
+def _ema(card: Card, **more: Any) -> dict[str, Any]:
+    """`use_ema=True` and more, or nothing for optimizers that refuse it, since they average by themselves."""
+    return {} if "averages" in card.tags else {"use_ema": True, **more}
+
+
+def _holds(config: Any, given: Any) -> bool:
+    """Whether a config says what was given; that of an object in it may say more."""
+    if isinstance(given, Mapping):
+        return all(name in config and _holds(config[name], value) for name, value in given.items())
+    return config == given
+
+
 def _decayed(optimizer: Optimizer, shape: tuple[int, ...]) -> bool:
     return optimizer.decay_mask == "all" or len(shape) > 1
 
@@ -53,16 +66,17 @@ def _decayed(optimizer: Optimizer, shape: tuple[int, ...]) -> bool:
 def check_config_round_trip(card: Card) -> None:
     """The config holds every argument, survives JSON, and rebuilds the same optimizer, also by registered name."""
     for case in card.cases:
-        optimizer = _make(card, case, clipnorm=1.5, use_ema=True)
+        common = {"clipnorm": 1.5, **_ema(card)}
+        optimizer = _make(card, case, **common)
         written = json.dumps(keras.optimizers.serialize(optimizer))
         again = keras.optimizers.deserialize(json.loads(written))
         assert type(again) is type(optimizer)
         config = again.get_config()
         assert config == optimizer.get_config()
-        for name, value in {**case, "clipnorm": 1.5, "use_ema": True}.items():
+        for name, value in {**case, **common}.items():
             assert name in config, f"the config has lost {name!r}"
-            assert config[name] == value, f"{name}: given {value!r}, config has {config[name]!r}"
-            assert getattr(again, name) == value or float(getattr(again, name)) == value
+            assert _holds(config[name], value), f"{name}: given {value!r}, config has {config[name]!r}"
+            assert _holds(getattr(again, name), value) or float(getattr(again, name)) == value
     by_name = keras.optimizers.get(keras.saving.get_registered_name(type(optimizer)))
     assert type(by_name) is type(optimizer)
 
@@ -170,7 +184,7 @@ def check_packing(card: Card) -> None:
 @check("optimizer")
 def check_accumulation(card: Card) -> None:
     """K micro-batches equal one batch: weights, slots, step count, clipping, decay, average."""
-    common = {"global_clipnorm": 0.5, "weight_decay": 0.1, "use_ema": True}
+    common = {"global_clipnorm": 0.5, "weight_decay": 0.1, **_ema(card)}
     micro = problems.gradients(9)
     large = [[np.mean(parts, axis=0) for parts in zip(*micro[i : i + 3], strict=True)] for i in (0, 3, 6)]
     one, many = _make(card, **common), _make(card, **common, gradient_accumulation_steps=3)
@@ -201,7 +215,7 @@ def check_replicas(card: Card) -> None:
         {"weight_decay": 0.1},
         {"clipvalue": 0.1},
         {"clipnorm": 0.1},
-        {"global_clipnorm": 0.1, "gradient_accumulation_steps": 2, "use_ema": True},
+        {"global_clipnorm": 0.1, "gradient_accumulation_steps": 2, **_ema(card)},
     ):
         one = _make(card, **common)
         totals = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(halves, rest, strict=True)]
@@ -263,6 +277,7 @@ def _custom_loop(card: Card, x: np.ndarray, y: np.ndarray, mode: str) -> np.ndar
         step = tf.function(step, jit_compile=mode == "xla")
     for _, i in itertools.product(range(2), range(0, 64, 32)):
         step(tf.constant(x[i : i + 32]), tf.constant(y[i : i + 32]))
+    optimizer.finalize_variable_values(model.trainable_variables)  # as `fit` does
     return _flat(model.get_weights())
 
 
@@ -337,12 +352,40 @@ def _rule_keeps_dtype(optimizer: Optimizer, dtype: str) -> None:
         name: initial(p) if callable(initial) else ops.full_like(p, initial)
         for name, initial in optimizer.rule.slots().items()
     }
-    h = Hyper(ops.convert_to_tensor(3), ops.convert_to_tensor(0.1, dtype), dtype)
+    scalars = {name: ops.convert_to_tensor(value, dtype) for name, value in optimizer.rule.scalars().items()}
+    h = Hyper(ops.convert_to_tensor(3), ops.convert_to_tensor(0.1, dtype), dtype, scalars=scalars)
     step, new = optimizer.rule.update(0.5 * p, slots, p, h)
     for name, tensor in {"the step": step, **new}.items():
         assert keras.backend.standardize_dtype(tensor.dtype) == dtype, f"{name} drifts to {tensor.dtype} from {dtype}"
         expected = slots[name].shape if name in slots else p.shape
         assert tuple(tensor.shape) == tuple(expected), f"{name} changes its shape to {tensor.shape}"
+
+
+@check("optimizer")
+def check_master_weights(card: Card) -> None:
+    """With float32 masters, half-precision weights are those of a float32 run, rounded; saved and loaded as well."""
+
+    def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+        return ops.convert_to_numpy(ops.cast(ops.cast(array, dtype), "float64"))
+
+    for dtype in ("bfloat16", "float16"):
+        values = [rounded(p, dtype) for p in problems.start()]
+        grads = [[rounded(g, dtype) for g in arrays] for arrays in problems.gradients(4)]
+        exact = problems.train(_make(card), grads, values=values, dtype="float32")
+        half = problems.train(_make(card, master_weights=True), grads, values=values, dtype=dtype)
+        _close(half[-1], [rounded(w, dtype) for w in exact[-1]], rtol=2e-3 if dtype == "float16" else 1e-2)
+        optimizer, weights = _make(card, master_weights=True), problems.variables(values, dtype)
+        for step, arrays in enumerate(grads):
+            if step == 2:
+                state, kept = (
+                    problems.state_of(optimizer),
+                    [ops.convert_to_numpy(ops.cast(w, "float32")) for w in weights],
+                )
+                optimizer, weights = _make(card, master_weights=True), problems.variables(kept, dtype)
+                optimizer.build(weights)
+                optimizer.load_own_variables(state)
+            optimizer.apply([ops.convert_to_tensor(g, dtype=dtype) for g in arrays], weights)
+        _equal([ops.convert_to_numpy(ops.cast(w, "float64")) for w in weights], half[-1], what=f"{dtype}, continued,")
 
 
 @check("optimizer")
@@ -371,6 +414,151 @@ def check_loss_scaling(card: Card) -> None:
     _equal(after[1].values(), before[1].values())
     expected = problems.train(_make(card), grads[:1], dtype="float32")[0]
     _close(after[0], expected, rtol=1e-6)
+
+
+# -- groups, rows, gradients that are not finite -----------------------------------------------------------------------
+
+
+@check("optimizer")
+def check_fused(card: Card) -> None:
+    """The fused step equals the step operation by operation, with a missing gradient and accumulated, too."""
+    for case, common in itertools.product(card.cases, ({}, {"gradient_accumulation_steps": 2, "clipnorm": 0.5})):
+        grads: list[list[Any]] = problems.gradients(4)
+        for arrays in grads:
+            arrays[1] = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that gradients are missing
+            plain = problems.train(_make(card, case, fuse=False, **common), grads, mode="graph")
+            fused = problems.train(_make(card, case, fuse=True, **common), grads, mode="graph")
+        _close(fused[-1], plain[-1], rtol=1e-12, what=f"{case} {common}")
+
+
+@check("optimizer")
+def check_groups(card: Card) -> None:
+    """Groups equal separate optimizers on the parts; a frozen group keeps its values and has no state."""
+    grads, values = problems.gradients(4), problems.start()
+    decay = 0.2 if "weight_decay" in card.make(weight_decay=0.1).get_config() else None
+    groups = [
+        Group("weight_0", lr_scale=0.5, weight_decay=decay),
+        Group("weight_[12]", lr_scale=0.1),
+        Group("weight_3", trainable=False),
+    ]
+    got = problems.train(_make(card, groups=groups, weight_decay=0.1), grads)
+    rate = float(_make(card).learning_rate)
+    parts: list[tuple[list[int], float, float | None]] = [
+        ([0], 0.5, decay),
+        ([1, 2], 0.1, 0.1),
+        ([4, 5, 6], 1.0, 0.1),
+    ]
+    for places, scale, own in parts:
+        optimizer = _make(card, learning_rate=rate * scale, weight_decay=own)
+        alone = problems.train(optimizer, [[g[i] for i in places] for g in grads], values=[values[i] for i in places])
+        _close([got[-1][i] for i in places], alone[-1], rtol=1e-12, what=f"group of {places}")
+    _equal([got[-1][3]], [values[3]], what="frozen")
+    optimizer = _make(card, groups=groups)
+    optimizer.build(problems.variables(values))
+    assert not [name for name in problems.state_of(optimizer) if name.startswith("slot.") and name.endswith(".3")]
+    rows = optimizer.explain(problems.variables(values)).rows
+    assert [row.rule == "frozen" for row in rows] == [i == 3 for i in range(len(values))]
+
+
+@check("optimizer")
+def check_skip_nonfinite(card: Card) -> None:
+    """An update with a non-finite gradient changes nothing bitwise, is counted and named; the k-th in a row raises."""
+    finite = problems.gradients(3)
+    for mode, bad in (("eager", np.nan), ("eager", np.inf), ("graph", np.nan), ("xla", np.inf)):
+        broken = [g.copy() for g in finite[0]]
+        broken[3][1, 0, 2] = bad
+        optimizer = _make(card, skip_nonfinite=2, global_clipnorm=1.0, use_ema="averages" not in card.tags)
+        weights = problems.variables(problems.start())
+        step = problems.stepper(optimizer, weights, mode)
+
+        def call(arrays: list[np.ndarray], step: Any = step) -> None:
+            step([ops.convert_to_tensor(g) for g in arrays])
+
+        call(finite[0])
+        before = [ops.convert_to_numpy(w).copy() for w in weights], problems.state_of(optimizer)
+        call(broken)
+        after = [ops.convert_to_numpy(w) for w in weights], problems.state_of(optimizer)
+        _equal(after[0], before[0], what=f"{mode} {bad}")
+        for name, value in before[1].items():
+            if not name.startswith("nonfinite."):
+                np.testing.assert_array_equal(after[1][name], value, err_msg=f"{mode} {bad} {name}")
+        assert optimizer.nonfinite[:2] == (1, 1)
+        assert (optimizer.nonfinite.variable or "").endswith("weight_3"), optimizer.nonfinite
+        call(finite[1])
+        assert optimizer.nonfinite[:2] == (1, 0)
+        call(broken)
+        try:
+            call(broken)
+            optimizer.finalize_variable_values(weights)  # where a compiled step cannot raise
+        except Exception as error:  # the backend's own, from inside of a graph
+            assert "non-finite" in str(error)
+        else:
+            raise AssertionError(f"{mode}: two non-finite gradients in a row with skip_nonfinite=2 did not raise")
+
+
+@check("optimizer", requires=("elementwise",))
+def check_rows(card: Card) -> None:
+    """A sparse gradient updates its rows as a dense one would, repeated rows summed, and leaves the others bitwise."""
+    if keras.config.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    table, other = rng.normal(size=(7, 3)), rng.normal(size=(4,))
+    indices = [[5, 0, 5], [2, 2, 2], [0, 5, 3]]
+    values = [rng.normal(size=(3, 3)) for _ in indices]
+    seen: set[int] = set()
+    decay, clip, clip_all = {"weight_decay": 0.1}, {"clipnorm": 0.5}, {"global_clipnorm": 0.5}
+    settings = [*itertools.product((2**16, 0), ("graph", "xla"), (decay,))]
+    settings += itertools.product((2**16, 0), ("eager",), (decay, clip, clip_all))
+    for below, mode, common in settings:
+        optimizer, weights = _make(card, **common), problems.variables([table, other])
+        optimizer.pack_below = below
+        step = problems.stepper(optimizer, weights, mode)
+        seen = set()
+        for rows, value in zip(indices, values, strict=True):
+            before = ops.convert_to_numpy(weights[0]).copy()
+            sparse = tf.IndexedSlices(tf.constant(value), tf.constant(rows, tf.int64), tf.constant([7, 3], tf.int64))
+            step([sparse, tf.constant(np.ones(4))])
+            seen |= set(rows)
+            untouched = [i for i in range(7) if i not in rows]
+            np.testing.assert_array_equal(ops.convert_to_numpy(weights[0])[untouched], before[untouched])
+        # each row has been through the updates that it was in, with the step count of the whole
+        for row in range(7):
+            if row not in seen:
+                np.testing.assert_array_equal(ops.convert_to_numpy(weights[0])[row], table[row])
+        expected = _lazy_by_hand(card, common, table, other, indices, values)
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(weights[0]), expected, rtol=1e-10, atol=1e-12, err_msg=f"{mode} {below} {common}"
+        )
+
+
+def _lazy_by_hand(
+    card: Card, common: Mapping[str, Any], table: Any, other: Any, indices: list[list[int]], values: list[Any]
+) -> np.ndarray:
+    """Updates of all rows with dense gradients, after each of which the rows without one are set back."""
+    optimizer, weights = _make(card, **common), problems.variables([table, other])
+    optimizer.pack_below = 0
+    for rows, value in zip(indices, values, strict=True):
+        dense = np.zeros_like(table)
+        np.add.at(dense, rows, value)
+        before, state = ops.convert_to_numpy(weights[0]).copy(), {}
+        if optimizer.built:
+            state = {n: ops.convert_to_numpy(v).copy() for n, v in optimizer._held.state["slots"][0].items()}
+        optimizer.apply([ops.convert_to_tensor(dense), ops.convert_to_tensor(np.ones(4))], weights)
+        untouched = [i for i in range(len(table)) if i not in rows]
+        after = ops.convert_to_numpy(weights[0]).copy()
+        after[untouched] = before[untouched]
+        weights[0].assign(after)
+        for name, variable in optimizer._held.state["slots"][0].items():
+            slot = ops.convert_to_numpy(variable).copy()
+            initial = optimizer.rule.slots()[name]
+            fresh = table if callable(initial) else np.full_like(table, initial)
+            slot[untouched] = state.get(name, fresh)[untouched]
+            variable.assign(slot)
+    return ops.convert_to_numpy(weights[0])
 
 
 # -- learning rate, average -------------------------------------------------------------------------------------------
@@ -406,7 +594,7 @@ def check_learning_rate(card: Card) -> None:
     _close([ops.convert_to_numpy(w) for w in weights], by_hand(halved), rtol=1e-6, what="multiplier")
 
 
-@check("optimizer")
+@check("optimizer", unless={"averages"})
 def check_average(card: Card) -> None:
     """The moving average follows its formula and is what the weights are set to at the end."""
     grads = problems.gradients(5)
@@ -421,6 +609,72 @@ def check_average(card: Card) -> None:
     _equal([ops.convert_to_numpy(w) for w in weights], trajectory[-1], what="the average must not disturb")
     optimizer.finalize_variable_values(weights)
     _close([ops.convert_to_numpy(w) for w in weights], expected)
+
+
+@check("optimizer")
+def check_evaluation_weights(card: Card) -> None:
+    """Going to the weights to evaluate at and back is exact, training does not notice it, and a file may hold either.
+
+    `fit` ends at them, and a second `fit`, also of a model that was saved and loaded, goes on as if it had not.
+
+    With the tag "recovers", which says that one set of weights is computed from the other, exact is up to rounding.
+    """
+    rtol, grads = 1e-6 if "recovers" in card.tags else 0.0, problems.gradients(9)
+
+    def same(got: Any, expected: Any, what: str) -> None:
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol, err_msg=f"{what} variable {i}")
+
+    for case, mode in itertools.product(card.cases, ("eager", "graph")):
+        optimizer, weights = _make(card, case, **_ema(card)), problems.variables(problems.start())
+        step, differ = problems.stepper(optimizer, weights, mode), False
+
+        def values(weights: Any = weights) -> list[np.ndarray]:
+            return [ops.convert_to_numpy(w).copy() for w in weights]
+
+        expected = problems.train(_make(card, case, **_ema(card)), grads, mode=mode)
+        for i, arrays in enumerate(grads):
+            step([ops.convert_to_tensor(g) for g in arrays])
+            trained = values()
+            same(trained, expected[i], f"{case} step {i}, which follows an evaluation,")
+            optimizer.swap_weights(evaluating=True)
+            shown = values()
+            differ |= any(np.any(a != b) for a, b in zip(shown, trained, strict=True))
+            assert optimizer.evaluating
+            optimizer.swap_weights(evaluating=True)
+            _equal(values(), shown, what=f"{case} asked for twice,")
+            if i % 3 == 0:  # in the other steps the update takes the weights of training back itself
+                optimizer.swap_weights(evaluating=False)
+                assert not optimizer.evaluating
+                same(values(), trained, f"{case} back from the evaluation,")
+            elif i == 7:
+                other, others = _make(card, case, **_ema(card)), problems.variables(shown)
+                other.build(others)
+                other.load_own_variables(problems.state_of(optimizer))
+                assert other.evaluating
+                problems.stepper(other, others, mode)([ops.convert_to_tensor(g) for g in grads[8]])
+                same(values(others), expected[8], f"{case} loaded,")
+        assert differ, f"{case}: the weights to evaluate at are those of training"
+    _two_fits_are_one(card, 1e-5 if "recovers" in card.tags else 1e-7)
+
+
+def _two_fits_are_one(card: Card, tolerance: float) -> None:
+    case, (x, y) = card.cases[-1], problems.regression()
+
+    def fit(model: keras.Model, epochs: int) -> np.ndarray:
+        model.fit(x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0)
+        return _flat(model.get_weights())
+
+    with op_determinism(), tempfile.TemporaryDirectory() as folder:
+        models = [problems.network() for _ in range(2)]
+        for model in models:
+            model.compile(_make(card, case, **_ema(card)), loss="mse")
+        expected = fit(models[0], 2)
+        fit(models[1], 1)
+        assert models[1].optimizer.evaluating
+        models[1].save(Path(folder) / "model.keras")
+        for how, model in (("", models[1]), ("loaded", keras.models.load_model(Path(folder) / "model.keras"))):
+            np.testing.assert_allclose(fit(model, 1), expected, rtol=tolerance, atol=tolerance, err_msg=f"{case} {how}")
 
 
 # -- state ------------------------------------------------------------------------------------------------------------
@@ -455,6 +709,42 @@ def check_save_load_continue(card: Card) -> None:
                 other.optimizer.build(other.trainable_variables)
             other.load_weights(Path(folder) / "model.weights.h5")
             np.testing.assert_allclose(_flat(go_on(other).get_weights()), expected, rtol=1e-6, atol=1e-7)
+
+
+@check("optimizer")
+def check_more_variables(card: Card) -> None:
+    """Variables that join later start afresh at the present count, and those before go on with their state."""
+    grads, values = problems.gradients(5), problems.start()
+    for place in (0, 3):  # what joins in the third step
+        rest = [i for i in range(len(values)) if i != place]
+        optimizer, weights = _make(card, **_ema(card)), problems.variables(values)
+        alone = _make(card, **_ema(card))
+        expected = problems.train(alone, [[g[i] for i in rest] for g in grads], values=[values[i] for i in rest])[-1]
+        for step, arrays in enumerate(grads):
+            mine = rest if step < 2 else list(range(len(values)))
+            if step == 2:
+                optimizer.build(weights)
+            optimizer.apply([ops.convert_to_tensor(arrays[i]) for i in mine], [weights[i] for i in mine])
+        _close([ops.convert_to_numpy(weights[i]) for i in rest], expected, rtol=1e-12)
+        assert np.abs(ops.convert_to_numpy(weights[place]) - values[place]).max() > 0
+        assert int(optimizer.iterations) == 5
+        state, before = problems.state_of(optimizer), problems.state_of(alone)
+        for name in before:
+            part, _, index = name.rpartition(".")
+            if index.isdecimal():
+                np.testing.assert_allclose(state[f"{part}.{rest[int(index)]}"], before[name], rtol=1e-10, err_msg=name)
+        fresh, copies = _make(card, **_ema(card)), problems.variables([ops.convert_to_numpy(w) for w in weights])
+        fresh.build(copies)
+        fresh.load_own_variables(state)  # a file has the order of the model, whoever came first
+        for each, values_of in ((optimizer, weights), (fresh, copies)):
+            each.apply([ops.convert_to_tensor(g) for g in grads[0]], values_of)
+        _close([ops.convert_to_numpy(w) for w in copies], [ops.convert_to_numpy(w) for w in weights], rtol=1e-12)
+    try:
+        optimizer.build(problems.variables(values))
+    except ValueError as error:
+        assert "Unknown variables" in str(error)
+    else:
+        raise AssertionError("the variables of another model were accepted")
 
 
 @check("optimizer")

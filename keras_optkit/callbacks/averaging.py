@@ -1,0 +1,308 @@
+"""Evaluating, predicting and saving with averaged weights while training goes on with others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from keras_optkit.averaging import batch_norms, recalibrate_batch_norm
+from keras_optkit.callbacks.callback import Callback, number, running_fit
+from keras_optkit.callbacks.instrument import around
+from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.resuming import build_optimizer
+from keras_optkit.registry import register
+
+#: The methods of a model that show its weights, or write them down.
+_SHOWING = ("evaluate", "predict", "test_on_batch", "predict_on_batch", "save", "save_weights", "export")
+
+
+@dataclass
+class _Exchange:
+    """What the variables held before the weights to evaluate at were put in, and what they held then."""
+
+    variables: list[Any]
+    before: list[Any]
+    inside: list[Any] = field(default_factory=list)
+    #: What to assign on the way back; kept, so that a way back that was interrupted can be gone again.
+    plan: list[tuple[Any, Any]] | None = None
+
+
+@register(
+    "callback",
+    paper="Polyak and Juditsky 1992 (averaging); Izmailov et al., arXiv 1803.05407 (batch normalisation)",
+    parity="the weights that fit ends with",
+    tags=("passive", "averages"),
+    cases=({},),
+)
+class AveragedWeights(Callback):
+    """Shows the averaged weights to everything that evaluates, predicts or saves during `fit`.
+
+    An optimizer that averages (`use_ema=True`, `Lookahead`, Schedule-Free) trains with one set of weights and is meant
+    to be evaluated with another. `fit` ends with the latter; until then the model holds the former. With this callback
+    the model holds the weights to evaluate at, which are those that `fit` would end with,
+
+    - during validation, and in every `model.evaluate`, `predict`, `test_on_batch`, `predict_on_batch`, `save`,
+      `save_weights` and `export` that is called by any callback at any time;
+    - in `on_epoch_end` of all callbacks of this `fit`, wherever in the list they stand, so that `ModelCheckpoint`,
+      `EarlyStopping` and one's own callbacks see the weights that the validation has measured.
+
+    Afterwards the weights of training and the optimizer's state are back bitwise, from copies, also when an exception
+    or Ctrl-C comes by. Training is therefore not changed by this callback, and `fit` ends with the weights that it
+    would have ended with; after an exception the model has the weights of training. Where a callback assigns weights
+    during `on_epoch_end`, they stay, as weights to evaluate at. Passed to `evaluate` or `predict` directly, it
+    acts for that call.
+
+    `keras.callbacks.BackupAndRestore` is left alone: it saves in order to go on, and is given the weights of training.
+
+    It works with our optimizers, with Keras's that have `use_ema=True`, and with both inside of `LossScaleOptimizer`.
+    A file that is saved while the averaged weights are in place can be trained further with our optimizers, since it
+    holds the other weights as well; with Keras's training then goes on from the average.
+
+    With `batch_norm_data` the moving statistics of batch normalisation are those of a pass over these data with the
+    averaged weights; see `keras_optkit.recalibrate_batch_norm`. The pass takes place once for each state of training
+    that is evaluated, usually once an epoch, and once more at the end of `fit`, after which the statistics stay.
+
+    When not to use it: with an optimizer that does not average, which raises; or if only the final weights matter.
+
+    Args:
+        batch_norm_data: Inputs, as for `model.predict`, to recalibrate batch normalisation with; None: the statistics
+            of training are used. Arrays are taken in batches of the size that `fit` was given.
+
+    Raises:
+        ValueError: When training (or the evaluation) begins, if the optimizer does not average, or if
+            `batch_norm_data` was given and the model has no batch normalisation.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    x = keras.random.normal((64, 4), seed=0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.AdamW(1e-2, use_ema=True), loss="mse")
+    best = keras.callbacks.ModelCheckpoint("best.weights.h5", save_best_only=True, save_weights_only=True)
+    averaged = ok.callbacks.AveragedWeights()
+    model.fit(x, x[:, :1], validation_split=0.25, epochs=2, callbacks=[best, averaged], verbose=0)
+    ```
+    """
+
+    guards = ("fit", "evaluate", "predict")
+
+    def __init__(self, batch_norm_data: Any = None):
+        super().__init__()
+        self.batch_norm_data = batch_norm_data
+        self._exchange: _Exchange | None = None
+        self._training_only = 0
+        self._detach: list[Callable[[], None]] = []
+        self._statistics: tuple[int, list[Any]] | None = None
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end()
+        self._refuse_what_does_not_average()
+        model = self.model
+        self._detach = [around(model, name, self._shown) for name in _SHOWING if hasattr(model, name)]
+        run = running_fit(model)
+        listed = (run.arguments.get("callbacks") if run else None) or [self]
+        callbacks = listed.callbacks if isinstance(listed, keras.callbacks.CallbackList) else tree.flatten(listed)
+        for callback in callbacks:
+            if isinstance(callback, keras.callbacks.BackupAndRestore):
+                for name in ("on_epoch_end", "on_train_batch_end"):
+                    self._detach.append(around(callback, name, self._not_shown, first=True))
+        # from the first callback's on_epoch_end to the last one's; what is added first is entered last and left first
+        self._detach.append(around(callbacks[0], "on_epoch_end", self._shown_from_here, first=True))
+        self._detach.append(around(callbacks[-1], "on_epoch_end", self._shown_up_to_here, first=True))
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._exchange = None  # fit has left the model with the weights to evaluate at
+        self._end()
+        _separate(self.model)
+        if self.batch_norm_data is not None:
+            self._recalibrate()
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self._end()
+        _separate(self.model)
+
+    def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._begin_alone()
+
+    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end_alone()
+
+    def on_test_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self._end_alone()
+
+    def on_predict_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._begin_alone()
+
+    def on_predict_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end_alone()
+
+    def on_predict_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self._end_alone()
+
+    def _begin_alone(self) -> None:
+        """For an `evaluate` or `predict` that this callback was passed to, and not `fit`, which has it wrapped."""
+        if not self._detach:
+            self._refuse_what_does_not_average()
+            self._enter()
+
+    def _end_alone(self) -> None:
+        if not self._detach:
+            self._leave()
+
+    def _end(self) -> None:
+        self._training_only = 0
+        for detach in self._detach:
+            detach()
+        self._detach = []
+        self._leave()
+        self._statistics = None
+
+    def _refuse_what_does_not_average(self) -> None:
+        optimizer = getattr(self.model, "optimizer", None)
+        if not _averages(optimizer):
+            raise ValueError(
+                f"AveragedWeights needs an optimizer that averages weights, got {optimizer!r}. Make it with "
+                "use_ema=True, or take Lookahead, ScheduleFree, ScheduleFreeSGD or ScheduleFreeAdamW."
+            )
+        if self.batch_norm_data is not None and not batch_norms(self.model):
+            raise ValueError(
+                f"batch_norm_data must be None for model {self.model.name!r}, which has no batch normalisation."
+            )
+
+    # -- the exchange -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _shown(self, *_: Any, **__: Any) -> Iterator[None]:
+        entered = self._enter()
+        try:
+            yield
+        finally:
+            if entered:
+                self._leave()
+
+    @contextlib.contextmanager
+    def _shown_from_here(self, *_: Any, **__: Any) -> Iterator[None]:
+        self._enter()
+        yield
+
+    @contextlib.contextmanager
+    def _shown_up_to_here(self, *_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def _not_shown(self, *_: Any, **__: Any) -> Iterator[None]:
+        inside = self._exchange is not None
+        self._leave()
+        self._training_only += 1
+        try:
+            yield
+        finally:
+            self._training_only -= 1
+            if inside:
+                self._enter()
+
+    def _enter(self) -> bool:
+        """Puts the weights to evaluate at into the model; False if they are there already, or are not wanted."""
+        if self._exchange is not None or self._training_only:
+            return False
+        model, optimizer = self.model, self.model.optimizer
+        if keras.config.backend() == "jax":
+            model.jax_state_sync()  # in the middle of an epoch the variables do not hold the state
+        build_optimizer(model)  # it may hold state that was loaded
+        variables = [*model.variables, *optimizer.variables]
+        exchange = _Exchange(variables, _copies(variables))
+        try:
+            optimizer.finalize_variable_values(model.trainable_weights)
+            _separate(model)
+            if self.batch_norm_data is not None:
+                self._recalibrate_once()
+            exchange.inside = _copies(variables)
+        except BaseException:
+            for variable, value in zip(variables, exchange.before, strict=True):
+                variable.assign(value)
+            raise
+        self._exchange = exchange
+        return True
+
+    def _leave(self) -> None:
+        """Takes the weights of training back, unless somebody has assigned others meanwhile.
+
+        Only what the exchange has changed is assigned: a learning rate that a callback has set in between stays.
+        """
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if exchange.plan is None:
+            exchange.plan = self._way_back(exchange)
+        for variable, value in exchange.plan:
+            variable.assign(value)
+        self._exchange = None
+
+    def _way_back(self, exchange: _Exchange) -> list[tuple[Any, Any]]:
+        own = {id(variable) for variable in self.model.variables}
+        plan = []
+        for variable, before, inside in zip(exchange.variables, exchange.before, exchange.inside, strict=True):
+            if _same(before, inside):
+                continue
+            if id(variable) in own and not _same(ops.convert_to_tensor(variable), inside):
+                self._statistics = None
+                return []
+            plan.append((variable, before))
+        return plan
+
+    def _recalibrate_once(self) -> None:
+        """The pass over the data, or what it gave before if no update has come between."""
+        layers, updates = batch_norms(self.model), number(self.model.optimizer.iterations)
+        held = [v for layer in layers for v in layer.non_trainable_variables]
+        if self._statistics is None or self._statistics[0] != updates:
+            self._recalibrate()
+            self._statistics = updates, _copies(held)
+        else:
+            for variable, value in zip(held, self._statistics[1], strict=True):
+                variable.assign(ops.copy(value))
+
+    def _recalibrate(self) -> None:
+        run = running_fit(self.model)
+        size = run.arguments.get("batch_size") if run else None
+        recalibrate_batch_norm(self.model, self.batch_norm_data, batch_size=size, verbose=0)
+
+
+def _averages(optimizer: Any) -> bool:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return _averages(optimizer.inner_optimizer)
+    if isinstance(optimizer, Optimizer) and optimizer.rule.averages:
+        return True
+    parts = getattr(optimizer, "optimizers", None)  # of a keras.optimizers.MultiOptimizer
+    return any(map(_averages, parts)) if parts else bool(getattr(optimizer, "use_ema", False))
+
+
+def _separate(model: Any) -> None:
+    """On JAX, Keras lets weights and their average share memory, which the next compiled step gives away twice."""
+    if keras.config.backend() == "jax":
+        for variable in model.trainable_weights:
+            variable.assign(ops.copy(ops.convert_to_tensor(variable)))
+
+
+def _copies(variables: list[Any]) -> list[Any]:
+    return [ops.copy(ops.convert_to_tensor(variable)) for variable in variables]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether all numbers are the same; NaN is itself, and 0 is not -0."""
+    equal = ops.equal(a, b)
+    if "float" in keras.backend.standardize_dtype(a.dtype):
+        equal = ops.logical_and(equal, ops.equal(ops.signbit(a), ops.signbit(b)))
+        equal = ops.logical_or(equal, ops.logical_and(ops.isnan(a), ops.isnan(b)))
+    return bool(ops.convert_to_numpy(ops.all(equal)))

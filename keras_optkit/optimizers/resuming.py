@@ -1,0 +1,47 @@
+"""Training goes on from the weights of training, also where the model holds those to evaluate at.
+
+`fit` leaves a model with the weights to evaluate at. The next update takes the others back, but by then the first
+gradient has been computed, at the wrong weights; and Keras asks an optimizer nothing before the model is called. So the
+methods of `keras.Model` that train are wrapped, once, when the first optimizer that averages is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import keras
+
+
+def guard_training() -> None:
+    """Wraps `fit` and `train_on_batch` of `keras.Model`, unless they are wrapped."""
+    for method in ("fit", "train_on_batch"):
+        function = getattr(keras.Model, method)
+        if not getattr(function, "takes_training_weights", False):
+            setattr(keras.Model, method, _guarded(function))
+
+
+def _guarded(function: Any) -> Any:
+    @functools.wraps(function)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = getattr(self, "optimizer", None)
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer
+        swap = getattr(optimizer, "swap_weights", None)
+        if swap is not None:
+            if self.built:
+                build_optimizer(self)  # there may be loaded state that says which weights the model holds
+            swap(evaluating=False)
+        return function(self, *args, **kwargs)
+
+    guarded.takes_training_weights = True  # type: ignore[attr-defined]
+    return guarded
+
+
+def build_optimizer(model: Any) -> None:
+    """Builds the optimizer of a built model as `fit` would."""
+    if not model.optimizer.built:
+        strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            model.optimizer.build(model.trainable_variables)

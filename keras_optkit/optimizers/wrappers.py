@@ -1,0 +1,604 @@
+"""Optimizers around an update rule, which train at one set of weights and evaluate at another: averages of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import keras
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
+
+from keras_optkit import arguments
+from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, number
+from keras_optkit.optimizers.sgd import SGDRule
+from keras_optkit.registry import cards, register
+from keras_optkit.saving import constructor_parameters
+from keras_optkit.tuning.space import Choice, Float
+
+#: An optimizer of this package, its name, or its config.
+Inner = Optimizer | str | Mapping[str, Any]
+
+
+def _constant(default: float, low: float, high: float = float("inf"), closed: str = "both") -> Any:
+    """Declares a field that holds one real number, which the weights to evaluate at are recovered with."""
+    check = lambda name, value: arguments.real(name, value, low, high, closed=closed)  # noqa: E731
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def _count(default: int, low: int) -> Any:
+    """Declares a field that holds a whole number."""
+    return dataclasses.field(
+        default=default, metadata={"check": lambda name, value: arguments.integer(name, value, low)}
+    )
+
+
+def _plain(name: str, rule: Any) -> Rule:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{name} must be a keras_optkit.optimizers.Rule, got {rule!r}.")
+    if rule.averages:
+        raise ValueError(f"{name} must be a rule without an average of its own, got {rule!r}.")
+    return rule
+
+
+def _inner_rule() -> Any:
+    return dataclasses.field(metadata={"check": _plain})
+
+
+def _inner_step(rule: Rule, u: Tensor, slots: Slots, p: Tensor, decayed: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+    """The step of a rule at `p` and its new slots; if it leaves the decoupled decay to others, that is of `decayed`."""
+    step, new = rule.update(u, {name: slots[name] for name in rule.slots()}, p, h)
+    if h.decays and not rule.handles_decay:
+        step = step + h.learning_rate * h.weight_decay * decayed
+    return step, new
+
+
+# -- Lookahead --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LookaheadRule(Rule):
+    """`φ ← φ + α (θ - φ); θ ← φ` after every k steps of the inner rule on θ."""
+
+    averages = True
+    handles_decay = True
+    inner_rule: Rule = _inner_rule()
+    sync_period: int = _count(5, 1)
+    slow_step_size: Value = number(0.5, 0, 1, closed="right")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "elementwise", self.inner_rule.elementwise)
+
+    def slots(self) -> dict[str, Initial]:
+        return {**self.inner_rule.slots(), "slow": ops.copy}
+
+    def scalars(self) -> Mapping[str, float]:
+        return self.inner_rule.scalars()
+
+    def measure(self, h: Hyper) -> dict[str, Tensor]:
+        return self.inner_rule.measure(h)
+
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+        step, new = _inner_step(self.inner_rule, u, slots, p, p, h)
+        slow = ops.where(ops.equal(h.step, 1), p, slots["slow"])  # the weights may have been set after build
+        due = ops.equal(ops.mod(h.step, self.sync_period), 0)
+        step = ops.where(due, step - (1 - h(self.slow_step_size)) * (slow - (p - step)), step)
+        return step, {**new, "slow": ops.where(due, p - step, slow)}
+
+    def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        return slots["slow"], {**slots, "slow": p}
+
+    def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        return self.eval_value(x, slots, h)
+
+
+# -- Schedule-Free ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ScheduleFree(Rule):
+    """What all Schedule-Free rules share. The model trains at y; z is kept; x, to evaluate at, follows from the two.
+
+    With s the step of the inner rule, `z ← z - s`, `x ← (1 - c) x + c z`, `y ← β x + (1 - β) z`. Without x, that is
+    `y ← y - c (y - z) - (1 - β (1 - c)) s`, with y and z before the step.
+    """
+
+    averages = True
+    handles_decay = True
+    warmup_steps: int = _count(0, 0)
+    r: float = _constant(0.0, 0)
+    weight_lr_power: float = _constant(2.0, 0)
+
+    def inner(self) -> Rule:
+        """The rule whose steps move z."""
+        raise NotImplementedError
+
+    def beta(self) -> float:
+        """The share of x in y."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "elementwise", self.inner().elementwise)
+
+    def slots(self) -> dict[str, Initial]:
+        return {**self.inner().slots(), "anchor": ops.copy}  # z; another rule may call something of its own z
+
+    def scalars(self) -> dict[str, float]:
+        return {**self.inner().scalars(), "largest_rate": 0.0, "total_weight": 0.0, "share": 0.0}
+
+    def warmed_up(self, h: Hyper) -> Hyper:
+        """`h` with the rate of this update."""
+        if not self.warmup_steps:
+            return h
+        factor = ops.minimum(h.step / self.warmup_steps, 1.0)
+        return h.at_rate(h.learning_rate * ops.cast(factor, h.learning_rate.dtype))
+
+    def measure(self, h: Hyper) -> dict[str, Tensor]:
+        h = self.warmed_up(h)
+        largest = ops.maximum(h.scalars["largest_rate"], h.learning_rate)
+        weight = h.step**self.r * largest**self.weight_lr_power
+        total = h.scalars["total_weight"] + weight
+        share = ops.divide_no_nan(weight, total)
+        return {**self.inner().measure(h), "largest_rate": largest, "total_weight": total, "share": share}
+
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+        h, c = self.warmed_up(h), h.scalar("share")
+        z = ops.where(ops.equal(h.step, 1), p, slots["anchor"])  # the weights may have been set after build
+        step, new = _inner_step(self.inner(), u, slots, z, p, h)
+        return c * (p - z) + (1 - self.beta() * (1 - c)) * step, {**new, "anchor": z - step}
+
+    def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        return p + (1 - 1 / self.beta()) * (slots["anchor"] - p), slots
+
+    def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        return x + (1 - self.beta()) * (slots["anchor"] - x), slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFreeRule(_ScheduleFree):
+    """Schedule-Free around any rule."""
+
+    inner_rule: Rule = _inner_rule()
+    momentum: float = _constant(0.9, 0, 1, closed="neither")
+
+    def inner(self) -> Rule:
+        return self.inner_rule
+
+    def beta(self) -> float:
+        return self.momentum
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFreeSGDRule(_ScheduleFree):
+    """Schedule-Free with `s = η g`."""
+
+    momentum: float = _constant(0.9, 0, 1, closed="neither")
+
+    def inner(self) -> Rule:
+        return SGDRule()
+
+    def beta(self) -> float:
+        return self.momentum
+
+
+@dataclass(frozen=True)
+class SecondMomentRule(Rule):
+    """`θ ← θ - η g / (√v̂ + ε)`: Adam without its first moment."""
+
+    elementwise = True
+    beta_2: Value = number(0.999, 0, 1, closed="left")
+    epsilon: Value = number(1e-8)
+
+    def slots(self) -> dict[str, float]:
+        return {"v": 0.0}
+
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+        beta_2 = h(self.beta_2)
+        v = beta_2 * slots["v"] + (1 - beta_2) * u * u
+        return h.learning_rate * u / (ops.sqrt(v / h.bias_correction(self.beta_2)) + h(self.epsilon)), {"v": v}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFreeAdamWRule(_ScheduleFree):
+    """Schedule-Free with `s = η g / (√v̂ + ε)`."""
+
+    beta_1: float = _constant(0.9, 0, 1, closed="neither")
+    beta_2: Value = number(0.999, 0, 1, closed="left")
+    epsilon: Value = number(1e-8)
+
+    def inner(self) -> Rule:
+        return SecondMomentRule(self.beta_2, self.epsilon)
+
+    def beta(self) -> float:
+        return self.beta_1
+
+
+# -- the optimizers ---------------------------------------------------------------------------------------------------
+
+
+class _Wrapper(Optimizer):
+    """An optimizer around the rule of another one, which also takes over what that one was told beside its rule."""
+
+    def __init__(self, inner: Inner, learning_rate: Any, make_rule: Callable[[Rule], Rule], /, **given: Any):
+        optimizer = _built_from(inner)
+        if optimizer.built:
+            raise ValueError(f"inner must be a fresh optimizer, got {optimizer.name!r}, which has state already.")
+        if learning_rate is not None:
+            given = {**given, "learning_rate": learning_rate}
+        settings = _taken_over(type(self).__name__, optimizer, given)
+        super().__init__(settings.pop("learning_rate"), make_rule(_plain("inner", optimizer.rule)), **settings)
+        description = keras.optimizers.serialize(optimizer)
+        description["config"] = {k: v for k, v in description["config"].items() if k not in _shared()}
+        self._held.inner = description
+
+    @property
+    def inner(self) -> dict[str, Any]:
+        """The config of the inner optimizer without the keywords that it shares with this one, which are set here."""
+        present = {field.name: getattr(self.inner_rule, field.name) for field in dataclasses.fields(self.inner_rule)}
+        config = {name: present.get(name, value) for name, value in self._held.inner["config"].items()}
+        return self._held.inner | {"config": keras.saving.serialize_keras_object(config)}
+
+
+def _shared() -> list[str]:
+    return ["learning_rate", *constructor_parameters(Optimizer)]
+
+
+def _built_from(inner: Inner) -> Optimizer:
+    if isinstance(inner, Optimizer):
+        return inner
+    described: Any = {"class_name": inner} if isinstance(inner, str) else inner
+    if not (isinstance(described, Mapping) and isinstance(described.get("class_name"), str)):
+        raise TypeError(f"inner must be an optimizer of keras_optkit, its name or its config, got {inner!r}.")
+    name = described.get("registered_name") or described["class_name"]
+    known = {card.name.lower(): card.make for card in cards("optimizer", package=None)}
+    found = known.get(name.lower()) or keras.saving.get_registered_object(name)
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        names = [card.name for card in cards("optimizer")]
+        raise ValueError(
+            f"inner must be an optimizer of keras_optkit, got {name!r}.{arguments.near(name, names)} "
+            f"Known by name: {', '.join(names)}."
+        )
+    return found.from_config(dict(described.get("config", {})))
+
+
+def _taken_over(outer: str, inner: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that all optimizers have: those given to the wrapper, and for the others what `inner` has."""
+    parameters = constructor_parameters(type(inner))
+    settings = {}
+    for name in _shared():
+        if name == "name":
+            settings[name] = given.get(name)
+            continue
+        own = inner._config_value(name) if name == "learning_rate" else getattr(inner, name)
+        settings[name] = given.get(name, own)
+        default = parameters[name].default
+        if name in given and not (_same(own, default) or _same(own, given[name])):
+            raise ValueError(
+                f"{name} is given twice: {outer} has {given[name]!r} and the inner {type(inner).__name__} {own!r}. "
+                "Give it to one of the two."
+            )
+    return settings
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, keras.Variable) or isinstance(b, keras.Variable):
+        return a is b
+    if isinstance(a, float) and isinstance(b, Real):
+        return math.isclose(a, b, rel_tol=1e-6)  # the rate may have been rounded to float32
+    return a is b or keras.saving.serialize_keras_object(a) == keras.saving.serialize_keras_object(b)
+
+
+@register(
+    "optimizer",
+    paper="Zhang, Lucas, Hinton and Ba, arXiv 1907.08610, algorithm 1",
+    parity="pytorch_optimizer.Lookahead (pullback_momentum='none')",
+    tags=("elementwise", "averages"),
+    cases=(
+        {"inner": {"class_name": "SGD", "config": {"momentum": 0.9}}, "learning_rate": 0.01},
+        {"inner": {"class_name": "Adam", "config": {}}, "learning_rate": 0.01, "sync_period": 3, "slow_step_size": 0.8},
+        {"inner": {"class_name": "SGD", "config": {}}, "learning_rate": 0.01, "sync_period": 2, "slow_step_size": 0.3},
+    ),
+    space={
+        "learning_rate": Float(1e-4, 1.0, log=True),
+        "sync_period": Choice([5, 10, 20]),
+        "slow_step_size": Choice([0.2, 0.5, 0.8]),
+    },
+)
+class Lookahead(_Wrapper):
+    """Lookahead: fast weights explore, and slow weights follow where k steps have led.
+
+    ```text
+    each update:    θ ← θ - (step of the inner optimizer at θ, decay included)
+    every k-th:     φ ← φ + α (θ - φ)          θ ← φ
+    evaluated at φ
+    ```
+
+    φ has the shape of θ and starts at θ; k counts updates. The slots of the inner optimizer, such as its momentum, go
+    through a synchronisation as they are. α = 1 is the inner optimizer, exactly. A parameter without a gradient in the
+    update in which the others are synchronised waits for the next time. Constraints of variables act on θ only.
+
+    The weights to evaluate at are φ; the two change places when `fit` ends, by `swap_weights`, or for the time of an
+    evaluation with the callback `AveragedWeights`, and back bitwise (with weights in half precision, φ is rounded to
+    it when they do).
+
+    **What the inner optimizer hands over.** Its rule is used, and everything else that it was told is taken over as if
+    it had been told to `Lookahead`: learning rate or schedule, `weight_decay`, clipping, `groups` and all the other
+    common keywords but its name. A common keyword that is given here counts where the inner optimizer has its default;
+    given differently to both, it raises. `optimizer.learning_rate` and the others are those of the result, and
+    `optimizer.inner_rule` shows the hyperparameters of the inner rule; the object that was passed is not used again.
+
+    When not to use it: on top of another average (`use_ema`, Schedule-Free), which it refuses; or with a learning rate
+    that is decayed to 0 anyway, where fast and slow weights meet.
+
+    Args:
+        inner: An optimizer of this package that has not been used yet, its name (`"AdamW"`,
+            `"package>Name"`), or its config, `{"class_name": ..., "config": {...}}`.
+        sync_period: k >= 1, updates between two synchronisations. 5 as in most of the paper's experiments.
+        slow_step_size: α in (0, 1], or a schedule.
+        learning_rate: That of the inner optimizer if None; otherwise as in every optimizer.
+        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
+
+    Raises:
+        TypeError: For an unknown keyword or a value of a wrong type.
+        ValueError: For a value out of range, an `inner` that is unknown, used already or averages by itself, or a
+            keyword that is given twice with different values.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.Lookahead(ok.optimizers.AdamW(3e-4), sync_period=5), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self,
+        inner: Inner = "AdamW",
+        sync_period: int = 5,
+        slow_step_size: float | Schedule = 0.5,
+        learning_rate: float | Schedule | None = None,
+        **common: Any,
+    ):
+        super().__init__(inner, learning_rate, lambda rule: LookaheadRule(rule, sync_period, slow_step_size), **common)
+
+
+_SPACE = {"warmup_steps": Choice([0, 100, 1000]), "momentum": Choice([0.9, 0.95, 0.98])}
+
+
+@register(
+    "optimizer",
+    paper="Defazio et al., arXiv 2405.15682, eq. 3-5",
+    parity="schedulefree.ScheduleFreeWrapperReference",
+    tags=("elementwise", "averages", "recovers"),
+    cases=(
+        {"inner": {"class_name": "RMSprop", "config": {"rho": 0.99}}, "learning_rate": 0.01},
+        {
+            "inner": {"class_name": "Adam", "config": {"beta_1": 0.5}},
+            "learning_rate": 0.01,
+            "momentum": 0.8,
+            "warmup_steps": 7,
+            "r": 1.0,
+            "weight_lr_power": 1.0,
+        },
+    ),
+    space={"learning_rate": Float(1e-4, 1e-1, log=True)} | _SPACE,
+)
+class ScheduleFree(_Wrapper):
+    """Schedule-Free around any optimizer: an average of the iterates takes the place of a decaying learning rate.
+
+    ```text
+    η_t = η min(1, t / warmup_steps)       c = w_t / (w_1 + ... + w_t)       w_t = tʳ (max of η_1 ... η_t)ᵖ
+    z ← z - (step of the inner optimizer for the gradient at y, with rate η_t) - η_t λ y
+    x ← (1 - c) x + c z                    y ← (1 - β) z + β x
+    trained at y, evaluated at x
+    ```
+
+    x, y and z start at the weights and have their shape. The model holds y, z is the one additional slot, and x is
+    recovered from the two when it is needed: when `fit` ends, by `swap_weights`, or for the time of an evaluation with
+    the callback `AveragedWeights`. Going to x and back is exact up to rounding.
+
+    The decay λ is taken at y, which the authors recommend; an inner rule that looks at the weights sees z. The inner
+    optimizer needs no momentum of its own: β is in its place. Its settings are taken over as by `Lookahead`. The
+    weights w have one sequence of maxima for the whole model; factors on the rate of groups cancel in c. Constraints
+    of variables act on y only. With weights in half precision, x suffers from the rounding of y.
+
+    When not to use it: with a schedule that decays (it is to be replaced), with another average (refused), where
+    batches are few and a tuned schedule exists; or, without recalibration (`ok.recalibrate_batch_norm`), in models with
+    batch normalisation, whose moving statistics are those at y.
+
+    Args:
+        inner: An optimizer of this package that has not been used yet, its name, or its config; see `Lookahead`.
+        momentum: β in (0, 1), a number.
+        warmup_steps: Updates in which the rate rises linearly to η; 0 for none.
+        r: Power of t in the weights of the average, >= 0.
+        weight_lr_power: p, power of the largest rate so far in them, >= 0.
+        learning_rate: That of the inner optimizer if None; otherwise as in every optimizer. Constant, as a rule.
+        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
+
+    Raises:
+        TypeError: For an unknown keyword or a value of a wrong type.
+        ValueError: For a value out of range, an `inner` that is unknown, used already or averages by itself, or a
+            keyword that is given twice with different values.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    inner = ok.optimizers.RMSprop(1e-3, rho=0.99)
+    model.compile(optimizer=ok.optimizers.ScheduleFree(inner, warmup_steps=100), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self,
+        inner: Inner = "RMSprop",
+        momentum: float = 0.9,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        learning_rate: float | Schedule | None = None,
+        **common: Any,
+    ):
+        def rule(inner_rule: Rule) -> Rule:
+            return ScheduleFreeRule(
+                inner_rule=inner_rule,
+                momentum=momentum,
+                warmup_steps=warmup_steps,
+                r=r,
+                weight_lr_power=weight_lr_power,
+            )
+
+        super().__init__(inner, learning_rate, rule, **common)
+
+
+@register(
+    "optimizer",
+    paper="Defazio et al., arXiv 2405.15682, eq. 3-5",
+    parity="schedulefree.SGDScheduleFreeReference (decay_mask='all')",
+    tags=("elementwise", "averages", "recovers"),
+    cases=(
+        {"learning_rate": 0.01},
+        {"learning_rate": 0.05, "momentum": 0.8, "warmup_steps": 7},
+        {"learning_rate": 0.05, "warmup_steps": 3, "r": 2.0, "weight_lr_power": 0.0},
+    ),
+    space={"learning_rate": Float(1e-2, 10.0, log=True)} | _SPACE,
+)
+class ScheduleFreeSGD(Optimizer):
+    """Schedule-Free SGD: an average of the iterates takes the place of a decaying learning rate.
+
+    ```text
+    η_t = η min(1, t / warmup_steps)       c = w_t / (w_1 + ... + w_t)       w_t = tʳ (max of η_1 ... η_t)ᵖ
+    z ← z - η_t (g(y) + λ y)               x ← (1 - c) x + c z               y ← (1 - β) z + β x
+    trained at y, evaluated at x
+    ```
+
+    As `ScheduleFree` around `SGD`, whose documentation says how x is had, and when not to use it. State: z.
+
+    The authors advise rates 10 to 50 times those of SGD with momentum, and β up to 0.98 for long training.
+    `decay_mask="all"` decays vectors too, as the reference does.
+
+    Args:
+        learning_rate: η >= 0. Constant, as a rule; a schedule is accepted.
+        momentum: β in (0, 1), a number.
+        warmup_steps: Updates in which the rate rises linearly to η; 0 for none.
+        r: Power of t in the weights of the average, >= 0.
+        weight_lr_power: p, power of the largest rate so far in them, >= 0.
+        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
+
+    Raises:
+        TypeError: For an unknown keyword or a value of a wrong type.
+        ValueError: For a value out of range.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.ScheduleFreeSGD(1.0, warmup_steps=100), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | Schedule = 1.0,
+        momentum: float = 0.9,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        **common: Any,
+    ):
+        rule = ScheduleFreeSGDRule(momentum=momentum, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power)
+        super().__init__(learning_rate, rule, **common)
+
+
+@register(
+    "optimizer",
+    paper="Defazio et al., arXiv 2405.15682, algorithm 1",
+    parity="schedulefree.AdamWScheduleFreeReference (decay_mask='all')",
+    tags=("elementwise", "averages", "recovers"),
+    cases=(
+        {"learning_rate": 0.01},
+        {"learning_rate": 0.01, "beta_1": 0.95, "beta_2": 0.9, "warmup_steps": 7, "epsilon": 1e-4},
+        {"learning_rate": 0.01, "weight_decay": 0.1, "decay_mask": "all", "r": 1.0, "weight_lr_power": 1.0},
+    ),
+    space={
+        "learning_rate": Float(1e-4, 1e-1, log=True),
+        "beta_1": Choice([0.9, 0.95, 0.98]),
+        "warmup_steps": _SPACE["warmup_steps"],
+        "weight_decay": Float(1e-4, 1.0, log=True),
+    },
+)
+class ScheduleFreeAdamW(Optimizer):
+    """Schedule-Free AdamW: an average of the iterates takes the place of momentum and of a decaying learning rate.
+
+    ```text
+    η_t = η min(1, t / warmup_steps)       c = w_t / (w_1 + ... + w_t)       w_t = tʳ (max of η_1 ... η_t)ᵖ
+    v ← β₂ v + (1 - β₂) g(y)²              v̂ = v / (1 - β₂ᵗ)
+    z ← z - η_t (g(y) / (√v̂ + ε) + λ y)    x ← (1 - c) x + c z               y ← (1 - β₁) z + β₁ x
+    trained at y, evaluated at x
+    ```
+
+    As `ScheduleFree` around Adam without its first moment; the documentation there says how x is had, and when not to
+    use it. State: z and v, as much as Adam's. The paper's algorithm 1 puts √(1 - β₂ᵗ) into the rate, and thereby into
+    the weights of the average; here v is corrected, as in the authors' own implementation since.
+
+    The authors advise rates 1 to 10 times those of AdamW. `decay_mask="all"` decays vectors too, as the reference does.
+
+    Args:
+        learning_rate: η >= 0. Constant, as a rule; a schedule is accepted.
+        beta_1: β₁ in (0, 1), a number.
+        beta_2: β₂ in [0, 1), or a schedule.
+        epsilon: ε >= 0.
+        weight_decay: λ >= 0, a schedule, or None.
+        warmup_steps: Updates in which the rate rises linearly to η; 0 for none.
+        r: Power of t in the weights of the average, >= 0.
+        weight_lr_power: p, power of the largest rate so far in them, >= 0.
+        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
+
+    Raises:
+        TypeError: For an unknown keyword or a value of a wrong type.
+        ValueError: For a value out of range.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.ScheduleFreeAdamW(2.5e-3, warmup_steps=100), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | Schedule = 0.0025,
+        beta_1: float = 0.9,
+        beta_2: float | Schedule = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float | Schedule | None = 0.0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        **common: Any,
+    ):
+        rule = ScheduleFreeAdamWRule(
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+        )
+        super().__init__(learning_rate, rule, weight_decay=weight_decay, **common)
