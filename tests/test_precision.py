@@ -88,6 +88,12 @@ def test_weights_set_from_outside_win_over_their_masters():
     np.testing.assert_allclose(master, [0.996, 4.997, 0.996], rtol=1e-6)
 
 
+def test_explain_counts_the_masters():
+    weights = problems.variables([np.ones(3)], "bfloat16")
+    assert ok.optimizers.SGD(master_weights=True).explain(weights).rows[0].state_bytes == 12
+    assert ok.optimizers.SGD(master_weights=True).explain(problems.variables([np.ones(3)])).rows[0].state_bytes == 0
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="At most one of master_weights, stochastic_rounding"):
         ok.optimizers.SGD(master_weights=True, stochastic_rounding=True)

@@ -434,7 +434,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         copies = len(self.rule.slots()) + self.use_ema + bool(self.gradient_accumulation_steps)
         rows = []
         for variable, treatment, group in zip(variables, found, groups, strict=True):
-            size = np.dtype(at_least_float32(variable.dtype)).itemsize * copies
+            master = self.master_weights and variable.dtype in HALF
+            size = np.dtype(at_least_float32(variable.dtype)).itemsize * (copies + master)
             lr_scale, own = (treatment.lr_scale, treatment.weight_decay) if treatment else (0.0, 0.0)
             rows.append(
                 Explained(
