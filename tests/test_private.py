@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras import layers
 from tensorflow.python.framework import config
 
-from keras_optkit.private import current_layer, op_determinism
+from keras_optkit.private import current_layer, op_determinism, sublayers
 
 
 def test_determinism_is_on_inside_only():
@@ -28,3 +28,12 @@ def test_the_layer_at_work_is_known():
     layer.build((None, 3))
     assert seen == [layer]
     assert current_layer() is None
+
+
+def test_layers_at_any_depth_are_found():
+    inner = layers.Dense(1)
+    wrapped = layers.Bidirectional(layers.LSTM(2))
+    model = keras.Sequential([keras.Input((3, 2)), wrapped, keras.Sequential([inner])])
+    assert hasattr(model, "_flatten_layers")
+    found = {id(layer) for layer in sublayers(model)}
+    assert {id(inner), id(wrapped), id(wrapped.forward_layer)} <= found
