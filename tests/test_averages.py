@@ -423,8 +423,7 @@ def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
         assert loaded.evaluate(X[:20], Y[:20], verbose=0) == pytest.approx(measured, rel=1e-6)
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["checkpoint first", "checkpoint last"])
-@pytest.mark.parametrize("save_freq", ["epoch", 3])
+@pytest.mark.parametrize(("save_freq", "place"), [("epoch", 0), ("epoch", 1), (3, 1)])
 @every_optimizer
 def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save_freq, place, tmp_path):
     seen = []
@@ -546,17 +545,15 @@ HOOKED = ("evaluate", "predict", "save", "save_weights", "export", "test_on_batc
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=["error", "^C", "exit"]
-)
-@pytest.mark.parametrize(
-    ("moment", "n"),
+    ("moment", "n", "error"),
     [
-        ("on_train_batch_end", 6),
-        ("on_test_batch_end", 2),
-        ("on_test_begin", 2),
-        ("on_test_end", 2),
-        ("on_epoch_end", 2),
+        ("on_train_batch_end", 6, RuntimeError("boom")),
+        ("on_test_batch_end", 2, KeyboardInterrupt()),
+        ("on_test_begin", 2, SystemExit(3)),
+        ("on_test_end", 2, RuntimeError("boom")),
+        ("on_epoch_end", 2, KeyboardInterrupt()),
     ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
 @pytest.mark.parametrize("name", ["ema", "schedule-free sgd", "keras", "loss scale"])
 def test_after_an_exception_training_goes_on_bitwise(name, moment, n, error):
