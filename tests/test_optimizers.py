@@ -435,6 +435,39 @@ def test_two_replicas_in_fit():
 # -- state ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_average_of_a_variable_that_joins_later_starts_at_the_variable():
+    weights = problems.variables([np.full(2, 5.0), np.full(2, 7.0)])
+    optimizer = ok.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)
+    one = ops.ones(2, "float64")
+    for _ in range(3):
+        optimizer.apply([one], weights[:1])
+    optimizer.build(weights)
+    optimizer.apply([one, one], weights)
+    optimizer.swap_weights(evaluating=True)
+    np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), 0.9 * 7.0 + 0.1 * 6.0)
+
+
+def test_a_layer_that_is_thawed_joins_in_the_first_step_that_trains_it():
+    x, y = problems.regression()
+    model = problems.network()
+    model.layers[0].trainable = False
+    model.compile(ok.optimizers.Adam(0.01, use_ema=True), loss="mse")
+    model.fit(x, y, epochs=2, verbose=0)
+    frozen, head = model.layers[0].get_weights()[0], problems.state_of(model.optimizer)["slot.m.3"]
+    assert head.shape == (1,)
+    model.layers[0].trainable = True
+    model.make_train_function(force=True)
+    model.fit(x, y, verbose=0)
+    assert np.abs(model.layers[0].get_weights()[0] - frozen).max() > 0
+    state = problems.state_of(model.optimizer)
+    assert state["slot.m.0"].shape == (4, 8)  # in the order of the model
+    assert int(model.optimizer.iterations) == 6
+    fresh = problems.network()
+    fresh.compile(ok.optimizers.Adam(0.01, use_ema=True), loss="mse")
+    fresh.optimizer.build(fresh.trainable_variables)
+    fresh.optimizer.load_own_variables(state)
+
+
 @pytest.mark.parametrize("strategy", ["mirrored", "one device"])
 def test_a_strategy_with_one_replica(strategy):
     strategy = (

@@ -363,20 +363,20 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _new_state(self, variables: list[Any], buckets: Sequence[Bucket]) -> dict[str, list[Any]]:
         """The state that there is for each bucket."""
-
-        def like_weights(name: str) -> list[keras.Variable]:
-            return [self.add_variable(b.stored_shape, dtype=at_least_float32(b.dtype), name=name) for b in buckets]
-
         state: dict[str, list[Any]] = {
             "weights": [[variables[i] for i in b.indices] for b in buckets],
             "slots": [self._new_slots(b, [variables[i] for i in b.indices]) for b in buckets],
         }
         if self.gradient_accumulation_steps:
-            state["accumulated"] = like_weights("accumulated")
-        if self.use_ema:
-            state["average"] = like_weights("average")
+            state["accumulated"] = [
+                self.add_variable(b.stored_shape, dtype=at_least_float32(b.dtype), name="accumulated") for b in buckets
+            ]
+        if self.use_ema:  # from the weights on, also for variables that join when the first update is long past
+            state["average"] = [self._copy_of_weights("average", variables, b) for b in buckets]
         if self.master_weights:
-            state["master"] = [self._new_master(variables, b) if b.dtype in HALF else {} for b in buckets]
+            state["master"] = [
+                {"master": self._copy_of_weights("master", variables, b)} if b.dtype in HALF else {} for b in buckets
+            ]
         return state
 
     def _new_scalars(self) -> State:
@@ -401,9 +401,13 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             }
         return state
 
-    def _new_master(self, variables: list[Any], bucket: Bucket) -> dict[str, keras.Variable]:
-        value = bucket.stored(bucket.join([ops.cast(variables[i], "float32") for i in bucket.indices]))
-        return {"master": self.add_variable(value.shape, lambda *_, **__: value, "float32", name="master")}
+    def _copy_of_weights(self, name: str, variables: list[Any], bucket: Bucket) -> keras.Variable:
+        """A variable with the present weights of a bucket, in the dtype to compute in."""
+        dtype = at_least_float32(bucket.dtype)
+        value = bucket.stored(
+            bucket.join([ops.cast(ops.convert_to_tensor(variables[i]), dtype) for i in bucket.indices])
+        )
+        return self.add_variable(value.shape, lambda *_, **__: ops.copy(value), dtype, name=name)
 
     def _new_slots(self, bucket: Bucket, variables: list[Any]) -> dict[str, keras.Variable]:
         dtype = at_least_float32(bucket.dtype)
