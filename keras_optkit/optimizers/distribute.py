@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 Tensor = Any
 State = dict[str, Any]
 
+#: Buckets of more parameters are joined and split outside of the compiled update: a thousand small tensors take XLA
+#: seconds to compile and longer to run, while each operation on a few of them costs more outside than inside.
+JOIN_INSIDE = 32
+
 TENSORFLOW = keras.config.backend() == "tensorflow"
 
 if TENSORFLOW:
@@ -48,8 +52,11 @@ class Step:
     tensor that they may not look at as a whole, because it is to be updated by rows.
 
     Attributes:
+        join: (bucket, gradients of its parameters) -> the gradient of the bucket.
         collect: (state, grads) -> state, in every call; None: there is nothing to collect.
         due: (scalars of the state) -> whether there is an update in this call; None: always.
+        outdated: (scalars of the state) -> whether the weights are not those that training goes on from; None: never.
+        renew: (state) -> state, before an update if they are not.
         read: (scalars of the state) -> present values of schedules, a flat list. Never compiled.
         prepare: (scalars of the state, grads, read) -> what the updates of all buckets need.
         update: (state, grads, prepared) -> state.
@@ -57,8 +64,11 @@ class Step:
         healthy: (scalars of the new state) -> whether all is well; if not, the call fails with `failure`.
     """
 
+    join: Callable[[int, list[Any]], Any]
     collect: Callable[[State, list[Any]], State] | None
     due: Callable[[State], Tensor] | None
+    outdated: Callable[[State], Tensor] | None
+    renew: Callable[[State], State]
     read: Callable[[State], list[Tensor]]
     prepare: Callable[[State, list[Any], list[Tensor]], Any]
     update: Callable[[State, list[Any], Any], State]
@@ -74,7 +84,8 @@ def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], f
         step: What to do.
         buckets: How the variables in `state["weights"]`, a list for each bucket, become one tensor each.
         state: Nested dicts and lists of variables.
-        grads: One gradient for each bucket, `Rows` or anything of tensors, summed over replicas.
+        grads: For each bucket `Rows`, or a list of the gradients of its parameters, summed over replicas; None where
+            there is none.
         fuse: Whether to compile the step with XLA where the function that it is part of is not compiled. Inside a
             replica every device updates its own copies of the variables alike.
     """
@@ -100,11 +111,15 @@ def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], f
 
 
 def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any]) -> None:
+    grads = [step.join(b, parts) if isinstance(parts, list) else parts for b, parts in enumerate(grads)]
     before = _read(buckets, state)
     after = before if step.collect is None else step.collect(before, grads)
 
     def update() -> State:
-        return step.update(after, grads, step.prepare(after, grads, step.read(after)))
+        ready = after
+        if step.outdated is not None:
+            ready = ops.cond(step.outdated(after), lambda: step.renew(after), lambda: after)
+        return step.update(ready, grads, step.prepare(ready, grads, step.read(ready)))
 
     new = update() if step.due is None else ops.cond(step.due(after), update, lambda: after)
     _write(buckets, state, before, new)
@@ -112,44 +127,67 @@ def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[A
 
 def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool) -> None:
     fuse = fuse and not tf.executing_eagerly()
+    rows = {b: grad for b, grad in enumerate(grads) if isinstance(grad, Rows)}
+    inside = {b for b, bucket in enumerate(buckets) if bucket.alone or len(bucket.shapes) <= JOIN_INSIDE}
+
+    def together(grads: list[Any], *, here: bool = True) -> list[Any]:
+        """The gradients of the buckets, joined unless they are to be joined elsewhere."""
+        return [
+            step.join(b, grad) if isinstance(grad, list) and (here or b not in inside) else grad
+            for b, grad in enumerate(grads)
+        ]
+
     if step.collect is not None:
+        grads = together(grads)
         before = _read(buckets, state, only=("accumulated", "micro"))
         _write(buckets, state, before, step.collect(before, grads))
 
     def update() -> None:
+        if step.outdated is not None:
+            _if(step.outdated(_scalars(state)), lambda: change(step.renew, buckets, state))
         read = step.read(_scalars(state))
-        rows = {b: grad for b, grad in enumerate(grads) if isinstance(grad, Rows)}
-        dense = [None if b in rows else grad for b, grad in enumerate(grads)]
-        prepared = step.prepare(_scalars(state), grads, read) if rows else None
+        outer = together(grads, here=not fuse or bool(rows))
+        prepared = step.prepare(_scalars(state), outer, read) if rows else None
 
-        def compute(joined: list[Any], dense: list[Any], read: list[Tensor], prepared: Any) -> list[Any]:
+        def compute(joined: list[Any], grads: list[Any], read: list[Tensor], prepared: Any) -> list[Any]:
             before = _read(buckets, state, joined=joined, without=rows)
-            ready = prepared if rows else step.prepare(before, dense, read)
-            return _write(buckets, state, before, step.update(before, dense, ready), keep=fuse)
+            grads = together(grads)
+            ready = prepared if rows else step.prepare(before, grads, read)
+            return _write(buckets, state, before, step.update(before, grads, ready), keep=inside if fuse else None)
 
         if fuse:
             compute = tf.function(compute, jit_compile=True, autograph=False)
-        # concatenating a thousand small weights is quicker outside of XLA, both to compile and to run
         joined = [
-            None if bucket.alone or b in rows else bucket.join([_tensor(v) for v in state["weights"][b]])
+            None if b in inside or b in rows else bucket.join([_tensor(v) for v in state["weights"][b]])
             for b, bucket in enumerate(buckets)
         ]
+        dense = [None if b in rows else grad for b, grad in enumerate(outer)]
         for b, new in enumerate(compute(joined, dense, read, prepared)):
             if new is not None:
                 _assign_all(state["weights"][b], buckets[b].split(new))
         for b, grad in rows.items():
             _write_rows(step, state, b, grad, prepared)
 
-    def update_and_say_so() -> bool:
-        update()
-        return True
-
     if step.due is None:
         update()
     else:
-        tf.cond(step.due(_scalars(state)), update_and_say_so, lambda: False)
+        _if(step.due(_scalars(state)), update)
     if step.healthy is not None:
         tf.debugging.Assert(step.healthy(_scalars(state)), [step.failure])
+
+
+def change(function: Callable[[State], State], buckets: Sequence[Bucket], state: State) -> None:
+    """Runs a pure function of the state on the values of the variables in it and assigns what has changed."""
+    before = _read(buckets, state)
+    _write(buckets, state, before, function(before))
+
+
+def _if(condition: Tensor, action: Callable[[], None]) -> None:
+    def act() -> bool:
+        action()
+        return True
+
+    tf.cond(condition, act, lambda: False)
 
 
 def _read(
@@ -184,8 +222,10 @@ def _read(
     return view
 
 
-def _write(buckets: Sequence[Bucket], state: State, before: State, after: State, keep: bool = False) -> list[Any]:
-    """Assigns what has changed. With `keep`, the joined weights are returned instead, None for all others."""
+def _write(
+    buckets: Sequence[Bucket], state: State, before: State, after: State, keep: Collection[int] | None = None
+) -> list[Any]:
+    """Assigns what has changed. If `keep` is given, the weights of the buckets not in it are returned instead."""
     kept: list[Any] = [None] * len(buckets)
     for name, old in before.items():
         if name == "weights":
@@ -193,7 +233,7 @@ def _write(buckets: Sequence[Bucket], state: State, before: State, after: State,
                 new = after[name][b]
                 if new is old[b]:
                     continue
-                if keep and not bucket.alone:
+                if keep is not None and b not in keep:
                     kept[b] = new
                 else:
                     _assign_all(state[name][b], bucket.split(new))

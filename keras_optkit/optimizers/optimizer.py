@@ -502,36 +502,43 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             ordered[place] = grad
         return ordered
 
-    def _bucketed(self, grads: list[Any]) -> list[Grad | Rows | None]:
-        """The gradient of each bucket, in the dtype to compute in, unscaled, and summed over the replicas."""
+    def _bucketed(self, grads: list[Any]) -> list[list[Any] | Rows | None]:
+        """The gradients of each bucket, in the dtype to compute in and summed over the replicas."""
         dtypes = {i: at_least_float32(b.dtype) for b in self._held.buckets for i in b.indices}
-        lazy = {i for i, g in enumerate(grads) if self._is_lazy(g)}
         grads = [
             None
             if g is None or i not in dtypes
-            else distribute.cast(g if i in lazy else distribute.dense(g, self._held.variables[i].shape), dtypes[i])
+            else distribute.cast(
+                g if self._is_lazy(g) else distribute.dense(g, self._held.variables[i].shape), dtypes[i]
+            )
             for i, g in enumerate(grads)
         ]
         grads = distribute.sum_over_replicas(grads)
-        return [self._of_bucket(bucket, grads, lazy) for bucket in self._held.buckets]
+        return [self._of_bucket(bucket, [grads[i] for i in bucket.indices]) for bucket in self._held.buckets]
 
-    def _of_bucket(self, bucket: Bucket, grads: list[Any], lazy: set[int]) -> Grad | Rows | None:
-        scale = self.loss_scale_factor
-        mine = [grads[i] for i in bucket.indices]
-        present = tuple(place for place, g in enumerate(mine) if g is not None)
-        sparse = tuple(place for place in present if bucket.indices[place] in lazy)
-        if not present:
+    def _of_bucket(self, bucket: Bucket, parts: list[Any]) -> list[Any] | Rows | None:
+        if all(g is None for g in parts):
             return None
-        if sparse and self._can_take_rows(bucket):
-            rows = distribute.rows(mine[0])
-            return rows if scale is None else rows._replace(values=rows.values / scale)
-        hits = {place: distribute.touched(mine[place], bucket.shapes[place]) for place in sparse}
-        parts = [
-            ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else distribute.dense(g, shape)
-            for g, shape in zip(mine, bucket.shapes, strict=True)
-        ]
-        joined = bucket.join(parts)
-        mask = None if len(present) == len(mine) and not sparse else bucket.mask(present, hits)
+        if self._is_lazy(parts[0]) and self._can_take_rows(bucket):
+            rows = distribute.rows(parts[0])
+            return (
+                rows if self.loss_scale_factor is None else rows._replace(values=rows.values / self.loss_scale_factor)
+            )
+        return parts
+
+    def _join(self, b: int, parts: list[Any]) -> Grad:
+        """The gradient of a bucket, unscaled."""
+        bucket, scale = self._held.buckets[b], self.loss_scale_factor
+        present = tuple(place for place, g in enumerate(parts) if g is not None)
+        sparse = tuple(place for place in present if self._is_lazy(parts[place]))
+        hits = {place: distribute.touched(parts[place], bucket.shapes[place]) for place in sparse}
+        joined = bucket.join(
+            [
+                ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else distribute.dense(g, shape)
+                for g, shape in zip(parts, bucket.shapes, strict=True)
+            ]
+        )
+        mask = None if len(present) == len(parts) and not sparse else bucket.mask(present, hits)
         return Grad(joined if scale is None else joined / scale, mask, present, sparse)
 
     def _is_lazy(self, grad: Any) -> bool:
@@ -568,8 +575,11 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             return self._update_rows(b, take, rows, dynamic, prepared)
 
         return distribute.Step(
+            join=self._join,
             collect=self._collect if k else None,
             due=(lambda state: ops.equal(state["micro"], k)) if k else None,
+            outdated=(lambda state: ops.equal(state["evaluating"], 1)) if self._averages() else None,
+            renew=lambda state: self._swapped(state, evaluating=False),
             read=read,
             prepare=prepare,
             update=update,
@@ -645,48 +655,33 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         if "scalars" in state:
             new["scalars"] = prepared.scalars
         for b, bucket in enumerate(self._held.buckets):
-            if state["weights"][b] is None or (grads[b] is None and "evaluating" not in state):
+            if state["weights"][b] is None or (grads[b] is None and not self.use_ema):
                 continue
-            h = self._hyper(prepared, memo, bucket)
-            p, slots, average = self._for_training(state, b, h)
+            p = self._widened(state["weights"][b], state, b)
+            slots = {name: bucket.view(slot) for name, slot in state["slots"][b].items()}
             if grads[b] is not None:
                 u = self._clip(bucket, grads[b].value, prepared.factor)
+                h = self._hyper(prepared, memo, bucket)
                 p, slots = self._apply_rule(u, slots, p, h, grads[b].mask)
                 constraint = self._constraint(bucket)
                 if constraint is not None:
                     p = bucket.join([constraint(bucket.split(p)[0])])
-            if average is not None:
+            if self.use_ema:
                 started = ops.cast(state["iterations"] > 0, scalar_dtype())
                 momentum = started * self.ema_momentum  # the first update sets the average
+                average = bucket.view(state["average"][b])
                 average = ops.cast(momentum, p.dtype) * average + ops.cast(1 - momentum, p.dtype) * p
                 new["average"][b] = bucket.stored(average)
             new["weights"][b] = self._narrowed(p, b, state["iterations"])
             if self.master_weights and state["master"][b]:
                 new["master"][b] = {"master": bucket.stored(p)}
             new["slots"][b] = {name: bucket.stored(slot) for name, slot in slots.items()}
-        if "evaluating" in state:
-            new["evaluating"] = ops.zeros_like(state["evaluating"])
         if self.skip_nonfinite:
             new = _unless_nonfinite(state, new, prepared)
         if "accumulated" in state:
             new["accumulated"] = [ops.zeros_like(a) for a in state["accumulated"]]
             new["micro"] = ops.zeros_like(state["micro"])
         return new
-
-    def _for_training(self, state: State, b: int, h: Hyper) -> tuple[Tensor, Slots, Tensor | None]:
-        """Weights, slots and average of a bucket to go on from, also if the model holds the weights to evaluate at."""
-        bucket = self._held.buckets[b]
-        p = self._widened(state["weights"][b], state, b)
-        slots = {name: bucket.view(slot) for name, slot in state["slots"][b].items()}
-        if "evaluating" not in state:
-            return p, slots, None
-        evaluating = ops.cast(state["evaluating"], "bool")
-        if self.use_ema:
-            average = bucket.view(state["average"][b])
-            return ops.where(evaluating, average, p), slots, ops.where(evaluating, p, average)
-        back, back_slots = self.rule.train_value(p, slots, h)
-        slots = {name: ops.where(evaluating, back_slots[name], slot) for name, slot in slots.items()}
-        return ops.where(evaluating, back, p), slots, None
 
     def _widened(self, weights: Tensor, state: State, b: int) -> Tensor:
         """The weights of a bucket in the dtype to compute in: the masters, where they are what the weights show."""
@@ -768,25 +763,25 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         """
         if not self._averages() or self.evaluating == evaluating or _as_number(self._updates) == 0:
             return
-        state: State = self._held.state
-        h_memo: dict[Any, Tensor] = {}
+        distribute.change(lambda state: self._swapped(state, evaluating), self._held.buckets, self._held.state)
+
+    def _swapped(self, state: State, evaluating: bool) -> State:
+        """The state with the weights to evaluate at in the model, or from such a state that with those of training."""
+        new = state | {name: list(part) for name, part in state.items() if isinstance(part, list)}
+        memo: dict[Any, Tensor] = {}
+        rate = None if self.use_ema else self._rate(state["iterations"], state["multiplier"])
         for b, bucket in enumerate(self._held.buckets):
-            wide = self._widened(bucket.join([ops.convert_to_tensor(v) for v in state["weights"][b]]), state, b)
+            wide = self._widened(state["weights"][b], state, b)
             if self.use_ema:
-                average = state["average"][b]
-                new, stored = bucket.view(ops.copy(ops.convert_to_tensor(average))), Slots()
-                average.assign(bucket.stored(wide))
+                weights = bucket.view(state["average"][b])
+                new["average"][b] = bucket.stored(wide)
             else:
-                h = Hyper(self._updates, self.learning_rate, wide.dtype, memo=h_memo)
-                held = state["slots"][b]
-                # copies: what TensorFlow hands out is the live variable, and a rule may let the two change places
-                slots = {name: bucket.view(ops.copy(ops.convert_to_tensor(v))) for name, v in held.items()}
-                new, stored = (self.rule.eval_value if evaluating else self.rule.train_value)(wide, slots, h)
-            for name, slot in stored.items():
-                state["slots"][b][name].assign(bucket.stored(slot))
-            for variable, value in zip(state["weights"][b], bucket.split(ops.cast(new, bucket.dtype)), strict=True):
-                variable.assign(value)
-        state["evaluating"].assign(int(evaluating))
+                h = Hyper(state["iterations"], rate, wide.dtype, memo=memo)
+                slots = {name: bucket.view(slot) for name, slot in state["slots"][b].items()}
+                weights, slots = (self.rule.eval_value if evaluating else self.rule.train_value)(wide, slots, h)
+                new["slots"][b] = {name: bucket.stored(slot) for name, slot in slots.items()}
+            new["weights"][b] = ops.cast(weights, bucket.dtype)
+        return new | {"evaluating": ops.full_like(state["evaluating"], int(evaluating))}
 
     def _averages(self) -> bool:
         return self.built and "evaluating" in self._held.state
