@@ -1,5 +1,7 @@
 """Groups, layer-wise decay of the learning rate, and what `explain` says of them."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -137,3 +139,41 @@ def test_plateau_acts_on_all_groups():
     optimizer.learning_rate = 0.1
     optimizer.apply([one, one], weights)
     np.testing.assert_allclose([ops.convert_to_numpy(w)[0] for w in weights], [-0.55, -1.1])
+
+
+def test_a_group_with_a_rule_of_its_own_is_shown_and_survives_the_config():
+    groups = [ok.Group("stem/", rule=ok.optimizers.SGD(momentum=0.5)), ok.Group("head/", rule="RMSprop")]
+    optimizer = ok.optimizers.AdamW(0.01, groups=groups)
+    again = type(optimizer).from_config(json.loads(json.dumps(optimizer.get_config())))
+    assert again.groups == groups
+    model = network()
+    rows = {row.path.split("/", 1)[1]: row for row in again.explain(model).rows}
+    shown = [rows[f"{layer}/kernel"].rule for layer in ("stem", "body", "head")]
+    assert shown == ["SGDRule", "AdamRule", "RMSpropRule"]
+    assert rows["stem/kernel"].state_bytes == 4 * 4 * 5
+    assert again.groups[0].own_rule.momentum == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        ("SDG", ValueError, r"rule must be an optimizer of keras_optkit, got 'SDG'\. Did you mean 'SGD'"),
+        (3, TypeError, "rule must be an optimizer of keras_optkit, its name or its config, got 3"),
+        (lambda: ok.optimizers.SGD(0.5), ValueError, "rule must leave learning_rate .* SGD with learning_rate=0.5"),
+        (lambda: ok.optimizers.SGD(clipnorm=1.0), ValueError, "rule must leave clipnorm .* clipnorm=1.0"),
+        (lambda: ok.optimizers.ScheduleFreeSGD(), ValueError, "rule must be a rule without an average of its own"),
+    ],
+)
+def test_a_rule_that_a_group_cannot_have_is_refused(rule, error, message):
+    with pytest.raises(error, match=message):
+        ok.Group("head", rule=rule() if callable(rule) else rule)
+
+
+def test_a_schedule_in_the_rule_of_a_group_follows_the_updates():
+    momentum = keras.optimizers.schedules.PiecewiseConstantDecay([1], [0.0, 0.5])
+    optimizer = ok.optimizers.SGD(0.1, groups=[ok.Group("weight_0", rule=ok.optimizers.SGD(momentum=momentum))])
+    weights = problems.variables([np.zeros(2), np.zeros(2)])
+    for _ in range(3):
+        optimizer.apply([ops.convert_to_tensor(np.ones(2))] * 2, weights)
+    np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), -0.1 - 0.1 - 0.15 - 0.05 + 0.05, rtol=1e-6)
+    np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), -0.3, rtol=1e-12)

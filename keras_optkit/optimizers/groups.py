@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_optkit import arguments
+from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared
+from keras_optkit.optimizers.rule import Rule
 from keras_optkit.registry import PACKAGE
-from keras_optkit.saving import FromSignature
+from keras_optkit.saving import FromSignature, constructor_parameters
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Treatment:
         lr_scale: Factor on the learning rate.
         decayed: Whether weight decay applies at all.
         weight_decay: A decay of its own; None for the optimizer's.
+        rule: 0 for the optimizer's rule, n for that of its n-th group.
     """
 
     lr_scale: float = 1.0
     decayed: bool = True
     weight_decay: float | None = None
+    rule: int = 0
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -39,6 +43,10 @@ class Group(FromSignature):
     paths when a model is saved and loaded: "sequential/dense/kernel" becomes "dense/kernel". `optimizer.explain(model)`
     shows which parameter is in which group.
 
+    A group may have another update rule, given as an optimizer. Only the rule of that optimizer is used, with its own
+    hyperparameters: learning rate, clipping, accumulation and all other common keywords are those of the optimizer that
+    has the groups, so there is one rate and one schedule for all, and `lr_scale` is where the rule needs another one.
+
     When not to use it: to freeze whole layers for good; `layer.trainable = False` also saves their gradients' time.
 
     Args:
@@ -47,10 +55,14 @@ class Group(FromSignature):
         weight_decay: A decay λ >= 0 for this group in the place of the optimizer's; None for the optimizer's. What
             `decay_mask` spares stays spared.
         trainable: False freezes the group: no update, no state, and its gradients do not count when clipping.
+        rule: An optimizer of this package that has not been used yet, its name (`"SGD"`) or its config, whose rule
+            these parameters are updated with; None for the rule of the others. Its common keywords must be left at
+            their defaults, and the rule must not average by itself.
 
     Raises:
         TypeError: For a value of a wrong type.
-        ValueError: For a value out of range, or a pattern that is no regular expression.
+        ValueError: For a value out of range, a pattern that is no regular expression, or a `rule` that is unknown,
+            averages by itself or was given keywords that are those of the whole.
 
     Example:
     ```python
@@ -60,13 +72,21 @@ class Group(FromSignature):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")]
     )
-    groups = [ok.Group("body/", lr_scale=0.1), ok.Group("bias$", weight_decay=0.0)]
+    momentum = ok.optimizers.SGD(momentum=0.9)
+    groups = [ok.Group("body/", lr_scale=0.1, rule=momentum), ok.Group("bias$", weight_decay=0.0)]
     optimizer = ok.optimizers.AdamW(1e-3, groups=groups)
     print(optimizer.explain(model))
     ```
     """
 
-    def __init__(self, match: str, lr_scale: float = 1.0, weight_decay: float | None = None, trainable: bool = True):
+    def __init__(
+        self,
+        match: str,
+        lr_scale: float = 1.0,
+        weight_decay: float | None = None,
+        trainable: bool = True,
+        rule: Inner = None,
+    ):
         if not isinstance(match, str):
             raise TypeError(f"match must be a regular expression, got {match!r} of type {type(match).__name__}.")
         try:
@@ -77,6 +97,10 @@ class Group(FromSignature):
         self.lr_scale = arguments.real("lr_scale", lr_scale, 0)
         self.weight_decay = arguments.real("weight_decay", weight_decay, 0, optional=True)
         self.trainable = arguments.boolean("trainable", trainable)
+        self.rule: dict[str, Any] | None = None
+        self.own_rule: Rule | None = None
+        if rule is not None:
+            self.rule, self.own_rule = _described_and_rule(rule)
 
     def __repr__(self) -> str:
         return f"Group({', '.join(f'{name}={value!r}' for name, value in self.get_config().items())})"
@@ -86,6 +110,19 @@ class Group(FromSignature):
 
     def __hash__(self) -> int:
         return hash((self.match, self.lr_scale, self.weight_decay, self.trainable))
+
+
+def _described_and_rule(inner: Inner) -> tuple[dict[str, Any], Rule]:
+    optimizer = built_from("rule", inner)
+    parameters = constructor_parameters(type(optimizer))
+    for name in set(shared()) - {"name"}:
+        value = optimizer._config_value(name) if name == "learning_rate" else getattr(optimizer, name)
+        if not is_same(value, parameters[name].default):
+            raise ValueError(
+                f"rule must leave {name} to the optimizer that has the groups, got a {type(optimizer).__name__} with "
+                f"{name}={value!r}. A group may have its own lr_scale, weight_decay and trainable."
+            )
+    return described(optimizer), plain("rule", optimizer.rule)
 
 
 def checked_groups(groups: Any) -> list[Group] | None:
@@ -149,13 +186,15 @@ def treatments(
     if layer_decay is not None:
         layers = depths(paths)
         scales = [layer_decay ** (max(layers, default=0) - layer) for layer in layers]
+    rules = {id(g): place for place, g in enumerate(groups or (), 1) if g.own_rule is not None}
     result: list[Treatment | None] = []
     for group, scale, rank in zip(found, scales, ranks, strict=True):
         decayed = decay_mask == "all" or rank > 1
         if group is None:
             result.append(Treatment(scale, decayed))
         elif group.trainable:
-            result.append(Treatment(scale * group.lr_scale, decayed, group.weight_decay))
+            rule = rules.get(id(group), 0)
+            result.append(Treatment(scale * group.lr_scale, decayed, group.weight_decay, rule))
         else:
             result.append(None)
     return result, found

@@ -268,6 +268,12 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         return ops.cast(self._schedule(iterations), scalar_dtype()) * multiplier
 
     @property
+    def _rules(self) -> dict[int, Rule]:
+        """The rule as number 0, and those that groups have of their own under their numbers in `Treatment`."""
+        own = {n: g.own_rule for n, g in enumerate(self.groups or (), 1) if g.own_rule is not None}
+        return {0: self.rule, **own}
+
+    @property
     def groups(self) -> list[Group] | None:
         """The groups of parameters, in the order in which they are looked through; fixed when the optimizer is made."""
         return self._held.groups
@@ -356,7 +362,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             [tuple(v.shape) for v in new],
             [keras.backend.standardize_dtype(v.dtype) for v in new],
             [treatment[distribute.key(v)] for v in new],
-            elementwise=self.rule.elementwise,
+            elementwise=lambda treatment: self._rules[treatment.rule].elementwise,
             below=self.pack_below,
             alone=lambda i: getattr(new[i], "constraint", None) is not None,
         )
@@ -386,11 +392,13 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             return self.add_variable((), dtype="int", name=name)
 
         state: State = {"iterations": self._updates, "multiplier": self._multiplier}
-        if self.rule.scalars():
-            state["scalars"] = {
-                name: self.add_variable((), _filled(value), scalar_dtype(), name=name)
-                for name, value in self.rule.scalars().items()
-            }
+        scalars = {
+            _of_rule(r, name): self.add_variable((), _filled(value), scalar_dtype(), name=name)
+            for r, rule in self._rules.items()
+            for name, value in rule.scalars().items()
+        }
+        if scalars:
+            state["scalars"] = scalars
         if self.gradient_accumulation_steps:
             state["micro"] = counter("micro")
         if self.use_ema or self.rule.averages:
@@ -412,7 +420,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
     def _new_slots(self, bucket: Bucket, variables: list[Any]) -> dict[str, keras.Variable]:
         dtype = at_least_float32(bucket.dtype)
         slots = {}
-        for name, initial in self.rule.slots().items():
+        for name, initial in self._rules[bucket.treatment.rule].slots().items():
             if callable(initial):
                 joined = bucket.join([ops.convert_to_tensor(v) for v in variables])
                 value = bucket.stored(initial(ops.cast(joined, dtype)))
@@ -435,18 +443,19 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             raise ValueError(f"model must have trainable variables, got {model!r}. Is it built?")
         found, groups = self._treatments(variables)
         rate, decay = _as_number(self.learning_rate), _as_number(self._present(self.weight_decay) or 0.0)
-        copies = len(self.rule.slots()) + self.use_ema + bool(self.gradient_accumulation_steps)
         rows = []
         for variable, treatment, group in zip(variables, found, groups, strict=True):
-            master = self.master_weights and variable.dtype in HALF
-            size = np.dtype(at_least_float32(variable.dtype)).itemsize * (copies + master)
+            rule = self._rules[treatment.rule] if treatment else None
+            copies = (len(rule.slots()) if rule else 0) + self.use_ema + bool(self.gradient_accumulation_steps)
+            copies += self.master_weights and variable.dtype in HALF
+            size = np.dtype(at_least_float32(variable.dtype)).itemsize * copies
             lr_scale, own = (treatment.lr_scale, treatment.weight_decay) if treatment else (0.0, 0.0)
             rows.append(
                 Explained(
                     _path(variable),
                     tuple(variable.shape),
                     "" if group is None else group.match,
-                    type(self.rule).__name__ if treatment else "frozen",
+                    type(rule).__name__ if rule else "frozen",
                     rate * lr_scale,
                     (decay if own is None else own) if treatment and treatment.decayed else 0.0,
                     size * math.prod(variable.shape) if treatment else 0,
@@ -504,33 +513,30 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _bucketed(self, grads: list[Any]) -> list[list[Any] | Rows | None]:
         """The gradients of each bucket, in the dtype to compute in and summed over the replicas."""
-        dtypes = {i: at_least_float32(b.dtype) for b in self._held.buckets for i in b.indices}
-        grads = [
-            None
-            if g is None or i not in dtypes
-            else distribute.cast(
-                g if self._is_lazy(g) else distribute.dense(g, self._held.variables[i].shape), dtypes[i]
-            )
-            for i, g in enumerate(grads)
-        ]
-        grads = distribute.sum_over_replicas(grads)
-        return [self._of_bucket(bucket, [grads[i] for i in bucket.indices]) for bucket in self._held.buckets]
+        ready: list[Any] = [None] * len(grads)
+        for bucket in self._held.buckets:
+            lazy = self.sparse == "lazy" and self._rules[bucket.treatment.rule].elementwise
+            for i, shape in zip(bucket.indices, bucket.shapes, strict=True):
+                if grads[i] is not None:
+                    keep = lazy and distribute.is_sparse(grads[i])
+                    grad = grads[i] if keep else distribute.dense(grads[i], shape)
+                    ready[i] = distribute.cast(grad, at_least_float32(bucket.dtype))
+        ready = distribute.sum_over_replicas(ready)
+        return [self._rows_or_parts(bucket, [ready[i] for i in bucket.indices]) for bucket in self._held.buckets]
 
-    def _of_bucket(self, bucket: Bucket, parts: list[Any]) -> list[Any] | Rows | None:
+    def _rows_or_parts(self, bucket: Bucket, parts: list[Any]) -> Rows | list[Any] | None:
         if all(g is None for g in parts):
             return None
-        if self._is_lazy(parts[0]) and self._can_take_rows(bucket):
-            rows = distribute.rows(parts[0])
-            return (
-                rows if self.loss_scale_factor is None else rows._replace(values=rows.values / self.loss_scale_factor)
-            )
-        return parts
+        if not (distribute.is_sparse(parts[0]) and self._can_take_rows(bucket)):
+            return parts
+        rows, scale = distribute.rows(parts[0]), self.loss_scale_factor
+        return rows if scale is None else rows._replace(values=rows.values / scale)
 
     def _join(self, b: int, parts: list[Any]) -> Grad:
         """The gradient of a bucket, unscaled."""
         bucket, scale = self._held.buckets[b], self.loss_scale_factor
         present = tuple(place for place, g in enumerate(parts) if g is not None)
-        sparse = tuple(place for place in present if self._is_lazy(parts[place]))
+        sparse = tuple(place for place in present if distribute.is_sparse(parts[place]))
         hits = {place: distribute.touched(parts[place], bucket.shapes[place]) for place in sparse}
         joined = bucket.join(
             [
@@ -540,9 +546,6 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         )
         mask = None if len(present) == len(parts) and not sparse else bucket.mask(present, hits)
         return Grad(joined if scale is None else joined / scale, mask, present, sparse)
-
-    def _is_lazy(self, grad: Any) -> bool:
-        return self.sparse == "lazy" and self.rule.elementwise and distribute.is_sparse(grad)
 
     def _can_take_rows(self, bucket: Bucket) -> bool:
         """Whether nothing has to look at the rows without a gradient."""
@@ -558,8 +561,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         """One call of `apply` in pure functions of the state."""
         k, limit = self.gradient_accumulation_steps, self.skip_nonfinite
         own = [b.treatment.weight_decay for b in self._held.buckets]
-        candidates = [self._schedule, self.weight_decay, *own, *self.rule.hyperparameters()]
-        dynamic = [value for value in candidates if is_dynamic(value)]
+        hyperparameters = [value for rule in self._rules.values() for value in rule.hyperparameters()]
+        dynamic = [v for v in [self._schedule, self.weight_decay, *own, *hyperparameters] if is_dynamic(v)]
 
         def read(state: State) -> list[Tensor]:
             h = Hyper(state["iterations"], state["multiplier"], scalar_dtype())
@@ -628,22 +631,29 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         rate = multiplier if scheduled is None else scheduled * multiplier
         prepared = _Prepared(state["iterations"], rate, read, state.get("scalars", {}), factor, finite, position)
         if "scalars" in state:
-            new = self.rule.measure(self._hyper(prepared, _memo(dynamic, read)))
+            new = {
+                _of_rule(r, name): value
+                for r, rule in self._rules.items()
+                for name, value in rule.measure(self._hyper(prepared, _memo(dynamic, read), rule=r)).items()
+            }
             prepared = prepared._replace(
                 scalars={name: ops.cast(new[name], old.dtype) for name, old in state["scalars"].items()}
             )
         return prepared
 
-    def _hyper(self, prepared: _Prepared, memo: dict[Any, Tensor], bucket: Bucket | None = None) -> Hyper:
-        """What the rule is told, for the parameters of a bucket or (for `measure`) for the whole model."""
-        treatment = Treatment() if bucket is None else bucket.treatment
+    def _hyper(
+        self, prepared: _Prepared, memo: dict[Any, Tensor], bucket: Bucket | None = None, rule: int = 0
+    ) -> Hyper:
+        """What a rule is told, for the parameters of a bucket or (for `measure`) for the whole model."""
+        treatment = Treatment(rule=rule) if bucket is None else bucket.treatment
         decay = self.weight_decay if treatment.weight_decay is None else treatment.weight_decay
+        names = self._rules[treatment.rule].scalars()
         return Hyper(
             prepared.iterations,
             prepared.rate if treatment.lr_scale == 1 else prepared.rate * treatment.lr_scale,
             scalar_dtype() if bucket is None else at_least_float32(bucket.dtype),
             weight_decay=decay if treatment.decayed and decay is not None else 0.0,
-            scalars=prepared.scalars,
+            scalars={name: prepared.scalars[_of_rule(treatment.rule, name)] for name in names},
             memo=memo,
         )
 
@@ -662,7 +672,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             if grads[b] is not None:
                 u = self._clip(bucket, grads[b].value, prepared.factor)
                 h = self._hyper(prepared, memo, bucket)
-                p, slots = self._apply_rule(u, slots, p, h, grads[b].mask)
+                p, slots = self._apply_rule(bucket, u, slots, p, h, grads[b].mask)
                 constraint = self._constraint(bucket)
                 if constraint is not None:
                     p = bucket.join([constraint(bucket.split(p)[0])])
@@ -703,20 +713,23 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         rounded = ops.bitwise_and(ops.view(p, "int32") + noise, -0x10000)
         return ops.cast(ops.view(rounded, "float32"), bucket.dtype)
 
-    def _apply_rule(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper, mask: Any) -> tuple[Tensor, Slots]:
+    def _apply_rule(
+        self, bucket: Bucket, u: Tensor, slots: Slots, p: Tensor, h: Hyper, mask: Any
+    ) -> tuple[Tensor, Slots]:
         """Parameters and slots after the rule and the decoupled decay; where the mask is False, as they were."""
-        missing = set(self.rule.slots()) - set(slots)
+        rule = self._rules[bucket.treatment.rule]
+        missing = set(rule.slots()) - set(slots)
         if missing:
             raise ValueError(
-                f"{self.name} was built without the state {sorted(missing)} that {self.rule!r} needs. Give a "
+                f"{self.name} was built without the state {sorted(missing)} that {rule!r} needs. Give a "
                 "hyperparameter that switches state on a value other than 0 before the optimizer is built."
             )
-        step, new = self.rule.update(u, slots, p, h)
+        step, new = rule.update(u, slots, p, h)
         if set(new) != set(slots):
             raise ValueError(
-                f"{type(self.rule).__name__}.update returned the slots {sorted(new)}, expected {sorted(slots)}."
+                f"{type(rule).__name__}.update returned the slots {sorted(new)}, expected {sorted(slots)}."
             )
-        if h.decays and not self.rule.handles_decay:
+        if h.decays and not rule.handles_decay:
             step = step + h.learning_rate * h.weight_decay * p
         if mask is None:
             return p - step, new
@@ -729,10 +742,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         bucket = self._held.buckets[b]
         weights = take("weights")
         p = ops.cast(weights, at_least_float32(bucket.dtype))
-        slots = {name: take(name) for name in self.rule.slots()}
+        slots = {name: take(name) for name in self._held.state["slots"][b]}
         h = self._hyper(prepared, _memo(dynamic, prepared.read), bucket)
         u = self._clip(bucket, rows, prepared.factor)
-        p, slots = self._apply_rule(u, slots, p, h, prepared.finite)
+        p, slots = self._apply_rule(bucket, u, slots, p, h, prepared.finite)
         return {"weights": ops.cast(p, weights.dtype), **slots}
 
     def _clip(self, bucket: Bucket, grad: Tensor | Rows, factor: Tensor | None) -> Tensor:
@@ -771,6 +784,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         memo: dict[Any, Tensor] = {}
         rate = None if self.use_ema else self._rate(state["iterations"], state["multiplier"])
         for b, bucket in enumerate(self._held.buckets):
+            if not (self.use_ema or self._rules[bucket.treatment.rule].averages):
+                continue
             wide = self._widened(state["weights"][b], state, b)
             if self.use_ema:
                 weights = bucket.view(state["average"][b])
@@ -845,6 +860,17 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 [_kind(v), list(v.shape)]
                 for _, v in sorted(zip(self._held.places, self._held.variables, strict=True), key=lambda pair: pair[0])
             ],
+            "rules": self._own_rules(),
+        }
+
+    def _own_rules(self) -> dict[str, str]:
+        """The rules of groups by the places of the variables that they are for."""
+        return {
+            str(self._held.places[i]): f"{type(rule).__name__} with {', '.join(rule.slots()) or 'no state'}"
+            for bucket in self._held.buckets
+            if bucket.treatment.rule
+            for rule in [self._rules[bucket.treatment.rule]]
+            for i in bucket.indices
         }
 
     def _entries(self) -> dict[str, tuple[Any, Bucket | None]]:
@@ -906,7 +932,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             self._held.pending = saved
 
     def _restore(self, saved: dict[str, np.ndarray]) -> None:
-        fresh = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables"))
+        fresh = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
         entries = self._entries()
         if fresh:
             entries = {name: entries[name] for name in ("iterations", "multiplier")}
@@ -929,8 +955,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         lines = [
             line
             for key in keys
-            if not (fresh and key in ("state", "variables"))
-            for line in _differences(key, theirs[key], ours[key])
+            if not (fresh and key in ("state", "variables", "rules"))
+            for line in _differences(key, theirs.get(key, {}), ours[key])
         ]
         if lines:
             raise ValueError(
@@ -970,6 +996,11 @@ def _kind(variable: Any) -> str:
 
 def _path(variable: Any) -> str:
     return getattr(variable, "path", variable.name)
+
+
+def _of_rule(number: int, name: str) -> str:
+    """The name in the optimizer's state of a scalar of one of its rules."""
+    return name if number == 0 else f"{number}.{name}"
 
 
 def _fields(rule: Rule) -> set[str]:

@@ -113,21 +113,23 @@ def pack(
     dtypes: Sequence[str],
     treatments: Sequence[Treatment | None],
     *,
-    elementwise: bool,
+    elementwise: Callable[[Treatment], bool],
     below: int = PACK_BELOW,
     alone: Callable[[int], bool] = lambda _: False,
 ) -> tuple[Bucket, ...]:
     """Sorts parameters into buckets of one dtype and one treatment, in the order of their first members.
 
     Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` share with none.
+    `elementwise` says whether the rule of a treatment is.
     """
     members: dict[Hashable, list[int]] = {}
     forms = {}
     for i, (shape, treatment) in enumerate(zip(shapes, treatments, strict=True)):
         if treatment is None:
             continue
-        by_itself = alone(i) or (elementwise and math.prod(shape) >= below)
-        forms[i] = "stacked" if not elementwise else "bare" if by_itself else "flat"
+        flat = elementwise(treatment)
+        by_itself = alone(i) or (flat and math.prod(shape) >= below)
+        forms[i] = "stacked" if not flat else "bare" if by_itself else "flat"
         key = (dtypes[i], treatment, shape if forms[i] == "stacked" else forms[i], i if by_itself else None)
         members.setdefault(key, []).append(i)
     return tuple(

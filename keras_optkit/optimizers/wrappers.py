@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit import arguments
+from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared, with_present
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, number
 from keras_optkit.optimizers.sgd import SGDRule
-from keras_optkit.registry import cards, register
+from keras_optkit.registry import register
 from keras_optkit.saving import constructor_parameters
 from keras_optkit.tuning.space import Choice, Float
-
-#: An optimizer of this package, its name, or its config.
-Inner = Optimizer | str | Mapping[str, Any]
 
 
 def _constant(default: float, low: float, high: float = float("inf"), closed: str = "both") -> Any:
@@ -38,16 +33,8 @@ def _count(default: int, low: int) -> Any:
     )
 
 
-def _plain(name: str, rule: Any) -> Rule:
-    if not isinstance(rule, Rule):
-        raise TypeError(f"{name} must be a keras_optkit.optimizers.Rule, got {rule!r}.")
-    if rule.averages:
-        raise ValueError(f"{name} must be a rule without an average of its own, got {rule!r}.")
-    return rule
-
-
 def _inner_rule() -> Any:
-    return dataclasses.field(metadata={"check": _plain})
+    return dataclasses.field(metadata={"check": plain})
 
 
 def _inner_step(rule: Rule, u: Tensor, slots: Slots, p: Tensor, decayed: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
@@ -227,72 +214,36 @@ class _Wrapper(Optimizer):
     """An optimizer around the rule of another one, which also takes over what that one was told beside its rule."""
 
     def __init__(self, inner: Inner, learning_rate: Any, make_rule: Callable[[Rule], Rule], /, **given: Any):
-        optimizer = _built_from(inner)
-        if optimizer.built:
-            raise ValueError(f"inner must be a fresh optimizer, got {optimizer.name!r}, which has state already.")
+        optimizer = built_from("inner", inner)
         if learning_rate is not None:
             given = {**given, "learning_rate": learning_rate}
         settings = _taken_over(type(self).__name__, optimizer, given)
-        super().__init__(settings.pop("learning_rate"), make_rule(_plain("inner", optimizer.rule)), **settings)
-        description = keras.optimizers.serialize(optimizer)
-        description["config"] = {k: v for k, v in description["config"].items() if k not in _shared()}
-        self._held.inner = description
+        super().__init__(settings.pop("learning_rate"), make_rule(plain("inner", optimizer.rule)), **settings)
+        self._held.inner = described(optimizer)
 
     @property
     def inner(self) -> dict[str, Any]:
         """The config of the inner optimizer without the keywords that it shares with this one, which are set here."""
-        present = {field.name: getattr(self.inner_rule, field.name) for field in dataclasses.fields(self.inner_rule)}
-        config = {name: present.get(name, value) for name, value in self._held.inner["config"].items()}
-        return self._held.inner | {"config": keras.saving.serialize_keras_object(config)}
-
-
-def _shared() -> list[str]:
-    return ["learning_rate", *constructor_parameters(Optimizer)]
-
-
-def _built_from(inner: Inner) -> Optimizer:
-    if isinstance(inner, Optimizer):
-        return inner
-    described: Any = {"class_name": inner} if isinstance(inner, str) else inner
-    if not (isinstance(described, Mapping) and isinstance(described.get("class_name"), str)):
-        raise TypeError(f"inner must be an optimizer of keras_optkit, its name or its config, got {inner!r}.")
-    name = described.get("registered_name") or described["class_name"]
-    known = {card.name.lower(): card.make for card in cards("optimizer", package=None)}
-    found = known.get(name.lower()) or keras.saving.get_registered_object(name)
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        names = [card.name for card in cards("optimizer")]
-        raise ValueError(
-            f"inner must be an optimizer of keras_optkit, got {name!r}.{arguments.near(name, names)} "
-            f"Known by name: {', '.join(names)}."
-        )
-    return found.from_config(dict(described.get("config", {})))
+        return with_present(self._held.inner, self.inner_rule)
 
 
 def _taken_over(outer: str, inner: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
     """The keywords that all optimizers have: those given to the wrapper, and for the others what `inner` has."""
     parameters = constructor_parameters(type(inner))
     settings = {}
-    for name in _shared():
+    for name in shared():
         if name == "name":
             settings[name] = given.get(name)
             continue
         own = inner._config_value(name) if name == "learning_rate" else getattr(inner, name)
         settings[name] = given.get(name, own)
         default = parameters[name].default
-        if name in given and not (_same(own, default) or _same(own, given[name])):
+        if name in given and not (is_same(own, default) or is_same(own, given[name])):
             raise ValueError(
                 f"{name} is given twice: {outer} has {given[name]!r} and the inner {type(inner).__name__} {own!r}. "
                 "Give it to one of the two."
             )
     return settings
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, keras.Variable) or isinstance(b, keras.Variable):
-        return a is b
-    if isinstance(a, float) and isinstance(b, Real):
-        return math.isclose(a, b, rel_tol=1e-6)  # the rate may have been rounded to float32
-    return a is b or keras.saving.serialize_keras_object(a) == keras.saving.serialize_keras_object(b)
 
 
 @register(

@@ -18,7 +18,9 @@ import numpy as np
 from keras import ops
 
 from keras_optkit.optimizers.groups import Group
+from keras_optkit.optimizers.inner import shared
 from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.sgd import SGD
 from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
@@ -460,6 +462,51 @@ def check_groups(card: Card) -> None:
     assert not [name for name in problems.state_of(optimizer) if name.startswith("slot.") and name.endswith(".3")]
     rows = optimizer.explain(problems.variables(values)).rows
     assert [row.rule == "frozen" for row in rows] == [i == 3 for i in range(len(values))]
+
+
+@check("optimizer")
+def check_group_rules(card: Card) -> None:
+    """A group with another rule equals a separate optimizer, whichever of the two is the guest, and can be saved."""
+    grads, values = problems.gradients(4), problems.start()
+    own = {name: value for name, value in card.cases[-1].items() if name not in shared()}
+
+    def mine(**more: Any) -> Optimizer:
+        return card.make(**own, **more)
+
+    def other(**more: Any) -> Optimizer:
+        return SGD(momentum=0.5, **more)
+
+    common: dict[str, Any] = {"learning_rate": 0.02, "weight_decay": 0.1}
+    for host, guest in ((mine, other), (other, mine)):
+        if guest is mine and "averages" in card.tags:  # which a guest may not
+            continue
+        group = Group("weight_[036]", lr_scale=0.5, weight_decay=0.2, rule=guest())
+        optimizer, weights = host(groups=[group], **common), problems.variables(values)
+        for step, arrays in enumerate(grads):
+            if step == 2:
+                state = problems.state_of(optimizer)
+                optimizer = type(optimizer).from_config(json.loads(json.dumps(optimizer.get_config())))
+                optimizer.build(weights)
+                optimizer.load_own_variables(state)
+            optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
+        separate = (
+            ([0, 3, 6], guest(learning_rate=0.01, weight_decay=0.2)),
+            ([1, 2, 4, 5], host(**common)),
+        )
+        for places, alone in separate:
+            parts = [[g[i] for i in places] for g in grads]
+            expected = problems.train(alone, parts, values=[values[i] for i in places])[-1]
+            _close([ops.convert_to_numpy(weights[i]) for i in places], expected, rtol=1e-12, what=str(places))
+        rows = optimizer.explain(weights).rows
+        assert [rows[i].rule for i in (0, 1)] == [type(alone.rule).__name__ for _, alone in separate]
+        without = host(**common)
+        without.build(weights)
+        try:
+            without.load_own_variables(problems.state_of(optimizer))
+        except ValueError as error:
+            assert "rules" in str(error), error
+        else:
+            raise AssertionError("state for a group with a rule of its own was taken by an optimizer without it")
 
 
 @check("optimizer")
