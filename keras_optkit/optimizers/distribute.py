@@ -379,6 +379,12 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return tf.autograph.experimental.do_not_convert(function) if TENSORFLOW else function
 
 
+def scope_of(variable: Any) -> contextlib.AbstractContextManager[Any]:
+    """The scope of the strategy that a variable was made under."""
+    strategy = getattr(_handle(variable), "distribute_strategy", None) if TENSORFLOW else None
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
 def outside_graph() -> contextlib.AbstractContextManager[None]:
     """A scope in which variables can be made and read, also from inside a user's `tf.function`."""
     return tf.init_scope() if TENSORFLOW else contextlib.nullcontext()

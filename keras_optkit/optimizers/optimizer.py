@@ -21,9 +21,9 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit import arguments
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.distribute import Rows, State
+from keras_optkit.optimizers.fitting import guard_training
 from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
-from keras_optkit.optimizers.resuming import guard_training
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, is_dynamic
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
@@ -195,7 +195,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         self.decay_mask = arguments.choice("decay_mask", decay_mask, ("auto", "all"))
         # held in a namespace, where Keras's and TensorFlow's attribute tracking does not wrap lists and dicts
         self._held = SimpleNamespace(
-            variables=[], places=[], buckets=(), state=None, pending=None, groups=checked_groups(groups)
+            variables=[], places=[], buckets=(), state=None, pending=None, seen=None, groups=checked_groups(groups)
         )
         self.layer_decay = arguments.real("layer_decay", layer_decay, 0, 1, closed="right", optional=True)
         self.sparse = arguments.choice("sparse", sparse, ("lazy", "dense"))
@@ -209,7 +209,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
             )
         self.rule = rule
-        if use_ema or rule.averages:
+        if use_ema or rule.averages or gradient_accumulation_steps:
             guard_training()
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
@@ -493,7 +493,25 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             raise ValueError(f"grads must match the variables one to one, got {len(grads)} for {len(variables)}.")
         fuse = distribute.on_cpu(self._updates) if self.fuse == "auto" else self.fuse
         bucketed = self._bucketed(self._in_order(grads, variables))
+        if self.gradient_accumulation_steps:  # and so there are no Rows
+            self._held.seen = [None if parts is None else _pattern(parts) for parts in bucketed]
         distribute.run(self._program(), self._held.buckets, self._held.state, bucketed, fuse)
+
+    def flush(self) -> None:
+        """Updates the weights with the mean gradient of the micro-batches since the last update, if there are any.
+
+        For `gradient_accumulation_steps`: `fit` calls it at the end of every epoch, so that an epoch whose number of
+        batches k does not divide ends with a smaller update, as it does with large batches. Call it in a loop of your
+        own, outside of `tf.function`. Without accumulation nothing happens.
+        """
+        if not (self.gradient_accumulation_steps and self.built and _as_number(self._held.state["micro"])):
+            return
+        buckets = self._held.buckets
+        seen = self._held.seen or [(tuple(range(len(b.indices))), ()) for b in buckets]
+        grads = [None if s is None else Grad(None, b.mask(s[0], {}), *s) for b, s in zip(buckets, seen, strict=True)]
+        program = dataclasses.replace(self._program(), collect=None, due=None)
+        with distribute.scope_of(self._updates):
+            distribute.run(program, buckets, self._held.state, grads, fuse=False)
 
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
         """One gradient or None for each variable the optimizer was built with."""
@@ -535,8 +553,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
     def _join(self, b: int, parts: list[Any]) -> Grad:
         """The gradient of a bucket, unscaled."""
         bucket, scale = self._held.buckets[b], self.loss_scale_factor
-        present = tuple(place for place, g in enumerate(parts) if g is not None)
-        sparse = tuple(place for place in present if distribute.is_sparse(parts[place]))
+        present, sparse = _pattern(parts)
         hits = {place: distribute.touched(parts[place], bucket.shapes[place]) for place in sparse}
         joined = bucket.join(
             [
@@ -610,7 +627,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                     parts = bucket.split(sums)
                     hits = {place: distribute.nonzero_rows(parts[place]) for place in g.sparse}
                     mask = bucket.mask(g.present, hits)
-                g = g._replace(value=sums / self.gradient_accumulation_steps, mask=mask)
+                g = g._replace(value=sums / ops.cast(state["micro"], sums.dtype), mask=mask)
             means.append(g)
         return means
 
@@ -803,6 +820,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Gives the model the weights to evaluate at; `fit` calls it at its end."""
+        self.flush()
         self.swap_weights(evaluating=True)
         self._raise_if_too_many_nonfinite()
 
@@ -1005,6 +1023,12 @@ def _of_rule(number: int, name: str) -> str:
 
 def _fields(rule: Rule) -> set[str]:
     return {field.name for field in dataclasses.fields(rule)}
+
+
+def _pattern(parts: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`present` and `sparse` of a `Grad` that is made of these gradients."""
+    present = tuple(place for place, g in enumerate(parts) if g is not None)
+    return present, tuple(place for place in present if distribute.is_sparse(parts[place]))
 
 
 def _values(grad: Any) -> Tensor:

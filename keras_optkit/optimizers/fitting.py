@@ -1,0 +1,92 @@
+"""What `fit` does for optimizers at moments at which Keras asks them nothing.
+
+`fit` leaves a model with the weights to evaluate at. The next update takes the others back, but by then the first
+gradient has been computed, at the wrong weights. And the last micro-batches of an epoch may be fewer than make an
+update. So the methods of `keras.Model` that train are wrapped, once, when the first optimizer is made that averages or
+accumulates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import keras
+
+
+def guard_training() -> None:
+    """Wraps `fit` and `train_on_batch` of `keras.Model`, unless they are wrapped."""
+    for method in ("fit", "train_on_batch"):
+        function = getattr(keras.Model, method)
+        if not getattr(function, "tells_optimizers", False):
+            setattr(keras.Model, method, _guarded(function))
+
+
+def _guarded(function: Any) -> Any:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = _ours(getattr(self, "optimizer", None))
+        if optimizer is None:
+            return function(self, *args, **kwargs)
+        if self.built:
+            build_optimizer(self)  # there may be loaded state that says which weights the model holds
+        optimizer.swap_weights(evaluating=False)
+        if function.__name__ == "fit" and optimizer.gradient_accumulation_steps:
+            with contextlib.suppress(TypeError):  # Keras says it better
+                given = signature.bind(self, *args, **kwargs)
+                given.arguments["callbacks"] = _with_flush(given.arguments.get("callbacks"), self)
+                args, kwargs = given.args[1:], given.kwargs
+        return function(self, *args, **kwargs)
+
+    guarded.tells_optimizers = True  # type: ignore[attr-defined]
+    return guarded
+
+
+def _ours(optimizer: Any) -> Any:
+    """The optimizer of this package, also inside of Keras's for loss scaling; None for others."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return _ours(optimizer.inner_optimizer)
+    return optimizer if hasattr(optimizer, "swap_weights") and hasattr(optimizer, "flush") else None
+
+
+def _with_flush(callbacks: Any, model: Any) -> Any:
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return [Flush(), *keras.tree.flatten(callbacks or [])]
+    if not any(isinstance(callback, Flush) for callback in callbacks.callbacks):
+        flush = Flush()  # what the list has told the others already
+        flush.set_model(model)
+        flush.set_params(callbacks.params)
+        callbacks.callbacks.insert(0, flush)
+    return callbacks
+
+
+class Flush(keras.callbacks.Callback):
+    """Ends every epoch with an update if micro-batches are left; before all other callbacks see its end.
+
+    With data of unknown length that is after the validation of the first epoch.
+    """
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """After the last batch, if Keras knows how many there are."""
+        steps = (self.params or {}).get("steps")
+        if steps is not None and batch + 1 >= steps:
+            self._flush()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """If the length was not known."""
+        self._flush()
+
+    def _flush(self) -> None:
+        _ours(self.model.optimizer).flush()
+
+
+def build_optimizer(model: Any) -> None:
+    """Builds the optimizer of a built model as `fit` would."""
+    if not model.optimizer.built:
+        strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            model.optimizer.build(model.trainable_variables)

@@ -1,0 +1,173 @@
+"""Accumulated micro-batches equal large batches, the last and smaller one of an epoch included."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+import keras_optkit as ok
+from keras_optkit.testing import problems
+
+SCHEDULE = keras.optimizers.schedules.PiecewiseConstantDecay([2, 4], [0.05, 0.02, 0.01])
+
+
+@pytest.fixture
+def float64():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+
+
+def compiled(optimizer, **how):
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    hidden = layers.Dense(8, activation="tanh", kernel_constraint=keras.constraints.MaxNorm(0.9))
+    model = keras.Sequential([keras.Input((4,)), hidden, layers.Dense(1)])
+    model.compile(optimizer, loss="mse", **how)
+    return model
+
+
+def adamw(k, **more):
+    common = {"weight_decay": 0.1, "global_clipnorm": 0.5, "use_ema": True, "ema_momentum": 0.5}
+    return ok.optimizers.AdamW(SCHEDULE, **common, gradient_accumulation_steps=k, **more)
+
+
+def data(rows=64):
+    x, y = problems.regression()
+    return x[:rows], y[:rows]
+
+
+def fit(model, x, y, batch_size, epochs=2, **more):
+    history = model.fit(x, y, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0, **more)
+    return [ops.convert_to_numpy(w) for w in model.weights], history.history
+
+
+def assert_close(got, expected, rtol=1e-9):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("how", [{}, {"steps_per_execution": 3}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_fit_equals_large_batches(how):
+    x, y = data()
+    large, small = compiled(adamw(None), **how), compiled(adamw(3), **how)
+    expected, logs = fit(large, x, y, 24, validation_data=(x, y))  # 24, 24 and 16 rows
+    got, micro_logs = fit(small, x, y, 8, validation_data=(x, y))
+    assert int(small.optimizer.iterations) == int(large.optimizer.iterations) == 6
+    assert_close(got, expected)
+    np.testing.assert_allclose(micro_logs["val_loss"], logs["val_loss"], rtol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_data_whose_length_nobody_knows():
+    x, y = data()
+
+    def batches():
+        yield from ((x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8))
+
+    spec = (tf.TensorSpec((8, 4), tf.float32), tf.TensorSpec((8, 1), tf.float32))
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=spec)
+    expected, _ = fit(compiled(adamw(None)), x, y, 24, epochs=1)
+    model = compiled(adamw(3))
+    with pytest.warns(UserWarning, match="ran out of data"):  # what Keras says of any data of unknown length
+        model.fit(dataset, epochs=1, verbose=0, shuffle=False)
+    assert_close([ops.convert_to_numpy(w) for w in model.weights], expected)
+
+
+@pytest.mark.usefixtures("float64")
+def test_callbacks_see_the_end_of_an_epoch_with_its_last_update():
+    x, y = data()
+    model = compiled(adamw(3))
+    ends, updates = [], []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            updates.append(int(model.optimizer.iterations))
+
+        def on_epoch_end(self, epoch, logs=None):
+            ends.append(int(model.optimizer.iterations))
+
+    for callbacks in (Look(), [Look()]):
+        fit(model, x, y, 8, callbacks=callbacks)
+    assert updates[:8] == [0, 0, 1, 1, 1, 2, 2, 3]
+    assert ends == [3, 6, 9, 12]
+    made = keras.callbacks.CallbackList([Look()], add_history=True, model=model)
+    for _ in range(2):  # Keras counts on in it, and so do we
+        fit(model, x, y, 8, epochs=1, callbacks=made)
+    assert ends[4:] == [15, 18]
+
+
+@pytest.mark.usefixtures("float64")
+def test_averaged_weights_are_shown_after_the_last_update():
+    x, y = data()
+    runs = []
+    for k, batch_size in ((None, 24), (3, 8)):
+        model = compiled(adamw(k))
+        runs.append(fit(model, x, y, batch_size, validation_data=(x, y), callbacks=[ok.callbacks.AveragedWeights()]))
+    assert_close(runs[1][0], runs[0][0])
+    np.testing.assert_allclose(runs[1][1]["val_loss"], runs[0][1]["val_loss"], rtol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_replicas_end_an_epoch_with_the_last_update():
+    x, y = data()
+    expected, _ = fit(compiled(adamw(None)), x, y, 24)
+    with problems.two_replicas().scope():
+        model = compiled(adamw(3))
+    got, _ = fit(model, x, y, 8)
+    assert model.optimizer.iterations.numpy() == 6
+    assert_close(got, expected)
+    for weight in model.trainable_weights:
+        one, two = weight.value.values
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+def test_a_run_that_is_stopped_in_an_epoch_is_flushed():
+    x, y = data()
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = batch == 4
+
+    model = compiled(adamw(3))
+    fit(model, x, y, 8, callbacks=[Stop()])
+    assert int(model.optimizer.iterations) == 2
+
+
+def test_float16_gradients_are_added_in_float32():
+    """1,000 gradients of 1e-4 after one of 1: in float16 their sum would stay 1."""
+    micro = [[np.ones(3)], *[[np.full(3, 1e-4)]] * 999]
+    optimizer = ok.optimizers.SGD(1.0, gradient_accumulation_steps=1000)
+    weights = problems.train(optimizer, micro, values=[np.zeros(3)], dtype="float16", mode="graph")[-1]
+    np.testing.assert_allclose(weights[0], -(1 + 999e-4) / 1000, rtol=1e-3)
+    assert weights[0].min() < -1.05e-3
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_equals_large_batches(policy):
+    keras.config.set_dtype_policy(policy)
+    x, y = data()
+    runs = []
+    for k, batch_size in ((None, 24), (3, 8)):
+        model = compiled(adamw(k))
+        weights, _ = fit(model, x, y, batch_size)
+        scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        assert scaled == (policy == "mixed_float16")
+        inner = model.optimizer.inner_optimizer if scaled else model.optimizer
+        assert int(inner.iterations) == 6
+        runs.append(weights)
+    assert_close(runs[1], runs[0], rtol=2e-2)
+    start = [ops.convert_to_numpy(w) for w in compiled("sgd").weights]
+    assert all(np.abs(a - b).max() > 0.02 for a, b in zip(runs[0], start, strict=True))
+
+
+def test_without_a_gradient_in_the_last_micro_batches_a_parameter_stays():
+    optimizer = ok.optimizers.SGD(1.0, momentum=0.9, gradient_accumulation_steps=4)
+    weights = problems.variables([np.zeros(2), np.zeros(2)])
+    with pytest.warns(UserWarning, match="weight_1"):
+        optimizer.apply([ops.ones(2, "float64"), None], weights)
+    optimizer.flush()
+    np.testing.assert_array_equal(ops.convert_to_numpy(weights[0]), -1.0)
+    np.testing.assert_array_equal(ops.convert_to_numpy(weights[1]), 0.0)
+    assert int(optimizer.iterations) == 1
