@@ -3,6 +3,7 @@
 from keras_optkit.optimizers.adam import Adam, AdamW
 from keras_optkit.optimizers.adaptive import Adagrad, RMSprop
 from keras_optkit.optimizers.groups import Explanation, Group
+from keras_optkit.optimizers.loss_scale import LossScale
 from keras_optkit.optimizers.optimizer import Nonfinite, Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, flag, number
 from keras_optkit.optimizers.sgd import SGD
@@ -17,6 +18,7 @@ __all__ = [
     "Group",
     "Hyper",
     "Lookahead",
+    "LossScale",
     "Nonfinite",
     "Optimizer",
     "RMSprop",

@@ -282,6 +282,14 @@ def sum_over_replicas(tensors: list[Any]) -> list[Any]:
     return result
 
 
+def in_all_replicas(flag: Tensor) -> Tensor:
+    """Whether a flag is True in every replica of a strategy."""
+    if not TENSORFLOW or tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return flag
+    failed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~flag, "int32"))
+    return tf.equal(failed, 0)
+
+
 def is_sparse(gradient: Any) -> bool:
     """Whether a gradient holds some rows only."""
     return TENSORFLOW and isinstance(gradient, tf.IndexedSlices)
