@@ -832,9 +832,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _config_value(self, name: str) -> Any:
         value = getattr(self, name)
-        if name == "learning_rate":
-            return _as_number(value) if self._schedule is None else self._schedule
-        return _as_number(value) if isinstance(value, keras.Variable) else value
+        if name == "learning_rate" and self._schedule is not None:
+            return self._schedule
+        return _as_written(value) if isinstance(value, keras.Variable) else value
 
     def _schema(self) -> dict[str, Any]:
         """What a file says about the state in it, so that a wrong file is refused."""
@@ -1027,6 +1027,12 @@ def _shrink(sum_of_squares: Tensor, limit: float) -> Tensor:
 
 def _as_number(value: Any) -> Any:
     return ops.convert_to_numpy(value).item() if is_dynamic(value) or ops.is_tensor(value) else value
+
+
+def _as_written(variable: keras.Variable) -> Any:
+    """The value of a scalar variable as one would write it: 0.1 where a float32 holds 0.100000001490116."""
+    value = ops.convert_to_numpy(variable)
+    return float(str(value)) if value.dtype == "float32" else value.item()
 
 
 def _checked_decay(value: Value | None) -> Value | None:
