@@ -628,9 +628,9 @@ def check_evaluation_weights(card: Card) -> None:
     """
     rtol, grads = 1e-6 if "recovers" in card.tags else 0.0, problems.gradients(9)
 
-    def same(got: Any, expected: Any, what: str) -> None:
+    def same(got: Any, expected: Any, what: str, more: float = 0.0) -> None:
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol, err_msg=f"{what} variable {i}")
+            np.testing.assert_allclose(a, b, rtol=rtol + more, atol=rtol + more, err_msg=f"{what} variable {i}")
 
     for case, mode in itertools.product(card.cases, ("eager", "graph")):
         optimizer, weights = _make(card, case, **_ema(card)), problems.variables(problems.start())
@@ -640,10 +640,12 @@ def check_evaluation_weights(card: Card) -> None:
             return [ops.convert_to_numpy(w).copy() for w in weights]
 
         expected = problems.train(_make(card, case, **_ema(card)), grads, mode=mode)
+        # one that is compiled as a whole may be rounded otherwise where it takes the weights of training back itself
+        rounding = 1e-12 if mode == "graph" and keras.config.backend() == "jax" else 0.0
         for i, arrays in enumerate(grads):
             step([ops.convert_to_tensor(g) for g in arrays])
             trained = values()
-            same(trained, expected[i], f"{case} step {i}, which follows an evaluation,")
+            same(trained, expected[i], f"{case} step {i}, which follows an evaluation,", rounding)
             optimizer.swap_weights(evaluating=True)
             shown = values()
             differ |= any(np.any(a != b) for a, b in zip(shown, trained, strict=True))
@@ -660,7 +662,7 @@ def check_evaluation_weights(card: Card) -> None:
                 other.load_own_variables(problems.state_of(optimizer))
                 assert other.evaluating
                 problems.stepper(other, others, mode)([ops.convert_to_tensor(g) for g in grads[8]])
-                same(values(others), expected[8], f"{case} loaded,")
+                same(values(others), expected[8], f"{case} loaded,", rounding)
         assert differ, f"{case}: the weights to evaluate at are those of training"
     _two_fits_are_one(card, 1e-5 if "recovers" in card.tags else 1e-7)
 
