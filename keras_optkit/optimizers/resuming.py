@@ -2,7 +2,8 @@
 
 `fit` leaves a model with the weights to evaluate at. The next update takes the others back, but by then the first
 gradient has been computed, at the wrong weights; and Keras asks an optimizer nothing before the model is called. So the
-methods of `keras.Model` that train are wrapped, once, when the first optimizer that averages is made.
+methods of `keras.Model` that train are wrapped, once, when the first optimizer that averages is made. Outside of
+TensorFlow they are with the first optimizer of any kind: state for more variables has to be made before a step there.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ def _guarded(function: Any) -> Any:
     @functools.wraps(function)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = getattr(self, "optimizer", None)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inside = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if inside:
             optimizer = optimizer.inner_optimizer
-        swap = getattr(optimizer, "swap_weights", None)
-        if swap is not None:
+        begin = getattr(optimizer, "begin_training", None)
+        if begin is not None:
             if self.built:
                 build_optimizer(self)  # there may be loaded state that says which weights the model holds
-            swap(evaluating=False)
+            begin(self.trainable_variables, inside=inside)
         return function(self, *args, **kwargs)
 
     guarded.takes_training_weights = True  # type: ignore[attr-defined]
