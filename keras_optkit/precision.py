@@ -16,8 +16,12 @@ def at_least_float32(dtype: Any) -> str:
 
 
 def scalar_dtype() -> str:
-    """The dtype for step counts, rates and schedules: float64, where the backend has it without being asked.
+    """The dtype for step counts, rates and schedules: float64, or on JAX without `jax_enable_x64`, float32.
 
     In float32 steps beyond 2^24 are no longer told apart, and a rate of 0.1 is off by 1e-8 for float64 weights.
     """
-    return keras.config.floatx() if keras.config.backend() == "jax" else "float64"
+    if keras.config.backend() != "jax":
+        return "float64"
+    import jax
+
+    return "float64" if jax.config.jax_enable_x64 else "float32"

@@ -29,7 +29,7 @@ class Schedule(FromSignature, LearningRateSchedule):
     what the schedule is. It works wherever Keras takes a `LearningRateSchedule`, and in
     `ok.callbacks.ScheduleHyperparameters` for any hyperparameter.
 
-    Values are float64 (on the JAX backend `keras.config.floatx()`), so that steps beyond 2^24 are still told apart;
+    Values are float64 (on JAX without `jax_enable_x64` float32), so that steps beyond 2^24 are still told apart;
     optimizers cast them to the dtype of each variable. Keras's Muon does not: drive its `learning_rate` with
     `ScheduleHyperparameters` instead.
 

@@ -1,4 +1,4 @@
-"""Shared set-up: the environment must be set before TensorFlow is imported."""
+"""Shared set-up: the environment must be set before TensorFlow is imported, which it is not on another backend."""
 
 import os
 
@@ -12,6 +12,25 @@ import pytest
 import keras_optkit as ok
 
 ok.testing.prepare()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked `only_on(backend, because=...)` for another backend than the present one."""
+    here, elsewhere = [], []
+    for item in items:
+        mark = item.get_closest_marker("only_on")
+        (here if mark is None or _backend(*mark.args, **mark.kwargs) == keras.config.backend() else elsewhere).append(
+            item
+        )
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = here
+
+
+def _backend(backend, *, because):
+    """Of a mark, which has to say why."""
+    assert because
+    return backend
 
 
 @pytest.fixture(autouse=True)

@@ -435,6 +435,15 @@ def test_two_replicas_in_fit():
 # -- state ------------------------------------------------------------------------------------------------------------
 
 
+def test_keras_adds_no_average_and_no_accumulators_of_its_own():
+    optimizer = ok.optimizers.SGD(0.1, use_ema=True, gradient_accumulation_steps=2)
+    optimizer.build(problems.variables(problems.start(), "float32"))
+    numbers = sum(np.prod(shape, dtype=int) for shape in problems.SHAPES)
+    scalars = 4  # iteration, rate, micro-batches, which weights
+    assert sum(np.prod(v.shape, dtype=int) for v in optimizer.variables) == 2 * numbers + scalars
+    assert (optimizer.use_ema, optimizer.gradient_accumulation_steps) == (True, 2)
+
+
 def test_the_average_of_a_variable_that_joins_later_starts_at_the_variable():
     weights = problems.variables([np.full(2, 5.0), np.full(2, 7.0)])
     optimizer = ok.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)

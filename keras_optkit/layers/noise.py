@@ -93,7 +93,7 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
             self.step = self.add_weight(
                 name="step",
                 shape=(),
-                dtype="int64",
+                dtype="int",  # the backend's own: int64, on JAX int32
                 initializer="zeros",
                 trainable=False,
                 aggregation="only_first_replica",

@@ -382,6 +382,16 @@ def key(variable: Any) -> int:
     return id(_handle(variable) if TENSORFLOW else variable)
 
 
+def is_lost(variable: Any) -> bool:
+    """Whether a variable has lost its value, as all of a model on JAX have once the first step of a `fit` failed."""
+    if TENSORFLOW:
+        return False
+    try:
+        return variable.value is None
+    except TypeError:
+        return True
+
+
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps AutoGraph from rewriting `function` and what it calls inside a user's `tf.function`."""
     return tf.autograph.experimental.do_not_convert(function) if TENSORFLOW else function

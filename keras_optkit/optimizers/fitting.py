@@ -3,7 +3,8 @@
 `fit` leaves a model with the weights to evaluate at. The next update takes the others back, but by then the first
 gradient has been computed, at the wrong weights. And the last micro-batches of an epoch may be fewer than make an
 update. So the methods of `keras.Model` that train are wrapped, once, when the first optimizer is made that averages or
-accumulates.
+accumulates. Outside of TensorFlow they are with the first optimizer of any kind: state for more variables has to be
+made before a step there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _guarded(function: Any) -> Any:
             return function(self, *args, **kwargs)
         if self.built:
             build_optimizer(self)  # there may be loaded state that says which weights the model holds
-        optimizer.swap_weights(evaluating=False)
+        optimizer.begin_training(self.trainable_variables, inside=optimizer is not self.optimizer)
         if function.__name__ == "fit" and optimizer.gradient_accumulation_steps:
             with contextlib.suppress(TypeError):  # Keras says it better
                 given = signature.bind(self, *args, **kwargs)
@@ -50,7 +51,7 @@ def _ours(optimizer: Any) -> Any:
     """The optimizer of this package, also inside of Keras's for loss scaling; None for others."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return _ours(optimizer.inner_optimizer)
-    return optimizer if hasattr(optimizer, "swap_weights") and hasattr(optimizer, "flush") else None
+    return optimizer if hasattr(optimizer, "begin_training") else None
 
 
 def _with_flush(callbacks: Any, model: Any) -> Any:

@@ -209,7 +209,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
             )
         self.rule = rule
-        if use_ema or rule.averages or gradient_accumulation_steps:
+        if use_ema or rule.averages or gradient_accumulation_steps or not distribute.TENSORFLOW:
             guard_training()
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
@@ -284,8 +284,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         """Creates the state for `variables`, the weights to be trained, in this order.
 
         An optimizer that is built already goes on with the state that it has: `variables` may hold more than those it
-        was built with, such as layers that are no longer frozen, and the new ones start afresh. On TensorFlow this
-        happens by itself in the first step that trains them; elsewhere, call `build` before `fit`.
+        was built with, such as layers that are no longer frozen, and the new ones start afresh. This happens by itself,
+        on TensorFlow in the first step that trains them, elsewhere when `fit` or `train_on_batch` begins.
 
         Raises:
             ValueError: If there are no variables, or if some of those it was built with are missing.
@@ -297,11 +297,42 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         if not variables:
             raise ValueError(f"{self.name} was given no variables to train.")
         self._add(variables, variables)
-        super().build(variables)
+        self._build_keras(variables)
         if self._held.pending is not None:
             pending, self._held.pending = self._held.pending, None
             with distribute.outside_graph():
                 self._restore(pending)
+
+    def _build_keras(self, variables: list[Any]) -> None:
+        """Keras's own part of `build`, but for the average and the accumulators that it would make besides ours."""
+        ours = self.use_ema, self.gradient_accumulation_steps
+        self.use_ema, self.gradient_accumulation_steps = False, None
+        super().build(variables)
+        self.use_ema, self.gradient_accumulation_steps = ours
+
+    def begin_training(self, variables: Sequence[Any], *, inside: bool = False) -> None:
+        """Called by `fit` and `train_on_batch` when they begin: what a step of the backend cannot do, or not in time.
+
+        The model is given the weights of training. Outside of TensorFlow, where a step creates no state, variables that
+        the optimizer was not built with join.
+
+        Args:
+            variables: The weights to train.
+            inside: Whether the optimizer is inside of another one, such as `keras.optimizers.LossScaleOptimizer`.
+
+        Raises:
+            ValueError: Outside of TensorFlow, if variables are missing, or if some join and another optimizer, which
+                has no room for them, is around this one.
+        """
+        if self.built and not distribute.TENSORFLOW:
+            known = len(self._held.variables)
+            if len(variables) < known or (inside and len(variables) > known):
+                raise ValueError(
+                    f"{self.name} was built for {known} variables and cannot go on with {len(variables)} on the "
+                    f"{keras.config.backend()} backend. Compile the model with a new optimizer."
+                )
+            self.build(variables)
+        self.swap_weights(evaluating=False)
 
     def _add(self, new: list[Any], variables: list[Any]) -> None:
         """Adds variables, and the buckets with their state.
@@ -344,6 +375,11 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 "make a new optimizer for another model."
             )
         self._add([v for v in variables if distribute.key(v) not in known], variables)
+        self._build_keras(variables)
+
+    def _in_model_order(self) -> list[Any]:
+        held = self._held
+        return [v for _, v in sorted(zip(held.places, held.variables, strict=True), key=lambda pair: pair[0])]
 
     def _treatments(self, variables: Sequence[Any]) -> tuple[list[Treatment | None], list[Group | None]]:
         return treatments(
@@ -424,7 +460,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             if callable(initial):
                 joined = bucket.join([ops.convert_to_tensor(v) for v in variables])
                 value = bucket.stored(initial(ops.cast(joined, dtype)))
-                slots[name] = self.add_variable(value.shape, lambda *_, v=value, **__: v, dtype, name=name)
+                slots[name] = self.add_variable(value.shape, lambda *_, v=value, **__: ops.copy(v), dtype, name=name)
             else:
                 slots[name] = self.add_variable(bucket.stored_shape, _filled(initial), dtype, name=name)
         return slots
@@ -485,7 +521,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         if trainable_variables is None:
             if not self.built:
                 raise ValueError(f"{self.name} is not built yet; pass the variables, or call build(variables) first.")
-            variables = self._held.variables
+            variables = self._in_model_order()
         else:
             variables = list(trainable_variables)
             self.build(variables)
@@ -820,6 +856,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Gives the model the weights to evaluate at; `fit` calls it at its end."""
+        if distribute.is_lost(self._updates):  # there is an error already
+            return
         self.flush()
         self.swap_weights(evaluating=True)
         self._raise_if_too_many_nonfinite()
@@ -860,9 +898,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _config_value(self, name: str) -> Any:
         value = getattr(self, name)
-        if name == "learning_rate":
-            return _as_number(value) if self._schedule is None else self._schedule
-        return _as_number(value) if isinstance(value, keras.Variable) else value
+        if name == "learning_rate" and self._schedule is not None:
+            return self._schedule
+        return _as_written(value) if isinstance(value, keras.Variable) else value
 
     def _schema(self) -> dict[str, Any]:
         """What a file says about the state in it, so that a wrong file is refused."""
@@ -874,10 +912,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             "state": sorted([*self.rule.slots(), *self.rule.scalars(), *({*_PER_PARAMETER, "master"} & set(state))])
             if self.built
             else None,
-            "variables": [
-                [_kind(v), list(v.shape)]
-                for _, v in sorted(zip(self._held.places, self._held.variables, strict=True), key=lambda pair: pair[0])
-            ],
+            "variables": [[_kind(v), list(v.shape)] for v in self._in_model_order()],
             "rules": self._own_rules(),
         }
 
@@ -1077,6 +1112,12 @@ def _shrink(sum_of_squares: Tensor, limit: float) -> Tensor:
 
 def _as_number(value: Any) -> Any:
     return ops.convert_to_numpy(value).item() if is_dynamic(value) or ops.is_tensor(value) else value
+
+
+def _as_written(variable: keras.Variable) -> Any:
+    """The value of a scalar variable as one would write it: 0.1 where a float32 holds 0.100000001490116."""
+    value = ops.convert_to_numpy(variable)
+    return float(str(value)) if value.dtype == "float32" else value.item()
 
 
 def _checked_decay(value: Value | None) -> Value | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -99,9 +100,13 @@ class Hyper:
         """
         key = ("correction", id(beta) if is_dynamic(beta) else beta)
         if key not in self._memo:
-            decay = ops.convert_to_tensor(self.exact(beta), dtype=scalar_dtype())
-            self._memo[key] = -ops.expm1(self.step * ops.log(decay))
+            self._memo[key] = -ops.expm1(self.step * self._log(beta))
         return ops.cast(self._memo[key], self._dtype)
+
+    def _log(self, beta: Value) -> Any:
+        if is_dynamic(beta):
+            return ops.log(self.exact(beta))
+        return math.log(beta) if beta else -math.inf  # of 0.999 in float32, as on JAX, it would have 5 digits
 
     def exact(self, value: Value) -> Any:
         """The present value in the dtype for scalars; schedules are read once in a step."""

@@ -1,8 +1,9 @@
 """The conformance suite: checks that every registered algorithm passes, for use in anybody's pytest run.
 
 A check is a function of one card that raises when the card's algorithm breaks a promise. Which checks apply follows
-from the card's kind and tags. An entry in `known_failures` is an expected failure with a reason, and strict: once the
-check passes, the entry itself is the error.
+from the card's kind and tags, and for those that exist on some backends only, with a reason, from the backend. An entry
+in `known_failures` is an expected failure with a reason, and strict: once the check passes, the entry itself is the
+error.
 """
 
 from __future__ import annotations
@@ -11,24 +12,45 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from keras_optkit.registry import Card, cards
+import keras
+
+from keras_optkit import arguments
+from keras_optkit.registry import KINDS, Card, cards
 
 Function = Callable[[Card], None]
+
+BACKENDS = ("tensorflow", "jax", "torch", "numpy", "openvino")
 
 
 @dataclass(frozen=True)
 class Check:
-    """A named promise and the cards that it applies to."""
+    """A named promise and the cards that it applies to.
+
+    Attributes:
+        name: Its name, unique among the checks of a kind.
+        kind: The kind of cards it is for.
+        function: Raises for a card that breaks the promise.
+        requires: Tags that a card must have.
+        unless: Tags that a card must not have.
+        only_on: The backends that it exists on; empty for all.
+        because: Why only on those.
+    """
 
     name: str
     kind: str
     function: Function
     requires: frozenset[str]
     unless: frozenset[str]
+    only_on: tuple[str, ...] = ()
+    because: str = ""
 
     def applies(self, card: Card) -> bool:
-        """Whether `card` makes this promise."""
+        """Whether `card` makes this promise, on the backends that the check exists on."""
         return self.kind == card.kind and self.requires <= card.tags and not self.unless & card.tags
+
+    def exists_on(self, backend: str) -> bool:
+        """Whether there is this check on a backend."""
+        return not self.only_on or backend in self.only_on
 
     def __call__(self, card: Card) -> None:
         """Raises if the promise is broken, or if a known failure has stopped failing."""
@@ -46,28 +68,74 @@ class Check:
 _CHECKS: dict[tuple[str, str], Check] = {}
 
 
-def check(kind: str, *, requires: Iterable[str] = (), unless: Iterable[str] = ()) -> Callable[[Function], Function]:
-    """Decorator: adds a check for the cards of `kind` that have all tags in `requires` and none in `unless`."""
+def check(
+    kind: str,
+    *,
+    requires: Iterable[str] = (),
+    unless: Iterable[str] = (),
+    only_on: str | Iterable[str] = (),
+    because: str = "",
+) -> Callable[[Function], Function]:
+    """Decorator: adds a check for the cards of `kind` that have all tags in `requires` and none in `unless`.
+
+    Args:
+        kind: The kind of cards it is for.
+        requires: Tags that a card must have.
+        unless: Tags that a card must not have.
+        only_on: The backend, or the backends, that the check exists on; all when left out. On others it is not run.
+        because: Why only on those; needed with `only_on`, and only there.
+
+    Raises:
+        ValueError: For a second check of that name, an unknown backend, or one of `only_on` and `because` alone.
+    """
+    backends = (only_on,) if isinstance(only_on, str) else tuple(only_on)
+    for backend in backends:
+        arguments.choice("only_on", backend, BACKENDS)
+    if bool(backends) != bool(because):
+        raise ValueError(f"only_on and because must be given together, got {only_on=} and {because=}.")
 
     def add(function: Function) -> Function:
         name = function.__name__.removeprefix("check_")
         if (kind, name) in _CHECKS:
             raise ValueError(f"A check {name!r} for {kind}s exists already.")
-        _CHECKS[kind, name] = Check(name, kind, function, frozenset(requires), frozenset(unless))
+        _CHECKS[kind, name] = Check(name, kind, function, frozenset(requires), frozenset(unless), backends, because)
         return function
 
     return add
 
 
-def checks_for(card: Card) -> tuple[Check, ...]:
-    """The checks that apply to `card`. A known failure that names no such check is an error."""
+def checks_for(card: Card, backend: str | None = None) -> tuple[Check, ...]:
+    """The checks that apply to `card`. A known failure that names no such check on any backend is an error.
+
+    Args:
+        card: The card.
+        backend: Name of a backend; the present one when left out.
+    """
     from keras_optkit.testing import checks  # noqa: F401  (registers the checks)
 
-    found = tuple(c for c in _CHECKS.values() if c.applies(card))
-    unknown = set(card.known_failures) - {c.name for c in found}
+    backend = keras.config.backend() if backend is None else arguments.choice("backend", backend, BACKENDS)
+    everywhere = [c for c in _CHECKS.values() if c.applies(card)]
+    unknown = set(card.known_failures) - {c.name for c in everywhere}
     if unknown:
         raise ValueError(f"{card.name}: known_failures names no check that applies: {sorted(unknown)}.")
-    return found
+    return tuple(c for c in everywhere if c.exists_on(backend))
+
+
+def not_on(backend: str, kind: str | None = None) -> dict[str, str]:
+    """The checks that do not exist on a backend, `"kind-name"` to the reason; of all kinds, or of one.
+
+    Args:
+        backend: Name of a backend.
+        kind: A kind of cards; all when left out.
+    """
+    from keras_optkit.testing import checks  # noqa: F401  (registers the checks)
+
+    arguments.choice("backend", backend, BACKENDS)
+    if kind is not None:
+        arguments.choice("kind", kind, KINDS)
+    return {
+        f"{c.kind}-{c.name}": c.because for c in _CHECKS.values() if kind in (None, c.kind) and not c.exists_on(backend)
+    }
 
 
 def conformance(which: Iterable[Card] | None = None) -> Any:

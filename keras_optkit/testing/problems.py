@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_optkit.testing.tools import numbers
+
 Arrays = list[np.ndarray]
 
 #: Ranks 0 to 5, one of them empty.
@@ -104,7 +106,7 @@ def train(
     trajectory = []
     for arrays in grads:
         step([None if g is None else ops.convert_to_tensor(g, dtype=dtype) for g in arrays])
-        trajectory.append([np.asarray(ops.convert_to_numpy(ops.cast(w, "float64"))) for w in weights])
+        trajectory.append([numbers(w) for w in weights])
     return trajectory
 
 

@@ -19,7 +19,7 @@ from keras import layers, ops
 from keras_optkit.registry import Card
 from keras_optkit.testing import roundtrip
 from keras_optkit.testing.conformance import check
-from keras_optkit.testing.tools import refuses
+from keras_optkit.testing.tools import float64, numbers, refuses
 
 
 class Kernel(NamedTuple):
@@ -149,10 +149,11 @@ def _built(card: Card) -> Iterator[tuple[Mapping[str, Any], Any]]:
 
 
 def _draw(initializer: Any, shape: tuple[int, ...] = (6, 5), dtype: str = "float32") -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(ops.cast(initializer(shape, dtype=dtype), "float64")))
+    return numbers(initializer(shape, dtype=dtype))
 
 
 @check("initializer")
+@float64()
 def check_dtype(card: Card) -> None:
     """It answers in the shape and dtype asked for, with finite values that are not all the same."""
     for case, initializer in _built(card):

@@ -16,6 +16,7 @@ from keras import layers, ops
 from keras_optkit.registry import Card
 from keras_optkit.testing import roundtrip
 from keras_optkit.testing.conformance import check
+from keras_optkit.testing.tools import float64, numbers
 
 _WEIGHTS = np.random.default_rng(0).normal(size=(6, 5))
 
@@ -25,10 +26,11 @@ def _built(card: Card) -> Iterator[tuple[Mapping[str, Any], Any]]:
 
 
 def _penalty(regularizer: Any, weights: np.ndarray, dtype: str) -> float:
-    return float(ops.convert_to_numpy(ops.cast(regularizer(ops.cast(weights, dtype)), "float64")))
+    return float(numbers(regularizer(ops.cast(weights, dtype))))
 
 
 @check("regularizer")
+@float64()
 def check_scalar(card: Card) -> None:
     """It is one finite number, for float32 and float64 weights of their dtype."""
     for case, regularizer in _built(card):
@@ -60,7 +62,7 @@ def check_gradient(card: Card) -> None:
         layer = layers.Dense(5, use_bias=False, kernel_regularizer=regularizer)
         model = keras.Sequential([keras.Input((6,)), layer])
         model.compile(keras.optimizers.SGD(1.0), loss=lambda _, y: 0.0 * y)
-        layer.kernel.assign(_WEIGHTS)
+        layer.kernel.assign(_WEIGHTS.astype("float32"))
         before = ops.convert_to_numpy(layer.kernel).copy()
         loss = model.train_on_batch(np.ones((2, 6)), np.ones((2, 5)))
         np.testing.assert_allclose(loss, _penalty(regularizer, before, "float32"), rtol=1e-5, err_msg=str(case))
@@ -70,6 +72,7 @@ def check_gradient(card: Card) -> None:
 
 
 @check("regularizer", requires=["nonnegative"])
+@float64()
 def check_nonnegative(card: Card) -> None:
     """It is a penalty, never a reward."""
     for _, regularizer in _built(card):
@@ -77,6 +80,7 @@ def check_nonnegative(card: Card) -> None:
 
 
 @check("regularizer", requires=["zero_at_zero"])
+@float64()
 def check_zero_at_zero(card: Card) -> None:
     """Weights that are all zero cost nothing."""
     for _, regularizer in _built(card):
@@ -84,6 +88,7 @@ def check_zero_at_zero(card: Card) -> None:
 
 
 @check("regularizer")
+@float64()
 def check_config_round_trip(card: Card) -> None:
     """Its config is JSON and rebuilds it. (By name alone Keras finds its own regularizers only.)"""
     for case, regularizer in _built(card):

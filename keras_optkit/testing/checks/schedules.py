@@ -87,7 +87,7 @@ def check_tensor_step_is_int_step(card: Card) -> None:
                 _same(schedule, _number(schedule(value)), expected, f"{card.name}({case}) at step {step} as {form}")
 
 
-@check("schedule")
+@check("schedule", only_on=("tensorflow", "jax"), because="the other backends of Keras do not compile with XLA")
 def check_compiled_is_eager(card: Card) -> None:
     """Inside a graph and compiled with XLA it has the values that it has eagerly."""
     for case, schedule in _built(card):

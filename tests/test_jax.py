@@ -1,0 +1,122 @@
+"""What is particular about training on JAX, where a step is a pure function that is told of state and gives it back."""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_optkit as ok
+from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.sgd import SGDRule
+from keras_optkit.testing import problems
+
+pytestmark = pytest.mark.only_on("jax", because="these are JAX's ways")
+
+
+def fit(model, **how):
+    x, y = problems.regression()
+    return model.fit(x, y, batch_size=16, shuffle=False, verbose=0, **how)
+
+
+def half_frozen(optimizer):
+    model = problems.network()
+    model.layers[0].trainable = False
+    model.compile(optimizer, loss="mse")
+    fit(model)
+    model.layers[0].trainable = True
+    model.make_train_function(force=True)
+    return model
+
+
+def test_a_layer_that_is_thawed_joins_when_fit_begins():
+    model = half_frozen(ok.optimizers.SGD(0.05))
+    fresh = problems.network()
+    fresh.compile(ok.optimizers.SGD(0.05), loss="mse")
+    fresh.set_weights(model.get_weights())
+    for each in (model, fresh):
+        fit(each)
+    for got, expected in zip(model.get_weights(), fresh.get_weights(), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert int(model.optimizer.iterations) == 8
+
+
+def test_state_of_a_layer_that_is_thawed_is_its_own():
+    model = half_frozen(ok.optimizers.SGD(0.05, momentum=0.9))
+    fit(model)
+    state = problems.state_of(model.optimizer)
+    shapes = [tuple(v.shape) for v in model.trainable_variables]
+    assert [state[f"slot.v.{i}"].shape for i in range(len(shapes))] == shapes
+    assert all(np.any(state[f"slot.v.{i}"]) for i in range(len(shapes)))
+
+
+def test_a_layer_that_is_frozen_is_refused_before_anything_is_lost():
+    model = problems.network()
+    model.compile(ok.optimizers.SGD(0.05), loss="mse")
+    fit(model)
+    before = model.get_weights()
+    model.layers[0].trainable = False
+    for train in (fit, lambda m: m.train_on_batch(*problems.regression())):
+        with pytest.raises(ValueError, match="built for 6 variables and cannot go on with 4 on the jax backend"):
+            train(model)
+    model.layers[0].trainable = True  # this decides about the order of the weights
+    for got, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_loss_scaling_has_no_room_for_more_variables():
+    model = half_frozen(keras.optimizers.LossScaleOptimizer(ok.optimizers.SGD(0.05)))
+    with pytest.raises(ValueError, match="built for 4 variables and cannot go on with 6"):
+        fit(model)
+
+
+@pytest.mark.parametrize("common", [{}, {"use_ema": True}, {"skip_nonfinite": 2}])
+def test_what_the_first_step_raises_comes_out_of_fit_alone(common):
+    def loss(*_):
+        raise RuntimeError("boom")
+
+    model = problems.network()
+    model.compile(ok.optimizers.SGD(0.05, **common), loss=loss)
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(RuntimeError, match="boom") as raised:
+        fit(model)
+    assert raised.value.__context__ is None
+
+
+@dataclass(frozen=True)
+class RememberingRule(SGDRule):
+    """Keeps where it started, in a slot whose initial value is the parameter itself."""
+
+    def slots(self):
+        return {"origin": lambda p: p}
+
+    def update(self, u, slots, p, h):
+        return h.learning_rate * u, slots
+
+
+def test_a_slot_that_begins_at_the_parameter_does_not_share_its_memory():
+    model = problems.network()
+    optimizer = Optimizer(0.05, RememberingRule())
+    optimizer.pack_below = 0
+    model.compile(optimizer, loss="mse")
+    origin = [ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
+    fit(model)  # JAX refuses to give away one buffer twice
+    state = problems.state_of(optimizer)
+    for i, value in enumerate(origin):
+        np.testing.assert_array_equal(state[f"slot.origin.{i}"], value)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.999999])
+def test_bias_correction_has_all_digits_of_float32(beta):
+    assert ok.precision.scalar_dtype() == "float32"
+    for step in (1, 2, 10, 1000):
+        h = ok.optimizers.rule.Hyper(ops.convert_to_tensor(step - 1), ops.convert_to_tensor(0.1), "float32")
+        exact = -np.expm1(step * np.log1p(beta - 1)) if beta else 1.0
+        np.testing.assert_allclose(ops.convert_to_numpy(h.bias_correction(beta)), exact, rtol=3e-7)
+
+
+def test_a_rate_is_written_as_it_was_given():
+    config = ok.optimizers.SGD(0.1).get_config()
+    assert config["learning_rate"] == 0.1
+    assert np.float32(config["learning_rate"]) == ops.convert_to_numpy(ok.optimizers.SGD(0.1).learning_rate)
