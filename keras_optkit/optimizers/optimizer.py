@@ -282,7 +282,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         happens by itself in the first step that trains them; elsewhere, call `build` before `fit`.
 
         Raises:
-            ValueError: If there are no variables, or if some of those it was built with are missing.
+            ValueError: If there are no variables, if some of those it was built with are missing, or under a
+                distribution strategy that is not supported.
         """
         variables = list(variables)
         if self.built:
@@ -290,6 +291,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             return
         if not variables:
             raise ValueError(f"{self.name} was given no variables to train.")
+        distribute.refuse_unsupported_strategy()
         self._add(variables, variables)
         super().build(variables)
         if self._held.pending is not None:
