@@ -82,15 +82,15 @@ def in_a_loop(strategy: tf.distribute.Strategy) -> list[np.ndarray]:
         adam.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss
 
-    @tf.function
     def step(batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
         return strategy.reduce("SUM", strategy.run(on_replica, args=batch), axis=None)
 
+    compiled = tf.function(step)
     # each worker gets its part of every global batch
     batches = strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices(problem()).batch(BATCH))
     for _ in range(EPOCHS):
         for batch in batches:
-            step(batch)
+            compiled(batch)
     adam.swap_weights(evaluating=True)  # `fit` does it by itself
     return model.get_weights()
 
