@@ -96,6 +96,7 @@ def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], f
         _run(step, buckets, state, grads, fuse)
         return
     handles = [_handle(v) for v in tree.flatten(state)]
+    _refuse_foreign(tree.flatten(state))
 
     def on_device(_: Any, grads: list[Any], handles: list[Any]) -> None:
         _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse)
@@ -288,6 +289,33 @@ def in_all_replicas(flag: Tensor) -> Tensor:
         return flag
     failed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(~flag, "int32"))
     return tf.equal(failed, 0)
+
+
+def refuse_unsupported_strategy() -> None:
+    """Raises under a distribution strategy that the steps have not been made for."""
+    if not (TENSORFLOW and tf.distribute.has_strategy()):
+        return
+    strategy = tf.distribute.get_strategy()
+    known = ("MirroredStrategy", "MultiWorkerMirroredStrategy", "OneDeviceStrategy")
+    if not isinstance(strategy, tuple(getattr(tf.distribute, name) for name in known)):
+        raise ValueError(
+            f"{type(strategy).__name__} is not supported: the optimizers of keras_optkit train under "
+            f"{', '.join(known)}, or without a strategy."
+        )
+
+
+def _refuse_foreign(variables: list[Any]) -> None:
+    """Raises if a variable was made outside of the present strategy's scope, and so has no copy on each device."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.OneDeviceStrategy):  # any variable will do
+        return
+    foreign = [v for v in variables if not strategy.extended.variable_created_in_scope(_handle(v))]
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} of the {len(variables)} variables of the optimizer and the model, such as "
+            f"{getattr(foreign[0], 'path', foreign[0].name)}, were not made under the {type(strategy).__name__} that "
+            "trains them. Make and build the model and the optimizer, `iterations` and all, in `strategy.scope()`."
+        )
 
 
 def is_sparse(gradient: Any) -> bool:

@@ -288,7 +288,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         on TensorFlow in the first step that trains them, elsewhere when `fit` or `train_on_batch` begins.
 
         Raises:
-            ValueError: If there are no variables, or if some of those it was built with are missing.
+            ValueError: If there are no variables, if some of those it was built with are missing, or under a
+                distribution strategy that is not supported.
         """
         variables = list(variables)
         if self.built:
@@ -296,6 +297,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             return
         if not variables:
             raise ValueError(f"{self.name} was given no variables to train.")
+        distribute.refuse_unsupported_strategy()
         self._add(variables, variables)
         self._build_keras(variables)
         if self._held.pending is not None:
