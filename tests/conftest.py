@@ -8,10 +8,22 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import keras
 import pytest
+from hypothesis import HealthCheck, settings
 
 import keras_optkit as ok
 
 ok.testing.prepare()
+
+# examples take as long as tracing takes, and no database: what fails is printed as a blob to reproduce it with
+_common = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("share", max_examples=20, derandomize=True, **_common)
+settings.register_profile("thorough", max_examples=500, derandomize=False, **_common)
+settings.load_profile("share")
 
 
 def pytest_collection_modifyitems(config, items):

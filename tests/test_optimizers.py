@@ -351,6 +351,16 @@ def test_wrong_gradients_are_refused():
         ok.optimizers.SGD(0.1).build([])
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_a_bad_gradient_is_found_beside_an_empty_one(mode):
+    """Each in a bucket of its own, and the empty one first."""
+    optimizer, weights = ok.optimizers.SGD(0.1, skip_nonfinite=2), problems.variables([np.ones((0, 2)), np.ones(3)])
+    optimizer.pack_below = 0
+    step = problems.stepper(optimizer, weights, mode)
+    step([ops.ones((0, 2), "float64"), ops.convert_to_tensor([1.0, 2.0, np.nan], "float64")])
+    assert optimizer.nonfinite == (1, 1, "weight_1")
+
+
 def test_some_of_the_variables_only():
     """Alternating updates of two parts of a model with one optimizer, as for a GAN."""
     start, grads = problems.start([(2, 2), (3,)]), problems.gradients(2, [(2, 2), (3,)])

@@ -1080,7 +1080,9 @@ def _sum_of_squares(grad: Any) -> Tensor:
 
 def _first_bad(grads: Sequence[tuple[int, Tensor]], flags: Tensor) -> Tensor:
     """(bucket, place in it) of the first number that is not finite, of the first bucket that has one."""
-    places = [ops.argmin(ops.cast(ops.isfinite(ops.reshape(values, (-1,))), "int32")) for _, values in grads]
+    # with one number more, since there is no minimum of nothing
+    finite = [ops.pad(ops.cast(ops.isfinite(ops.reshape(values, (-1,))), "int32"), [[0, 1]]) for _, values in grads]
+    places = [ops.argmin(flags) for flags in finite]
     first = ops.argmin(ops.cast(flags, "int32"))
     numbers = ops.convert_to_tensor([b for b, _ in grads], "int32")
     return ops.stack([ops.take(numbers, first), ops.cast(ops.take(ops.stack(places), first), "int32")])
