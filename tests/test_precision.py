@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
 import keras_optkit as ok
@@ -94,7 +95,83 @@ def test_explain_counts_the_masters():
     assert ok.optimizers.SGD(master_weights=True).explain(problems.variables([np.ones(3)])).rows[0].state_bytes == 0
 
 
+def bfloat16(x):
+    return np.asarray(ops.convert_to_numpy(ops.cast(ops.cast(x, "bfloat16"), "float64")))
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_slots_in_bfloat16_are_rounded_after_a_float32_update(mode):
+    grads = problems.gradients(5, [(3, 4), (5,)])
+    got = problems.train(
+        ok.optimizers.SGD(0.1, momentum=0.9, slot_dtype="bfloat16"),
+        grads,
+        values=problems.start([(3, 4), (5,)]),
+        dtype="float32",
+        mode=mode,
+    )[-1]
+    for i, p in enumerate(problems.start([(3, 4), (5,)])):
+        v = np.zeros_like(p)
+        for step in grads:
+            exact = 0.9 * v + 0.1 * step[i]
+            v, p = bfloat16(exact), p - exact
+        np.testing.assert_allclose(got[i], p, rtol=1e-2, atol=1e-3)
+        assert np.abs(got[i] - p).max() < 2e-5
+
+
+def test_slots_in_bfloat16_take_half_and_can_be_saved():
+    weights = problems.variables(problems.start([(300, 300), (4,)]), "float32")
+    optimizer = ok.optimizers.AdamW(slot_dtype="bfloat16", stochastic_rounding=True)
+    grads = [ops.convert_to_tensor(g, dtype="float32") for g in problems.gradients(1, [(300, 300), (4,)])[0]]
+    for _ in range(3):
+        optimizer.apply(grads, weights)
+    assert [row.state_bytes for row in optimizer.explain(weights).rows] == [2 * 2 * 90000, 2 * 2 * 4]
+    assert {v.dtype for slots in optimizer._held.state["slots"] for v in slots.values()} == {"bfloat16"}
+    state = problems.state_of(optimizer)
+    again = ok.optimizers.AdamW(slot_dtype="bfloat16", stochastic_rounding=True)
+    copies = problems.variables([ops.convert_to_numpy(w) for w in weights], "float32")
+    again.build(copies)
+    again.load_own_variables(state)
+    for each, held in ((optimizer, weights), (again, copies)):
+        each.apply(grads, held)
+    for a, b in zip(weights, copies, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+
+
+def test_a_running_mean_in_bfloat16_needs_stochastic_rounding():
+    """With β₂ = 0.999 the mean of 1 moves by 0.001, below half of bfloat16's last bit from 0.25 on."""
+    means = {}
+    for rounding in (False, True):
+        optimizer = ok.optimizers.Adam(1e-4, slot_dtype="bfloat16", stochastic_rounding=rounding)
+        problems.train(optimizer, [[np.ones(2000)]] * 1500, values=[np.zeros(2000)], dtype="float32", mode="graph")
+        means[rounding] = problems.state_of(optimizer)["slot.v.0"].mean()
+    assert means[False] < 0.51
+    assert means[True] == pytest.approx(1 - 0.999**1500, abs=0.01)
+
+
+def test_copies_of_the_weights_are_no_slots_to_round():
+    optimizer = ok.optimizers.Lookahead(ok.optimizers.SGD(0.1, momentum=0.9), slot_dtype="bfloat16")
+    optimizer.build(problems.variables([np.ones(3)], "float32"))
+    assert {name: v.dtype for name, v in optimizer._held.state["slots"][0].items()} == {
+        "v": "bfloat16",
+        "slow": "float32",
+    }
+
+
+def test_rows_of_a_table_are_rounded_at_random_too():
+    rows = tf.IndexedSlices(tf.ones((3, 50), "bfloat16"), tf.constant([1, 3, 1]), tf.constant([1400, 50]))
+    weight = keras.Variable(np.ones((1400, 50)), dtype="bfloat16")  # large enough to be updated by rows
+    optimizer = ok.optimizers.SGD(2.0**-10, stochastic_rounding=True)
+    for _ in range(64):
+        optimizer.apply([rows], [weight])
+    got = np.asarray(ops.convert_to_numpy(ops.cast(weight, "float64")))
+    assert got[3].mean() == pytest.approx(1 - 64 / 1024, abs=0.01)
+    assert got[1].mean() == pytest.approx(1 - 128 / 1024, abs=0.01)
+    np.testing.assert_array_equal(got[[0, 2, 4]], 1.0)
+
+
 def test_what_is_refused():
+    with pytest.raises(ValueError, match="slot_dtype must be one of None, 'float32', 'bfloat16', got 'float16'"):
+        ok.optimizers.SGD(slot_dtype="float16")
     with pytest.raises(ValueError, match="At most one of master_weights, stochastic_rounding"):
         ok.optimizers.SGD(master_weights=True, stochastic_rounding=True)
     with pytest.raises(ValueError, match=r"float16 ones\. Use master_weights"):

@@ -24,7 +24,7 @@ from keras_optkit.optimizers.distribute import Rows, State
 from keras_optkit.optimizers.fitting import guard_training
 from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, is_dynamic
+from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
 
@@ -117,7 +117,12 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             below the weights' resolution add up. Costs 4 bytes for each number.
         stochastic_rounding: Rounds updated bfloat16 weights up or down at random, with the probabilities that make the
             rounded weight right on average; small steps then add up without a copy. The random numbers are a function
-            of the update count. At most one of the two can be given; for float32 weights neither does anything.
+            of the update count. At most one of the two can be given; for float32 weights neither does anything. State
+            that `slot_dtype` makes bfloat16 is rounded in the same way.
+        slot_dtype: Dtype that the rule's state is kept in, `"float32"` or `"bfloat16"`, apart from copies of the
+            weights; an update is computed in at least float32 anyway. None: what it is computed in. In bfloat16 it
+            takes half of the memory, but running means of β > 0.996 stand still, since their steps are below the last
+            of 8 bits; give `stochastic_rounding=True` then.
         name: Name of the optimizer.
 
     Raises:
@@ -167,6 +172,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         fuse: bool | str = "auto",
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        slot_dtype: str | None = None,
         name: str | None = None,
     ):
         if not isinstance(rule, Rule):
@@ -204,6 +210,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         self.stochastic_rounding = arguments.boolean("stochastic_rounding", stochastic_rounding)
         if master_weights and stochastic_rounding:
             raise ValueError("At most one of master_weights, stochastic_rounding can be True, got both.")
+        self.slot_dtype = arguments.choice("slot_dtype", slot_dtype, (None, "float32", "bfloat16"))
         if use_ema and rule.averages:
             raise ValueError(
                 f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
@@ -455,10 +462,14 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         )
         return self.add_variable(value.shape, lambda *_, **__: ops.copy(value), dtype, name=name)
 
+    def _slot_dtype(self, weights: str, initial: Initial) -> str:
+        """The dtype of a slot; those that begin as the weights are as exact as the computation."""
+        return at_least_float32(weights) if self.slot_dtype is None or callable(initial) else self.slot_dtype
+
     def _new_slots(self, bucket: Bucket, variables: list[Any]) -> dict[str, keras.Variable]:
-        dtype = at_least_float32(bucket.dtype)
         slots = {}
         for name, initial in self._rules[bucket.treatment.rule].slots().items():
+            dtype = self._slot_dtype(bucket.dtype, initial)
             if callable(initial):
                 joined = bucket.join([ops.convert_to_tensor(v) for v in variables])
                 value = bucket.stored(initial(ops.cast(joined, dtype)))
@@ -484,9 +495,11 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         rows = []
         for variable, treatment, group in zip(variables, found, groups, strict=True):
             rule = self._rules[treatment.rule] if treatment else None
-            copies = (len(rule.slots()) if rule else 0) + self.use_ema + bool(self.gradient_accumulation_steps)
+            dtypes = [self._slot_dtype(variable.dtype, initial) for initial in rule.slots().values()] if rule else []
+            copies = self.use_ema + bool(self.gradient_accumulation_steps)
             copies += self.master_weights and variable.dtype in HALF
-            size = np.dtype(at_least_float32(variable.dtype)).itemsize * copies
+            dtypes += [at_least_float32(variable.dtype)] * copies
+            size = sum(2 if dtype in HALF else np.dtype(dtype).itemsize for dtype in dtypes)
             lr_scale, own = (treatment.lr_scale, treatment.weight_decay) if treatment else (0.0, 0.0)
             rows.append(
                 Explained(
@@ -603,10 +616,11 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         return Grad(joined if scale is None else joined / scale, mask, present, sparse)
 
     def _can_take_rows(self, bucket: Bucket) -> bool:
-        """Whether nothing has to look at the rows without a gradient."""
+        """Whether nothing has to look at the rows without a gradient, or would treat equal rows differently."""
         state = self._held.state
         looks = "accumulated" in state or "evaluating" in state or "master" in state or self._constraint(bucket)
-        return bucket.alone and not looks
+        rounds = self.stochastic_rounding and "bfloat16" in (bucket.dtype, self.slot_dtype)
+        return bucket.alone and not looks and not rounds
 
     def _constraint(self, bucket: Bucket) -> Any:
         """The constraint of a bucket's variable, or None; variables with one are alone in their buckets."""
@@ -723,7 +737,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             if state["weights"][b] is None or (grads[b] is None and not self.use_ema):
                 continue
             p = self._widened(state["weights"][b], state, b)
-            slots = {name: bucket.view(slot) for name, slot in state["slots"][b].items()}
+            slots = self._wide_slots(state["slots"][b], bucket)
             if grads[b] is not None:
                 u = self._clip(bucket, grads[b].value, prepared.factor)
                 h = self._hyper(prepared, memo, bucket)
@@ -740,6 +754,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             new["weights"][b] = self._narrowed(p, b, state["iterations"])
             if self.master_weights and state["master"][b]:
                 new["master"][b] = {"master": bucket.stored(p)}
+            slots = self._narrow_slots(slots, state["slots"][b], b, state["iterations"])
             new["slots"][b] = {name: bucket.stored(slot) for name, slot in slots.items()}
         if self.skip_nonfinite:
             new = _unless_nonfinite(state, new, prepared)
@@ -760,13 +775,28 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _narrowed(self, p: Tensor, b: int, iterations: Tensor) -> Tensor:
         """Updated weights in their own dtype."""
-        bucket = self._held.buckets[b]
-        if not (self.stochastic_rounding and bucket.dtype == "bfloat16"):
-            return ops.cast(p, bucket.dtype)
+        return self._rounded(p, self._held.buckets[b].dtype, (b, iterations))
+
+    def _wide_slots(self, slots: Slots, bucket: Bucket) -> Slots:
+        """Slots in the dtype to compute in."""
+        return {name: ops.cast(bucket.view(slot), at_least_float32(bucket.dtype)) for name, slot in slots.items()}
+
+    def _narrow_slots(self, slots: Slots, old: Slots, b: int, iterations: Tensor) -> Slots:
+        """Slots in the dtypes that they are kept in."""
+        kept = {name: keras.backend.standardize_dtype(old[name].dtype) for name in slots}
+        seeds = {name: (b + (place << 16), iterations) for place, name in enumerate(slots, 1)}
+        return {name: self._rounded(slot, kept[name], seeds[name]) for name, slot in slots.items()}
+
+    def _rounded(self, x: Tensor, dtype: str, seed: tuple[int, Tensor]) -> Tensor:
+        """`x` in another dtype, rounded at random if that is wanted and the dtype is bfloat16."""
+        if keras.backend.standardize_dtype(x.dtype) == dtype:
+            return x
+        if not (self.stochastic_rounding and dtype == "bfloat16"):
+            return ops.cast(x, dtype)
         # a bfloat16 is the upper half of a float32: what is added to the lower half carries over with its probability
-        noise = ops.bitwise_and(distribute.random_bits(p.shape, (b, iterations)), 0xFFFF)
-        rounded = ops.bitwise_and(ops.view(p, "int32") + noise, -0x10000)
-        return ops.cast(ops.view(rounded, "float32"), bucket.dtype)
+        x = ops.cast(x, "float32")
+        noise = ops.bitwise_and(distribute.random_bits(x.shape, seed), 0xFFFF)
+        return ops.cast(ops.view(ops.bitwise_and(ops.view(x, "int32") + noise, -0x10000), "float32"), dtype)
 
     def _apply_rule(
         self, bucket: Bucket, u: Tensor, slots: Slots, p: Tensor, h: Hyper, mask: Any
@@ -797,10 +827,12 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         bucket = self._held.buckets[b]
         weights = take("weights")
         p = ops.cast(weights, at_least_float32(bucket.dtype))
-        slots = {name: take(name) for name in self._held.state["slots"][b]}
+        held = {name: take(name) for name in self._held.state["slots"][b]}
+        slots = self._wide_slots(held, bucket)
         h = self._hyper(prepared, _memo(dynamic, prepared.read), bucket)
         u = self._clip(bucket, rows, prepared.factor)
         p, slots = self._apply_rule(bucket, u, slots, p, h, prepared.finite)
+        slots = self._narrow_slots(slots, held, b, prepared.iterations)
         return {"weights": ops.cast(p, weights.dtype), **slots}
 
     def _clip(self, bucket: Bucket, grad: Tensor | Rows, factor: Tensor | None) -> Tensor:
@@ -847,8 +879,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 new["average"][b] = bucket.stored(wide)
             else:
                 h = Hyper(state["iterations"], rate, wide.dtype, memo=memo)
-                slots = {name: bucket.view(slot) for name, slot in state["slots"][b].items()}
+                slots = self._wide_slots(state["slots"][b], bucket)
                 weights, slots = (self.rule.eval_value if evaluating else self.rule.train_value)(wide, slots, h)
+                slots = self._narrow_slots(slots, state["slots"][b], b, state["iterations"])
                 new["slots"][b] = {name: bucket.stored(slot) for name, slot in slots.items()}
             new["weights"][b] = ops.cast(weights, bucket.dtype)
         return new | {"evaluating": ops.full_like(state["evaluating"], int(evaluating))}
@@ -953,6 +986,8 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
         for name, (variable, bucket) in self._entries().items():
             value = ops.convert_to_numpy(variable)
+            if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":  # which HDF5 does not know
+                value = value.astype("float32")
             if bucket is None:
                 store[name] = value
             else:

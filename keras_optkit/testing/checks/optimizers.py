@@ -191,7 +191,7 @@ def check_packing(card: Card) -> None:
 @check("optimizer")
 @float64()
 def check_accumulation(card: Card) -> None:
-    """K micro-batches equal one batch, fewer at the end too: weights, slots, count, clipping, decay, average, schedule."""
+    """K micro-batches, or fewer at the end, equal one batch: weights, slots, count, clipping, decay, average, rate."""
     micro = problems.gradients(8)
     large = [[np.mean(parts, axis=0) for parts in zip(*micro[i : i + 3], strict=True)] for i in (0, 3, 6)]
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], [0.1, 0.02, 0.005])
