@@ -290,20 +290,20 @@ def test_pack_sorts_by_dtype_decay_and_size():
     decayed, spared = Treatment(), Treatment(decayed=False)
     treatments = [decayed, spared, decayed, decayed, spared]
     dtypes = ["float32"] * 3 + ["float16", "float32"]
-    buckets = pack(shapes, dtypes, treatments, elementwise=True)
+    buckets = pack(shapes, dtypes, treatments, elementwise=lambda _: True)
     assert [b.indices for b in buckets] == [(0,), (1, 4), (2,), (3,)]
     assert [b.form for b in buckets] == ["flat", "flat", "bare", "flat"]
     assert [b.alone for b in buckets] == [False, False, True, False]
-    some = pack(shapes, dtypes, [None, *treatments[1:]], elementwise=True, alone=lambda i: i == 4)
+    some = pack(shapes, dtypes, [None, *treatments[1:]], elementwise=lambda _: True, alone=lambda i: i == 4)
     assert [b.indices for b in some] == [(1,), (2,), (3,), (4,)]
-    stacked = pack([(2, 3), (4,), (2, 3)], ["float32"] * 3, [decayed] * 3, elementwise=False)
+    stacked = pack([(2, 3), (4,), (2, 3)], ["float32"] * 3, [decayed] * 3, elementwise=lambda _: False)
     assert [(b.indices, b.form) for b in stacked] == [((0, 2), "stacked"), ((1,), "stacked")]
 
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_join_and_split_are_inverse(flat):
     shapes = [(2, 3), (4,), (), (0, 5)] if flat else [(2, 3), (2, 3)]
-    (bucket,) = pack(shapes, ["float32"] * len(shapes), [Treatment()] * len(shapes), elementwise=flat)
+    (bucket,) = pack(shapes, ["float32"] * len(shapes), [Treatment()] * len(shapes), elementwise=lambda _: flat)
     parts = [np.random.default_rng(i).normal(size=s).astype("float32") for i, s in enumerate(shapes)]
     joined = bucket.join(parts)
     assert joined.shape[0] == (1 if flat else 2)

@@ -6,6 +6,7 @@ This is the only file that knows about TensorFlow's variables, its XLA and its d
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -423,6 +424,26 @@ def is_lost(variable: Any) -> bool:
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps AutoGraph from rewriting `function` and what it calls inside a user's `tf.function`."""
     return tf.autograph.experimental.do_not_convert(function) if TENSORFLOW else function
+
+
+def in_checkpoints(optimizer: Any) -> Any:
+    """What `tf.train.Checkpoint` finds in an optimizer's attributes: its state as in any other file. Elsewhere None."""
+    if not TENSORFLOW:
+        return None
+
+    class State(tf.train.experimental.PythonState):
+        def serialize(self) -> bytes:
+            store: dict[str, np.ndarray] = {}
+            optimizer.save_own_variables(store)
+            file = io.BytesIO()
+            np.savez(file, allow_pickle=False, **store)
+            return file.getvalue()
+
+        def deserialize(self, string_value: bytes) -> None:
+            with np.load(io.BytesIO(string_value), allow_pickle=False) as file, scope_of(optimizer.iterations):
+                optimizer.load_own_variables(dict(file))
+
+    return State()
 
 
 def scope_of(variable: Any) -> contextlib.AbstractContextManager[Any]:

@@ -185,6 +185,17 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             raise ValueError(f"At most one of {', '.join(clips)} can be given, got {clips}.")
         # Keras's own rate, decay, clipping, accumulation and average stay off: they act in another order (see above)
         super().__init__(learning_rate=lambda: self.learning_rate, name=name)
+        # held in a namespace, where Keras's and TensorFlow's attribute tracking does not wrap lists and dicts
+        self._held = SimpleNamespace(
+            own=[],
+            variables=[],
+            places=[],
+            buckets=(),
+            state=None,
+            pending=None,
+            seen=None,
+            groups=checked_groups(groups),
+        )
         self._updates = super().iterations
         self._schedule = schedule
         self._multiplier = self.add_variable(
@@ -199,10 +210,6 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         self.ema_momentum = arguments.real("ema_momentum", ema_momentum, 0, 1, closed="left")
         self.skip_nonfinite = arguments.integer("skip_nonfinite", skip_nonfinite, 1, optional=True)
         self.decay_mask = arguments.choice("decay_mask", decay_mask, ("auto", "all"))
-        # held in a namespace, where Keras's and TensorFlow's attribute tracking does not wrap lists and dicts
-        self._held = SimpleNamespace(
-            variables=[], places=[], buckets=(), state=None, pending=None, seen=None, groups=checked_groups(groups)
-        )
         self.layer_decay = arguments.real("layer_decay", layer_decay, 0, 1, closed="right", optional=True)
         self.sparse = arguments.choice("sparse", sparse, ("lazy", "dense"))
         self.fuse = arguments.choice("fuse", fuse, ("auto", True, False))
@@ -216,6 +223,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
             )
         self.rule = rule
+        self.checkpointed = distribute.in_checkpoints(self)
         if use_ema or rule.averages or gradient_accumulation_steps or not distribute.TENSORFLOW:
             guard_training()
 
@@ -286,6 +294,45 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         return self._held.groups
 
     # -- variables ----------------------------------------------------------------------------------------------------
+
+    @property
+    def variables(self) -> list[Any]:
+        """All variables of the optimizer; in which order and how packed, may change."""
+        found = super().variables  # among them those of our own that are attributes
+        return [*found, *(v for v in self._held.own if not any(v is other for other in found))]
+
+    def add_variable(
+        self,
+        shape: Sequence[int],
+        initializer: Any = "zeros",
+        dtype: Any = None,
+        aggregation: str = "none",
+        layout: Any = None,
+        name: str | None = None,
+    ) -> keras.Variable:
+        """Makes a variable of the optimizer's own.
+
+        Keras would list it where TensorFlow's checkpoints find it, by a position that depends on the packing.
+        """
+        with keras.name_scope(self.name):
+            variable = keras.Variable(
+                keras.initializers.get(initializer),
+                shape,
+                dtype,
+                trainable=False,
+                aggregation=aggregation,
+                layout=layout,
+                name=name,
+            )
+        self._held.own.append(variable)
+        return variable
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Assigns a value to each of `variables`."""
+        if len(weights) != len(self.variables):
+            raise ValueError(f"weights must have one value for each of {len(self.variables)}, got {len(weights)}.")
+        for variable, value in zip(self.variables, weights, strict=True):
+            variable.assign(value)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates the state for `variables`, the weights to be trained, in this order.
