@@ -13,8 +13,8 @@ from keras_optkit.testing.tools import numbers
 
 Arrays = list[np.ndarray]
 
-#: Ranks 0 to 5, one of them empty.
-SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (5,), (), (2, 3, 4), (0, 3), (2, 1, 3, 2), (2, 1, 2, 1, 3))
+#: Ranks 0 to 5, one of them empty, and one twice, since parameters of one shape may be stacked.
+SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (5,), (), (2, 3, 4), (0, 3), (2, 1, 3, 2), (2, 1, 2, 1, 3), (3, 4))
 
 
 def prepare() -> None:

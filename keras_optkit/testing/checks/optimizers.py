@@ -480,7 +480,7 @@ def check_groups(card: Card) -> None:
     parts: list[tuple[list[int], float, float | None]] = [
         ([0], 0.5, decay),
         ([1, 2], 0.1, 0.1),
-        ([4, 5, 6], 1.0, 0.1),
+        ([4, 5, 6, 7], 1.0, 0.1),
     ]
     for places, scale, own in parts:
         optimizer = _make(card, learning_rate=rate * scale, weight_decay=own)
@@ -528,7 +528,7 @@ def check_group_rules(card: Card) -> None:
             optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
         separate = (
             ([0, 3, 6], guest(learning_rate=0.01, weight_decay=0.2)),
-            ([1, 2, 4, 5], host(**common)),
+            ([1, 2, 4, 5, 7], host(**common)),
         )
         for places, alone in separate:
             parts = [[g[i] for i in places] for g in grads]
