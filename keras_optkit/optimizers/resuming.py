@@ -26,7 +26,7 @@ def guard_training() -> None:
 def _guarded(function: Any) -> Any:
     @functools.wraps(function)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        optimizer = getattr(self, "optimizer", None)
+        optimizer: Any = getattr(self, "optimizer", None)
         inside = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if inside:
             optimizer = optimizer.inner_optimizer
