@@ -1,4 +1,4 @@
-"""The only file that touches private names of Keras or TensorFlow, each with its public fall-back.
+"""The only file that touches private names of Keras, TensorFlow or JAX, each with its public fall-back.
 
 `tests/test_private.py` holds a canary for every name.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -59,3 +59,15 @@ def sublayers(layer: Any) -> list[Any]:
         return list(flatten(include_self=False))
     direct = list(getattr(layer, "layers", ()))
     return direct + [below for child in direct for below in sublayers(child)]
+
+
+def forget_trace(function: Callable[..., Any]) -> None:
+    """Has `jax.jit(function)` traced anew the next time that it is called.
+
+    jax.jit keeps its traces by function, and the bound methods of one object are all one to it. As long as something
+    holds the old compiled step, the traceback of a failed `fit` for example, a new one would go on with its trace, and
+    so with the hyperparameters of then. Fall-back: the public `jax.clear_caches`, which forgets every function.
+    """
+    import jax
+
+    getattr(jax.jit(function), "clear_cache", jax.clear_caches)()

@@ -71,14 +71,15 @@ def test_loss_scaling_has_no_room_for_more_variables():
         fit(model)
 
 
-@pytest.mark.parametrize("common", [{}, {"use_ema": True}, {"skip_nonfinite": 2}])
-def test_what_the_first_step_raises_comes_out_of_fit_alone(common):
-    def loss(*_):
+class BrokenRule(SGDRule):
+    def update(self, u, slots, p, h):
         raise RuntimeError("boom")
 
+
+@pytest.mark.parametrize("common", [{"use_ema": True}, {"skip_nonfinite": 2}])
+def test_what_the_first_step_raises_comes_out_of_fit_alone(common):
     model = problems.network()
-    model.compile(ok.optimizers.SGD(0.05, **common), loss=loss)
-    model.optimizer.build(model.trainable_variables)
+    model.compile(Optimizer(0.05, BrokenRule(), **common), loss="mse")
     with pytest.raises(RuntimeError, match="boom") as raised:
         fit(model)
     assert raised.value.__context__ is None
@@ -120,3 +121,116 @@ def test_a_rate_is_written_as_it_was_given():
     config = ok.optimizers.SGD(0.1).get_config()
     assert config["learning_rate"] == 0.1
     assert np.float32(config["learning_rate"]) == ops.convert_to_numpy(ok.optimizers.SGD(0.1).learning_rate)
+
+
+AVERAGING = {
+    "ema": lambda: ok.optimizers.Adam(0.02, use_ema=True, ema_momentum=0.8),
+    "schedule-free": lambda: ok.optimizers.ScheduleFreeSGD(0.2),
+    "keras": lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.8),
+    "loss scale": lambda: keras.optimizers.LossScaleOptimizer(ok.optimizers.Lookahead("SGD", 3, learning_rate=0.05)),
+}
+
+
+def compiled(name):
+    model = problems.network()
+    model.compile(AVERAGING[name](), loss="mse")
+    return model
+
+
+def weights(model):
+    return [ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
+
+
+def same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class Probe(keras.callbacks.Callback):
+    """Notes the weights after each batch and each epoch."""
+
+    def on_train_begin(self, logs=None):
+        self.batches, self.epochs = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append(weights(self.model))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(weights(self.model))
+
+
+class Fails(keras.callbacks.Callback):
+    """Raises in the second epoch."""
+
+    def __init__(self, moment):
+        super().__init__()
+        self.epoch = 0
+        setattr(self, moment, self.fail)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def fail(self, *_, **__):
+        if self.epoch == 1:
+            raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_epochs_end_with_averaged_weights_and_batches_with_those_of_training(name):
+    plain, hidden, shown = compiled(name), Probe(), Probe()
+    fit(plain, epochs=2, callbacks=[hidden])
+    once, model = compiled(name), compiled(name)
+    fit(once)
+    data = problems.regression()
+    fit(model, epochs=2, validation_data=data, callbacks=[shown, ok.callbacks.AveragedWeights()])
+    for got, expected in zip(shown.epochs, map(weights, (once, plain)), strict=True):
+        same(got, expected)
+    for got, expected in zip(shown.batches, hidden.batches, strict=True):
+        same(got, expected)
+    assert any(np.any(a != b) for a, b in zip(shown.epochs[-1], shown.batches[-1], strict=True))
+
+
+@pytest.mark.parametrize("moment", ["on_train_batch_end", "on_test_batch_end", "on_epoch_end"])
+@pytest.mark.parametrize("name", ["ema", "schedule-free"])
+def test_after_an_exception_the_model_is_as_without_the_callback(name, moment):
+    models = []
+    for callbacks in ([], [ok.callbacks.AveragedWeights()]):
+        models.append(compiled(name))
+        with pytest.raises(RuntimeError, match="boom") as raised:
+            fit(models[-1], epochs=3, validation_data=problems.regression(), callbacks=[Fails(moment), *callbacks])
+        assert not hasattr(raised.value, "__notes__")
+    same(*map(weights, models))
+    for model in models:
+        fit(model)
+    same(*map(weights, models))
+
+
+def test_training_with_averages_of_keras_can_go_on_after_an_exception():
+    """Without the callback it cannot: Keras leaves weights and averages in the same memory."""
+    model = compiled("keras")
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(model, epochs=3, callbacks=[Fails("on_train_batch_end"), ok.callbacks.AveragedWeights()])
+    before = weights(model)
+    fit(model)
+    assert all(np.isfinite(w).all() for w in weights(model))
+    assert any(np.any(a != b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_averaged_weights_cover_up_no_error_of_the_first_step():
+    model = problems.network()
+    model.compile(Optimizer(0.05, BrokenRule(), use_ema=True), loss="mse")
+    with pytest.raises(RuntimeError, match="boom") as raised:
+        fit(model, callbacks=[ok.callbacks.AveragedWeights()])
+    assert not any("AveragedWeights" in note for note in getattr(raised.value, "__notes__", ()))
+
+
+def test_too_many_gradients_that_are_not_finite_raise_at_the_end_of_fit():
+    x, y = problems.regression()
+    x[:32] = np.nan
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(ok.optimizers.SGD(0.05, skip_nonfinite=3), loss="mse")
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    assert model.optimizer.nonfinite[:2] == (2, 0)
+    with pytest.raises(FloatingPointError, match="3 non-finite gradients in a row"):
+        model.fit(np.full_like(x[:48], np.nan), y[:48], batch_size=16, verbose=0)
+    assert np.isfinite(model.get_weights()[0]).all()

@@ -1,11 +1,12 @@
 """Canaries: each private name that `keras_optkit.private` uses still exists and still does what it is used for."""
 
+import jax
 import keras
 import tensorflow as tf
 from keras import layers
 from tensorflow.python.framework import config
 
-from keras_optkit.private import current_layer, op_determinism, sublayers
+from keras_optkit.private import current_layer, forget_trace, op_determinism, sublayers
 
 
 def test_determinism_is_on_inside_only():
@@ -37,3 +38,24 @@ def test_layers_at_any_depth_are_found():
     assert hasattr(model, "_flatten_layers")
     found = {id(layer) for layer in sublayers(model)}
     assert {id(inner), id(wrapped), id(wrapped.forward_layer)} <= found
+
+
+def test_a_trace_is_forgotten_and_others_are_not():
+    class Counts:
+        def __init__(self):
+            self.traces = 0
+
+        def step(self, x):
+            self.traces += 1
+            return x
+
+    one, other = Counts(), Counts()
+    held = [jax.jit(one.step), jax.jit(other.step)]
+    for compiled in (*held, jax.jit(one.step)):
+        compiled(1.0)
+    assert one.traces == 1  # another jax.jit of the same method is the same to it: else there is nothing to forget
+    forget_trace(one.step)
+    for compiled in (jax.jit(one.step), jax.jit(other.step)):
+        compiled(1.0)
+    assert (one.traces, other.traces) == (2, 1)
+    assert hasattr(held[0], "clear_cache")

@@ -14,6 +14,7 @@ from keras_optkit.averaging import batch_norms, recalibrate_batch_norm
 from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.instrument import around
 from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.distribute import is_lost
 from keras_optkit.optimizers.fitting import Flush, build_optimizer
 from keras_optkit.registry import register
 
@@ -53,9 +54,9 @@ class AveragedWeights(Callback):
 
     Afterwards the weights of training and the optimizer's state are back bitwise, from copies, also when an exception
     or Ctrl-C comes by. Training is therefore not changed by this callback, and `fit` ends with the weights that it
-    would have ended with; after an exception the model has the weights of training. Where a callback assigns weights
-    during `on_epoch_end`, they stay, as weights to evaluate at. Passed to `evaluate` or `predict` directly, it
-    acts for that call.
+    would have ended with; after an exception the model has the weights of training, on JAX those to evaluate at. Where
+    a callback assigns weights during `on_epoch_end`, they stay, as weights to evaluate at. Passed to `evaluate` or
+    `predict` directly, it acts for that call.
 
     `keras.callbacks.BackupAndRestore` is left alone: it saves in order to go on, and is given the weights of training.
 
@@ -128,7 +129,10 @@ class AveragedWeights(Callback):
             self._recalibrate()
 
     def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        shown = self._exchange is not None
         self._end()
+        if shown and keras.config.backend() == "jax":  # where Keras has done so, too
+            self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
         _separate(self.model)
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
@@ -293,7 +297,8 @@ def _separate(model: Any) -> None:
     """On JAX, Keras lets weights and their average share memory, which the next compiled step gives away twice."""
     if keras.config.backend() == "jax":
         for variable in model.trainable_weights:
-            variable.assign(ops.copy(ops.convert_to_tensor(variable)))
+            if not is_lost(variable):
+                variable.assign(ops.copy(ops.convert_to_tensor(variable)))
 
 
 def _copies(variables: list[Any]) -> list[Any]:

@@ -16,13 +16,16 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
-from keras_optkit.callbacks.instrument import around
+from keras_optkit.callbacks.instrument import Shared, around, compile_anew, shared
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.precision import scalar_dtype
 from keras_optkit.registry import register
 from keras_optkit.schedules import Cosine, Linear, Schedule
 
 Tensor = Any
+
+#: Numbers that Keras hands to `jnp.clip`, which takes no tensor in disguise (`Driven`).
+_NUMBERS_ON_JAX = {"clipvalue", "l1_regularization_strength"}
 
 #: Numbers in the config of Keras's optimizers that say how the step is built, not what it computes.
 _STRUCTURAL = {"gradient_accumulation_steps", "ema_overwrite_frequency", "loss_scale_factor", "name"}
@@ -104,15 +107,14 @@ _add_arithmetic()
 class _FromHost(LearningRateSchedule):
     """A Python function of the update count, called before every batch; the compiled step reads what it returned."""
 
-    def __init__(self, name: str, function: Callable[[int], float]):
-        self._name, self._function = name, function
-        self._held = keras.Variable(0.0, dtype=scalar_dtype(), trainable=False, name=name)
+    def __init__(self, name: str, function: Callable[[int], float], held: Shared):
+        self._name, self._function, self._held = name, function, held
 
     def call_for(self, step: int) -> None:
-        self._held.assign(arguments.real(f"the value of {self._name} at update {step}", self._function(step)))
+        self._held[self._name] = arguments.real(f"the value of {self._name} at update {step}", self._function(step))
 
     def __call__(self, step: Any) -> Tensor:  # noqa: ARG002
-        return ops.copy(self._held)
+        return self._held[self._name]
 
 
 @register(
@@ -135,12 +137,14 @@ class ScheduleHyperparameters(Callback):
     optimizer can be saved as usual.
 
     A value can be a `LearningRateSchedule`, ours or Keras's, or a Python function of the update count. A function is
-    called by the host before every batch, which costs a synchronisation with the device, works on the TensorFlow
-    backend only, and with `steps_per_execution=k` is called before every k-th batch, so that k updates have one value.
+    called by the host before every batch, which costs a synchronisation with the device, works on the TensorFlow and
+    JAX backends only, and with `steps_per_execution=k` is called before every k-th batch, so that k updates have one
+    value.
 
     SGD and RMSprop keep no velocity when they are built with `momentum=0`; give them a momentum above 0 to have it
     driven. An optimizer that was made with a schedule as its learning rate has one already, so that driving
-    `learning_rate` raises. Clipping thresholds must stay above 0.
+    `learning_rate` raises. Clipping thresholds must stay above 0. On JAX, `clipvalue` and the
+    `l1_regularization_strength` of Ftrl cannot be driven.
 
     When not to use it: for the learning rate alone; `optimizer = Adam(schedule)` is simpler and is saved with the
     model. Not together with another callback that sets the same hyperparameter, e.g. ReduceLROnPlateau.
@@ -152,6 +156,7 @@ class ScheduleHyperparameters(Callback):
         TypeError: For a value that is neither a schedule nor a function.
         ValueError: For no schedules at all; when training begins, before the first update, for a name that the
             optimizer does not have, with the names it has, and for a hyperparameter that cannot be driven.
+        RuntimeError: When training begins, for a function on another backend.
 
     Example:
     ```python
@@ -186,7 +191,7 @@ class ScheduleHyperparameters(Callback):
                     f"got {value!r}."
                 )
         self.schedules = dict(schedules)
-        self._detach: Callable[[], None] | None = None
+        self._detach: list[Callable[[], None]] = []
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end()
@@ -194,9 +199,9 @@ class ScheduleHyperparameters(Callback):
         scaled = isinstance(whole, keras.optimizers.LossScaleOptimizer)
         self._optimizer = whole.inner_optimizer if scaled else whole
         self._refuse_what_cannot_be_driven()
-        self._sources = {name: self._source(name, value) for name, value in self.schedules.items()}
-        self._begun_at = number(self._optimizer.iterations)
+        self._begun_at = self._updates()
         self._inside = 0
+        self._sources = self._make_sources()
         self._call_functions()
         for name, source in self._sources.items():
             value = np.asarray(ops.convert_to_numpy(source(self._begun_at)))
@@ -204,19 +209,34 @@ class ScheduleHyperparameters(Callback):
                 raise ValueError(f"schedules[{name!r}] must return a scalar, got one of shape {value.shape}.")
             arguments.real(f"the value of {name} at update {self._begun_at}", value.item())
         # numbers keep their precision until they meet a tensor, as Python's do; this is for meeting none
-        self._dtype = keras.backend.result_type("float32", *{v.dtype for v in self.model.trainable_variables})
-        self._detach = around(whole, "apply", self._drive, first=True)
-        self.model.make_train_function(force=True)
+        self._dtype = "float64" if "float64" in {v.dtype for v in self.model.trainable_variables} else "float32"
+        # on JAX, Keras's loss scaling does not call its own `apply`, but that of the optimizer inside
+        applied = self._optimizer if keras.config.backend() == "jax" else whole
+        self._detach.append(around(applied, "apply", self._drive, first=True))
+        self._try_out()
+        compile_anew(self.model)
 
-    def _source(self, name: str, value: Any) -> LearningRateSchedule:
-        if isinstance(value, LearningRateSchedule):
-            return value
-        if keras.config.backend() != "tensorflow":
-            raise ValueError(
-                f"schedules[{name!r}] must be a LearningRateSchedule on the {keras.config.backend()} backend, got the "
-                f"function {value!r}, which a compiled step cannot call."
-            )
-        return _FromHost(name, value)
+    def _try_out(self) -> None:
+        """Traces an update for what it may raise: in the training step, Keras on JAX would lose all variables by it."""
+        if keras.config.backend() != "jax" or not self._optimizer.built:
+            return
+        import jax
+
+        def update(grads: list[Tensor]) -> None:
+            with keras.StatelessScope():
+                self._optimizer.apply(grads)
+
+        jax.eval_shape(update, [v.value for v in self.model.trainable_variables])
+
+    def _make_sources(self) -> dict[str, LearningRateSchedule]:
+        functions = {name: "only_first_replica" for name, value in self.schedules.items() if not _is_schedule(value)}
+        if not functions:
+            return dict(self.schedules)
+        held = shared(self.model, functions, scalar_dtype())
+        self._detach.append(held.close)
+        return {
+            name: _FromHost(name, value, held) if name in functions else value for name, value in self.schedules.items()
+        }
 
     def _refuse_what_cannot_be_driven(self) -> None:
         optimizer = self._optimizer
@@ -226,6 +246,11 @@ class ScheduleHyperparameters(Callback):
                 raise ValueError(
                     f"schedules: {type(optimizer).__name__} has no hyperparameter {name!r} that can be driven. "
                     f"Allowed: {', '.join(known) or 'none'}.{arguments.near(name, known)}"
+                )
+            if name in _NUMBERS_ON_JAX and keras.config.backend() == "jax" and not isinstance(optimizer, Optimizer):
+                raise ValueError(
+                    f"{name} cannot be driven on the JAX backend, where {type(optimizer).__name__} needs it to be a "
+                    "Python number."
                 )
         if "learning_rate" in self.schedules and not isinstance(optimizer.learning_rate, keras.Variable):
             raise ValueError(
@@ -275,7 +300,7 @@ class ScheduleHyperparameters(Callback):
     def _call_functions(self) -> None:
         functions = [source for source in self._sources.values() if isinstance(source, _FromHost)]
         if functions:
-            step = number(self._optimizer.iterations)
+            step = self._updates()
             for function in functions:
                 function.call_for(step)
 
@@ -293,20 +318,21 @@ class ScheduleHyperparameters(Callback):
 
     def _leave_numbers(self) -> None:
         """Sets the attributes to the numbers of the last update; the learning rate's variable has its own already."""
-        last = number(self._optimizer.iterations) - 1
+        last = self._updates() - 1
         if last >= self._begun_at:
             for name, source in self._sources.items():
                 if name != "learning_rate":
                     setattr(self._optimizer, name, number(source(last)))
 
     def _end(self) -> None:
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        if self._detach:
+            for detach in self._detach:
+                detach()
+            self._detach = []
             if self._inside:  # an exception in one replica leaves the others where they were
                 _set(self._optimizer, self._numbers)
+            compile_anew(self.model)
             self._leave_numbers()
-            self.model.make_train_function(force=True)
 
 
 def _drivable(optimizer: Any) -> list[str]:
@@ -320,6 +346,10 @@ def _drivable(optimizer: Any) -> list[str]:
     numbers = [name for name, value in config.items() if _is_number(value) or (value is None and name in may_be_none)]
     rate = ["learning_rate"] if hasattr(optimizer, "learning_rate") else []  # Keras's MultiOptimizer has none
     return [*rate, *(name for name in numbers if name != "learning_rate" and name not in _STRUCTURAL)]
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, LearningRateSchedule)
 
 
 def _is_number(value: Any) -> bool:

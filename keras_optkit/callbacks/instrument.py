@@ -1,12 +1,27 @@
-"""Running something around a method of one object, for as long as a training lasts."""
+"""Reaching into the compiled training step, for as long as a training lasts.
+
+`around` runs something around a method that the step calls, and `shared` lets step and host exchange numbers. Both take
+effect, and end, when the step is compiled anew, which is what `compile_anew` is for.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
+from typing import Any, Protocol
 
-#: Called with the method's arguments; the method runs inside the context manager that it returns.
+import keras
+import numpy as np
+from keras import ops
+
+from keras_optkit.private import forget_trace
+
+Tensor = Any
+State = Any
+
+#: Called with the method's arguments; the method runs inside the context manager that it returns, and if that yields a
+#: function, the function is called with the method's result.
 Hook = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
@@ -14,8 +29,7 @@ def around(owner: Any, method: str, hook: Hook, *, first: bool = False) -> Calla
     """Runs `hook` around `owner.method` from now on, on this one object, and returns a function that takes it away.
 
     Several hooks may be on one method and be taken away in any order; those that come `first` are entered before the
-    others. What Keras compiles calls the method while it is traced, so the training function has to be made anew
-    (`model.make_train_function(force=True)`) after either.
+    others. What Keras compiles calls the method while it is traced, so `compile_anew` has to be called after either.
     """
     own = vars(owner)  # not setattr, where Keras and TensorFlow would begin to track what is set
     wrapper = own.get(method)
@@ -40,10 +54,178 @@ def _wrap(function: Callable[..., Any], replaced: Any) -> Any:
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            for hook in hooks:
-                stack.enter_context(hook(*args, **kwargs))
-            return function(*args, **kwargs)
+            see_result = [stack.enter_context(hook(*args, **kwargs)) for hook in hooks]
+            result = function(*args, **kwargs)
+            for see in see_result:
+                if see is not None:
+                    see(result)
+            return result
 
     wrapper.hooks = hooks  # type: ignore[attr-defined]
     wrapper.replaced = replaced  # type: ignore[attr-defined]
     return wrapper
+
+
+def compile_anew(model: Any) -> None:
+    """Has the training step of `model` traced anew, with what is around it by then, the next time it runs."""
+    model.make_train_function(force=True)
+    if keras.config.backend() == "jax":
+        forget_trace(model.train_step)
+
+
+class Shared(Protocol):
+    """Scalars, by name, that the host and the training step of one model share."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether this is inside the training step: while it is traced or, without compilation, runs."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """In the step, what the host has set last; on the host, what the last step has set, if it has, or the host."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Sets what the other side will read."""
+
+    def close(self) -> None:
+        """Ends the sharing."""
+
+
+def shared(model: Any, scalars: Mapping[str, str], dtype: str) -> Shared:
+    """Lets host and training step of `model` share scalars, from the next `compile_anew` on.
+
+    On TensorFlow they are variables. On JAX a step is a pure function: what the host has set goes in beside the data,
+    and what the step has set comes out beside the logs. A host that sets does not wait for a step; one that reads does.
+
+    Args:
+        model: The model.
+        scalars: Name to aggregation (see `keras.Variable`), by which replicas of a TensorFlow strategy make one number.
+        dtype: The dtype of all.
+
+    Raises:
+        RuntimeError: If the training step is not Keras's own on TensorFlow or JAX.
+    """
+    backend = keras.config.backend()
+    if backend not in ("tensorflow", "jax"):
+        raise RuntimeError(f"This needs the TensorFlow or the JAX backend, and this is {backend}.")
+    if backend == "jax" and keras.config.is_nnx_enabled():
+        raise RuntimeError(
+            "This does not work with Flax's NNX (KERAS_NNX_ENABLED), whose train_step is the class's own."
+        )
+    return _InVariables(model, scalars, dtype) if backend == "tensorflow" else _ThroughTheStep(model, scalars, dtype)
+
+
+class _InVariables:
+    in_step = True  # whoever asks was called by the step: what is not in it does not go through these hooks
+
+    def __init__(self, model: Any, scalars: Mapping[str, str], dtype: str):
+        with model.distribute_strategy.scope():
+            self._variables = {
+                name: keras.Variable(0.0, dtype=dtype, trainable=False, aggregation=aggregation, name=name)
+                for name, aggregation in scalars.items()
+            }
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return ops.copy(self._variables[name])
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        # ops.cast would take a Python float through float32
+        self._variables[name].assign(value if isinstance(value, Real) else ops.cast(value, self._dtype))
+
+    def close(self) -> None:
+        pass
+
+
+class _ThroughTheStep:
+    def __init__(self, model: Any, scalars: Mapping[str, str], dtype: str):
+        self.outside: dict[str, Any] = {name: np.zeros((), dtype) for name in scalars}
+        self.inside: dict[str, Tensor] | None = None
+        self._dtype = dtype
+        self._carrier = _Carrier.of(model)
+        self._carrier.riders.append(self)
+
+    @property
+    def in_step(self) -> bool:
+        return self.inside is not None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (self.outside if self.inside is None else self.inside)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.inside is None:
+            self.outside[name] = np.asarray(ops.convert_to_numpy(value), self._dtype)
+        else:
+            self.inside[name] = ops.cast(value, self._dtype)
+
+    def close(self) -> None:
+        self._carrier.riders.remove(self)
+        self._carrier.leave_if_empty()
+
+
+class _Carrier:
+    """Stands in for a JAX model's `train_step`, and around its `train_function`, and takes shared scalars through.
+
+    They travel with data and logs, since the state has the structure, and with `keras.distribution` the sharding, that
+    Keras knows; and its arrays are donated, so that they would be lost with a step that fails.
+    """
+
+    def __init__(self, model: Any):
+        self.riders: list[_ThroughTheStep] = []
+        self._model = model
+        self._replaced = {name: vars(model).get(name) for name in ("train_step", "make_train_function")}
+        self._train_step, self._make = model.train_step, model.make_train_function
+        vars(model).update(train_step=self.train_step, make_train_function=self.make_train_function)
+
+    @staticmethod
+    def of(model: Any) -> _Carrier:
+        """The carrier that is on the model already, or a new one."""
+        found = getattr(vars(model).get("train_step"), "__self__", None)
+        return found if isinstance(found, _Carrier) else _Carrier(model)
+
+    def leave_if_empty(self) -> None:
+        """Puts the model's own methods back."""
+        if not self.riders and _Carrier.of(self._model) is self:
+            for name, own in self._replaced.items():
+                if own is None:
+                    del vars(self._model)[name]
+                else:
+                    vars(self._model)[name] = own
+
+    def train_step(self, state: State, data: tuple[Any, list[dict[str, Tensor]]]) -> tuple[Any, State]:
+        """The model's step, traced, with the scalars of the riders set to what came with the data."""
+        data, given = data
+        for rider, values in zip(self.riders, given, strict=True):
+            rider.inside = dict(values)
+        try:
+            logs, state = self._train_step(state, data)
+            return (logs, [rider.inside for rider in self.riders]), state
+        finally:
+            for rider in self.riders:
+                rider.inside = None
+
+    def make_train_function(self, force: bool = False) -> None:
+        """The model's, whose result hands the scalars in and takes them out."""
+        before = self._model.train_function
+        self._make(force)
+        compiled = self._model.train_function
+        if compiled is before:
+            return
+
+        def train_function(state: State, iterator: Iterator[Any]) -> tuple[Any, State]:
+            given = [dict(rider.outside) for rider in self.riders]
+            (logs, taken), state = compiled(state, _With(given, iterator))
+            for rider, values in zip(self.riders, taken, strict=True):
+                rider.outside.update(values)
+            return logs, state
+
+        self._model.train_function = train_function
+
+
+class _With:
+    """An iterator over pairs of data and what is given with them."""
+
+    def __init__(self, given: Any, iterator: Iterator[Any]):
+        self._given, self._iterator = given, iterator
+
+    def __next__(self) -> tuple[Any, Any]:
+        return next(self._iterator), self._given

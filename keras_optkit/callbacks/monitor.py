@@ -12,8 +12,8 @@ import keras
 from keras import ops
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import Callback, number
-from keras_optkit.callbacks.instrument import around
+from keras_optkit.callbacks.callback import Callback
+from keras_optkit.callbacks.instrument import around, compile_anew, shared
 from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 
@@ -40,8 +40,7 @@ class TrainingMonitor(Callback):
     The loss is the batch's own, whereas Keras's logs hold the mean since the epoch began.
 
     The values are computed inside the training step, with any optimizer, in graph mode, with XLA and in mixed
-    precision, into small variables that are read only when they are written: no step waits for the host. Training
-    itself is not changed.
+    precision, and are read only when they are written: no step waits for the host. Training itself is not changed.
 
     The step axis counts updates of the weights (`optimizer.iterations`) and always goes on: over several calls of
     `fit`, and in a new process with the same `log_dir`, whether its optimizer was restored or begins at 0. With
@@ -49,8 +48,9 @@ class TrainingMonitor(Callback):
     written. Under gradient accumulation the gradient is that of the micro-batch. With several replicas the norm is that
     of the summed gradient, which takes a second all-reduce in every step.
 
-    When not to use it: on a backend other than TensorFlow. A custom `train_step` that does not go through
-    `optimizer.scale_loss` has no `train/loss`, and one that does not go through `optimizer.apply` has no other value.
+    When not to use it: on a backend other than TensorFlow and JAX. A custom `train_step` that does not go through
+    `optimizer.scale_loss` (on JAX: does not update Keras's metric "loss") has no `train/loss`, and one that does not go
+    through `optimizer.apply` (on JAX: `optimizer.stateless_apply`) has no other value.
 
     Args:
         log_dir: Directory of the event files, a string or a path; made when it does not exist.
@@ -59,7 +59,7 @@ class TrainingMonitor(Callback):
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range.
-        RuntimeError: When training begins, on another backend than TensorFlow.
+        RuntimeError: When training begins, on another backend than TensorFlow and JAX.
 
     Example:
     ```python
@@ -87,54 +87,80 @@ class TrainingMonitor(Callback):
         self._detach: list[Callable[[], None]] = []
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        if keras.config.backend() != "tensorflow":
-            raise RuntimeError(f"TrainingMonitor needs the TensorFlow backend, this is {keras.config.backend()}.")
-        import tensorflow as tf
+        from tensorboard.summary import Writer
 
         self._end()
-        optimizer = self.model.optimizer
         reached = _last_step(self.log_dir) if self._step < 0 else self._step
-        begun_at = number(self.model.optimizer.iterations)
+        begun_at = self._updates()
         self._offset = max(0, reached - begun_at)  # every step written from now on is a new one
         self._step = self._offset + begun_at
         self._wait, self._batch = self._until_due(), 0
-        with self.model.distribute_strategy.scope():
-            self._values = {
-                name: keras.Variable(0.0, dtype="float32", trainable=False, aggregation=aggregation, name=name)
-                for name, aggregation in (
-                    ("learning_rate", "only_first_replica"),
-                    ("loss", "sum"),  # each replica has its part of the global batch's mean
-                    ("gradient_norm", "only_first_replica"),
-                )
-            }
         self._computed: set[str] = set()
-        self._writer = tf.summary.create_file_writer(self.log_dir)
-        self._detach = [
-            around(optimizer, "scale_loss", self._see_loss),
-            around(optimizer, "apply", self._see_gradients),
+        self._optimizer = self.model.optimizer
+        aggregations = {
+            "learning_rate": "only_first_replica",
+            "loss": "sum",  # each replica has its part of the global batch's mean
+            "gradient_norm": "only_first_replica",
+        }
+        self._values = shared(self.model, aggregations, "float32")
+        self._detach = [self._values.close, *self._hooks()]
+        self._writer = Writer(self.log_dir)
+        compile_anew(self.model)
+
+    def _hooks(self) -> list[Callable[[], None]]:
+        if keras.config.backend() == "tensorflow":
+            return [
+                around(self._optimizer, "scale_loss", self._see_loss),
+                around(self._optimizer, "apply", self._see_gradients),
+            ]
+        # On JAX `scale_loss` is called inside of what is differentiated and `apply`, with loss scaling, inside of a
+        # condition. No value can come out of either; it can from around them.
+        losses = [m for m in self.model.metrics if m.name == "loss"]
+        return [
+            *(around(metric, "update_state", self._see_loss) for metric in losses),
+            around(self._optimizer, "stateless_apply", self._see_stateless),
         ]
-        self.model.make_train_function(force=True)
 
     # -- inside the training step -------------------------------------------------------------------------------------
 
     def _hold(self, name: str, value: Tensor) -> None:
-        self._values[name].assign(ops.cast(value, "float32"))
-        self._computed.add(name)
+        if self._values.in_step:  # and not in the validation, say, which updates the same metric
+            self._values[name] = value
+            self._computed.add(name)
 
     @contextlib.contextmanager
-    def _see_loss(self, loss: Tensor) -> Iterator[None]:
+    def _see_loss(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
         self._hold("loss", loss)
         yield
 
     @contextlib.contextmanager
     def _see_gradients(self, grads: Sequence[Tensor | None], *_: Any, **__: Any) -> Iterator[None]:
-        optimizer = self.model.optimizer
+        optimizer = self._optimizer
         rate = getattr(optimizer, "learning_rate", None)  # Keras's MultiOptimizer has none
         if rate is not None:
             self._hold("learning_rate", rate)
         scale = type(optimizer).scale_loss(optimizer, ops.ones((), "float32"))  # the class's own, which nobody watches
         self._hold("gradient_norm", _global_norm(_over_replicas(grads)) / scale)
         yield
+
+    @contextlib.contextmanager
+    def _see_stateless(
+        self, before: Sequence[Tensor], grads: Sequence[Tensor], *_: Any, **__: Any
+    ) -> Iterator[Callable[[Any], None]]:
+        optimizer = self._optimizer
+
+        def holding(values: Sequence[Tensor]) -> Any:
+            return keras.StatelessScope(list(zip(optimizer.variables, values, strict=True)))
+
+        def see_result(result: tuple[Any, Sequence[Tensor]]) -> None:
+            with holding(result[1]):
+                rate = getattr(optimizer, "learning_rate", None)
+                if isinstance(rate, keras.Variable):  # ScheduleHyperparameters sets it in there
+                    self._hold("learning_rate", rate)
+
+        with holding(before), self._see_gradients(grads):
+            pass
+        yield see_result
 
     # -- outside of it ------------------------------------------------------------------------------------------------
 
@@ -158,34 +184,32 @@ class TrainingMonitor(Callback):
         self._end()
 
     def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
-        if self._writer is not None:
-            self._write_if_due()
-        self._end()
+        try:
+            if self._writer is not None:
+                self._write_if_due()
+        finally:
+            self._end()
 
     def _until_due(self) -> int:
         return self.every - self._step % self.every
 
     def _write_if_due(self) -> None:
-        step = self._offset + number(self.model.optimizer.iterations)
+        step = self._offset + self._updates()
         if step // self.every > self._step // self.every:
-            values = {f"train/{name}": self._values[name].numpy() for name in sorted(self._computed)}
-            self._write(values, step)
+            self._write({f"train/{name}": self._values[name] for name in sorted(self._computed)}, step)
         self._step = step
         self._wait = self._until_due()  # a batch makes at most one update, so it cannot be due before
 
     def _write(self, values: Mapping[str, Any], step: int) -> None:
-        import tensorflow as tf
-
-        with self._writer.as_default(step):
-            for tag, value in values.items():
-                tf.summary.scalar(tag, value)
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, ops.convert_to_numpy(value), step)
 
     def _end(self) -> None:
         for detach in self._detach:
             detach()
         if self._detach:
             self._detach = []
-            self.model.make_train_function(force=True)
+            compile_anew(self.model)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -198,6 +222,8 @@ def _global_norm(grads: Sequence[Tensor]) -> Tensor:
 
 def _over_replicas(grads: Sequence[Tensor | None]) -> list[Tensor]:
     """The gradients of the global batch, dense: rows that occur twice in a sparse one have to be summed first."""
+    if keras.config.backend() != "tensorflow":  # on JAX all devices compute one step, on arrays that are sharded
+        return [g for g in grads if g is not None]
     import tensorflow as tf
 
     present = [tf.convert_to_tensor(g) for g in grads if g is not None]  # keras.ops would leave it sparse
