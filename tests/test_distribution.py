@@ -30,15 +30,16 @@ def by_rows(**common):
     return optimizer
 
 
+#: The thresholds lie between the norms of the batches, so that some are clipped and some are not.
 CASES = {
-    "clipvalue, average": lambda: adamw(clipvalue=0.02, use_ema=True, ema_momentum=0.6),
-    "clipnorm, groups": lambda: adamw(clipnorm=0.05, groups=GROUPS),
-    "global_clipnorm, accumulation": lambda: adamw(global_clipnorm=0.1, gradient_accumulation_steps=2),
+    "clipvalue, average": lambda: adamw(clipvalue=0.8, use_ema=True, ema_momentum=0.6),
+    "clipnorm, groups": lambda: adamw(clipnorm=4.0, groups=GROUPS),
+    "global_clipnorm, accumulation": lambda: adamw(global_clipnorm=9.0, gradient_accumulation_steps=2),
     "all at once": lambda: adamw(
-        global_clipnorm=0.1, gradient_accumulation_steps=2, use_ema=True, skip_nonfinite=2, groups=GROUPS
+        global_clipnorm=9.0, gradient_accumulation_steps=2, use_ema=True, skip_nonfinite=2, groups=GROUPS
     ),
-    "rows, skip_nonfinite": lambda: by_rows(global_clipnorm=0.1, skip_nonfinite=2),
-    "rows taken as dense": lambda: adamw(clipnorm=0.05, sparse="dense"),
+    "rows, skip_nonfinite": lambda: by_rows(global_clipnorm=11.0, skip_nonfinite=2),
+    "rows taken as dense": lambda: adamw(clipnorm=4.0, sparse="dense"),
     "schedule-free": lambda: ok.optimizers.ScheduleFreeAdamW(
         0.05, global_clipnorm=0.1, gradient_accumulation_steps=2, warmup_steps=2
     ),
