@@ -299,7 +299,7 @@ def test_a_loop_in_two_processes_equals_one(example, tmp_path):
 @pytest.mark.usefixtures("example")
 def test_parameter_servers_are_refused():
     done = subprocess.run([*WORKER, "parameter-server"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("ParameterServerStrategyV2 is not supported: ")
 
 
