@@ -30,15 +30,14 @@ def by_rows(**common):
     return optimizer
 
 
+#: The thresholds lie between the norms of the batches, so that some are clipped and some are not.
 CASES = {
-    "clipvalue, average": lambda: adamw(clipvalue=0.02, use_ema=True, ema_momentum=0.6),
-    "clipnorm, groups": lambda: adamw(clipnorm=0.05, groups=GROUPS),
-    "global_clipnorm, accumulation": lambda: adamw(global_clipnorm=0.1, gradient_accumulation_steps=2),
+    "clipvalue, average": lambda: adamw(clipvalue=0.8, use_ema=True, ema_momentum=0.6),
+    "clipnorm, groups, dense": lambda: adamw(clipnorm=4.0, groups=GROUPS, sparse="dense"),
     "all at once": lambda: adamw(
-        global_clipnorm=0.1, gradient_accumulation_steps=2, use_ema=True, skip_nonfinite=2, groups=GROUPS
+        global_clipnorm=9.0, gradient_accumulation_steps=2, use_ema=True, skip_nonfinite=2, groups=GROUPS
     ),
-    "rows, skip_nonfinite": lambda: by_rows(global_clipnorm=0.1, skip_nonfinite=2),
-    "rows taken as dense": lambda: adamw(clipnorm=0.05, sparse="dense"),
+    "rows, skip_nonfinite": lambda: by_rows(global_clipnorm=11.0, skip_nonfinite=2),
     "schedule-free": lambda: ok.optimizers.ScheduleFreeAdamW(
         0.05, global_clipnorm=0.1, gradient_accumulation_steps=2, warmup_steps=2
     ),
@@ -179,7 +178,7 @@ def test_loss_scaling_leaves_out_an_update_that_is_infinite_on_one_replica(bad):
     for strategy in (tf.distribute.get_strategy(), problems.two_replicas()):
         with strategy.scope():
             weights = problems.variables(problems.start())
-            optimizer = LossScale(adamw(global_clipnorm=0.1, gradient_accumulation_steps=2), initial_scale=4.0)
+            optimizer = LossScale(adamw(clipnorm=1.0, gradient_accumulation_steps=2), initial_scale=4.0)
             optimizer.build(weights)
 
         def on_replica(grads, infinite, two=strategy.num_replicas_in_sync == 2, o=optimizer, w=weights):
@@ -300,7 +299,7 @@ def test_a_loop_in_two_processes_equals_one(example, tmp_path):
 @pytest.mark.usefixtures("example")
 def test_parameter_servers_are_refused():
     done = subprocess.run([*WORKER, "parameter-server"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("ParameterServerStrategyV2 is not supported: ")
 
 

@@ -4,6 +4,7 @@ python tests/worker.py DIRECTORY CASE...: trains under MultiWorkerMirroredStrate
 python tests/worker.py parameter-server: builds an optimizer under ParameterServerStrategy and prints what is raised.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -49,6 +50,7 @@ def parameter_server():
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(100, exit=True)  # instead of a timeout that does not say where
     keras.config.set_floatx("float64")
     if sys.argv[1] == "parameter-server":
         parameter_server()
