@@ -1,0 +1,1103 @@
+"""Bugs that are planted into the package, to see that the conformance checks catch them.
+
+    python tests/planted_bugs.py            # all of them; the table of docs/guide/conformance.md
+    python tests/planted_bugs.py momentum   # those with the word in their description
+
+Each bug is put into the running package, in the place of one or two functions; the checks that are named with it must
+fail, and pass again without it.
+"""
+
+# ruff: noqa: ARG001, ARG005 (what is wrong has the arguments of what is right)
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+import keras_optkit as ok
+from keras_optkit import arguments, callbacks, initializers, layers, regularizers, schedules
+from keras_optkit.optimizers import adaptive, distribute, optimizer, packing, wrappers
+from keras_optkit.optimizers.adam import AdamRule
+from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.rule import Hyper
+from keras_optkit.registry import KINDS
+from keras_optkit.saving import FromSignature
+from keras_optkit.testing.conformance import Check, checks_for
+
+#: Where the bug is planted, and the wrong function as a function of the right one.
+Patch = tuple[Any, str, Callable[[Any], Any]]
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A bug, the card that it is planted for, and the checks that have to catch it."""
+
+    what: str
+    card: str
+    checks: tuple[str, ...]
+    patches: tuple[Patch, ...]
+    kind: str = "optimizer"
+
+    @contextlib.contextmanager
+    def planted(self):
+        with contextlib.ExitStack() as undo:
+            for owner, name, make in self.patches:
+                inherited = name not in vars(owner)
+                right = getattr(owner, name) if inherited else vars(owner)[name]
+                _put(owner, name, make(right))
+                undo.callback(*((delattr, owner, name) if inherited else (_put, owner, name, right)))
+            yield
+
+    def found(self) -> list[tuple[ok.Card, Check]]:
+        (card,) = [c for c in ok.cards(self.kind) if c.name == self.card]
+        known = {check.name: check for check in checks_for(card)}
+        return [(card, known[name]) for name in self.checks]
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, type):
+        setattr(owner, name, value)
+    else:  # a module, or a card, which is frozen
+        vars(owner)[name] = value
+
+
+BUGS: list[Bug] = []
+
+
+def bug(what: str, card: str, checks: str, *places: Any, kind: str = "optimizer") -> Callable[[Any], Any]:
+    """Decorator of a function from the right function to the wrong one, for `places`: owner, name, owner, name, ..."""
+
+    def add(make: Any) -> Any:
+        makes = make if isinstance(make, list) else [make] * (len(places) // 2)
+        patches = tuple(zip(places[::2], places[1::2], makes, strict=True))
+        BUGS.append(Bug(what, card, tuple(checks.split()), patches, kind))
+        return make
+
+    return add
+
+
+# -- decay, bias correction, epsilon ----------------------------------------------------------------------------------
+
+
+@bug("bias correction with t - 1", "AdamW", "twin", Hyper, "bias_correction")
+def _(right):
+    def bias_correction(self, beta):
+        late = copy.copy(self)
+        late.step = ops.maximum(self.step - 1, 1)
+        return right(late, beta)
+
+    return bias_correction
+
+
+@bug("no bias correction", "Adam", "twin", Hyper, "bias_correction")
+def _(right):
+    return lambda self, beta: ops.ones_like(right(self, beta))
+
+
+@bug("epsilon outside of the root where it belongs inside", "RMSprop", "twin", adaptive, "_root")
+def _(right):
+    return lambda x, epsilon, inside: right(x, epsilon, False)
+
+
+@bug("epsilon left out", "AdamW", "zero_and_rate_zero", AdamRule, "update")
+def _(right):
+    return lambda self, *rest: right(dataclasses.replace(self, epsilon=0.0), *rest)
+
+
+@bug("decay multiplied by the learning rate twice", "AdamW", "twin decay_mask", Optimizer, "_apply_rule")
+def _(right):
+    def apply_rule(self, u, slots, p, h, mask):
+        h = copy.copy(h)
+        h.weight_decay = h.learning_rate * h.weight_decay
+        return right(self, u, slots, p, h, mask)
+
+    return apply_rule
+
+
+@bug("decay not multiplied by the learning rate", "AdamW", "zero_and_rate_zero twin", Optimizer, "_apply_rule")
+def _(right):
+    def apply_rule(self, u, slots, p, h, mask):
+        without = copy.copy(h)
+        without.decays = False
+        new, slots = right(self, u, slots, p, without, mask)
+        return new - h.weight_decay * p, slots
+
+    return apply_rule
+
+
+@bug("decay added to the gradient, as an L2 penalty", "AdamW", "twin decay_mask", Optimizer, "_apply_rule")
+def _(right):
+    def apply_rule(self, u, slots, p, h, mask):
+        if h.decays:
+            u, h = u + h.weight_decay * p, copy.copy(h)
+            h.decays = False
+        return right(self, u, slots, p, h, mask)
+
+    return apply_rule
+
+
+@bug("decay of the weights after the step", "SGD", "twin decay_mask", Optimizer, "_apply_rule")
+def _(right):
+    def apply_rule(self, u, slots, p, h, mask):
+        without = copy.copy(h)
+        without.decays = False
+        p, slots = right(self, u, slots, p, without, mask)
+        return p - h.learning_rate * h.weight_decay * p, slots
+
+    return apply_rule
+
+
+@bug("vectors are decayed, too", "AdamW", "decay_mask", optimizer, "treatments")
+def _(right):
+    return lambda paths, ranks, *rest: right(paths, [rank + 1 for rank in ranks], *rest)
+
+
+@bug("weights go up", "SGD", "learns twin", Optimizer, "_apply_rule")
+def _(right):
+    def apply_rule(self, u, slots, p, h, mask):
+        return right(self, -u, slots, p, h, mask)
+
+    return apply_rule
+
+
+# -- clipping, accumulation, replicas ---------------------------------------------------------------------------------
+
+
+@bug("clipnorm takes the norm of all variables that share a bucket", "AdamW", "clipping", packing.Bucket, "split")
+def _(right):
+    def split(self, tensor):
+        inside_clip = sys._getframe(1).f_code.co_name == "_clip"
+        return [tensor] if inside_clip else right(self, tensor)
+
+    return split
+
+
+@bug("global norm as the sum of the norms", "SGD", "clipping", optimizer, "_sum_of_squares")
+def _(right):
+    return lambda grad: ops.sqrt(right(grad))
+
+
+def _clipped_at_once(right):
+    def bucketed(self, grads):
+        present = [g for g in grads if g is not None]
+        if self.global_clipnorm:
+            present, _ = tf.clip_by_global_norm(present, self.global_clipnorm)
+        elif self.clipvalue:
+            present = [tf.clip_by_value(g, -self.clipvalue, self.clipvalue) for g in present]
+        left = iter(present)
+        return right(self, [None if g is None else next(left) for g in grads])
+
+    return bucketed
+
+
+bug("clipping before the sum over replicas", "AdamW", "replicas", Optimizer, "_bucketed")(_clipped_at_once)
+bug("clipping before the mean over micro-batches", "AdamW", "accumulation", Optimizer, "_bucketed")(_clipped_at_once)
+
+
+@bug("mean over replicas instead of the sum", "SGD", "replicas", distribute, "sum_over_replicas")
+def _(right):
+    def mean(tensors):
+        count = tf.distribute.get_strategy().num_replicas_in_sync
+        return [None if t is None else t / count for t in right(tensors)]
+
+    return mean
+
+
+@bug("every replica updates with its own gradient", "AdamW", "replicas", distribute, "sum_over_replicas")
+def _(right):
+    return lambda tensors: tensors
+
+
+@bug("sum over micro-batches instead of the mean", "SGD", "accumulation", Optimizer, "_means")
+def _(right):
+    def sums(self, state, grads):
+        k = self.gradient_accumulation_steps
+        return [None if g is None else g._replace(value=g.value * k) for g in right(self, state, grads)]
+
+    return sums
+
+
+@bug("the last micro-batch instead of the mean", "AdamW", "accumulation", Optimizer, "_means")
+def _(right):
+    return lambda self, state, grads: grads
+
+
+@bug("a schedule counts micro-batches", "AdamW", "accumulation", Optimizer, "_program")
+def _(right):
+    def program(self):
+        step, k = right(self), self.gradient_accumulation_steps or 1
+        return dataclasses.replace(
+            step, read=lambda state: step.read(state | {"iterations": state["iterations"] * k + k - 1})
+        )
+
+    return program
+
+
+@bug("micro-batches are counted as updates", "SGD", "accumulation", Optimizer, "_collect")
+def _(right):
+    def collect(self, state, grads):
+        self.iterations.assign_add(1)
+        return right(self, state, grads)
+
+    return collect
+
+
+@bug("the moving average counts micro-batches", "AdamW", "accumulation", Optimizer, "_collect")
+def _(right):
+    def collect(self, state, grads):
+        held = self._held.state
+        for b, bucket in enumerate(self._held.buckets):
+            if self.use_ema:
+                p = bucket.stored(bucket.join([ops.convert_to_tensor(w) for w in held["weights"][b]]))
+                average = held["average"][b]
+                average.assign(self.ema_momentum * average + (1 - self.ema_momentum) * p)
+        return right(self, state, grads)
+
+    return collect
+
+
+@bug("accumulators are not emptied", "AdamW", "accumulation", Optimizer, "_update")
+def _(right):
+    def update(self, state, *rest):
+        return right(self, state, *rest) | {name: state[name] for name in ("accumulated",) if name in state}
+
+    return update
+
+
+# -- modes, packing ---------------------------------------------------------------------------------------------------
+
+
+@bug("steps are counted in Python", "AdamW", "modes_agree fit", Optimizer, "_program")
+def _(right):
+    def program(self):
+        step = right(self)
+        self._held.calls = getattr(self._held, "calls", -1) + 1
+        count = tf.constant(self._held.calls)
+        return dataclasses.replace(
+            step, update=lambda state, grads, p: step.update(state, grads, p._replace(iterations=count))
+        )
+
+    return program
+
+
+@bug("a variable is made in the first step, which is traced again", "SGD", "modes_agree", Optimizer, "apply")
+def _(right):
+    def apply(self, grads, trainable_variables=None):
+        if not hasattr(self._held, "largest"):
+            self._held.largest = tf.Variable(0.0)
+        right(self, grads, trainable_variables)
+
+    return apply
+
+
+@bug("constraints hold in eager steps only", "AdamW", "fit", Optimizer, "_constraint")
+def _(right):
+    def constraint(self, bucket):
+        return right(self, bucket) if tf.executing_eagerly() else None
+
+    return constraint
+
+
+@bug("variables are joined in another order than they are split in", "SGD", "packing", packing.Bucket, "join")
+def _(right):
+    return lambda self, tensors: right(self, tensors[::-1] if self.form == "flat" else tensors)
+
+
+@bug("packed by dtype alone, so the first one's decay is everybody's", "AdamW", "packing", optimizer, "pack")
+def _(right):
+    def by_dtype(shapes, dtypes, treatments, *, below, **rest):
+        known = treatments[:1] * len(treatments) if below else treatments
+        return right(shapes, dtypes, known, below=below, **rest)
+
+    return by_dtype
+
+
+@bug("what the fused step has computed is not assigned", "SGD", "fused", distribute, "_write")
+def _(right):
+    def write(buckets, *rest, keep=False):
+        result = right(buckets, *rest, keep=keep)
+        return [None] * len(buckets) if keep else result
+
+    return write
+
+
+@bug("the fused step takes missing gradients for zeros", "AdamW", "fused", Optimizer, "_apply_rule")
+def _(right):
+    def apply_rule(self, u, slots, p, h, mask):
+        return right(self, u, slots, p, h, mask if self.fuse is False or tf.executing_eagerly() else None)
+
+    return apply_rule
+
+
+# -- odd gradients and dtypes -----------------------------------------------------------------------------------------
+
+
+@bug("missing gradients are zeros", "AdamW", "missing_gradient", Optimizer, "_apply_rule")
+def _(right):
+    return lambda self, u, slots, p, h, mask: right(self, u, slots, p, h, None)
+
+
+@bug("the momentum of a variable without a gradient fades", "SGD", "missing_gradient", Optimizer, "_apply_rule")
+def _(right):
+    def apply_rule(self, u, slots, p, h, mask):
+        new, _ = right(self, u, slots, p, h, mask)
+        return new, right(self, u, slots, p, h, None)[1]
+
+    return apply_rule
+
+
+@bug("slots in the dtype of half-precision weights", "AdamW", "dtypes", optimizer, "at_least_float32")
+def _(right):
+    return keras.backend.standardize_dtype
+
+
+@bug("the rule's state drifts to float64", "AdamW", "dtypes", AdamRule, "update")
+def _(right):
+    def update(self, *rest):
+        step, new = right(self, *rest)
+        return step, {name: ops.cast(slot, "float64") for name, slot in new.items()}
+
+    return update
+
+
+@bug("steps start at the rounded weights, not at their masters", "AdamW", "master_weights", Optimizer, "_widened")
+def _(right):
+    def widened(self, weights, state, b):
+        if not self.master_weights:
+            return right(self, weights, state, b)
+        return ops.cast(weights, optimizer.at_least_float32(weights.dtype))
+
+    return widened
+
+
+@bug("the masters are not saved", "SGD", "master_weights", Optimizer, "_entries")
+def _(right):
+    return lambda self: {name: entry for name, entry in right(self).items() if not name.startswith("master")}
+
+
+@bug("the loss scale is not divided out", "SGD", "loss_scaling", Optimizer, "_of_bucket")
+def _(right):
+    def of_bucket(self, *rest):
+        scale, self.loss_scale_factor = self.loss_scale_factor, None
+        try:
+            return right(self, *rest)
+        finally:
+            self.loss_scale_factor = scale
+
+    return of_bucket
+
+
+@bug("a skipped update is counted", "AdamW", "skip_nonfinite", optimizer, "_unless_nonfinite")
+def _(right):
+    return lambda state, new, prepared: right(state, new, prepared) | {"iterations": new["iterations"]}
+
+
+@bug("NaN is looked for, and infinity goes through", "SGD", "skip_nonfinite", ops, "isfinite")
+def _(right):
+    return lambda x: ops.logical_not(ops.isnan(x))
+
+
+@bug("bad gradients in a row are counted from the start", "SGD", "skip_nonfinite", optimizer, "_unless_nonfinite")
+def _(right):
+    def unless_nonfinite(state, new, prepared):
+        result = right(state, new, prepared)
+        return result | {"nonfinite": result["nonfinite"] | {"in_a_row": result["nonfinite"]["skipped"]}}
+
+    return unless_nonfinite
+
+
+@bug(
+    "of a row that occurs twice in a batch, one gradient counts", "SGD", "rows", distribute, "dense", distribute, "rows"
+)
+def _(right):
+    def without_duplicates(gradient, *rest):
+        if distribute.is_sparse(gradient):
+            later = tf.linalg.band_part(tf.equal(gradient.indices[:, None], gradient.indices[None]), 0, -1)
+            last = tf.reduce_sum(tf.cast(later, "int32"), 1) == 1
+            values = tf.where(tf.reshape(last, (-1, *[1] * (len(gradient.values.shape) - 1))), gradient.values, 0)
+            gradient = tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return right(gradient, *rest)
+
+    return without_duplicates
+
+
+@bug("momentum and decay move the rows that are not in the batch", "AdamW", "rows", Optimizer, "_is_lazy")
+def _(right):
+    return lambda self, grad: False
+
+
+# -- groups, learning rate, averages ----------------------------------------------------------------------------------
+
+
+@bug("the factor of a group does not reach its decay", "AdamW", "groups", Optimizer, "_hyper")
+def _(right):
+    def hyper(self, prepared, memo, bucket=None):
+        h = right(self, prepared, memo, bucket)
+        if bucket is not None and bucket.treatment.lr_scale:
+            h.weight_decay = h.weight_decay / bucket.treatment.lr_scale
+        return h
+
+    return hyper
+
+
+@bug("of the groups that match, the last one counts", "AdamW", "groups", optimizer, "treatments")
+def _(right):
+    return lambda paths, ranks, groups, *rest: right(paths, ranks, (groups or [])[::-1], *rest)
+
+
+def _count_frozen(right):
+    def bucketed(self, grads):
+        treatments = self._treatments(self._held.variables)[0]
+        self._held.frozen = [g for g, how in zip(grads, treatments, strict=True) if how is None and g is not None]
+        return right(self, grads)
+
+    return bucketed
+
+
+def _clip_with_frozen(right):
+    def prepare(self, *rest):
+        prepared = right(self, *rest)
+        if prepared.factor is None:
+            return prepared
+        norm = self.global_clipnorm / prepared.factor  # all of them are above the limit
+        total = norm**2 + sum(ops.sum(ops.square(g)) for g in self._held.frozen)
+        return prepared._replace(factor=self.global_clipnorm / ops.sqrt(total))
+
+    return prepare
+
+
+bug(
+    "the gradients of frozen variables count when clipping",
+    "AdamW",
+    "groups",
+    Optimizer,
+    "_bucketed",
+    Optimizer,
+    "_prepare",
+)([_count_frozen, _clip_with_frozen])
+
+
+@bug("what is set on top of a schedule is ignored", "AdamW", "learning_rate", Optimizer, "_prepare")
+def _(right):
+    def prepare(self, state, *rest):
+        one = ops.ones_like(state["multiplier"])
+        return right(self, state | {"multiplier": state["multiplier"] if self._schedule is None else one}, *rest)
+
+    return prepare
+
+
+@bug("a schedule is read one update too late", "SGD", "learning_rate", Hyper, "exact")
+def _(right):
+    def exact(self, value):
+        early = copy.copy(self)
+        early._iterations = ops.maximum(self._iterations - 1, 0)
+        return right(early, value)
+
+    return exact
+
+
+@bug("momentum and 1 - momentum of the average change places", "AdamW", "average", Optimizer, "_update")
+def _(right):
+    def update(self, *rest):
+        given = self.ema_momentum
+        self.ema_momentum = 1 - given
+        try:
+            return right(self, *rest)
+        finally:
+            self.ema_momentum = given
+
+    return update
+
+
+@bug("the average starts at zero", "SGD", "average", Optimizer, "_update")
+def _(right):
+    def update(self, state, *rest):
+        new = right(self, state, *rest)
+        if "average" in state:
+            first = ops.equal(state["iterations"], 0)
+            share = 1 - self.ema_momentum
+            new["average"] = [ops.where(first, share * a, a) for a in new["average"]]
+        return new
+
+    return update
+
+
+@bug(
+    "the average is kept in float32 while the model holds it", "AdamW", "evaluation_weights", Optimizer, "swap_weights"
+)
+def _(right):
+    def swap_weights(self, evaluating):
+        right(self, evaluating)
+        for average in self._held.state.get("average", []) if self.built else []:
+            average.assign(ops.cast(ops.cast(average, "float32"), average.dtype))
+
+    return swap_weights
+
+
+bug(
+    "`fit` goes on from the average that the last one ended with",
+    "AdamW",
+    "evaluation_weights",
+    keras.Model,
+    "fit",
+    optimizer,
+    "guard_training",
+)([lambda right: right.__wrapped__, lambda right: lambda: None])
+
+
+@bug(
+    "going to the slow weights and back loses the fast ones",
+    "Lookahead",
+    "evaluation_weights",
+    wrappers.LookaheadRule,
+    "eval_value",
+)
+def _(right):
+    return lambda self, p, slots, h: (slots["slow"], slots)
+
+
+@bug("evaluated at z, the last iterate", "ScheduleFreeSGD", "evaluation_weights", wrappers._ScheduleFree, "eval_value")
+def _(right):
+    return lambda self, p, slots, h: (slots["anchor"], slots)
+
+
+@bug("synchronised after the first step of each period", "Lookahead", "twin", wrappers.LookaheadRule, "update")
+def _(right):
+    def update(self, u, slots, p, h):
+        early = copy.copy(h)
+        early.step = h.step - 1
+        return right(self, u, slots, p, early)
+
+    return update
+
+
+@bug(
+    "iterates are averaged with equal weights during warm-up",
+    "ScheduleFreeSGD",
+    "twin",
+    wrappers._ScheduleFree,
+    "measure",
+)
+def _(right):
+    return lambda self, h: right(self, h) | {"share": 1 / h.step}
+
+
+@bug("the learning rate does not warm up", "ScheduleFreeAdamW", "twin", wrappers._ScheduleFree, "warmed_up")
+def _(right):
+    return lambda self, h: h
+
+
+# -- configuration and state ------------------------------------------------------------------------------------------
+
+
+@bug("the config loses an argument that the class hands on", "AdamW", "config_round_trip", FromSignature, "get_config")
+def _(right):
+    return lambda self: {name: value for name, value in right(self).items() if name != "clipnorm"}
+
+
+@bug("numbers are not checked against their range", "AdamW", "bad_arguments", arguments, "real")
+def _(right):
+    return lambda name, value, *_, **__: value
+
+
+@bug("any keyword is accepted until Python finds it", "SGD", "bad_arguments", Optimizer, "__new__")
+def _(right):
+    return staticmethod(lambda cls, *_, **__: object.__new__(cls))
+
+
+@bug("a slot is not saved", "AdamW", "save_load_continue", Optimizer, "_entries")
+def _(right):
+    return lambda self: {name: entry for name, entry in right(self).items() if not name.startswith("slot.v.")}
+
+
+@bug("a learning rate that was set is not restored", "SGD", "save_load_continue", Optimizer, "load_own_variables")
+def _(right):
+    def load_own_variables(self, store):
+        rate = ops.copy(self._multiplier)
+        right(self, store)
+        self._multiplier.assign(rate)
+
+    return load_own_variables
+
+
+@bug("accumulated gradients are not saved", "SGD", "save_load_continue", Optimizer, "_entries")
+def _(right):
+    return lambda self: {name: entry for name, entry in right(self).items() if not name.startswith("accumulated")}
+
+
+def _save_packed(right):
+    def save_own_variables(self, store):
+        store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
+        for name, (variable, _) in self._entries().items():
+            store[name] = ops.convert_to_numpy(variable)
+
+    return save_own_variables
+
+
+def _restore_packed(right):
+    def restore(self, saved):
+        for name, (variable, _) in self._entries().items():
+            variable.assign(saved[name])
+
+    return restore
+
+
+bug(
+    "state is saved as it is packed",
+    "AdamW",
+    "save_load_continue",
+    Optimizer,
+    "save_own_variables",
+    Optimizer,
+    "_restore",
+)([_save_packed, _restore_packed])
+
+
+@bug(
+    "state of another optimizer is accepted if the arrays fit",
+    "AdamW",
+    "foreign_state",
+    Optimizer,
+    "_refuse_unless_same",
+)
+def _(right):
+    return lambda self, saved, keys: right(self, saved, [key for key in keys if key != "optimizer"])
+
+
+@bug("state of another model is accepted", "AdamW", "foreign_state", Optimizer, "_refuse_unless_same")
+def _(right):
+    return lambda self, saved, keys: right(self, saved, [key for key in keys if key != "variables"])
+
+
+@bug("state is filed in the order in which variables arrived", "AdamW", "more_variables", Optimizer, "_add")
+def _(right):
+    def add(self, new, variables):
+        right(self, new, variables)
+        self._held.places = list(range(len(self._held.variables)))
+
+    return add
+
+
+@bug("a variable that joins sets everybody's state back", "AdamW", "more_variables", Optimizer, "_extend")
+def _(right):
+    def extend(self, variables):
+        right(self, variables)
+        for slots in self._held.state["slots"] if len(variables) == 7 else []:
+            for variable in slots.values():
+                variable.assign(ops.zeros_like(variable))
+
+    return extend
+
+
+# -- schedules --------------------------------------------------------------------------------------------------------
+
+
+LINEAR = next(card for card in ok.cards("schedule") if card.name == "Linear")
+
+
+@bug("a function in the place of a Keras schedule", "Linear", "is_keras_schedule", LINEAR, "make", kind="schedule")
+def _(right):
+    return lambda **_: lambda step: 0.1
+
+
+@bug("1 / step, and steps are counted from 0", "Linear", "finite", schedules.Linear, "value", kind="schedule")
+def _(right):
+    return lambda self, step: self.initial / self.real(step)
+
+
+@bug(
+    "Python's integers are divided as integers",
+    "Linear",
+    "tensor_step_is_int_step",
+    schedules,
+    "_share",
+    kind="schedule",
+)
+def _(right):
+    return lambda step, steps: right(step // steps * steps if isinstance(step, int) else step, steps)
+
+
+@bug(
+    "the step is a Python number when it is traced",
+    "Cosine",
+    "compiled_is_eager",
+    schedules.Cosine,
+    "value",
+    kind="schedule",
+)
+def _(right):
+    return lambda self, step: right(self, step if tf.executing_eagerly() else 0)
+
+
+@bug("the config loses an argument", "Cosine", "config_round_trip", FromSignature, "get_config", kind="schedule")
+def _(right):
+    return lambda self: {name: value for name, value in right(self).items() if name != "final"}
+
+
+@bug("calls are counted, not steps", "Cosine", "drives_stock_sgd", schedules.Cosine, "value", kind="schedule")
+def _(right):
+    def value(self, step):
+        self.calls = getattr(self, "calls", -1) + 1
+        return right(self, self.calls)
+
+    return value
+
+
+@bug("the curve goes on after its end", "Cosine", "settles twin", schedules, "_share", kind="schedule")
+def _(right):
+    return lambda step, steps: schedules.Schedule.real(step) / steps
+
+
+@bug(
+    "a whole period of the cosine instead of half of one", "Cosine", "twin", schedules, "_half_cosine", kind="schedule"
+)
+def _(right):
+    return lambda share, first, last: right(2 * share, first, last)
+
+
+# -- initializers -----------------------------------------------------------------------------------------------------
+
+
+@bug("float32 whatever is asked for", "HeNormal", "dtype", initializers._Seeded, "__call__", kind="initializer")
+def _(right):
+    return lambda self, shape, dtype=None: right(self, shape, "float32")
+
+
+@bug("the seed is ignored", "XavierNormal", "seed", initializers._Normal, "_draw", kind="initializer")
+def _(right):
+    return lambda self, shape, dtype, seed: right(self, shape, dtype, random.randint(1, 10**9))
+
+
+@bug(
+    "without a seed, one is drawn for good",
+    "HeUniform",
+    "fresh_without_seed",
+    initializers._Seeded,
+    "__call__",
+    kind="initializer",
+)
+def _(right):
+    def call(self, shape, dtype=None):
+        self.seed = random.randint(1, 10**9) if self.seed is None else self.seed
+        return right(self, shape, dtype)
+
+    return call
+
+
+@bug(
+    "a config is not read",
+    "RandomNormal",
+    "config_round_trip saving",
+    initializers.RandomNormal,
+    "from_config",
+    kind="initializer",
+)
+def _(right):
+    return classmethod(lambda cls, config: cls())
+
+
+@bug(
+    "a scalar is drawn like anything else",
+    "RandomUniform",
+    "scalar_is_refused",
+    initializers._Seeded,
+    "__call__",
+    kind="initializer",
+)
+def _(right):
+    return lambda self, shape, dtype=None: right(self, shape, dtype) if len(shape) else ops.zeros((), dtype)
+
+
+@bug("fan-out in the place of fan-in", "HeNormal", "variance", initializers.KernelAxes, "fans", kind="initializer")
+def _(right):
+    return lambda self, shape: right(self, shape)[::-1]
+
+
+@bug(
+    "kernels of depthwise and transposed convolutions are read like others",
+    "XavierUniform",
+    "variance",
+    initializers,
+    "_in_layer",
+    kind="initializer",
+)
+def _(right):
+    return lambda layer, shape: None
+
+
+@bug("truncation takes variance away", "XavierNormal", "variance", initializers, "_TRUNCATED_STD", kind="initializer")
+def _(right):
+    return 1.0
+
+
+@bug(
+    "the depthwise kernels of a layer are one matrix",
+    "Orthogonal",
+    "orthogonal",
+    initializers,
+    "_in_layer",
+    kind="initializer",
+)
+def _(right):
+    return lambda layer, shape: None
+
+
+# -- regularizers -----------------------------------------------------------------------------------------------------
+
+
+@bug("not summed", "L2", "scalar", regularizers.L2, "__call__", kind="regularizer")
+def _(right):
+    return lambda self, x: self.l2 * ops.square(x)
+
+
+@bug("summed in half precision", "L2", "half_precision", regularizers, "at_least_float32", kind="regularizer")
+def _(right):
+    return keras.backend.standardize_dtype
+
+
+@bug("no gradient comes through", "L1", "gradient", regularizers.L1, "__call__", kind="regularizer")
+def _(right):
+    return lambda self, x: ops.stop_gradient(right(self, x))
+
+
+@bug("signs are kept", "L1", "nonnegative", regularizers.L1, "__call__", kind="regularizer")
+def _(right):
+    return lambda self, x: self.l1 * ops.sum(x)
+
+
+@bug("an epsilon under the root stays at zero", "L2", "zero_at_zero", regularizers.L2, "__call__", kind="regularizer")
+def _(right):
+    return lambda self, x: self.l2 * ops.sqrt(ops.sum(ops.square(x)) + 1e-7)
+
+
+@bug("a config is not read", "L2", "config_round_trip saving", regularizers.L2, "from_config", kind="regularizer")
+def _(right):
+    return classmethod(lambda cls, config: cls())
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+Ghost, Dropout = layers.GhostBatchNormalization, layers.ScheduledDropout
+
+
+@bug(
+    "the config loses an argument",
+    "GhostBatchNormalization",
+    "config_round_trip",
+    FromSignature,
+    "get_config",
+    kind="layer",
+)
+def _(right):
+    return lambda self: {name: value for name, value in right(self).items() if name != "ghost_batch_size"}
+
+
+@bug(
+    "the state of the random generator is not saved",
+    "ScheduledDropout",
+    "saving",
+    Dropout,
+    "save_own_variables",
+    kind="layer",
+)
+def _(right):
+    return keras.layers.Dropout.save_own_variables
+
+
+@bug("training mode at inference", "ScheduledDropout", "inference", Dropout, "call", kind="layer")
+def _(right):
+    return lambda self, inputs, training=False: right(self, inputs, training=True)
+
+
+@bug("no gradient comes through", "GhostBatchNormalization", "trains", Ghost, "call", kind="layer")
+def _(right):
+    return lambda self, inputs, training=None, mask=None: ops.stop_gradient(right(self, inputs, training, mask))
+
+
+@bug("half precision comes out as float32", "GhostBatchNormalization", "precision", Ghost, "call", kind="layer")
+def _(right):
+    return lambda self, inputs, training=None, mask=None: ops.cast(right(self, inputs, training, mask), "float32")
+
+
+@bug("masked positions enter the statistics", "GhostBatchNormalization", "mask", Ghost, "call", kind="layer")
+def _(right):
+    return lambda self, inputs, training=None, mask=None: right(self, inputs, training)
+
+
+@bug(
+    "the batch size of the build is taken for every batch's",
+    "GhostBatchNormalization",
+    "symbolic_shape",
+    Ghost,
+    "compute_output_shape",
+    kind="layer",
+)
+def _(right):
+    return lambda self, shape: (8, *shape[1:])
+
+
+@bug(
+    "moving statistics do not move in graphs",
+    "GhostBatchNormalization",
+    "compiled_is_eager",
+    Ghost,
+    "call",
+    kind="layer",
+)
+def _(right):
+    def call(self, inputs, training=None, mask=None):
+        before = [ops.copy(v) for v in self.non_trainable_variables]
+        outputs = right(self, inputs, training, mask)
+        for variable, value in zip(self.non_trainable_variables, before, strict=True):
+            if not tf.executing_eagerly():
+                variable.assign(value)
+        return outputs
+
+    return call
+
+
+# -- callbacks --------------------------------------------------------------------------------------------------------
+
+Monitor, Drive = callbacks.TrainingMonitor, callbacks.ScheduleHyperparameters
+
+
+@bug(
+    "set up once, taken down after every `fit`",
+    "TrainingMonitor",
+    "fits_twice",
+    Monitor,
+    "on_train_begin",
+    kind="callback",
+)
+def _(right):
+    return lambda self, logs=None: right(self, logs) if self._step < 0 else None
+
+
+@bug(
+    "the config loses an argument", "TrainingMonitor", "config_round_trip", FromSignature, "get_config", kind="callback"
+)
+def _(right):
+    return lambda self: {name: value for name, value in right(self).items() if name != "every"}
+
+
+@bug(
+    "the schedules stay in the optimizer", "ScheduleHyperparameters", "leaves_no_trace", Drive, "_end", kind="callback"
+)
+def _(right):
+    return lambda self: None
+
+
+@bug("an exception in `fit` is swallowed", "EarlyStopping", "survives_failure", keras.Model, "fit", kind="callback")
+def _(right):
+    def fit(self, *args, **kwargs):
+        with contextlib.suppress(RuntimeError):
+            return right(self, *args, **kwargs)
+
+    return fit
+
+
+@bug(
+    "after a validation the average stays in the model",
+    "AveragedWeights",
+    "is_passive",
+    callbacks.AveragedWeights,
+    "_leave",
+    kind="callback",
+)
+def _(right):
+    return lambda self: setattr(self, "_exchange", None)
+
+
+@bug(
+    "the learning rate is written back as it was read",
+    "TrainingMonitor",
+    "is_passive",
+    Monitor,
+    "_write_if_due",
+    kind="callback",
+)
+def _(right):
+    def write_if_due(self):
+        right(self)
+        rate = self.model.optimizer.learning_rate
+        rate.assign(ops.cast(ops.cast(rate, "float16"), "float32"))
+
+    return write_if_due
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def failure(card: ok.Card, check: Check) -> str | None:
+    """What a check fails with, in one line, or None if it passes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a bug warns of is not what is looked for
+            check(card)
+    except Exception as error:  # a check may fail in any way
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = [line for line in lines if not line.startswith(("Not equal to tolerance", "Arrays are not equal"))]
+        name = "" if told and isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return name + "".join(told[:1])
+    return None
+
+
+def uncovered(kind: str) -> set[str]:
+    """The checks of a kind that no bug is planted for."""
+    names = {check.name for card in ok.cards(kind) for check in checks_for(card)}
+    return names - {name for each in BUGS if each.kind == kind for name in each.checks}
+
+
+def row(each: Bug, messages: list[str]) -> str:
+    """The bug's line in the table, cut off at 120 characters."""
+    caught = ", ".join(f"`{name}`" for name in each.checks)
+    start = f"| {each.what} | {each.card} | {caught} | "
+    return start + " ".join(messages[0].replace("|", "\\|")[: 118 - len(start)].split()) + " |"
+
+
+def main(word: str = "") -> int:
+    """Prints a table of the bugs and what caught them; 1 if one was not caught, or a check has none."""
+    ok.testing.prepare()
+    sound: dict[tuple[str, str, str], str | None] = {}
+    wrong = []
+    for kind in KINDS:
+        chosen = [each for each in BUGS if each.kind == kind and (word in each.what or word in (kind, *each.checks))]
+        if chosen:
+            print(f"\n| planted in {kind}s | seen with | caught by | which says |\n|---|---|---|---|")
+        for each in chosen:
+            messages = []
+            for card, check in each.found():
+                key = (kind, card.name, check.name)
+                if key not in sound:
+                    sound[key] = failure(card, check)
+                    if sound[key] is not None:
+                        wrong.append(f"{check.name} of {card.name} fails without a bug: {sound[key]}")
+                with each.planted():
+                    message = failure(card, check)
+                if message is None:
+                    wrong.append(f"{each.what}: {check.name} of {card.name} passes")
+                messages.append(message or "NOT CAUGHT")
+            print(row(each, messages), flush=True)
+        if not word:
+            wrong += [f"no bug is planted for {name}, a check of {kind}s" for name in sorted(uncovered(kind))]
+    print("\n".join(["", *(f"! {line}" for line in wrong)]))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))
