@@ -121,20 +121,20 @@ def _(right):
 
 @bug("decay multiplied by the learning rate twice", "AdamW", "twin decay_mask", Optimizer, "_apply_rule")
 def _(right):
-    def apply_rule(self, u, slots, p, h, mask):
+    def apply_rule(self, bucket, u, slots, p, h, mask):
         h = copy.copy(h)
         h.weight_decay = h.learning_rate * h.weight_decay
-        return right(self, u, slots, p, h, mask)
+        return right(self, bucket, u, slots, p, h, mask)
 
     return apply_rule
 
 
 @bug("decay not multiplied by the learning rate", "AdamW", "zero_and_rate_zero twin", Optimizer, "_apply_rule")
 def _(right):
-    def apply_rule(self, u, slots, p, h, mask):
+    def apply_rule(self, bucket, u, slots, p, h, mask):
         without = copy.copy(h)
         without.decays = False
-        new, slots = right(self, u, slots, p, without, mask)
+        new, slots = right(self, bucket, u, slots, p, without, mask)
         return new - h.weight_decay * p, slots
 
     return apply_rule
@@ -142,21 +142,21 @@ def _(right):
 
 @bug("decay added to the gradient, as an L2 penalty", "AdamW", "twin decay_mask", Optimizer, "_apply_rule")
 def _(right):
-    def apply_rule(self, u, slots, p, h, mask):
+    def apply_rule(self, bucket, u, slots, p, h, mask):
         if h.decays:
             u, h = u + h.weight_decay * p, copy.copy(h)
             h.decays = False
-        return right(self, u, slots, p, h, mask)
+        return right(self, bucket, u, slots, p, h, mask)
 
     return apply_rule
 
 
 @bug("decay of the weights after the step", "SGD", "twin decay_mask", Optimizer, "_apply_rule")
 def _(right):
-    def apply_rule(self, u, slots, p, h, mask):
+    def apply_rule(self, bucket, u, slots, p, h, mask):
         without = copy.copy(h)
         without.decays = False
-        p, slots = right(self, u, slots, p, without, mask)
+        p, slots = right(self, bucket, u, slots, p, without, mask)
         return p - h.learning_rate * h.weight_decay * p, slots
 
     return apply_rule
@@ -169,8 +169,8 @@ def _(right):
 
 @bug("weights go up", "SGD", "learns twin", Optimizer, "_apply_rule")
 def _(right):
-    def apply_rule(self, u, slots, p, h, mask):
-        return right(self, -u, slots, p, h, mask)
+    def apply_rule(self, bucket, u, slots, p, h, mask):
+        return right(self, bucket, -u, slots, p, h, mask)
 
     return apply_rule
 
@@ -234,7 +234,25 @@ def _(right):
 
 @bug("the last micro-batch instead of the mean", "AdamW", "accumulation", Optimizer, "_means")
 def _(right):
-    return lambda self, state, grads: grads
+    def last(self, state, grads):
+        means = right(self, state, grads)  # of what is left at the end, too, where the last one is not at hand
+        return [m if g is None or g.value is None else g for g, m in zip(grads, means, strict=True)]
+
+    return last
+
+
+@bug("what is left at the end is divided by k", "SGD", "accumulation", Optimizer, "_means")
+def _(right):
+    def of_k(self, state, grads):
+        k = ops.full_like(state["micro"], self.gradient_accumulation_steps)
+        return right(self, state | {"micro": k}, grads)
+
+    return of_k
+
+
+@bug("what is left at the end is dropped", "AdamW", "accumulation", Optimizer, "flush")
+def _(right):
+    return lambda self: None
 
 
 @bug("a schedule counts micro-batches", "AdamW", "accumulation", Optimizer, "_program")
@@ -329,17 +347,17 @@ def _(right):
 
 @bug("what the fused step has computed is not assigned", "SGD", "fused", distribute, "_write")
 def _(right):
-    def write(buckets, *rest, keep=False):
+    def write(buckets, *rest, keep=None):
         result = right(buckets, *rest, keep=keep)
-        return [None] * len(buckets) if keep else result
+        return result if keep is None else [None] * len(buckets)
 
     return write
 
 
 @bug("the fused step takes missing gradients for zeros", "AdamW", "fused", Optimizer, "_apply_rule")
 def _(right):
-    def apply_rule(self, u, slots, p, h, mask):
-        return right(self, u, slots, p, h, mask if self.fuse is False or tf.executing_eagerly() else None)
+    def apply_rule(self, bucket, u, slots, p, h, mask):
+        return right(self, bucket, u, slots, p, h, mask if self.fuse is False or tf.executing_eagerly() else None)
 
     return apply_rule
 
@@ -349,14 +367,14 @@ def _(right):
 
 @bug("missing gradients are zeros", "AdamW", "missing_gradient", Optimizer, "_apply_rule")
 def _(right):
-    return lambda self, u, slots, p, h, mask: right(self, u, slots, p, h, None)
+    return lambda self, bucket, u, slots, p, h, mask: right(self, bucket, u, slots, p, h, None)
 
 
 @bug("the momentum of a variable without a gradient fades", "SGD", "missing_gradient", Optimizer, "_apply_rule")
 def _(right):
-    def apply_rule(self, u, slots, p, h, mask):
-        new, _ = right(self, u, slots, p, h, mask)
-        return new, right(self, u, slots, p, h, None)[1]
+    def apply_rule(self, bucket, u, slots, p, h, mask):
+        new, _ = right(self, bucket, u, slots, p, h, mask)
+        return new, right(self, bucket, u, slots, p, h, None)[1]
 
     return apply_rule
 
@@ -390,16 +408,16 @@ def _(right):
     return lambda self: {name: entry for name, entry in right(self).items() if not name.startswith("master")}
 
 
-@bug("the loss scale is not divided out", "SGD", "loss_scaling", Optimizer, "_of_bucket")
+@bug("the loss scale is not divided out", "SGD", "loss_scaling", Optimizer, "_join")
 def _(right):
-    def of_bucket(self, *rest):
+    def join(self, *rest):
         scale, self.loss_scale_factor = self.loss_scale_factor, None
         try:
             return right(self, *rest)
         finally:
             self.loss_scale_factor = scale
 
-    return of_bucket
+    return join
 
 
 @bug("a skipped update is counted", "AdamW", "skip_nonfinite", optimizer, "_unless_nonfinite")
@@ -436,9 +454,13 @@ def _(right):
     return without_duplicates
 
 
-@bug("momentum and decay move the rows that are not in the batch", "AdamW", "rows", Optimizer, "_is_lazy")
+@bug("momentum and decay move the rows that are not in the batch", "AdamW", "rows", Optimizer, "_bucketed")
 def _(right):
-    return lambda self, grad: False
+    def bucketed(self, grads):
+        self.sparse = "dense"
+        return right(self, grads)
+
+    return bucketed
 
 
 # -- groups, learning rate, averages ----------------------------------------------------------------------------------
@@ -446,8 +468,8 @@ def _(right):
 
 @bug("the factor of a group does not reach its decay", "AdamW", "groups", Optimizer, "_hyper")
 def _(right):
-    def hyper(self, prepared, memo, bucket=None):
-        h = right(self, prepared, memo, bucket)
+    def hyper(self, prepared, memo, bucket=None, **more):
+        h = right(self, prepared, memo, bucket, **more)
         if bucket is not None and bucket.treatment.lr_scale:
             h.weight_decay = h.weight_decay / bucket.treatment.lr_scale
         return h
@@ -458,6 +480,15 @@ def _(right):
 @bug("of the groups that match, the last one counts", "AdamW", "groups", optimizer, "treatments")
 def _(right):
     return lambda paths, ranks, groups, *rest: right(paths, ranks, (groups or [])[::-1], *rest)
+
+
+@bug("the rule of a group is that of the others", "AdamW", "group_rules", optimizer, "treatments")
+def _(right):
+    def all_alike(*rest):
+        found, groups = right(*rest)
+        return [how and dataclasses.replace(how, rule=0) for how in found], groups
+
+    return all_alike
 
 
 def _count_frozen(right):
@@ -581,7 +612,7 @@ def _(right):
     def update(self, u, slots, p, h):
         early = copy.copy(h)
         early.step = h.step - 1
-        return right(self, u, slots, p, early)
+        return right(self, bucket, u, slots, p, early)
 
     return update
 
@@ -1091,6 +1122,8 @@ def main(word: str = "") -> int:
                     message = failure(card, check)
                 if message is None:
                     wrong.append(f"{each.what}: {check.name} of {card.name} passes")
+                elif message.startswith("TypeError"):  # what the bug is planted into has changed
+                    wrong.append(f"{each.what}: is no longer planted well, {message}")
                 messages.append(message or "NOT CAUGHT")
             print(row(each, messages), flush=True)
         if not word:

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 Tensor = Any
 State = dict[str, Any]
 
-#: Buckets of more parameters are joined and split outside of the compiled update: a thousand small tensors take XLA
-#: seconds to compile and longer to run, while each operation on a few of them costs more outside than inside.
-JOIN_INSIDE = 32
-
 TENSORFLOW = keras.config.backend() == "tensorflow"
 
 if TENSORFLOW:
@@ -78,7 +74,9 @@ class Step:
     failure: str = ""
 
 
-def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool) -> None:
+def run(
+    step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], *, fuse: bool = False, join_inside: int = 0
+) -> None:
     """Runs `step` on the values of the variables in `state` and assigns what has changed.
 
     Args:
@@ -89,18 +87,19 @@ def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], f
             there is none.
         fuse: Whether to compile the step with XLA where the function that it is part of is not compiled. Inside a
             replica every device updates its own copies of the variables alike.
+        join_inside: Buckets of more parameters than this are joined and split outside of what is compiled.
     """
     if not TENSORFLOW:
         _run_pure(step, buckets, state, grads)
         return
     if not tf.distribute.has_strategy():
-        _run(step, buckets, state, grads, fuse)
+        _run(step, buckets, state, grads, fuse, join_inside)
         return
     handles = [_handle(v) for v in tree.flatten(state)]
     _refuse_foreign(tree.flatten(state))
 
     def on_device(_: Any, grads: list[Any], handles: list[Any]) -> None:
-        _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse)
+        _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse, join_inside)
 
     def across_replicas(strategy: Any, grads: list[Any]) -> None:
         strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
@@ -127,10 +126,10 @@ def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[A
     _write(buckets, state, before, new)
 
 
-def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool) -> None:
+def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool, join_inside: int) -> None:
     fuse = fuse and not tf.executing_eagerly()
     rows = {b: grad for b, grad in enumerate(grads) if isinstance(grad, Rows)}
-    inside = {b for b, bucket in enumerate(buckets) if bucket.alone or len(bucket.shapes) <= JOIN_INSIDE}
+    inside = {b for b, bucket in enumerate(buckets) if bucket.alone or len(bucket.shapes) <= join_inside}
 
     def together(grads: list[Any], *, here: bool = True) -> list[Any]:
         """The gradients of the buckets, joined unless they are to be joined elsewhere."""

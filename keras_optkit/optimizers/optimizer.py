@@ -133,6 +133,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
     #: Parameters with fewer numbers than this are packed; see `keras_optkit.optimizers.packing`.
     pack_below = PACK_BELOW
 
+    #: Where the update is compiled by itself, up to so many packed parameters are joined and split inside of it, where
+    #: that costs next to nothing. Hundreds take XLA seconds to compile and longer to run.
+    join_inside = 32
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # help() and editors then list the common keywords instead of "**common"; keyword-only where inherited
@@ -593,7 +597,14 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         bucketed = self._bucketed(self._in_order(grads, variables))
         if self.gradient_accumulation_steps:  # and so there are no Rows
             self._held.seen = [None if parts is None else _pattern(parts) for parts in bucketed]
-        distribute.run(self._program(), self._held.buckets, self._held.state, bucketed, fuse)
+        distribute.run(
+            self._program(),
+            self._held.buckets,
+            self._held.state,
+            bucketed,
+            fuse=fuse,
+            join_inside=self.join_inside,
+        )
 
     def flush(self) -> None:
         """Updates the weights with the mean gradient of the micro-batches since the last update, if there are any.
@@ -609,7 +620,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
         grads = [None if s is None else Grad(None, b.mask(s[0], {}), *s) for b, s in zip(buckets, seen, strict=True)]
         program = dataclasses.replace(self._program(), collect=None, due=None)
         with distribute.scope_of(self._updates):
-            distribute.run(program, buckets, self._held.state, grads, fuse=False)
+            distribute.run(program, buckets, self._held.state, grads)
 
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
         """One gradient or None for each variable the optimizer was built with."""
