@@ -612,7 +612,7 @@ def _(right):
     def update(self, u, slots, p, h):
         early = copy.copy(h)
         early.step = h.step - 1
-        return right(self, bucket, u, slots, p, early)
+        return right(self, u, slots, p, early)
 
     return update
 
