@@ -886,6 +886,16 @@ def test_fixed_loss_scale_is_taken_out(tmp_path):
     assert found["train/loss"] == [(1, 1.0), (2, -1.75)]
 
 
+def test_the_loss_scale_is_written_also_when_every_update_fails(tmp_path):
+    model = counting_model(ok.optimizers.LossScale(STOCK.SGD(0.125), initial_scale=8.0, dynamic_growth_steps=2))
+    x = np.array([1, np.inf, 1, 1, 1], "float32")[:, None]
+    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, np.full_like(x, np.inf), x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    found = events(tmp_path)
+    assert found["train/loss_scale"] == [(1, 8.0), (2, 4.0), (3, 4.0), (4, 8.0)]
+    assert [scale for _, scale in found["epoch/loss_scale"]] == [8.0, 1.0]
+
+
 def test_rows_that_occur_twice_in_a_sparse_gradient_are_summed(tmp_path):
     last = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones", trainable=False)
     layers = [keras.Input((2,), dtype="int32"), keras.layers.Embedding(5, 1), keras.layers.Flatten(), last]

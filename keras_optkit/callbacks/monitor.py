@@ -27,13 +27,15 @@ Tensor = Any
     cases=({"log_dir": "logs", "every": 3},),
 )
 class TrainingMonitor(Callback):
-    """Writes learning rate, loss and gradient norm to TensorBoard while the model trains.
+    """Writes learning rate, loss, gradient norm and loss scale to TensorBoard while the model trains.
 
     | tag | value | when |
     |---|---|---|
     | `train/learning_rate` | the rate used in this update | every `every` updates |
     | `train/loss` | the loss of this batch alone, with regularisation, before the update | every `every` updates |
     | `train/gradient_norm` | global norm of this batch's gradient | every `every` updates |
+    | `train/loss_scale` | the scale of the loss in this update, with a `LossScaleOptimizer` | every `every` updates |
+    | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped | every epoch |
     | `epoch/<name>` | everything in the epoch's logs: `epoch/loss`, `epoch/val_accuracy`, ... | every epoch |
 
     The gradient norm is `sqrt(sum of g²)` over all numbers of all gradients, before clipping and without loss scaling.
@@ -101,6 +103,7 @@ class TrainingMonitor(Callback):
             "learning_rate": "only_first_replica",
             "loss": "sum",  # each replica has its part of the global batch's mean
             "gradient_norm": "only_first_replica",
+            "loss_scale": "only_first_replica",
         }
         self._values = shared(self.model, aggregations, "float32")
         self._detach = [self._values.close, *self._hooks()]
@@ -141,6 +144,8 @@ class TrainingMonitor(Callback):
             self._hold("learning_rate", rate)
         scale = type(optimizer).scale_loss(optimizer, ops.ones((), "float32"))  # the class's own, which nobody watches
         self._hold("gradient_norm", _global_norm(_over_replicas(grads)) / scale)
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            self._hold("loss_scale", scale)
         yield
 
     @contextlib.contextmanager
@@ -177,7 +182,10 @@ class TrainingMonitor(Callback):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._write_if_due()
         self._batch = 0
-        self._write({f"epoch/{name}": value for name, value in (logs or {}).items()}, self._step)
+        values = {f"epoch/{name}": value for name, value in (logs or {}).items()}
+        if isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer):
+            values["epoch/loss_scale"] = self.model.optimizer.dynamic_scale
+        self._write(values, self._step)
         self._writer.flush()
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
