@@ -68,7 +68,8 @@ def recalibrate_batch_norm(
         TypeError: If `model` is no Keras model.
         ValueError: If it is not built, if there is no batch in the data, or if a statistic is not finite.
 
-    Source: Izmailov et al. 2018, arXiv 1803.05407, section 3.2; biased variances as in Ioffe and Szegedy 2015.
+    Source: Izmailov et al. 2018, arXiv 1803.05407, on batch normalisation; biased variances as in Ioffe and Szegedy
+    2015.
 
     Example:
     ```python

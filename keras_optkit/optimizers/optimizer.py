@@ -198,6 +198,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             state=None,
             pending=None,
             seen=None,
+            used=False,
             groups=checked_groups(groups),
         )
         self._updates = super().iterations
@@ -394,17 +395,21 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             self.build(variables)
         self.swap_weights(evaluating=False)
 
-    def _add(self, new: list[Any], variables: list[Any]) -> None:
+    def _add(self, new: list[Any], variables: list[Any], since: Sequence[int] | None = None) -> None:
         """Adds variables, and the buckets with their state.
 
         Args:
             new: The variables to add.
             variables: All, also those that are here already, in the model's order, which a file has, too.
+            since: For each of `new` the update count at which it joined; the present one if None.
         """
         for variable in new:
             if getattr(variable, "overwrite_with_gradient", False):  # Keras's float8 scales
                 raise ValueError(f"{self.name} cannot train {variable.path}: float8 training is not supported.")
-        buckets = self._pack(new, variables)
+        if since is None:
+            with distribute.outside_graph():
+                since = [_as_number(self._updates)] * len(new)
+        buckets = self._pack(new, variables, since)
         if self.stochastic_rounding and any(b.dtype == "float16" for b in buckets):
             raise ValueError(
                 "stochastic_rounding=True is for bfloat16 weights, got float16 ones. Use master_weights=True for them."
@@ -450,7 +455,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             self.decay_mask,
         )
 
-    def _pack(self, new: Sequence[Any], variables: Sequence[Any]) -> tuple[Bucket, ...]:
+    def _pack(self, new: Sequence[Any], variables: Sequence[Any], since: Sequence[int]) -> tuple[Bucket, ...]:
         treatment = dict(zip(map(distribute.key, variables), self._treatments(variables)[0], strict=True))
         if all(value is None for value in treatment.values()):
             raise ValueError(f"{self.name} has nothing to train: its groups freeze all {len(variables)} variables.")
@@ -461,7 +466,26 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             elementwise=lambda treatment: self._rules[treatment.rule].elementwise,
             below=self.pack_below,
             alone=lambda i: getattr(new[i], "constraint", None) is not None,
+            since=since,
         )
+
+    def _pack_anew(self, since: list[int]) -> None:
+        """Makes the state anew, for variables that have joined at other update counts than those of here."""
+        held = self._held
+        if held.used:
+            raise ValueError(
+                f"The saved optimizer state has variables that joined at the updates {sorted(set(since))}; those of "
+                f"{self.name} joined at {sorted(set(self._since()))}. Load it before the first step."
+            )
+        variables, held.own = self._in_model_order(), [self._multiplier]
+        held.variables, held.places, held.buckets, held.state = [], [], (), None
+        self._add(variables, variables, since)
+
+    def _since(self) -> list[int]:
+        """The update count at which each variable joined, in the model's order."""
+        since = {i: bucket.since for bucket in self._held.buckets for i in bucket.indices}
+        order = sorted(range(len(self._held.places)), key=self._held.places.__getitem__)
+        return [since.get(i, 0) for i in order]
 
     def _new_state(self, variables: list[Any], buckets: Sequence[Bucket]) -> dict[str, list[Any]]:
         """The state that there is for each bucket."""
@@ -473,7 +497,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             state["accumulated"] = [
                 self.add_variable(b.stored_shape, dtype=at_least_float32(b.dtype), name="accumulated") for b in buckets
             ]
-        if self.use_ema:  # from the weights on, also for variables that join when the first update is long past
+        if self.use_ema:
             state["average"] = [self._copy_of_weights("average", variables, b) for b in buckets]
         if self.master_weights:
             state["master"] = [
@@ -593,6 +617,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(f"grads must match the variables one to one, got {len(grads)} for {len(variables)}.")
+        self._held.used = True
         fuse = distribute.on_cpu(self._updates) if self.fuse == "auto" else self.fuse
         bucketed = self._bucketed(self._in_order(grads, variables))
         if self.gradient_accumulation_steps:  # and so there are no Rows
@@ -782,6 +807,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             weight_decay=decay if treatment.decayed and decay is not None else 0.0,
             scalars={name: prepared.scalars[_of_rule(treatment.rule, name)] for name in names},
             memo=memo,
+            since=0 if bucket is None else bucket.since,
         )
 
     def _update(self, state: State, grads: list[Any], dynamic: list[Value], prepared: _Prepared) -> State:
@@ -804,7 +830,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 if constraint is not None:
                     p = bucket.join([constraint(bucket.split(p)[0])])
             if self.use_ema:
-                started = ops.cast(state["iterations"] > 0, scalar_dtype())
+                started = ops.cast(state["iterations"] > bucket.since, scalar_dtype())
                 momentum = started * self.ema_momentum  # the first update sets the average
                 average = bucket.view(state["average"][b])
                 average = ops.cast(momentum, p.dtype) * average + ops.cast(1 - momentum, p.dtype) * p
@@ -936,7 +962,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
                 weights = bucket.view(state["average"][b])
                 new["average"][b] = bucket.stored(wide)
             else:
-                h = Hyper(state["iterations"], rate, wide.dtype, memo=memo)
+                h = Hyper(state["iterations"], rate, wide.dtype, memo=memo, since=bucket.since)
                 slots = self._wide_slots(state["slots"][b], bucket)
                 weights, slots = (self.rule.eval_value if evaluating else self.rule.train_value)(wide, slots, h)
                 slots = self._narrow_slots(slots, state["slots"][b], b, state["iterations"])
@@ -1007,6 +1033,7 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             else None,
             "variables": [[_kind(v), list(v.shape)] for v in self._in_model_order()],
             "rules": self._own_rules(),
+            "since": self._since(),
         }
 
     def _own_rules(self) -> dict[str, str]:
@@ -1081,6 +1108,9 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
 
     def _restore(self, saved: dict[str, np.ndarray]) -> None:
         fresh = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
+        since = json.loads(saved["schema"].tobytes())["since"]
+        if not fresh and since != self._since():
+            self._pack_anew(since)
         entries = self._entries()
         if fresh:
             entries = {name: entries[name] for name in ("iterations", "multiplier")}

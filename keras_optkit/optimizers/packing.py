@@ -37,6 +37,7 @@ class Bucket:
         form: How they become one tensor: "flat", laid end to end as `(1, n)`; "stacked", as `(k, *shape)`; or "bare", a
             single parameter of an element-wise rule as it is. (It could have the leading axis, too, but XLA updates a
             variable in place only if nothing, not even a reshape, stands between the variable and the arithmetic.)
+        since: The update count at which they joined; their own updates are counted from there.
     """
 
     indices: tuple[int, ...]
@@ -44,6 +45,7 @@ class Bucket:
     dtype: str
     treatment: Treatment
     form: str
+    since: int = 0
 
     @property
     def alone(self) -> bool:
@@ -116,23 +118,32 @@ def pack(
     elementwise: Callable[[Treatment], bool],
     below: int = PACK_BELOW,
     alone: Callable[[int], bool] = lambda _: False,
+    since: Sequence[int] | None = None,
 ) -> tuple[Bucket, ...]:
-    """Sorts parameters into buckets of one dtype and one treatment, in the order of their first members.
+    """Sorts parameters into buckets of one dtype, treatment and age, in the order of their first members.
 
     Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` share with none.
     `elementwise` says whether the rule of a treatment is.
     """
     members: dict[Hashable, list[int]] = {}
     forms = {}
+    ages = [0] * len(shapes) if since is None else since
     for i, (shape, treatment) in enumerate(zip(shapes, treatments, strict=True)):
         if treatment is None:
             continue
         flat = elementwise(treatment)
         by_itself = alone(i) or (flat and math.prod(shape) >= below)
         forms[i] = "stacked" if not flat else "bare" if by_itself else "flat"
-        key = (dtypes[i], treatment, shape if forms[i] == "stacked" else forms[i], i if by_itself else None)
+        key = (dtypes[i], treatment, ages[i], shape if forms[i] == "stacked" else forms[i], i if by_itself else None)
         members.setdefault(key, []).append(i)
     return tuple(
-        Bucket(tuple(m), tuple(shapes[i] for i in m), dtypes[m[0]], cast(Treatment, treatments[m[0]]), forms[m[0]])
+        Bucket(
+            tuple(m),
+            tuple(shapes[i] for i in m),
+            dtypes[m[0]],
+            cast(Treatment, treatments[m[0]]),
+            forms[m[0]],
+            ages[m[0]],
+        )
         for m in members.values()
     )

@@ -52,7 +52,7 @@ class Hyper:
     """What a rule is told about the present step, in the dtype that it computes in.
 
     Attributes:
-        step: t, the number of this update, counted from 1.
+        step: t, the number of this update for these parameters, counted from 1.
         learning_rate: The learning rate of this update for these parameters, which the rule multiplies into its result.
         weight_decay: λ of this update for these parameters, 0 where there is none. Only a rule that says
             `handles_decay` has to look at it.
@@ -69,11 +69,13 @@ class Hyper:
         weight_decay: Any = 0.0,
         scalars: Mapping[str, Tensor] | None = None,
         memo: dict[Any, Tensor] | None = None,
+        since: int = 0,
     ):
         self._iterations = iterations
         self._dtype = dtype
         self._memo = {} if memo is None else memo
-        self.step = ops.cast(iterations + 1, scalar_dtype())
+        self._since = since
+        self.step = ops.cast(iterations + (1 - since), scalar_dtype())
         self.learning_rate = ops.cast(learning_rate, dtype)
         self.weight_decay = self(weight_decay)
         self.decays = is_dynamic(weight_decay) or bool(weight_decay)
@@ -98,7 +100,7 @@ class Hyper:
 
         Where beta is a schedule its present value is taken for all steps, as torch and optax do.
         """
-        key = ("correction", id(beta) if is_dynamic(beta) else beta)
+        key = ("correction", self._since, id(beta) if is_dynamic(beta) else beta)
         if key not in self._memo:
             self._memo[key] = -ops.expm1(self.step * self._log(beta))
         return ops.cast(self._memo[key], self._dtype)

@@ -327,7 +327,7 @@ _SPACE = {"warmup_steps": Choice([0, 100, 1000]), "momentum": Choice([0.9, 0.95,
 
 @register(
     "optimizer",
-    paper="Defazio et al., arXiv 2405.15682, eq. 3-5",
+    paper="Defazio et al., arXiv 2405.15682, the updates of y, z and x that define Schedule-Free SGD",
     parity="schedulefree.ScheduleFreeWrapperReference",
     tags=("elementwise", "averages", "recovers"),
     cases=(
@@ -415,7 +415,7 @@ class ScheduleFree(_Wrapper):
 
 @register(
     "optimizer",
-    paper="Defazio et al., arXiv 2405.15682, eq. 3-5",
+    paper="Defazio et al., arXiv 2405.15682, the updates of y, z and x that define Schedule-Free SGD",
     parity="schedulefree.SGDScheduleFreeReference (decay_mask='all')",
     tags=("elementwise", "averages", "recovers"),
     cases=(

@@ -810,7 +810,7 @@ def check_save_load_continue(card: Card) -> None:
 @check("optimizer")
 @float64()
 def check_more_variables(card: Card) -> None:
-    """Variables that join later start afresh at the present count, and those before go on with their state."""
+    """Variables that join later begin as in an optimizer of their own, and those before go on with their state."""
     grads, values = problems.gradients(5), problems.start()
     for place in (0, 3):  # what joins in the third step
         rest = [i for i in range(len(values)) if i != place]
@@ -823,6 +823,10 @@ def check_more_variables(card: Card) -> None:
                 optimizer.build(weights)
             optimizer.apply([ops.convert_to_tensor(arrays[i]) for i in mine], [weights[i] for i in mine])
         _close([ops.convert_to_numpy(weights[i]) for i in rest], expected, rtol=1e-12)
+        own = _make(card, **_ema(card))
+        late = problems.train(own, [[g[place]] for g in grads[2:]], values=[values[place]])[-1]
+        if "averages" not in card.tags:  # whose shares are those of the whole model
+            _close([ops.convert_to_numpy(weights[place])], late, rtol=1e-12, what="the one that joined,")
         assert np.abs(ops.convert_to_numpy(weights[place]) - values[place]).max() > 0
         assert int(optimizer.iterations) == 5
         state, before = problems.state_of(optimizer), problems.state_of(alone)
