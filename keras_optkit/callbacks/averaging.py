@@ -222,9 +222,7 @@ class AveragedWeights(Callback):
         """Puts the weights to evaluate at into the model; False if they are there already, or are not wanted."""
         if self._exchange is not None or self._training_only:
             return False
-        model, optimizer = self.model, self.model.optimizer
-        if keras.config.backend() == "jax":
-            model.jax_state_sync()  # in the middle of an epoch the variables do not hold the state
+        model, optimizer = self.model, self.model.optimizer  # asked for it, Keras on JAX fills the variables
         build_optimizer(model)  # it may hold state that was loaded
         variables = [*model.variables, *optimizer.variables]
         exchange = _Exchange(variables, _copies(variables))
