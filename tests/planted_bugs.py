@@ -724,6 +724,11 @@ def _(right):
     return add
 
 
+@bug("a variable that joins late has everybody's update count", "AdamW", "more_variables", Optimizer, "_pack")
+def _(right):
+    return lambda self, new, variables, since: right(self, new, variables, [0] * len(since))
+
+
 @bug("a variable that joins sets everybody's state back", "AdamW", "more_variables", Optimizer, "_extend")
 def _(right):
     def extend(self, variables):

@@ -454,16 +454,46 @@ def test_keras_adds_no_average_and_no_accumulators_of_its_own():
     assert (optimizer.use_ema, optimizer.gradient_accumulation_steps) == (True, 2)
 
 
-def test_the_average_of_a_variable_that_joins_later_starts_at_the_variable():
+def test_the_average_of_a_variable_that_joins_later_is_set_by_its_first_update():
     weights = problems.variables([np.full(2, 5.0), np.full(2, 7.0)])
     optimizer = ok.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)
     one = ops.ones(2, "float64")
     for _ in range(3):
         optimizer.apply([one], weights[:1])
     optimizer.build(weights)
-    optimizer.apply([one, one], weights)
+    for _ in range(2):
+        optimizer.apply([one, one], weights)
     optimizer.swap_weights(evaluating=True)
-    np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), 0.9 * 7.0 + 0.1 * 6.0)
+    np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), 0.9 * 6.0 + 0.1 * 5.0)
+
+
+def test_the_age_of_a_variable_is_in_the_file_however_it_is_packed():
+    grads, values = problems.gradients(4, [(3, 4), (5,), (2,)]), problems.start([(3, 4), (5,), (2,)])
+    weights = problems.variables(values)
+    optimizer = ok.optimizers.Adam(0.1)
+    for step in range(2):
+        optimizer.apply([ops.convert_to_tensor(g) for g in grads[step][1:]], weights[1:])
+    optimizer.build(weights)
+    optimizer.apply([ops.convert_to_tensor(g) for g in grads[2]], weights)
+    state, kept = problems.state_of(optimizer), [ops.convert_to_numpy(w) for w in weights]
+    optimizer.apply([ops.convert_to_tensor(g) for g in grads[3]], weights)
+    for built in (True, False):
+        again, copies = ok.optimizers.Adam(0.1), problems.variables(kept)
+        if built:
+            again.build(copies)
+        again.load_own_variables(state)
+        again.build(copies)
+        before = len(again.variables)
+        again.apply([ops.convert_to_tensor(g) for g in grads[3]], copies)
+        assert len(again.variables) == before == len(optimizer.variables)
+        for a, b in zip(copies, weights, strict=True):
+            np.testing.assert_allclose(ops.convert_to_numpy(a), ops.convert_to_numpy(b), rtol=1e-13)
+    used, others = ok.optimizers.Adam(0.1), problems.variables(values)
+    used.apply([ops.convert_to_tensor(g) for g in grads[0]], others)
+    with pytest.raises(
+        ValueError, match=r"joined at the updates \[0, 2\]; those of adam.* joined at \[0\]\. Load it before"
+    ):
+        used.load_own_variables(state)
 
 
 def test_a_layer_that_is_thawed_joins_in_the_first_step_that_trains_it():

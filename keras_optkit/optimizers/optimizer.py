@@ -1,13 +1,10 @@
-"""The one subclass of `keras.optimizers.Optimizer`: it owns the variables, the order of a step, and saving."""
+"""The one host of update rules: it owns the variables and the order of a step. Saving is in `saved.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
-import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
@@ -25,13 +22,9 @@ from keras_optkit.optimizers.fitting import guard_training
 from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
+from keras_optkit.optimizers.saved import SavedState
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
-
-_FORMAT = 1
-
-#: State for each parameter besides the rule's slots, packed as they are.
-_PER_PARAMETER = ("accumulated", "average")
 
 
 class Grad(NamedTuple):
@@ -76,7 +69,7 @@ class _Prepared(NamedTuple):
     position: Tensor | None  # (bucket, place in it) of the first number that is not
 
 
-class Optimizer(FromSignature, keras.optimizers.Optimizer):
+class Optimizer(FromSignature, SavedState):
     """Base of all optimizers of keras_optkit: hosts one update rule and does everything around it.
 
     A subclass is a signature, a docstring and a rule. Every hyperparameter of the rule is an attribute of the optimizer
@@ -1021,155 +1014,10 @@ class Optimizer(FromSignature, keras.optimizers.Optimizer):
             return self._schedule
         return _as_written(value) if isinstance(value, keras.Variable) else value
 
-    def _schema(self) -> dict[str, Any]:
-        """What a file says about the state in it, so that a wrong file is refused."""
-        state = self._held.state or {}
-        return {
-            "format": _FORMAT,
-            "optimizer": keras.saving.get_registered_name(type(self)),
-            "learning_rate": "constant" if self._schedule is None else "schedule",
-            "state": sorted([*self.rule.slots(), *self.rule.scalars(), *({*_PER_PARAMETER, "master"} & set(state))])
-            if self.built
-            else None,
-            "variables": [[_kind(v), list(v.shape)] for v in self._in_model_order()],
-            "rules": self._own_rules(),
-            "since": self._since(),
-        }
-
-    def _own_rules(self) -> dict[str, str]:
-        """The rules of groups by the places of the variables that they are for."""
-        return {
-            str(self._held.places[i]): f"{type(rule).__name__} with {', '.join(rule.slots()) or 'no state'}"
-            for bucket in self._held.buckets
-            if bucket.treatment.rule
-            for rule in [self._rules[bucket.treatment.rule]]
-            for i in bucket.indices
-        }
-
-    def _entries(self) -> dict[str, tuple[Any, Bucket | None]]:
-        """The variables to save by name; one that holds a bucket's state with that bucket, to be split by."""
-        state = self._held.state or {"iterations": self._updates, "multiplier": self._multiplier}
-        entries: dict[str, tuple[Any, Bucket | None]] = {}
-        for name, part in state.items():
-            if isinstance(part, dict):
-                entries |= {f"{name}.{key}": (v, None) for key, v in part.items()}
-            elif not isinstance(part, list):
-                entries[name] = (part, None)
-        for b, bucket in enumerate(self._held.buckets):
-            packed = {f"slot.{name}": v for name, v in state["slots"][b].items()}
-            packed |= {name: state[name][b] for name in _PER_PARAMETER if name in state}
-            packed |= state["master"][b] if "master" in state else {}
-            entries |= {f"{name}.{bucket.indices[0]}": (v, bucket) for name, v in packed.items()}
-        return entries
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes the state, parameter by parameter: a file does not depend on how parameters were packed."""
-        if self._held.pending is not None:  # loaded, never used
-            for name, value in self._held.pending.items():
-                store[name] = value
-            return
-        store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
-        for name, (variable, bucket) in self._entries().items():
-            value = ops.convert_to_numpy(variable)
-            if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":  # which HDF5 does not know
-                value = value.astype("float32")
-            if bucket is None:
-                store[name] = value
-            else:
-                slot = name.rsplit(".", 1)[0]
-                for i, part in zip(bucket.indices, bucket.split(bucket.view(value)), strict=True):
-                    store[f"{slot}.{self._held.places[i]}"] = ops.convert_to_numpy(part)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Restores the state; one of another optimizer or another model is refused.
-
-        State that is loaded before the optimizer is built is kept, and restored when it is. A file that holds no
-        optimizer state at all changes nothing.
-
-        Raises:
-            ValueError: If the saved state does not belong to this optimizer and these variables.
-        """
-        saved = {name: np.array(store[name]) for name in list(store.keys())}
-        if not saved:
-            return
-        if "schema" not in saved:
-            raise ValueError(
-                f"The saved optimizer state was not written by keras_optkit (it holds {len(saved)} unnamed arrays) and "
-                f"cannot be restored into {type(self).__name__}. Load with `compile=False`, or compile with the "
-                "optimizer that was saved."
-            )
-        if self.built:
-            self._restore(saved)
-        else:
-            self._refuse_unless_same(saved, ("optimizer", "learning_rate"))
-            self._updates.assign(saved["iterations"])
-            self._multiplier.assign(saved["multiplier"])
-            self._held.pending = saved
-
-    def _restore(self, saved: dict[str, np.ndarray]) -> None:
-        fresh = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
-        since = json.loads(saved["schema"].tobytes())["since"]
-        if not fresh and since != self._since():
-            self._pack_anew(since)
-        entries = self._entries()
-        if fresh:
-            entries = {name: entries[name] for name in ("iterations", "multiplier")}
-        for name, (variable, bucket) in entries.items():
-            if name.startswith("nonfinite.") and name not in saved:  # counting may begin at any time
-                continue
-            if bucket is None:
-                variable.assign(saved[name])
-            else:
-                slot = name.rsplit(".", 1)[0]
-                parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
-                variable.assign(bucket.stored(bucket.join(parts)))
-
-    def _refuse_unless_same(self, saved: dict[str, np.ndarray], keys: Sequence[str]) -> bool:
-        """Raises with the differences between the saved schema and this one; True if it was saved before build."""
-        theirs, ours = json.loads(saved["schema"].tobytes()), self._schema()
-        if theirs["format"] != _FORMAT:
-            raise ValueError(f"The optimizer state has format {theirs['format']!r}; this version reads {_FORMAT}.")
-        fresh = theirs["state"] is None
-        lines = [
-            line
-            for key in keys
-            if not (fresh and key in ("state", "variables", "rules"))
-            for line in _differences(key, theirs.get(key, {}), ours[key])
-        ]
-        if lines:
-            raise ValueError(
-                f"The saved optimizer state does not belong to this {type(self).__name__} (saved != here):\n  "
-                + "\n  ".join(lines)
-            )
-        return fresh
-
-
-def _differences(key: str, theirs: Any, ours: Any) -> list[str]:
-    if theirs == ours:
-        return []
-    if key != "variables":
-        return [f"{key}: {theirs} != {ours}"]
-    lines = [f"number of variables: {len(theirs)} != {len(ours)}"] if len(theirs) != len(ours) else []
-    lines += [
-        f"variable {i}: {_described(a)} != {_described(b)}"
-        for i, (a, b) in enumerate(itertools.zip_longest(theirs, ours))
-        if a != b
-    ]
-    return lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
-
-
-def _described(variable: list[Any] | None) -> str:
-    return "none" if variable is None else f"{variable[0]} {tuple(variable[1])}"
-
 
 def _filled(value: float) -> Callable[..., Tensor]:
     """An initializer with a constant in full precision; Keras's goes through float32."""
     return lambda shape, dtype: ops.full(shape, value, dtype)
-
-
-def _kind(variable: Any) -> str:
-    """The last part of a variable's path, without the number that makes it unique: "kernel", "gamma", ..."""
-    return re.sub(r"(_\d+)?(:\d+)?$", "", variable.name.split("/")[-1])
 
 
 def _path(variable: Any) -> str:
