@@ -54,7 +54,7 @@ class Step:
         due: (scalars of the state) -> whether there is an update in this call; None: always.
         outdated: (scalars of the state) -> whether the weights are not those that training goes on from; None: never.
         renew: (state) -> state, before an update if they are not.
-        read: (scalars of the state) -> present values of schedules, a flat list. Never compiled.
+        read: (scalars of the state) -> present values of schedules, a flat list. Never compiled. None: there are none.
         prepare: (scalars of the state, grads, read) -> what the updates of all buckets need.
         update: (state, grads, prepared) -> state.
         update_rows: (bucket, take, rows, prepared) -> new rows, by state name; `take(name)` gives the present ones.
@@ -66,7 +66,7 @@ class Step:
     due: Callable[[State], Tensor] | None
     outdated: Callable[[State], Tensor] | None
     renew: Callable[[State], State]
-    read: Callable[[State], list[Tensor]]
+    read: Callable[[State], list[Tensor]] | None
     prepare: Callable[[State, list[Any], list[Tensor]], Any]
     update: Callable[[State, list[Any], Any], State]
     update_rows: Callable[[int, Callable[[str], Tensor], Rows, Any], dict[str, Tensor]]
@@ -120,7 +120,8 @@ def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[A
         ready = after
         if step.outdated is not None:
             ready = ops.cond(step.outdated(after), lambda: step.renew(after), lambda: after)
-        return step.update(ready, grads, step.prepare(ready, grads, step.read(ready)))
+        read = [] if step.read is None else step.read(ready)
+        return step.update(ready, grads, step.prepare(ready, grads, read))
 
     new = update() if step.due is None else ops.cond(step.due(after), update, lambda: after)
     _write(buckets, state, before, new)
@@ -146,7 +147,7 @@ def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], 
     def update() -> None:
         if step.outdated is not None:
             _if(step.outdated(_scalars(state)), lambda: change(step.renew, buckets, state))
-        read = step.read(_scalars(state))
+        read = [] if step.read is None else step.read(_scalars(state))
         outer = together(grads, here=not fuse or bool(rows))
         prepared = step.prepare(_scalars(state), outer, read) if rows else None
 

@@ -728,7 +728,7 @@ class Optimizer(FromSignature, SavedState):
             due=(lambda state: ops.equal(state["micro"], k)) if k else None,
             outdated=(lambda state: ops.equal(state["evaluating"], 1)) if self._averages() else None,
             renew=lambda state: self._swapped(state, evaluating=False),
-            read=read,
+            read=read if dynamic else None,
             prepare=prepare,
             update=update,
             update_rows=update_rows,
