@@ -225,27 +225,25 @@ def _(right):
 
 @bug("sum over micro-batches instead of the mean", "SGD", "accumulation", Optimizer, "_means")
 def _(right):
-    def sums(self, state, grads):
+    def sums(self, state):
         k = self.gradient_accumulation_steps
-        return [None if g is None else g._replace(value=g.value * k) for g in right(self, state, grads)]
+        return [None if g is None else g._replace(value=g.value * k) for g in right(self, state)]
 
     return sums
 
 
-@bug("the last micro-batch instead of the mean", "AdamW", "accumulation", Optimizer, "_means")
+@bug("the last micro-batch instead of the mean", "AdamW", "accumulation", Optimizer, "_collect")
 def _(right):
-    def last(self, state, grads):
-        means = right(self, state, grads)  # of what is left at the end, too, where the last one is not at hand
-        return [m if g is None or g.value is None else g for g, m in zip(grads, means, strict=True)]
+    def collect(self, state, grads):
+        return right(self, state | {"accumulated": [0 * a for a in state["accumulated"]]}, grads)
 
-    return last
+    return collect
 
 
 @bug("what is left at the end is divided by k", "SGD", "accumulation", Optimizer, "_means")
 def _(right):
-    def of_k(self, state, grads):
-        k = ops.full_like(state["micro"], self.gradient_accumulation_steps)
-        return right(self, state | {"micro": k}, grads)
+    def of_k(self, state):
+        return right(self, state | {"micro": ops.full_like(state["micro"], self.gradient_accumulation_steps)})
 
     return of_k
 

@@ -1,5 +1,7 @@
 """Accumulated micro-batches equal large batches, the last and smaller one of an epoch included."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -171,3 +173,23 @@ def test_without_a_gradient_in_the_last_micro_batches_a_parameter_stays():
     np.testing.assert_array_equal(ops.convert_to_numpy(weights[0]), -1.0)
     np.testing.assert_array_equal(ops.convert_to_numpy(weights[1]), 0.0)
     assert int(optimizer.iterations) == 1
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_gradient_in_any_of_the_micro_batches_counts(k):
+    one = ops.ones(2, "float64")
+    for place in range(k):
+        optimizer = ok.optimizers.SGD(1.0, momentum=0.5, gradient_accumulation_steps=k)
+        weights = problems.variables([np.zeros(2), np.zeros(2)])
+        for _ in range(2):  # what was seen before an update does not count after it
+            for step in range(k):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    optimizer.apply([one, one if step == place else None], weights)
+        np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), -2.5)
+        np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), -2.5 / k)
+        before = ops.convert_to_numpy(weights[1]).copy()
+        for _ in range(k):
+            with pytest.warns(UserWarning, match="weight_1"):
+                optimizer.apply([one, None], weights)
+        np.testing.assert_array_equal(ops.convert_to_numpy(weights[1]), before)

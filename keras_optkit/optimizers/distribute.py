@@ -411,6 +411,18 @@ def key(variable: Any) -> int:
     return id(_handle(variable) if TENSORFLOW else variable)
 
 
+def is_known(variable: Any) -> bool:
+    """Whether the value of a variable can be read at this moment, which it cannot while a step is traced."""
+    if TENSORFLOW:
+        return bool(tf.executing_eagerly())
+    value = _handle(variable)
+    if keras.config.backend() == "jax":
+        import jax
+
+        return not isinstance(value, jax.core.Tracer)
+    return True
+
+
 def is_lost(variable: Any) -> bool:
     """Whether a variable has lost its value, as all of a model on JAX have once the first step of a `fit` failed."""
     if TENSORFLOW:

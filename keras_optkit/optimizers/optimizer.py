@@ -43,6 +43,10 @@ class Grad(NamedTuple):
     sparse: tuple[int, ...]
 
 
+#: `present` and `sparse` of a `Grad`.
+_Pattern = tuple[tuple[int, ...], ...]
+
+
 class Nonfinite(NamedTuple):
     """What `skip_nonfinite` has met.
 
@@ -614,7 +618,7 @@ class Optimizer(FromSignature, SavedState):
         fuse = distribute.on_cpu(self._updates) if self.fuse == "auto" else self.fuse
         bucketed = self._bucketed(self._in_order(grads, variables))
         if self.gradient_accumulation_steps:  # and so there are no Rows
-            self._held.seen = [None if parts is None else _pattern(parts) for parts in bucketed]
+            self._held.seen = self._seen_with(bucketed)
         distribute.run(
             self._program(),
             self._held.buckets,
@@ -633,12 +637,25 @@ class Optimizer(FromSignature, SavedState):
         """
         if not (self.gradient_accumulation_steps and self.built and _as_number(self._held.state["micro"])):
             return
-        buckets = self._held.buckets
-        seen = self._held.seen or [(tuple(range(len(b.indices))), ()) for b in buckets]
-        grads = [None if s is None else Grad(None, b.mask(s[0], {}), *s) for b, s in zip(buckets, seen, strict=True)]
         program = dataclasses.replace(self._program(), collect=None, due=None)
+        nothing = [None] * len(self._held.buckets)
         with distribute.scope_of(self._updates):
-            distribute.run(program, buckets, self._held.state, grads)
+            distribute.run(program, self._held.buckets, self._held.state, nothing)
+
+    def _seen_with(self, bucketed: Sequence[Any]) -> list[_Pattern | None]:
+        """Which gradients there are, here or, step by step, in any of the micro-batches since the last update."""
+        here = [None if parts is None else _pattern(parts) for parts in bucketed]
+        before = self._held.seen
+        micro = self._held.state["micro"]
+        if before is None or not distribute.is_known(micro) or not _as_number(micro):
+            return here
+        both = [[p for p in pair if p is not None] for pair in zip(before, here, strict=True)]
+        return [
+            tuple(tuple(sorted({place for part in parts for place in part})) for parts in zip(*patterns, strict=True))
+            if patterns
+            else None
+            for patterns in both
+        ]
 
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
         """One gradient or None for each variable the optimizer was built with."""
@@ -714,10 +731,10 @@ class Optimizer(FromSignature, SavedState):
             return [h.exact(value) for value in dynamic]
 
         def prepare(state: State, grads: list[Any], read: list[Tensor]) -> _Prepared:
-            return self._prepare(state, self._means(state, grads) if k else grads, dynamic, read)
+            return self._prepare(state, self._means(state) if k else grads, dynamic, read)
 
         def update(state: State, grads: list[Any], prepared: _Prepared) -> State:
-            return self._update(state, self._means(state, grads) if k else grads, dynamic, prepared)
+            return self._update(state, self._means(state) if k else grads, dynamic, prepared)
 
         def update_rows(b: int, take: Any, rows: Rows, prepared: _Prepared) -> dict[str, Tensor]:
             return self._update_rows(b, take, rows, dynamic, prepared)
@@ -745,18 +762,22 @@ class Optimizer(FromSignature, SavedState):
         ]
         return state | {"accumulated": sums, "micro": state["micro"] + 1}
 
-    def _means(self, state: State, grads: list[Grad | None]) -> list[Grad | None]:
+    def _means(self, state: State) -> list[Grad | None]:
         """The mean gradients of the micro-batches; of a sparse one, rows of zeros count as not there."""
         means: list[Grad | None] = []
-        for bucket, a, g in zip(self._held.buckets, state["accumulated"], grads, strict=True):
-            if g is not None:
-                sums, mask = bucket.view(a), g.mask
-                if g.sparse:
-                    parts = bucket.split(sums)
-                    hits = {place: distribute.nonzero_rows(parts[place]) for place in g.sparse}
-                    mask = bucket.mask(g.present, hits)
-                g = g._replace(value=sums / ops.cast(state["micro"], sums.dtype), mask=mask)
-            means.append(g)
+        seen = self._held.seen or [(tuple(range(len(b.indices))), ()) for b in self._held.buckets]  # after loading
+        for bucket, a, pattern in zip(self._held.buckets, state["accumulated"], seen, strict=True):
+            if pattern is None:
+                means.append(None)
+                continue
+            (present, sparse), sums = pattern, bucket.view(a)
+            mask = None
+            if sparse:
+                parts = bucket.split(sums)
+                mask = bucket.mask(present, {place: distribute.nonzero_rows(parts[place]) for place in sparse})
+            elif len(present) < len(bucket.indices):
+                mask = bucket.mask(present, {})
+            means.append(Grad(sums / ops.cast(state["micro"], sums.dtype), mask, present, sparse))
         return means
 
     def _prepare(self, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> _Prepared:
@@ -1033,7 +1054,7 @@ def _fields(rule: Rule) -> set[str]:
     return {field.name for field in dataclasses.fields(rule)}
 
 
-def _pattern(parts: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _pattern(parts: Sequence[Any]) -> _Pattern:
     """`present` and `sparse` of a `Grad` that is made of these gradients."""
     present = tuple(place for place, g in enumerate(parts) if g is not None)
     return present, tuple(place for place in present if distribute.is_sparse(parts[place]))
