@@ -257,9 +257,11 @@ def _(right):
 def _(right):
     def program(self):
         step, k = right(self), self.gradient_accumulation_steps or 1
-        return dataclasses.replace(
-            step, read=lambda state: step.read(state | {"iterations": state["iterations"] * k + k - 1})
-        )
+
+        def late(state):
+            return step.read(state | {"iterations": state["iterations"] * k + k - 1})
+
+        return dataclasses.replace(step, read=step.read and late)
 
     return program
 
