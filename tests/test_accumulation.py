@@ -193,3 +193,18 @@ def test_a_gradient_in_any_of_the_micro_batches_counts(k):
             with pytest.warns(UserWarning, match="weight_1"):
                 optimizer.apply([one, None], weights)
         np.testing.assert_array_equal(ops.convert_to_numpy(weights[1]), before)
+
+
+def test_variables_may_join_between_micro_batches():
+    one = ops.ones(2, "float64")
+    for flush in (False, True):
+        optimizer = ok.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+        weights = problems.variables([np.zeros(2), np.zeros(2)])
+        optimizer.apply([one], weights[:1])
+        optimizer.build(weights)
+        if flush:
+            optimizer.flush()
+        else:
+            optimizer.apply([one, one], weights)
+        np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), -1.0)
+        np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), 0.0 if flush else -0.5)

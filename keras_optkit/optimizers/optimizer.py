@@ -420,6 +420,8 @@ class Optimizer(FromSignature, SavedState):
                 held.state |= {name: held.state[name] + part for name, part in more.items()}
         held.variables = [*held.variables, *new]
         held.buckets = (*held.buckets, *(b.moved(first) for b in buckets))
+        if held.seen is not None:
+            held.seen = [*held.seen, *[None] * len(buckets)]
         order = {distribute.key(v): place for place, v in enumerate(variables)}
         held.places = [order[distribute.key(v)] for v in held.variables]
 
@@ -475,7 +477,7 @@ class Optimizer(FromSignature, SavedState):
                 f"{self.name} joined at {sorted(set(self._since()))}. Load it before the first step."
             )
         variables, held.own = self._in_model_order(), [self._multiplier]
-        held.variables, held.places, held.buckets, held.state = [], [], (), None
+        held.variables, held.places, held.buckets, held.state, held.seen = [], [], (), None, None
         self._add(variables, variables, since)
 
     def _since(self) -> list[int]:
@@ -649,12 +651,11 @@ class Optimizer(FromSignature, SavedState):
         micro = self._held.state["micro"]
         if before is None or not distribute.is_known(micro) or not _as_number(micro):
             return here
-        both = [[p for p in pair if p is not None] for pair in zip(before, here, strict=True)]
         return [
-            tuple(tuple(sorted({place for part in parts for place in part})) for parts in zip(*patterns, strict=True))
-            if patterns
-            else None
-            for patterns in both
+            (new or old)
+            if None in (new, old)
+            else tuple(tuple(sorted({*a, *b})) for a, b in zip(old, new, strict=True))
+            for old, new in zip(before, here, strict=True)
         ]
 
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
