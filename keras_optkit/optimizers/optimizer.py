@@ -651,12 +651,11 @@ class Optimizer(FromSignature, SavedState):
         micro = self._held.state["micro"]
         if before is None or not distribute.is_known(micro) or not _as_number(micro):
             return here
-        return [
-            (new or old)
-            if None in (new, old)
-            else tuple(tuple(sorted({*a, *b})) for a, b in zip(old, new, strict=True))
-            for old, new in zip(before, here, strict=True)
-        ]
+        seen = list(here)
+        for b, (old, new) in enumerate(zip(before, here, strict=True)):
+            if old is not None:
+                seen[b] = old if new is None else tuple(tuple(sorted({*x, *y})) for x, y in zip(old, new, strict=True))
+        return seen
 
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
         """One gradient or None for each variable the optimizer was built with."""
