@@ -105,7 +105,7 @@ def run(
         strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
 
     context = tf.distribute.get_replica_context()
-    if context is None:  # of a strategy with one replica; the others have been refused by now
+    if context is None:  # flushing, or a strategy with one replica; the others have been refused by now
         across_replicas(tf.distribute.get_strategy(), grads)
     else:
         context.merge_call(across_replicas, args=(grads,))
