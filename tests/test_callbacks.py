@@ -924,7 +924,8 @@ def test_accumulation_counts_updates(room, tmp_path):
     model = counting_model(room.SGD(0.1, gradient_accumulation_steps=3))
     x = np.array([1, 2, 3, 0, 0, 3, 2, 4], "float32")[:, None]
     fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
-    assert found_pairs(tmp_path) == [(1, 3.0), (2, 3.0)]
+    # ours makes an update of the two that are left at the end of the epoch
+    assert found_pairs(tmp_path) == [(1, 3.0), (2, 3.0), (3, 4.0)][: 3 if room is ok.optimizers else 2]
 
 
 def found_pairs(directory):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util.tensor_util import make_ndarray
 from test_tensorboard_browser import assert_tensorboard_shows
 
 ROWS = ("base", "+ initialisation", "+ optimizer", "+ regularisation and augmentation", "+ early stopping, schedule")
@@ -33,7 +34,7 @@ def scalars(directory, tag):
     """The values that one training wrote to TensorBoard under a tag."""
     events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
     events.Reload()
-    return [float(np.frombuffer(e.tensor_proto.tensor_content, "f4")[0]) for e in events.Tensors(tag)]
+    return [float(make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)]
 
 
 # -- what the examples share ------------------------------------------------------------------------------------------
