@@ -22,7 +22,10 @@ def steps(optimizer, gradients, mode="graph", start=1.0):
     """Applies one gradient after the other, each already scaled; returns weights and scales after each."""
     weight = keras.Variable(np.full(3, start), dtype="float32")
     optimizer.build([weight])
-    call = lambda g: optimizer.apply([g], [weight])  # noqa: E731
+
+    def call(g):
+        optimizer.apply([g], [weight])
+
     if mode != "eager":
         call = tf.function(call, jit_compile=mode == "xla")
     seen = []

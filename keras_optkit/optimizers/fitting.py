@@ -37,10 +37,12 @@ def _guarded(function: Any) -> Any:
             build_optimizer(self)  # there may be loaded state that says which weights the model holds
         optimizer.begin_training(self.trainable_variables, inside=optimizer is not self.optimizer)
         if function.__name__ == "fit" and optimizer.gradient_accumulation_steps:
-            with contextlib.suppress(TypeError):  # Keras says it better
+            try:
                 given = signature.bind(self, *args, **kwargs)
-                given.arguments["callbacks"] = _with_flush(given.arguments.get("callbacks"), self)
-                args, kwargs = given.args[1:], given.kwargs
+            except TypeError:  # Keras says it better
+                return function(self, *args, **kwargs)
+            given.arguments["callbacks"] = _with_flush(given.arguments.get("callbacks"), self)
+            args, kwargs = given.args[1:], given.kwargs
         return function(self, *args, **kwargs)
 
     guarded.tells_optimizers = True  # type: ignore[attr-defined]

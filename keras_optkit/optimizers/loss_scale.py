@@ -17,6 +17,7 @@ from keras_optkit.registry import PACKAGE
 Tensor = Any
 
 _STATE = ("step_counter", "dynamic_scale", "skipped", "skipped_in_a_row")
+_LIMITED = _STATE[1:]  # Keras's scale, and what is counted here
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -132,7 +133,7 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
         """Updates the weights with the unscaled gradients, or lowers the scale if they are not finite."""
         if not self.built:
             self.build(list(trainable_variables or ()))
-        own = list(self._own.values())
+        own = [self._own[name] for name in _LIMITED]
         before = ops.copy(ops.convert_to_tensor(self.dynamic_scale))
         super().apply(grads, trainable_variables)
         for variable, value in zip(own, self._limited(before, own), strict=True):
@@ -143,7 +144,7 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`apply` as a pure function of the values of all variables."""
         place_of = {id(variable): place for place, variable in enumerate(self.variables)}
-        places = [place_of[id(variable)] for variable in self._own.values()]
+        places = [place_of[id(variable)] for variable in (self._own[name] for name in _LIMITED)]
         before = optimizer_variables[place_of[id(self.dynamic_scale)]]
         weights, after = super().stateless_apply(optimizer_variables, grads, trainable_variables)
         after = list(after)
@@ -152,17 +153,15 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
         return weights, after
 
     def _limited(self, before: Tensor, own: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The own state after a step, from the scale before it and what Keras has made of the state."""
-        steps, scale, skipped, in_a_row = map(ops.convert_to_tensor, own)
+        """Scale and counts after a step, from the scale before it and what Keras has made of them."""
+        scale, skipped, in_a_row = map(ops.convert_to_tensor, own)
         failed = ops.cast(scale < before, skipped.dtype)  # Keras has halved it
         limited = ops.clip(scale, self.minimum_scale, self.maximum_scale)
-        return steps, limited, skipped + failed, (in_a_row + failed) * failed
+        return limited, skipped + failed, (in_a_row + failed) * failed
 
     def check_finite(self, grads: Sequence[Any]) -> Tensor:
         """Whether the gradients of all replicas are finite."""
-        values = [getattr(g, "values", g) for g in grads if g is not None]
-        flags = [ops.all(ops.isfinite(v)) for v in values]
-        return distribute.in_all_replicas(ops.all(ops.stack(flags)))
+        return distribute.in_all_replicas(super().check_finite([getattr(g, "values", g) for g in grads]))
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the own state; Keras writes that of the inner optimizer beside it."""

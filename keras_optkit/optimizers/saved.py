@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_optkit.optimizers.packing import Bucket
 
-_FORMAT = 1
+_FORMAT = 2
 
 #: State for each parameter besides the rule's slots, packed as they are.
 PER_PARAMETER = ("accumulated", "average")
@@ -25,7 +25,8 @@ class SavedState(keras.optimizers.Optimizer):
 
     Files are independent of the packing, of the number of replicas and of the paths of the variables; entries are
     numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras, and
-    `tf.train.Checkpoint` through `distribute.in_checkpoints`.
+    `tf.train.Checkpoint` through `distribute.in_checkpoints`. One thing is as it is packed, the place of the last
+    gradient that was not finite, so that after loading with another packing `nonfinite` may name another variable.
     """
 
     def _schema(self) -> dict[str, Any]:
@@ -114,10 +115,10 @@ class SavedState(keras.optimizers.Optimizer):
             self._held.pending = saved
 
     def _restore(self, saved: dict[str, np.ndarray]) -> None:
-        fresh = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
-        since = json.loads(saved["schema"].tobytes())["since"]
-        if not fresh and since != self._since():
-            self._pack_anew(since)
+        schema = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
+        fresh = schema["state"] is None  # it was saved before build
+        if not fresh and schema["since"] != self._since():
+            self._pack_anew(schema["since"])
         entries = self._entries()
         if fresh:
             entries = {name: entries[name] for name in ("iterations", "multiplier")}
@@ -131,24 +132,20 @@ class SavedState(keras.optimizers.Optimizer):
                 parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
                 variable.assign(bucket.stored(bucket.join(parts)))
 
-    def _refuse_unless_same(self, saved: dict[str, np.ndarray], keys: Sequence[str]) -> bool:
-        """Raises with the differences between the saved schema and this one; True if it was saved before build."""
+    def _refuse_unless_same(self, saved: dict[str, np.ndarray], keys: Sequence[str]) -> dict[str, Any]:
+        """Raises with the differences between the saved schema and this one; returns the saved one."""
         theirs, ours = json.loads(saved["schema"].tobytes()), self._schema()
         if theirs["format"] != _FORMAT:
             raise ValueError(f"The optimizer state has format {theirs['format']!r}; this version reads {_FORMAT}.")
-        fresh = theirs["state"] is None
-        lines = [
-            line
-            for key in keys
-            if not (fresh and key in ("state", "variables", "rules"))
-            for line in _differences(key, theirs.get(key, {}), ours[key])
-        ]
+        if theirs["state"] is None:  # saved before build
+            keys = [key for key in keys if key not in ("state", "variables", "rules")]
+        lines = [line for key in keys for line in _differences(key, theirs[key], ours[key])]
         if lines:
             raise ValueError(
                 f"The saved optimizer state does not belong to this {type(self).__name__} (saved != here):\n  "
                 + "\n  ".join(lines)
             )
-        return fresh
+        return theirs
 
 
 def _differences(key: str, theirs: Any, ours: Any) -> list[str]:
