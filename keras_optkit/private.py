@@ -41,11 +41,7 @@ def current_layer() -> Any:
     Keras hands an initializer nothing but a shape, and by its shape a depthwise kernel looks like any other. The layer
     is on Keras's stack of name scopes. Fall-back: None, and every kernel is read as (*window, in, out).
     """
-    try:
-        from keras.src.backend.common import global_state
-    except ImportError:
-        return None
-    scopes = global_state.get_global_attribute("name_scope_stack")
+    scopes = _global_attribute("name_scope_stack")
     return scopes[-1].caller if scopes else None
 
 
@@ -71,3 +67,41 @@ def forget_trace(function: Callable[..., Any]) -> None:
     import jax
 
     getattr(jax.jit(function), "clear_cache", jax.clear_caches)()
+
+
+#: Keras's global attribute with the generator that it draws from where neither a seed nor a generator was given.
+_SEED = "global_seed_generator"
+
+
+def global_seed() -> Any:
+    """The state of the generator that Keras draws from where no seed was given; None before it is used.
+
+    Fall-back: None, and unseeded draws (`keras.random.normal(shape)`) are not repeated.
+    """
+    generator = _global_attribute(_SEED)
+    return None if generator is None else keras.ops.convert_to_numpy(generator.state)
+
+
+def set_global_seed(state: Any) -> None:
+    """Sets what `global_seed` returns; None: the next unseeded draw makes a generator, from Python's.
+
+    Fall-back: does nothing.
+    """
+    try:
+        from keras.src.backend.common import global_state
+    except ImportError:
+        return
+    if state is None:
+        global_state.set_global_attribute(_SEED, None)
+        return
+    if global_state.get_global_attribute(_SEED) is None:
+        keras.random.uniform(())  # makes one
+    global_state.get_global_attribute(_SEED).state.assign(state)
+
+
+def _global_attribute(name: str) -> Any:
+    try:
+        from keras.src.backend.common import global_state
+    except ImportError:
+        return None
+    return global_state.get_global_attribute(name)

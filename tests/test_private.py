@@ -6,7 +6,14 @@ import tensorflow as tf
 from keras import layers
 from tensorflow.python.framework import config
 
-from keras_optkit.private import current_layer, forget_trace, op_determinism, sublayers
+from keras_optkit.private import (
+    current_layer,
+    forget_trace,
+    global_seed,
+    op_determinism,
+    set_global_seed,
+    sublayers,
+)
 
 
 def test_determinism_is_on_inside_only():
@@ -59,3 +66,15 @@ def test_a_trace_is_forgotten_and_others_are_not():
         compiled(1.0)
     assert (one.traces, other.traces) == (2, 1)
     assert hasattr(held[0], "clear_cache")
+
+
+def test_the_generator_of_unseeded_draws_can_be_set_back():
+    set_global_seed(None)
+    assert global_seed() is None
+    first = keras.random.uniform((3,))
+    state = global_seed()
+    assert state is not None
+    second = keras.random.uniform((3,))
+    set_global_seed(state)
+    assert keras.ops.all(keras.random.uniform((3,)) == second)
+    assert not keras.ops.all(first == second)
