@@ -15,7 +15,7 @@ from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.instrument import around
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import is_lost
-from keras_optkit.optimizers.fitting import Flush, build_optimizer
+from keras_optkit.optimizers.fitting import build_optimizer
 from keras_optkit.registry import register
 
 #: The methods of a model that show its weights, or write them down.
@@ -112,7 +112,7 @@ class AveragedWeights(Callback):
         run = running_fit(model)
         listed = (run.arguments.get("callbacks") if run else None) or [self]
         callbacks = listed.callbacks if isinstance(listed, keras.callbacks.CallbackList) else tree.flatten(listed)
-        callbacks = [c for c in callbacks if not isinstance(c, Flush)]  # an update, which is for the training weights
+        callbacks = [c for c in callbacks if not getattr(c, "sees_training_weights", False)]
         for callback in callbacks:
             if isinstance(callback, keras.callbacks.BackupAndRestore):
                 for name in ("on_epoch_end", "on_train_batch_end"):
