@@ -45,7 +45,8 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         epoch: The number of the epoch whose batches are given, counted from 0; may be set.
 
     Raises:
-        ValueError: From `fit`, if it is to train for several epochs of another length (`steps_per_epoch`).
+        ValueError: From `fit`, if it is to train for several epochs of another length (`steps_per_epoch`), or with
+            several workers on JAX or with a model that is not built, since Keras then loses a batch.
 
     Example:
     ```python
@@ -112,6 +113,13 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
             raise ValueError(
                 f"steps_per_epoch must be None or {self.num_batches}, the length of {type(self).__name__}, if there is "
                 f"more than one epoch; got {steps!r}."
+            )
+        looks_ahead = keras.config.backend() != "tensorflow" or not run.model.built
+        if looks_ahead and (self.workers > 1 or self.use_multiprocessing):
+            raise ValueError(
+                f"workers must be 1 on {keras.config.backend()} with a model that is {'' if run.model.built else 'not '}"
+                f"built, got {self.workers}. Keras takes a batch there to find out shapes, and with several workers "
+                "begins the epoch with the one after it. On TensorFlow, build the model first."
             )
         run.arguments["shuffle"] = False  # Keras would shuffle the batches, with Python's generator
         run.add(_EndEpoch(self), first=True)

@@ -99,10 +99,19 @@ def test_a_list_of_callbacks_made_by_the_user_is_told_as_well():
     assert data.epoch == 1
 
 
+@pytest.mark.only_on("tensorflow", because="Keras on JAX begins with the second batch, and it is refused")
 def test_several_threads_give_the_same_batches():
     data, seen = ok.data.Shuffled(X, Y, batch_size=1, seed=2, workers=3), Seen()
     counting_model().fit(data, epochs=2, callbacks=[seen], verbose=0)
     assert seen.epochs == [np.random.default_rng((2, epoch)).permutation(10).tolist() for epoch in range(2)]
+
+
+def test_several_threads_are_refused_where_keras_would_lose_a_batch():
+    data = ok.data.Shuffled(X, Y, batch_size=1, workers=3)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mae")
+    with pytest.raises(ValueError, match=r"workers must be 1 on \w+ with a model that is not built, got 3"):
+        model.fit(data, verbose=0)
 
 
 def test_training_is_that_on_arrays_in_the_same_order():

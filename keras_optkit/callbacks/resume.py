@@ -308,7 +308,9 @@ class _Session:
             return
         refuse_unless_same(self._found, self._identity)
         if self._inside and len(self._model.metrics_variables) < len(self._found["state"]["metrics"]):
-            self._model.test_on_batch(*keras.utils.unpack_x_y_sample_weight(self._data[0]))  # builds them, so that there is something to restore
+            self._model.test_on_batch(
+                *keras.utils.unpack_x_y_sample_weight(self._data[0])
+            )  # builds them, so that there is something to restore
 
     def _after_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """After all other callbacks, many of which begin afresh in `on_train_begin`."""
