@@ -12,7 +12,7 @@ Y = np.arange(10)
 
 def rows(data):
     """The targets of an epoch, batch by batch."""
-    return [data[i][1].tolist() for i in range(len(data))]
+    return [data[i][1].tolist() for i in range(data.num_batches)]
 
 
 class Seen(keras.callbacks.Callback):
@@ -110,7 +110,7 @@ def test_several_threads_are_refused_where_keras_would_lose_a_batch():
     data = ok.data.Shuffled(X, Y, batch_size=1, workers=3)
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile(optimizer="sgd", loss="mae")
-    with pytest.raises(ValueError, match=r"workers must be 1 on \w+ with a model that is not built, got 3"):
+    with pytest.raises(ValueError, match="workers must be 1 on JAX, and with a model that is not built, got 3"):
         model.fit(data, verbose=0)
 
 
@@ -132,7 +132,7 @@ def test_an_epoch_can_begin_inside(begin):
     data = ok.data.Shuffled(X, Y, batch_size=4, seed=3)
     whole = rows(data)
     data.begin_epoch_at(begin)
-    assert rows(data)[: 3 - begin] == whole[begin:]
+    assert rows(data) == whole[begin:]
     data.end_epoch()
     assert data.epoch == 1
     assert rows(data)[0] == np.random.default_rng((3, 1)).permutation(10)[:4].tolist()
@@ -201,7 +201,7 @@ class TestPerEpoch:
     def test_an_epoch_can_begin_inside(self, begin):
         data = ok.data.PerEpoch(self.made)
         data.begin_epoch_at(begin)
-        assert rows(data)[: 3 - begin] == [y.tolist() for _, y in self.made(0).skip(begin).as_numpy_iterator()]
+        assert rows(data) == [y.tolist() for _, y in self.made(0).skip(begin).as_numpy_iterator()]
 
     def test_fit_trains_on_one_after_the_other(self):
         data, seen = ok.data.PerEpoch(lambda epoch: self.made(epoch).unbatch().batch(1), steps=10), Seen()
