@@ -187,7 +187,7 @@ def test_keras_s_callbacks_go_on_from_their_state(tmp_path):
 
     expected, theirs = fit("whole")
     assert 2 < theirs[1].stopped_epoch < 11, "the test is about a training that stops early"
-    assert len(set(expected.history.history["learning_rate"])) > 2, "and whose learning rate is reduced"
+    assert len(set(expected.history.history["learning_rate"])) > 1, "and whose learning rate is reduced"
     for crash in (8, 13, 1, 17):
         assert fit("cut", crash=crash)[0] is None
     model, mine = fit("cut")
