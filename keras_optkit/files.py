@@ -42,9 +42,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     ```
     """
     path = Path(path)
-    with _replacing(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")) as unfinished:
-        with unfinished.open("xb") as file:
-            yield file
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    with _replacing(path, unfinished), unfinished.open("xb") as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -58,15 +58,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: If the file cannot be written.
     """
     path = Path(path)
-    with _replacing(path, path.with_name(f".{secrets.token_hex(4)}{TEMPORARY}.{path.name}")) as unfinished:
+    unfinished = path.with_name(f".{secrets.token_hex(4)}{TEMPORARY}.{path.name}")
+    with _replacing(path, unfinished):
         yield unfinished
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, unfinished: Path) -> Iterator[Path]:
-    """Gives `path` what is written to `unfinished`, or removes that."""
+def _replacing(path: Path, unfinished: Path) -> Iterator[None]:
+    """Gives the name `path` to what is written to `unfinished`, or removes that."""
     try:
-        yield unfinished
+        yield
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
