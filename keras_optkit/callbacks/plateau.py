@@ -167,7 +167,9 @@ class ReduceLROnPlateau(Callback):
 
     def _reduce(self, when: str) -> bool:
         """Lowers the rates; False if none is above `min_lr`."""
-        above = [optimizer for optimizer in self._optimizers() if _rate(optimizer) > np.float32(self.min_lr)]
+        above = [
+            optimizer for optimizer in self._optimizers() if np.float32(_rate(optimizer)) > np.float32(self.min_lr)
+        ]
         for optimizer in above:
             old = _rate(optimizer)
             optimizer.learning_rate = max(old * self.factor, self.min_lr)

@@ -86,12 +86,13 @@ class Watched:
             fit is None or fit.arguments.get("validation_data") is not None or fit.arguments.get("validation_split")
         )
         validated = any(name.startswith("val_") for name in logs)
-        if self._monitor.startswith("val_") and validates and not validated:
+        of_validation = self._monitor.startswith("val_")
+        if of_validation and validates and not validated:
             return
-        without = "" if validates else " fit was given no validation data, so that no name begins with 'val_'."
+        hint = " fit was given no validation data, so that no name begins with 'val_'."
         raise ValueError(
             f"monitor must be one of the names in the logs, {', '.join(map(repr, sorted(logs)))}, "
-            f"got {self._monitor!r}.{without or arguments.near(self._monitor, logs)}"
+            f"got {self._monitor!r}.{hint if of_validation and not validates else arguments.near(self._monitor, logs)}"
         )
 
     def is_usable(self, value: float) -> bool:
