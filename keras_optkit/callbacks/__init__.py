@@ -2,6 +2,7 @@
 
 from keras_optkit.callbacks.averaging import AveragedWeights
 from keras_optkit.callbacks.budget import TimeBudget
+from keras_optkit.callbacks.checkpoint import Checkpoint
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.monitor import TrainingMonitor
 from keras_optkit.callbacks.plateau import ReduceLROnPlateau
@@ -10,6 +11,7 @@ from keras_optkit.callbacks.stopping import EarlyStopping
 
 __all__ = [
     "AveragedWeights",
+    "Checkpoint",
     "EarlyStopping",
     "ReduceLROnPlateau",
     "Resume",
