@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-#: What the names of files end with that are being written; a process that was killed may leave one behind.
+#: What is in the names of files that are being written; a process that was killed may leave one behind.
 TEMPORARY = ".tmp"
 
 
@@ -43,10 +43,32 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    with _replacing(path, unfinished), unfinished.open("xb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `atomic_write`, for what takes a name and no file: gives one that ends as `path` does.
+
+    Args:
+        path: The name; its directory must exist.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{secrets.token_hex(4)}{TEMPORARY}.{path.name}")
+    with _replacing(path, unfinished):
+        yield unfinished
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, unfinished: Path) -> Iterator[None]:
+    """Gives the name `path` to what is written to `unfinished`, or removes that."""
     try:
-        with unfinished.open("xb") as file:
-            yield file
-            file.flush()
+        yield
+        with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except BaseException:
@@ -67,4 +89,4 @@ def sync_directory(path: Path) -> None:
 
 def leftovers(directory: Path) -> list[Path]:
     """Files whose writing was interrupted by the end of the process."""
-    return sorted(directory.glob(f".*{TEMPORARY}"))
+    return sorted([*directory.glob(f".*{TEMPORARY}"), *directory.glob(f".*{TEMPORARY}.*")])

@@ -1,9 +1,21 @@
-"""Callbacks for `model.fit`: stopping early, driving hyperparameters by schedules, monitoring, averaged weights."""
+"""Callbacks for `model.fit`: stopping, checkpoints, driving hyperparameters, monitoring, averaged weights, resuming."""
 
 from keras_optkit.callbacks.averaging import AveragedWeights
+from keras_optkit.callbacks.budget import TimeBudget
+from keras_optkit.callbacks.checkpoint import Checkpoint
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.monitor import TrainingMonitor
+from keras_optkit.callbacks.plateau import ReduceLROnPlateau
 from keras_optkit.callbacks.resume import Resume
 from keras_optkit.callbacks.stopping import EarlyStopping
 
-__all__ = ["AveragedWeights", "EarlyStopping", "Resume", "ScheduleHyperparameters", "TrainingMonitor"]
+__all__ = [
+    "AveragedWeights",
+    "Checkpoint",
+    "EarlyStopping",
+    "ReduceLROnPlateau",
+    "Resume",
+    "ScheduleHyperparameters",
+    "TimeBudget",
+    "TrainingMonitor",
+]

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
+from keras_optkit.optimizers.fitting import guard_training
 from keras_optkit.saving import FromSignature
 
 #: What is called on the callbacks when an exception leaves a method of `keras.Model`.
@@ -69,6 +70,8 @@ def running_fit(model: Any) -> Run | None:
 
 def guard(method: str) -> None:
     """Wraps a method of `keras.Model`, `fit`, `evaluate` or `predict`, unless it is wrapped."""
+    if method == "fit":
+        guard_training()  # inside of this one, so that optimizers see what `prepare_fit` has made of the model
     function = getattr(keras.Model, method)
     if getattr(function, "tells_callbacks_of_failure", False):
         return
