@@ -30,7 +30,9 @@ import tensorflow as tf
 
 import keras_optkit as ok
 from keras_optkit.callbacks import bundle
+from keras_optkit.callbacks.identity import differences
 from keras_optkit.callbacks.state import TrainingState
+from keras_optkit.callbacks.stock import has_state, state_of
 
 ROWS, BATCH, EPOCHS, EVERY = 160, 16, 12, 4
 
@@ -133,13 +135,9 @@ def train(scenario: str, directory: Path) -> None:
         model, rows, optimizer, (x, y) = SCENARIOS[scenario]()
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
-    stopping = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
-    resume = ok.callbacks.Resume(directory / "resume", every=EVERY, strict=True)
     callbacks = [
-        keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=0, min_delta=0.05),
-        resume,
-        stopping,
-        keras.callbacks.ModelCheckpoint(directory / "best.weights.h5", save_best_only=True, save_weights_only=True),
+        *(ours if scenario == "cnn" else stock)(directory),
+        ok.callbacks.Resume(directory / "resume", every=EVERY, strict=True),
         keras.callbacks.CSVLogger(directory / "log.csv"),
         Log(directory / f"batches-{os.getpid()}.jsonl", rows),
     ]
@@ -149,12 +147,39 @@ def train(scenario: str, directory: Path) -> None:
         "state": vars(TrainingState.of(model)),
         "history": history.history,
         "epochs": history.epoch,
-        "stopped": stopping.stopped_epoch,
-        "best": stopping.best,
-        "best_weights": stopping.best_weights,
         "log": (directory / "log.csv").read_text(),
+        "callbacks": [{k: v for k, v in state_of(c).items() if k != "seconds"} for c in callbacks if has_state(c)],
+        "checkpoints": weights_of(directory / "checkpoints", model),
     }
     bundle.write(directory / "result.npz", bundle.pack(result))
+
+
+def ours(directory: Path) -> list:
+    return [
+        ok.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=0.05),
+        ok.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
+        ok.callbacks.Checkpoint(directory / "checkpoints", top_k=2, last_n=2, every=7, save="weights"),
+        ok.callbacks.AveragedWeights(),
+    ]
+
+
+def stock(directory: Path) -> list:
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    return [
+        keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=0.05),
+        keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
+        keras.callbacks.ModelCheckpoint(checkpoints / "best.weights.h5", save_best_only=True, save_weights_only=True),
+    ]
+
+
+def weights_of(directory: Path, model: keras.Model) -> dict:
+    """The weights in the checkpoints, by the names of the files."""
+    found = {}
+    for path in sorted(directory.glob("*.weights.h5")):
+        model.load_weights(path)
+        found[path.name] = [np.array(weight) for weight in model.get_weights()]
+    return found
 
 
 def start(scenario: str, directory: Path) -> int:
@@ -213,9 +238,9 @@ def kill_at_random(rng: random.Random, directory: Path, process: int, batch: int
 
 
 def compare(left_alone: Path, killed: Path) -> list[str]:
-    """The names of what is not bitwise the same at the end of two trainings."""
+    """What is not bitwise the same at the end of two trainings."""
     a, b = (bundle.pack(bundle.read(path / "result.npz")) for path in (left_alone, killed))
-    different = [] if a.text == b.text else ["text"]
+    different = differences(json.loads(a.text), json.loads(b.text))
     return different + [name for name in a.arrays if a.arrays[name].tobytes() != b.arrays[name].tobytes()]
 
 

@@ -1,5 +1,6 @@
 """Trainings that end in the middle and go on: bitwise as if they had not ended."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -155,7 +156,6 @@ def test_with_other_optimizers(tmp_path, make):
     assert_same(train(tmp_path / "cut", model=compiled(make())), expected)
 
 
-@pytest.mark.only_on("tensorflow", because="averages on JAX are given to the model only after an epoch")
 def test_with_averaged_weights_shown(tmp_path):
     def fit(name, **arguments):
         model = compiled(ok.optimizers.AdamW(1e-2, use_ema=True, ema_momentum=0.9))
@@ -418,6 +418,86 @@ def test_the_same_callback_can_go_on_after_a_failure(tmp_path, uninterrupted):
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
+
+
+class Subclassed(keras.Model):
+    """Without a config, as most models of one's own."""
+
+    def __init__(self, units, activation):
+        super().__init__()
+        self.dense, self.activation = keras.layers.Dense(units), activation
+
+    def call(self, x):
+        return keras.ops.sum(self.activation(self.dense(x)), -1, keepdims=True)
+
+
+def test_a_model_without_a_config_is_told_by_its_weights_and_its_source(tmp_path):
+    def model(units):
+        keras.utils.set_random_seed(1)
+        made = Subclassed(units, keras.ops.tanh)
+        made.compile(optimizer="adam", loss="mse")
+        return made
+
+    expected = train(tmp_path / "whole", model=model(4))
+    assert train(tmp_path / "cut", model=model(4), crash=8) is None
+    with pytest.raises(ValueError, match=r"variables\[0\]\[2\]\[1\]: 4 in the bundle, 5 here"):
+        train(tmp_path / "cut", model=model(5))
+    assert_same(train(tmp_path / "cut", model=model(4)), expected)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+@pytest.mark.only_on("tensorflow", because="elsewhere Keras builds models before `fit` begins")
+def test_a_model_that_only_a_batch_can_build_is_shown_one(tmp_path, kind):
+    import tensorflow as tf
+
+    def fit(name, crash=None):
+        keras.utils.set_random_seed(1)
+        model = Subclassed(4, keras.ops.tanh)
+        model.compile(optimizer="adam", loss="mse")
+        x = (X, Y) if kind == "arrays" else (tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH),)
+        callbacks = [Resume(tmp_path / name), *([CrashAt(crash)] if crash else [])]
+        with pytest.warns(UserWarning, match="x must be") if kind == "dataset" else contextlib.nullcontext():
+            try:
+                model.fit(*x, batch_size=BATCH if len(x) > 1 else None, epochs=3, shuffle=False, callbacks=callbacks)
+            except Crash:
+                return None
+        return model
+
+    expected = fit("whole")
+    assert fit("cut", crash=14) is None
+    assert_same(fit("cut"), expected)
+
+
+@pytest.mark.only_on("tensorflow", because="elsewhere Keras builds models before `fit` begins")
+def test_a_model_that_cannot_be_built_is_refused(tmp_path):
+    def batches():
+        yield X, Y
+
+    model = Subclassed(4, keras.ops.tanh)
+    model.compile(optimizer="adam", loss="mse")
+    with (
+        pytest.warns(UserWarning, match="x must be"),
+        pytest.raises(ValueError, match="must be built for Resume if its data cannot be looked at ahead"),
+    ):
+        model.fit(batches(), callbacks=[Resume(tmp_path)], verbose=0, shuffle=False)
+
+
+def test_a_list_of_callbacks_made_by_the_user_is_gone_on_with(tmp_path, uninterrupted):
+    def fit(crash=None):
+        model, seen = compiled(), Batches()
+        callbacks = [Resume(tmp_path, every=3, strict=True), seen, *([CrashAt(crash)] if crash else [])]
+        made = keras.callbacks.CallbackList(callbacks, add_history=True, model=model, epochs=3, steps=10, verbose=0)
+        try:
+            model.fit(shuffled(), epochs=3, validation_data=(X, Y), callbacks=made)
+        except Crash:
+            return None
+        model.seen = seen.seen
+        return model
+
+    assert fit(crash=17) is None
+    model = fit()
+    assert model.seen[0] == (1, 5)
+    assert_same(model, uninterrupted)
 
 
 class Doubled(keras.layers.Layer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from keras_optkit.callbacks.state import Copies, TrainingState
 from keras_optkit.callbacks.stock import has_state, is_known, set_state_of, state_of
 from keras_optkit.callbacks.store import Store
 from keras_optkit.data import EpochDataset
+from keras_optkit.private import sublayers
 from keras_optkit.registry import register
 
 
@@ -303,16 +303,32 @@ class _Session:
 
     def _check(self, logs: Any = None) -> None:  # noqa: ARG002
         """Before all other callbacks."""
+        if not all(layer.built for layer in [self._model, *sublayers(self._model)]):
+            self._build()
         kept = Counter(type(c).__name__ for c in self._callbacks if has_state(c))
-        self._identity = identity(self._model, self._data) | {"callbacks": dict(kept)}
+        self._identity = identity(self._model, self._run.arguments) | {"callbacks": dict(kept)}
         self._forget_when()
-        if self._found is None:
-            return
-        refuse_unless_same(self._found, self._identity)
-        if self._inside and len(self._model.metrics_variables) < len(self._found["state"]["metrics"]):
-            self._model.test_on_batch(
-                *keras.utils.unpack_x_y_sample_weight(self._data[0])
-            )  # builds them, so that there is something to restore
+        if self._found is not None:
+            refuse_unless_same(self._found, self._identity)
+            if self._inside and len(self._model.metrics_variables) < len(self._found["state"]["metrics"]):
+                self._build()
+
+    def _build(self) -> None:
+        """Has everything built, metrics included, that Keras on TensorFlow builds in the first step only."""
+        x: Any
+        x, y, sample_weight = (self._run.arguments.get(name) for name in ("x", "y", "sample_weight"))
+        if self._inside:
+            batch = keras.utils.unpack_x_y_sample_weight(x[0])
+        elif hasattr(x, "element_spec"):
+            batch = keras.utils.unpack_x_y_sample_weight(next(iter(x)))
+        elif all(hasattr(part, "__array__") for part in keras.tree.flatten(x)):
+            batch = keras.tree.map_structure(lambda part: None if part is None else part[:1], (x, y, sample_weight))
+        else:
+            raise ValueError(
+                f"model {self._model.name!r} must be built for Resume if its data cannot be looked at ahead, as those "
+                f"of type {type(x).__name__}. Call it on a batch before."
+            )
+        self._model.test_on_batch(*batch)
 
     def _after_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """After all other callbacks, many of which begin afresh in `on_train_begin`."""
@@ -463,7 +479,7 @@ def _nothing(batch: int, logs: Any = None) -> None:
 
 def refuse_unless_same(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises with the differences between the training that a bundle comes from and this one."""
-    lines = differences(found["identity"], json.loads(json.dumps(here)))
+    lines = differences(found["identity"], here)
     if lines:
         shown = lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
         raise ValueError(
