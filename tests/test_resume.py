@@ -358,6 +358,7 @@ def test_the_progress_bar_begins_at_the_batch(tmp_path, capsys):
     assert train(tmp_path, crash=17) is None
     train(tmp_path, verbose=2)
     output = capsys.readouterr().out
+    assert "goes on after 5 batches of epoch 2." in output
     assert "Epoch 1/3" not in output
     assert "Epoch 2/3" in output
     assert "10/10" in output
@@ -396,6 +397,8 @@ def test_one_that_was_stopped_is_finished_whatever_the_epochs(tmp_path):
     again = fit(9)
     assert again.seen == []
     assert again.history.epoch == [0, 1]
+    with pytest.raises(ValueError, match=r"epochs=1, but .*finished.npz comes from epoch 2 of a training"):
+        fit(1)
 
 
 def test_fewer_epochs_than_it_has_are_refused(tmp_path):

@@ -218,6 +218,7 @@ class _Session:
             self._begin = Position(**self._found["position"])
             self._run.arguments["initial_epoch"] = self._begin.epoch if not self._found["finished"] else self._epochs
             self._owner.resumed_from = self._begin
+        self._end = self._begin
         self._add_hooks()
         self._listen()
 
@@ -263,10 +264,9 @@ class _Session:
 
     def _add_hooks(self) -> None:
         """Keras's own callbacks are added here, so that what stands last comes after them."""
-        kinds = {type(c) for c in self._callbacks}
-        if keras.callbacks.History not in kinds:
+        if not self._has(keras.callbacks.History):
             self._add(keras.callbacks.History())
-        if self._run.arguments.get("verbose", "auto") != 0 and keras.callbacks.ProgbarLogger not in kinds:
+        if self._run.arguments.get("verbose", "auto") != 0 and not self._has(keras.callbacks.ProgbarLogger):
             bar = keras.callbacks.ProgbarLogger()
             vars(bar)["async_safe"] = True  # as Keras treats the one that it would add
             self._add(bar)
@@ -279,6 +279,9 @@ class _Session:
                 on_train_end=self._after_end,
             )
         )
+
+    def _has(self, kind: type) -> bool:
+        return any(isinstance(callback, kind) for callback in self._callbacks)
 
     def _add(self, callback: Any) -> None:
         self._callbacks.append(callback)
@@ -333,16 +336,15 @@ class _Session:
     def _after_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """After all other callbacks, many of which begin afresh in `on_train_begin`."""
         if self._found is not None and not self._begin.batch:
-            self._restore()
+            self._restore(self._found)
 
     def _after_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         self._epoch, self._batch = epoch, 0
         if self._found is not None and self._begin.batch:
-            self._restore()
+            self._restore(self._found)
             self._data.begin_epoch_at(self._begin.batch)
             self._batch = self._begin.batch
             self._passing = _PassOver(self._model, self._callbacks)
-            self._found = None
 
     def _before_batch(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Before any callback hears of this batch, and after all have heard of the end of the one before."""
@@ -367,18 +369,19 @@ class _Session:
         """After all other callbacks, the history included."""
         steps = (self._owner.params or {}).get("steps") or self._batch + self._model.steps_per_execution
         self._since += steps - self._batch
+        self._end = Position(epoch + 1, 0)
         last = epoch + 1 >= self._epochs or self._model.stop_training
         if self._owner.every == "epoch" or last or self._terminated.is_set() or self._is_due():
-            self._save(Position(epoch + 1, 0))
+            self._save(self._end)
         self._end_if_terminated()
 
     def _after_end(self, logs: Any = None) -> None:  # noqa: ARG002
-        if self._found is not None and self._found["finished"]:
-            self._restore_model()  # others may have changed it
+        if self._found is not None:  # a training that was finished before
+            self._restore_model(self._found)  # others may have changed it
         else:
             finished = {"epochs": self._epochs, "stopped": bool(self._model.stop_training)}
             self._settle()
-            self._store.write_finished(self._bundle(Position(self._epochs, 0), finished))
+            self._store.write_finished(self._bundle(self._end, finished))
         self._owner.end(finished=True)
 
     # -- bundles ------------------------------------------------------------------------------------------------------
@@ -412,18 +415,29 @@ class _Session:
             }
         )
 
-    def _restore(self) -> None:
-        assert self._found is not None
+    def _restore(self, found: dict[str, Any]) -> None:
         for key, callback in self._keyed():
-            set_state_of(callback, self._found["callbacks"][key])
-        self._restore_model()
+            set_state_of(callback, found["callbacks"][key])
+        self._restore_model(found)
         if self._inside:
-            self._data.epoch = self._found["data_epoch"]
+            self._data.epoch = found["data_epoch"]
+        self._say("is finished, after" if found["finished"] else "goes on after", Position(**found["position"]))
+        if not found["finished"]:
+            self._found = None  # it may be large
 
-    def _restore_model(self) -> None:
+    def _restore_model(self, found: dict[str, Any]) -> None:
         """Metrics only where they count, inside of an epoch and after the last, since they may not be built."""
-        assert self._found is not None
-        TrainingState(**self._found["state"]).into(self._model, metrics=self._inside)
+        TrainingState(**found["state"]).into(self._model, metrics=self._inside)
+
+    def _say(self, what: str, position: Position) -> None:
+        """As the progress bar counts."""
+        if self._run.arguments.get("verbose", "auto") != 0:
+            after = (
+                f"{position.batch} batches of epoch {position.epoch + 1}"
+                if position.batch
+                else f"epoch {position.epoch}"
+            )
+            print(f"Resume: the training in {self._owner.directory} {what} {after}.")
 
     def _keyed(self) -> Iterator[tuple[str, Any]]:
         """The callbacks that have state, by class, and by number among those of one class."""
@@ -443,6 +457,7 @@ class _Session:
     def _end_if_terminated(self) -> None:
         if self._terminated.is_set():
             self._settle()
+            print(f"Resume: SIGTERM; the training in {self._owner.directory} can go on.")
             raise SystemExit(128 + signal.SIGTERM)
 
 
