@@ -2,7 +2,15 @@
 
 from keras_optkit.callbacks.averaging import AveragedWeights
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
-from keras_optkit.callbacks.monitor import TrainingMonitor
+from keras_optkit.callbacks.monitor import Curve, TrainingMonitor, plot_monitor, read_monitor
 from keras_optkit.callbacks.stopping import EarlyStopping
 
-__all__ = ["AveragedWeights", "EarlyStopping", "ScheduleHyperparameters", "TrainingMonitor"]
+__all__ = [
+    "AveragedWeights",
+    "Curve",
+    "EarlyStopping",
+    "ScheduleHyperparameters",
+    "TrainingMonitor",
+    "plot_monitor",
+    "read_monitor",
+]
