@@ -1,6 +1,7 @@
 """TrainingMonitor in real training, against hand-written loops in NumPy and gradients of a tape of one's own."""
 
 import contextlib
+import importlib
 import json
 import math
 import re
@@ -437,13 +438,14 @@ def test_clip_rate(room, limit, tmp_path):
 
 def test_numbers_that_are_not_finite_are_counted_by_layer(tmp_path):
     x, y = images(8)
-    model = network(STOCK.SGD(0.01))
+    model, weights = network(STOCK.SGD(0.01)), Weights()
     x[4, 0, 0, 0] = np.nan
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path), weights, epochs=1)
     found = events(tmp_path)
-    total = sum(math.prod(v.shape) for v in model.trainable_variables)
-    assert found["train/nonfinite"] == [(1, 0), (2, total)]
-    assert found["nonfinite/hidden"] == [(2, 3 * 16 * 4 + 4)]
+    counts = [np.sum(~np.isfinite(g)) for g in gradient_at(model, weights.noted[1], x[4:], y[4:])]
+    assert found["train/nonfinite"] == [(1, 0), (2, sum(counts))]
+    assert found["nonfinite/hidden"] == [(2, sum(counts[4:6]))]
+    assert sum(counts[4:6]) == 3 * 16 * 4 + 4
     assert math.isnan(found["gradient_norm/hidden"][1][1])
     read = ok.callbacks.read_monitor(tmp_path)
     assert math.isnan(read["gradient_norm/hidden"].values[1])
@@ -652,7 +654,9 @@ def test_plot_draws_the_charts_of_the_layout(tmp_path):
     charts = {axes.get_title(): axes for axes in figure.axes}
     assert "training: loss" in charts
     assert "training: loss scale" not in charts
-    drawn = {line.get_label(): line.get_ydata() for line in charts["layers: update-to-weight ratio"].get_lines()}
+    drawn = {
+        line.get_label(): line.get_ydata() for line in charts["layers: update-to-weight ratio by layer"].get_lines()
+    }
     assert set(drawn) == {f"update_ratio/{name}" for name in LAYERS}
     assert drawn["update_ratio/out"].tolist() == ok.callbacks.read_monitor(tmp_path)["update_ratio/out"].values.tolist()
 
@@ -811,3 +815,23 @@ def test_what_cannot_be_had_is_refused_when_training_begins(tmp_path):
     with pytest.raises(ValueError, match="noise_scale must be False for Own, which has a train_step of its own"):
         fit(own, x, y, TrainingMonitor(tmp_path, noise_scale=True))
     assert not {"train_step", "make_train_function"} & set(vars(own))
+
+
+@on_tensorflow
+def test_the_benchmark_shows_every_alternative(monkeypatch, request, capsys):
+    monkeypatch.syspath_prepend(request.config.rootpath / "examples" / "benchmarks")
+    bench = importlib.import_module("monitor_overhead")
+
+    def small(size):
+        layers = [keras.Input((size, size, 3)), keras.layers.Conv2D(2, 3), keras.layers.ReLU(name="relu")]
+        return keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(10, "softmax")])
+
+    monkeypatch.setattr(bench, "network", small)
+    bench.main(["--every", "2", "--batch", "3", "--size", "32", "--rounds", "2"])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ ([^│]+?) +│ +(-?[\d.]+) │ +([\d.]+) │ +([\d.]+) \[.*?\] │ +([\d.]+) \[.*?\] │", printed)
+    assert [row[0] for row in rows] == ["plain", "monitor", "monitor, on request", "second tape", "second tape, eager"]
+    assert rows[0][3:] == ("1.000", "1.000")
+    with pytest.raises(SystemExit):
+        bench.main(["--every", "0"])
+    assert "must be at least 1" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from keras_optkit.callbacks.callback import Callback
 from keras_optkit.callbacks.instrument import compile_anew
 from keras_optkit.callbacks.monitor.files import EventFile, LineFile
 from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
-from keras_optkit.callbacks.monitor.step import ACTIVATION, CHANGE, GRADIENT, NONFINITE, WEIGHT, Probe, short
+from keras_optkit.callbacks.monitor.step import ACTIVATION, CHANGE, GRADIENT, NONFINITE, WEIGHT, Probe, clips, short
 from keras_optkit.registry import register
 
 #: The clip rate is that of so many updates, the last ones that were written.
@@ -158,7 +158,7 @@ class TrainingMonitor(Callback):
         begun_at = self._updates()
         self._probe = Probe(self.model, self.activations, self.noise_scale)
         self._files = events, lines = EventFile(self.log_dir), LineFile(self.log_dir)
-        events.write_layout()
+        events.write_layout(self._absent_tags())
         if self.hparams is not None:
             auto = self.hparams == "auto"
             events.write_hparams(default_hparams(self.model, self.params) if auto else self.hparams, self.log_dir)
@@ -186,6 +186,16 @@ class TrainingMonitor(Callback):
                 f"noise_scale must be False for {type(self.model).__name__}, which has a train_step of its own: the "
                 "gradient of half a batch is computed as Keras's does."
             )
+
+    def _absent_tags(self) -> tuple[str, ...]:
+        """How the tags begin that this training has no values of."""
+        present = {
+            "train/loss_scale": isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer),
+            "train/clip_rate": clips(self.model.optimizer),
+            "train/noise_scale": self.noise_scale,
+            "activation_": self.activations is not None,
+        }
+        return tuple(tag for tag, is_present in present.items() if not is_present)
 
     # -- when ---------------------------------------------------------------------------------------------------------
 

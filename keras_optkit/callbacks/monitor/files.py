@@ -26,9 +26,9 @@ CHARTS = (
     ("training", "non-finite numbers and skipped updates", ("train/nonfinite", "train/skipped", "nonfinite/.*")),
     ("training", "loss scale", ("train/loss_scale",)),
     ("training", "gradient noise scale", ("train/noise_scale",)),
-    ("layers", "update-to-weight ratio", ("update_ratio/.*",)),
-    ("layers", "norm of the gradient", ("gradient_norm/.*",)),
-    ("layers", "norm of the weights", ("weight_norm/.*",)),
+    ("layers", "update-to-weight ratio by layer", ("update_ratio/.*",)),
+    ("layers", "norm of the gradient by layer", ("gradient_norm/.*",)),
+    ("layers", "norm of the weights by layer", ("weight_norm/.*",)),
     ("activations", "mean", ("activation_mean/.*",)),
     ("activations", "standard deviation", ("activation_std/.*",)),
     ("activations", "share of zeros", ("activation_zeros/.*",)),
@@ -88,14 +88,20 @@ class EventFile:
 
         self._add([histogram_pb(tag, value) for tag, value in values.items()], step)
 
-    def write_layout(self) -> None:
-        """Writes, once in a directory, which charts the custom-scalars dashboard is to show."""
+    def write_layout(self, absent: tuple[str, ...] = ()) -> None:
+        """Writes, once in a directory, which charts the custom-scalars dashboard is to show.
+
+        Args:
+            absent: How the tags begin that there will be no values of.
+        """
         from tensorboard.plugins.custom_scalar import layout_pb2, summary
 
         if _LAYOUT in self._there:
             return
         categories: dict[str, list[Any]] = {}
         for category, title, patterns in CHARTS:
+            if absent and patterns[0].startswith(absent):
+                continue
             tags = layout_pb2.MultilineChartContent(tag=[f"^{pattern}$" for pattern in patterns])
             categories.setdefault(category, []).append(layout_pb2.Chart(title=title, multiline=tags))
         layout = layout_pb2.Layout(

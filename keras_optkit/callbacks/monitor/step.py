@@ -32,6 +32,8 @@ _SCALARS = {
     "half_squares": "only_first_replica",
 }
 
+_LIMITS = ("clipnorm", "clipvalue", "global_clipnorm")
+
 #: The rows of "layers"; the first three are sums of squares.
 GRADIENT, WEIGHT, CHANGE, NONFINITE = range(4)
 
@@ -43,6 +45,13 @@ def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that updates the weights, without the one that scales the loss."""
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     return optimizer.inner_optimizer if scaled else optimizer
+
+
+def clips(optimizer: Any) -> bool:
+    """Whether an optimizer clips, and what it clips can be seen: not where that is the mean of several gradients."""
+    inner = inner_optimizer(optimizer)
+    limits = (getattr(inner, name, None) for name in _LIMITS)
+    return any(limit is not None for limit in limits) and not getattr(inner, "gradient_accumulation_steps", None)
 
 
 def short(path: str, model: Any) -> str:
@@ -209,9 +218,8 @@ class Probe:
             [_nonfinite(g) for g in whole],
         ]
         self._hold("layers", ops.stack([self._by_layer(row, variables) for row in rows]))
-        clipped = self._clipped(own, whole, squares, scale)
-        if clipped is not None:
-            self._hold("clipped", ops.cast(clipped, "float32"))
+        if clips(self._optimizer):
+            self._hold("clipped", self._clipped(own, whole, squares, scale))
         half = getattr(self._thread, "half", None)
         if half is not None:
             self._thread.half = None
@@ -228,24 +236,20 @@ class Probe:
 
     def _clipped(
         self, own: Sequence[Tensor | None], whole: Sequence[Tensor | None], squares: Sequence[Tensor], scale: Tensor
-    ) -> Tensor | None:
-        """Whether clipping changes the gradient; None without clipping, and where it sees the mean of several calls."""
+    ) -> Tensor:
+        """Whether clipping changes the gradient, in any replica."""
         inner = self._inner
-        limits = {name: getattr(inner, name, None) for name in ("clipnorm", "clipvalue", "global_clipnorm")}
-        if not any(limits.values()) or getattr(inner, "gradient_accumulation_steps", None):
-            return None
         if not isinstance(inner, Optimizer):  # Keras's clip in each replica, before the sum
             whole, squares = own, [_squares(g) / ops.square(scale) for g in own]
-        if limits["global_clipnorm"]:
-            size, limit = ops.sqrt(sum(squares)), limits["global_clipnorm"]
-        elif limits["clipnorm"]:
-            size, limit = ops.sqrt(ops.max(ops.stack(squares))), limits["clipnorm"]
+        if inner.global_clipnorm is not None:
+            size, limit = ops.sqrt(sum(squares)), inner.global_clipnorm
+        elif inner.clipnorm is not None:
+            size, limit = ops.sqrt(ops.max(ops.stack(squares))), inner.clipnorm
         else:
             largest = [ops.cast(ops.max(ops.abs(g)), "float32") for g in whole if g is not None]
-            size, limit = ops.max(ops.stack(largest)) / scale, limits["clipvalue"]
-        return ops.logical_not(
-            distribute.in_all_replicas(ops.logical_not(ops.greater(size, ops.cast(limit, "float32"))))
-        )
+            size, limit = ops.max(ops.stack(largest)) / scale, inner.clipvalue
+        unchanged = distribute.in_all_replicas(ops.less_equal(size, ops.cast(limit, "float32")))
+        return ops.cast(ops.logical_not(unchanged), "float32")
 
     @contextlib.contextmanager
     def _see_flush(self) -> Iterator[Callable[[Any], None]]:
