@@ -8,6 +8,7 @@ from keras_optkit.callbacks.monitor import TrainingMonitor
 from keras_optkit.callbacks.plateau import ReduceLROnPlateau
 from keras_optkit.callbacks.resume import Resume
 from keras_optkit.callbacks.stopping import EarlyStopping
+from keras_optkit.callbacks.unfreeze import Unfreeze
 
 __all__ = [
     "AveragedWeights",
@@ -18,4 +19,5 @@ __all__ = [
     "ScheduleHyperparameters",
     "TimeBudget",
     "TrainingMonitor",
+    "Unfreeze",
 ]
