@@ -26,7 +26,7 @@ Stages = Mapping[int, str | Sequence[str]] | Sequence[tuple[int, str | Sequence[
     "callback",
     paper="Howard and Ruder, arXiv 1801.06146, section 3.3 (gradual unfreezing)",
     parity="a fit for each stage, with the flags set by hand",
-    cases=({"stages": {0: ".*", 1: ".*"}}, {"stages": {0: ".*", 3: ".*"}, "unit": "update"}),
+    cases=({"stages": [[0, [".*"]], [1, [".*"]]]}, {"stages": [[0, [".*"]], [3, [".*"]]], "unit": "update"}),
 )
 class Unfreeze(Callback):
     """Trains some layers first and unfreezes others later, stage by stage, while the optimizer keeps its state.
@@ -46,8 +46,8 @@ class Unfreeze(Callback):
 
     - The state that the optimizer has stays as it is, bitwise, and the learning rate's schedule goes on. With the
       optimizers of this package the new weights begin as in an optimizer of their own: with fresh state and, in Adam's
-      bias correction, a count of their own. For learning rates that differ between layers give the optimizer `groups`
-      or `layer_decay`.
+      bias correction, a count of their own. For learning rates that differ between layers give the optimizer `groups`;
+      those of layers that are frozen at first need `required=False`.
     - Keras's optimizers can only train variables that they were built for. They are therefore built for those of all
       stages when `fit` begins, which takes memory from the start, and count the updates of before in their bias
       correction: Adam's first steps for new weights are larger by up to sqrt(1 - beta_2) / (1 - beta_1), about 3. On
@@ -86,7 +86,8 @@ class Unfreeze(Callback):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")]
     )
-    model.compile(ok.optimizers.AdamW(1e-2, groups=[ok.Group("body/", lr_scale=0.1)]), loss="mse")
+    body = ok.Group("body/", lr_scale=0.1, required=False)  # which is not there in the first stage
+    model.compile(ok.optimizers.AdamW(1e-2, groups=[body]), loss="mse")
     unfreeze = ok.callbacks.Unfreeze({0: "head", 2: ".*"}, verbose=1)
     model.fit(x, x[:, :1], epochs=4, callbacks=[unfreeze], verbose=0)
     ```

@@ -58,6 +58,8 @@ class Group(FromSignature):
         rule: An optimizer of this package that has not been used yet, its name (`"SGD"`) or its config, whose rule
             these parameters are updated with; None for the rule of the others. Its common keywords must be left at
             their defaults, and the rule must not average by itself.
+        required: Whether it is an error if no variable matches. False is for those that join later, as with
+            `keras_optkit.callbacks.Unfreeze`.
 
     Raises:
         TypeError: For a value of a wrong type.
@@ -86,11 +88,13 @@ class Group(FromSignature):
         weight_decay: float | None = None,
         trainable: bool = True,
         rule: Inner = None,
+        required: bool = True,
     ):
         self.match = checked_pattern("match", match)
         self.lr_scale = arguments.real("lr_scale", lr_scale, 0)
         self.weight_decay = arguments.real("weight_decay", weight_decay, 0, optional=True)
         self.trainable = arguments.boolean("trainable", trainable)
+        self.required = arguments.boolean("required", required)
         self.rule: dict[str, Any] | None = None
         self.own_rule: Rule | None = None
         if rule is not None:
@@ -143,10 +147,10 @@ def assign_groups(groups: Sequence[Group], paths: Sequence[str]) -> list[Group |
     """The first group that matches, for each path.
 
     Raises:
-        ValueError: If a pattern matches no path at all, with the paths that come near it.
+        ValueError: If a pattern matches no path at all and is required to, with the paths that come near it.
     """
     for group in groups:
-        if not any(re.search(group.match, path) for path in paths):
+        if group.required and not any(re.search(group.match, path) for path in paths):
             raise ValueError(
                 f"groups: the pattern {group.match!r} matches none of the {len(paths)} variables. "
                 f"Nearest: {', '.join(map(repr, near_misses(group.match, paths)))}."
