@@ -353,6 +353,26 @@ def test_an_interruption_makes_no_difference(after, first, tmp_path):
         np.testing.assert_array_equal(found[2][name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("stages", [{0: "head", 8: ".*"}, {0: "head", 9: "middle", 10: ".*"}])
+def test_an_interruption_inside_of_an_epoch_makes_no_difference(stages, tmp_path):
+    """By updates: a stage has begun before the bundle, or between it and the crash."""
+    x, y = data()
+
+    def run(*others):
+        model, seen = network(ok.optimizers.Adam(0.05)), Trained()
+        batches = ok.data.Shuffled(x, y, batch_size=4, seed=1)
+        model.fit(batches, epochs=3, verbose=0, callbacks=[Unfreeze(stages, unit="update"), seen, *others])
+        return seen.seen, model.get_weights(), problems.state_of(model.optimizer)
+
+    expected, found = run(), interrupted(run, tmp_path, after=1, batch=4, every=3)
+    assert len(found[0]) == 9
+    assert found[0] == expected[0][-9:]
+    for mine, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_array_equal(mine, other)
+    for name, value in expected[2].items():
+        np.testing.assert_array_equal(found[2][name], value, err_msg=name)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
