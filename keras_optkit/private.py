@@ -57,6 +57,14 @@ def sublayers(layer: Any) -> list[Any]:
     return direct + [below for child in direct for below in sublayers(child)]
 
 
+def known_variables(optimizer: Any) -> list[Any] | None:
+    """The variables that one of Keras's optimizers was built for, the only ones that it can train.
+
+    Fall-back: None, and Keras raises in the first step that trains another one.
+    """
+    return getattr(optimizer, "_trainable_variables", None)
+
+
 def forget_trace(function: Callable[..., Any]) -> None:
     """Has `jax.jit(function)` traced anew the next time that it is called.
 

@@ -117,8 +117,8 @@ class Failing(keras.utils.PyDataset):
         self.fails = True
 
 
-def interrupted(run, directory, *, after):
+def interrupted(run, directory, *, after, batch=None, every="epoch"):
     """What `run(*callbacks)` returns when it is run again after a crash in an epoch, from 0, and goes on by Resume."""
     with pytest.raises(RuntimeError, match="boom"):
-        run(At(boom, epoch=after), Resume(directory))
-    return run(Resume(directory))
+        run(At(boom, batch=batch, epoch=after), Resume(directory, every))
+    return run(Resume(directory, every))

@@ -354,6 +354,15 @@ def test_files_that_are_gone_are_forgotten(tmp_path):
     assert epochs(tmp_path) == [2, 5]
 
 
+def test_files_that_go_while_it_trains_are_forgotten_too(tmp_path):
+    callback = Checkpoint(tmp_path, last_n=0, top_k=3, save="weights")
+    for now in walk(callback, [0.5, 0.25, 0.125]):
+        if now == 2:
+            callback.best.unlink()
+    assert [entry["file"] for entry in listed(tmp_path)] == files(tmp_path)
+    assert epochs(tmp_path) == [1, 3]
+
+
 @pytest.mark.parametrize("text", ["", '{"format": 1, "monit', "[]", '{"format": 2}', '{"format": 1}'])
 def test_a_damaged_list_is_an_error(text, tmp_path):
     (tmp_path / "checkpoints.json").write_text(text)

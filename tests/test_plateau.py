@@ -214,25 +214,29 @@ def test_with_two_replicas_it_is_the_loss_of_the_global_batch():
     np.testing.assert_allclose(seen.seen, numpy_plateau(means, [1] * 6, start=1e-12, **SETTINGS), rtol=1e-6)
 
 
-@pytest.mark.parametrize("unit", ["epoch", "update"])
-def test_it_goes_on_after_an_interruption(unit, tmp_path):
+@pytest.mark.parametrize(
+    ("unit", "batch", "every"), [("epoch", None, "epoch"), ("update", None, "epoch"), ("update", 4, 3)]
+)
+def test_it_goes_on_after_an_interruption(unit, batch, every, tmp_path):
+    """Where an epoch ends, and inside of one, where the sums of the losses go on as well."""
     x = losses(12)
-    y = x.copy()
 
     def run(*others):
+        keras.utils.set_random_seed(0)
         model = counting_model(ok.optimizers.SGD(Linear(1e-3, 40)))
         seen = Rates()
         patience = {"epoch": 2, "update": 5}[unit]
         plateau = ReduceLROnPlateau(
             "loss", unit=unit, factor=0.5, patience=patience, cooldown=2, smoothing=0.9, min_delta=0.5
         )
-        fit(model, x[:, None], y, plateau, seen, *others, batch_size=2, epochs=8)
+        data = ok.data.Shuffled(x[:, None], x, batch_size=2, seed=1)
+        model.fit(data, epochs=8, verbose=0, callbacks=[plateau, seen, *others])
         return seen.seen, plateau.state_dict(), model.get_weights()
 
-    expected, found = run(), interrupted(run, tmp_path, after=3)
+    expected, found = run(), interrupted(run, tmp_path, after=3, batch=batch, every=every)
     assert len(set(expected[0])) > 8 * 6 / 2
     assert found[0] == expected[0][-len(found[0]) :]
-    assert len(found[0]) == 5 * 6
+    assert len(found[0]) == 5 * 6 - (3 if batch else 0)
     assert found[1] == expected[1]
     np.testing.assert_array_equal(found[2][0], expected[2][0])
 

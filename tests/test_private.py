@@ -10,6 +10,7 @@ from keras_optkit.private import (
     current_layer,
     forget_trace,
     global_seed,
+    known_variables,
     op_determinism,
     set_global_seed,
     sublayers,
@@ -78,3 +79,10 @@ def test_the_generator_of_unseeded_draws_can_be_set_back():
     set_global_seed(state)
     assert keras.ops.all(keras.random.uniform((3,)) == second)
     assert not keras.ops.all(first == second)
+
+
+def test_an_optimizer_of_keras_knows_its_variables():
+    variables = [keras.Variable(1.0), keras.Variable(2.0)]
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(variables)
+    assert [id(v) for v in known_variables(optimizer)] == [id(v) for v in variables]

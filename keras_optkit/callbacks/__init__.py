@@ -8,6 +8,7 @@ from keras_optkit.callbacks.monitor import Curve, TrainingMonitor, plot_monitor,
 from keras_optkit.callbacks.plateau import ReduceLROnPlateau
 from keras_optkit.callbacks.resume import Resume
 from keras_optkit.callbacks.stopping import EarlyStopping
+from keras_optkit.callbacks.unfreeze import Unfreeze
 
 __all__ = [
     "AveragedWeights",
@@ -19,6 +20,7 @@ __all__ = [
     "ScheduleHyperparameters",
     "TimeBudget",
     "TrainingMonitor",
+    "Unfreeze",
     "plot_monitor",
     "read_monitor",
 ]

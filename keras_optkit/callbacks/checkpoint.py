@@ -281,7 +281,6 @@ class _Due:
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        self._batch = 0
         self._look_at = 0  # a batch makes at most one update, so that before this one nothing can be due
 
     def inside_epoch(self, batch: int, updates: Any) -> bool:

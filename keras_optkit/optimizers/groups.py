@@ -58,6 +58,8 @@ class Group(FromSignature):
         rule: An optimizer of this package that has not been used yet, its name (`"SGD"`) or its config, whose rule
             these parameters are updated with; None for the rule of the others. Its common keywords must be left at
             their defaults, and the rule must not average by itself.
+        required: Whether it is an error if no variable matches. False is for those that join later, as with
+            `keras_optkit.callbacks.Unfreeze`.
 
     Raises:
         TypeError: For a value of a wrong type.
@@ -86,17 +88,13 @@ class Group(FromSignature):
         weight_decay: float | None = None,
         trainable: bool = True,
         rule: Inner = None,
+        required: bool = True,
     ):
-        if not isinstance(match, str):
-            raise TypeError(f"match must be a regular expression, got {match!r} of type {type(match).__name__}.")
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(f"match must be a regular expression, got {match!r}: {error}.") from error
-        self.match = match
+        self.match = checked_pattern("match", match)
         self.lr_scale = arguments.real("lr_scale", lr_scale, 0)
         self.weight_decay = arguments.real("weight_decay", weight_decay, 0, optional=True)
         self.trainable = arguments.boolean("trainable", trainable)
+        self.required = arguments.boolean("required", required)
         self.rule: dict[str, Any] | None = None
         self.own_rule: Rule | None = None
         if rule is not None:
@@ -125,6 +123,17 @@ def _described_and_rule(inner: Inner) -> tuple[dict[str, Any], Rule]:
     return described(optimizer), plain("rule", optimizer.rule)
 
 
+def checked_pattern(name: str, pattern: Any) -> str:
+    """Returns the argument `name` if it is a regular expression."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{name} must be a regular expression, got {pattern!r} of type {type(pattern).__name__}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}.") from error
+    return pattern
+
+
 def checked_groups(groups: Any) -> list[Group] | None:
     """Returns the argument `groups` as a list, and raises if it is not one of Groups."""
     if groups is None:
@@ -138,18 +147,19 @@ def assign_groups(groups: Sequence[Group], paths: Sequence[str]) -> list[Group |
     """The first group that matches, for each path.
 
     Raises:
-        ValueError: If a pattern matches no path at all, with the paths that come near it.
+        ValueError: If a pattern matches no path at all and is required to, with the paths that come near it.
     """
     for group in groups:
-        if not any(re.search(group.match, path) for path in paths):
+        if group.required and not any(re.search(group.match, path) for path in paths):
             raise ValueError(
                 f"groups: the pattern {group.match!r} matches none of the {len(paths)} variables. "
-                f"Nearest: {', '.join(map(repr, _near_misses(group.match, paths)))}."
+                f"Nearest: {', '.join(map(repr, near_misses(group.match, paths)))}."
             )
     return [next((g for g in groups if re.search(g.match, path)), None) for path in paths]
 
 
-def _near_misses(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]:
+def near_misses(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]:
+    """The paths that a pattern which matches none of them comes nearest to."""
     words = "/".join(re.findall(r"[\w/]+", pattern)).lower()
 
     def likeness(path: str) -> float:

@@ -1,0 +1,285 @@
+"""Training the last layers first, and more and more of the others, in one `fit`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from keras_optkit import arguments
+from keras_optkit.callbacks.callback import Callback, Run, number
+from keras_optkit.callbacks.instrument import compile_anew
+from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.fitting import build_optimizer
+from keras_optkit.optimizers.groups import checked_pattern, near_misses
+from keras_optkit.private import known_variables, sublayers
+from keras_optkit.registry import register
+
+Stages = Mapping[int, str | Sequence[str]] | Sequence[tuple[int, str | Sequence[str]]]
+
+
+@register(
+    "callback",
+    paper="Howard and Ruder, arXiv 1801.06146, section 3.3 (gradual unfreezing)",
+    parity="a fit for each stage, with the flags set by hand",
+    cases=({"stages": [[0, [".*"]], [1, [".*"]]]}, {"stages": [[0, [".*"]], [3, [".*"]]], "unit": "update"}),
+)
+class Unfreeze(Callback):
+    """Trains some layers first and unfreezes others later, stage by stage, while the optimizer keeps its state.
+
+    ```python
+    import keras_optkit as ok
+
+    unfreeze = ok.callbacks.Unfreeze({0: "head", 3: "block5/", 6: ".*"})
+    ```
+
+    trains the layers whose path has "head" in it from the beginning, those of block 5 as well from epoch 3 on, counted
+    from 0, and all from epoch 6 on. Everything that no stage has reached is frozen.
+
+    A pattern is looked for (`re.search`) in the path of each layer that has weights, with and without a slash at its
+    end: the names of the layers that it is inside of and its own, as in "encoder/block5/conv" or "head". A layer
+    that matches is unfrozen with all that is inside of it.
+
+    - The state that the optimizer has stays as it is, bitwise, and the learning rate's schedule goes on. With the
+      optimizers of this package the new weights begin as in an optimizer of their own: with fresh state and, in Adam's
+      bias correction, a count of their own. For learning rates that differ between layers give the optimizer `groups`;
+      those of layers that are frozen at first need `required=False`.
+    - Keras's optimizers can only train variables that they were built for. They are therefore built for those of all
+      stages when `fit` begins, which takes memory from the start, and count the updates of before in their bias
+      correction: Adam's first steps for new weights are larger by up to sqrt(1 - beta_2) / (1 - beta_1), about 3. On
+      JAX they cannot leave variables out, and stages are refused.
+    - Frozen layers are frozen as Keras does it, by `layer.trainable`: no gradients are computed for them, and
+      BatchNormalization uses its moving statistics, and does not update them.
+    - The training step is compiled anew at each stage.
+
+    The flags are set when `fit` begins and stay as the last stage has set them, also when an exception ends it: they
+    are what the optimizer's state belongs to, and what is saved with the model. Another `fit` begins with the stage
+    of its `initial_epoch`, and so freezes layers again that have been trained; with `unit="update"` it goes on.
+
+    When not to use it: where all layers are to be trained from the beginning with rates of their own; that is for
+    `groups`.
+
+    Args:
+        stages: When to pattern, or to a list of patterns, as a dict or a list of pairs. One stage must begin at 0.
+        unit: What stages are counted in: `"epoch"`, or `"update"` of the weights. With `steps_per_execution=k` a stage
+            begins with the first k batches before which its number of updates is reached.
+        verbose: 1 prints when a stage begins, 0 is silent.
+
+    Attributes:
+        stage: The number of the present stage, from 0 on; None before the first `fit`.
+
+    Raises:
+        TypeError: For a value of a wrong type.
+        ValueError: For a value out of range; when `fit` begins, for a model that is not built, a pattern that matches
+            no layer, with those that come near it, or an optimizer that cannot train the stages.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    x = keras.random.normal((64, 4), seed=0)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")]
+    )
+    body = ok.Group("body/", lr_scale=0.1, required=False)  # which is not there in the first stage
+    model.compile(ok.optimizers.AdamW(1e-2, groups=[body]), loss="mse")
+    unfreeze = ok.callbacks.Unfreeze({0: "head", 2: ".*"}, verbose=1)
+    model.fit(x, x[:, :1], epochs=4, callbacks=[unfreeze], verbose=0)
+    ```
+    """
+
+    def __init__(self, stages: Stages, unit: str = "epoch", verbose: int = 0):
+        super().__init__()
+        self.stages = _checked_stages(stages)
+        self.unit = arguments.choice("unit", unit, ("epoch", "update"))
+        self.verbose = arguments.choice("verbose", verbose, (0, 1))
+        self.stage: int | None = None
+        self._layers: _Layers | None = None
+
+    def prepare_fit(self, run: Run) -> None:
+        """Called when `fit` begins, before the optimizer is built: sets the flags of the first stage."""
+        model, optimizer = run.model, getattr(run.model, "optimizer", None)
+        if optimizer is None:
+            return  # Keras says it
+        if not model.built:
+            raise ValueError(
+                f"Unfreeze needs a model that is built, got {model.name!r}. Give it an Input, or call it on a batch."
+            )
+        layers = _Layers(model)
+        for pattern in self._patterns(len(self.stages)):
+            layers.refuse_unless_matched(pattern)
+        self._layers = layers
+        begun = optimizer.built
+        if not isinstance(_inner(optimizer), Optimizer) or _on_jax_inside(optimizer):
+            self._build_for_all_stages(model)
+        # a new optimizer begins with the variables of the first stage, also where Resume is to restore a later one
+        self.stage = self._stage_at(self._now(run) if begun else 0)
+        layers.train_only(self._patterns(self.stage))
+
+    def _build_for_all_stages(self, model: Any) -> None:
+        """What an optimizer needs that cannot take more variables later."""
+        assert self._layers is not None
+        self._layers.train_only(self._patterns(0))
+        first = len(model.trainable_variables)
+        self._layers.train_only(self._patterns(len(self.stages)))
+        variables = model.trainable_variables
+        build_optimizer(model)
+        known = known_variables(_inner(model.optimizer))
+        unknown = known is not None and {id(v) for v in variables} - {id(v) for v in known}
+        if unknown or (keras.config.backend() == "jax" and first < len(variables)):
+            raise ValueError(
+                f"stages cannot be trained by this {type(model.optimizer).__name__}, which "
+                + ("was built for fewer variables" if unknown else "updates all of its variables at once on JAX")
+                + ". Compile the model with one of keras_optkit.optimizers, without loss scaling on JAX."
+            )
+
+    def _now(self, run: Run) -> int:
+        """Where training stands when `fit` begins, in the unit of the stages."""
+        return (
+            number(run.model.optimizer.iterations) if self.unit == "update" else run.arguments.get("initial_epoch", 0)
+        )
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if self._layers is None:
+            raise RuntimeError(
+                "Unfreeze works in the `fit` of keras.Model alone, before which it sets its first stage."
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._look_at: float = 0  # a batch makes at most one update, so that before this one no stage can begin
+        if self.unit == "epoch":
+            self._enter(self._stage_at(epoch))
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if self.unit == "update" and batch >= self._look_at:
+            updates = self._updates()
+            self._enter(self._stage_at(updates))
+            self._look_at = batch + self._next() - updates
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._layers = None
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self._layers = None
+
+    def _stage_at(self, now: int) -> int:
+        return sum(when <= now for when in self.stages) - 1
+
+    def _next(self) -> float:
+        assert self.stage is not None
+        return [*self.stages, math.inf][self.stage + 1]
+
+    def _patterns(self, stage: int) -> list[str]:
+        """Those of all stages up to this one."""
+        return [pattern for patterns in list(self.stages.values())[: stage + 1] for pattern in patterns]
+
+    def _enter(self, stage: int) -> None:
+        if stage == self.stage:
+            return
+        assert self._layers is not None
+        model = self.model  # asked for it, Keras on JAX fills the variables
+        self.stage = stage
+        self._layers.train_only(self._patterns(stage))
+        inner = _inner(model.optimizer)
+        if isinstance(inner, Optimizer):
+            strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
+            with strategy.scope() if strategy else contextlib.nullcontext():
+                inner.build(model.trainable_variables)
+        compile_anew(model)
+        if self.verbose:
+            print(f"{type(self).__name__}: stage {stage}, {len(model.trainable_variables)} variables are trained.")
+
+    def _config_value(self, name: str) -> Any:
+        if name == "stages":  # pairs, since keys of JSON are strings
+            return [[when, list(patterns)] for when, patterns in self.stages.items()]
+        return getattr(self, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The present stage."""
+        return {"stage": self.stage}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the flags of that stage, and makes room for its variables in the optimizer.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self._enter(state["stage"])
+
+
+class _Layers:
+    """The layers of a model that have weights, at any depth, by path."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        layers = [layer for layer in sublayers(model) if layer.weights]  # each before those inside of it
+        self._inside = {id(layer): [inner for inner in sublayers(layer) if inner.weights] for layer in layers}
+        self._paths: list[tuple[Any, str]] = []
+        for layer in layers:
+            around = [outer.name for outer in layers if any(layer is inner for inner in self._inside[id(outer)])]
+            self._paths.append((layer, "/".join([*around, layer.name])))
+
+    def refuse_unless_matched(self, pattern: str) -> None:
+        """Raises if a pattern matches nothing."""
+        paths = [path for _, path in self._paths]
+        if not any(_matches(pattern, path) for path in paths):
+            raise ValueError(
+                f"stages: the pattern {pattern!r} matches none of the {len(paths)} layers with weights. "
+                f"Nearest: {', '.join(map(repr, near_misses(pattern, paths)))}."
+            )
+
+    def train_only(self, patterns: Iterable[str]) -> None:
+        """Makes the layers that match trainable, with all inside of them, and no others."""
+        patterns = list(patterns)
+        chosen = set()
+        for layer, path in self._paths:
+            if any(_matches(pattern, path) for pattern in patterns):
+                chosen |= {id(layer), *(id(inner) for inner in self._inside[id(layer)])}
+        self._model.trainable = True  # that of a layer decides about all that is inside of it
+        for layer, _ in self._paths:
+            inside = self._inside[id(layer)]
+            trainable = id(layer) in chosen or any(id(inner) in chosen for inner in inside)
+            # the other one first: on TensorFlow, a flag that is set to what it is does not reach the weights
+            layer.trainable = not trainable
+            layer.trainable = trainable
+            if trainable and id(layer) not in chosen:  # only because of a layer inside
+                theirs = {id(v) for inner in inside for v in inner.weights}
+                for variable in layer.trainable_variables:
+                    variable.trainable = id(variable) in theirs
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return bool(re.search(pattern, path) or re.search(pattern, f"{path}/"))
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer inside of one for loss scaling, or itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _on_jax_inside(optimizer: Any) -> bool:
+    return keras.config.backend() == "jax" and _inner(optimizer) is not optimizer
+
+
+def _checked_stages(stages: Any) -> dict[int, list[str]]:
+    try:
+        pairs = list(stages.items() if isinstance(stages, Mapping) else ((when, which) for when, which in stages))
+    except (TypeError, ValueError):
+        raise TypeError(f"stages must be a dict of when to pattern, or a list of such pairs, got {stages!r}.") from None
+    found: dict[int, list[str]] = {}
+    for when, which in pairs:
+        arguments.integer("stages: when", when, 0)
+        if when in found:
+            raise ValueError(f"stages must begin at different times, got {when} twice.")
+        given = which if isinstance(which, list | tuple) else [which]
+        found[int(when)] = [checked_pattern(f"stages[{when}]", pattern) for pattern in given]
+        if not given:
+            raise ValueError(f"stages[{when}] must have a pattern, got {which!r}.")
+    if 0 not in found:
+        raise ValueError(f"stages must have one that begins at 0, got {sorted(found) or 'none'}.")
+    return dict(sorted(found.items()))
