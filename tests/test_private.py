@@ -11,6 +11,7 @@ from keras_optkit.private import (
     forget_trace,
     global_seed,
     op_determinism,
+    schedule_of,
     set_global_seed,
     sublayers,
 )
@@ -78,3 +79,13 @@ def test_the_generator_of_unseeded_draws_can_be_set_back():
     set_global_seed(state)
     assert keras.ops.all(keras.random.uniform((3,)) == second)
     assert not keras.ops.all(first == second)
+
+
+def test_the_schedule_of_an_optimizer_is_the_one_that_it_was_given():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    optimizer = keras.optimizers.SGD(schedule)
+    assert hasattr(optimizer, "_learning_rate")
+    assert schedule_of(optimizer) is schedule
+    vars(optimizer)["_learning_rate"] = None  # as if there were no such name
+    optimizer.get_config = lambda: {"learning_rate": keras.saving.serialize_keras_object(schedule)}
+    assert schedule_of(optimizer).get_config() == schedule.get_config()
