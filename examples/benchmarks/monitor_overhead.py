@@ -7,6 +7,7 @@ The alternatives train equal models (`keras.applications.MobileNetV2`, 10 classe
 the same random images, each as `fit` does, but round by round in turns:
 
 - `plain`: without any callback that looks;
+- `plain, again`: the same once more, which shows by how much the times of two equal models differ;
 - `monitor`: `TrainingMonitor(every=n)`, with both of its files;
 - `monitor, on request`: with the activations of all ReLUs, the gradient noise scale and histograms besides;
 - `second tape`: a callback that, after every n-th update, computes the gradient of the batch once more in a
@@ -92,6 +93,7 @@ def alternatives(every: int, batch: Any, directory: Path) -> dict[str, list[kera
     on_request: dict[str, Any] = {"activations": "relu", "noise_scale": True, "histograms": 1}
     return {
         "plain": [],
+        "plain, again": [],
         "monitor": [monitor(directory / "monitor", every)],
         "monitor, on request": [monitor(directory / "on_request", every, **on_request)],
         "second tape": [SecondTape(directory / "tape", every, batch, compiled=True)],

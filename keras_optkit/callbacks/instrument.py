@@ -147,9 +147,9 @@ class _InVariables:
             }
         self.wanted = not on_demand
         self._thread = threading.local()  # the replicas of a strategy are traced in threads of their own
-        self._detach = [around(model, "train_step", self._stepping)]
-        if on_demand:
-            self._choice = _Choice.of(model)
+        self._detach = around(model, "train_step", self._stepping)
+        self._choice = _Choice.of(model) if on_demand else None
+        if self._choice is not None:
             self._choice.members.append(self)
 
     @contextlib.contextmanager
@@ -173,9 +173,8 @@ class _InVariables:
         variable.assign(value if isinstance(value, Real) else ops.cast(value, variable.dtype))
 
     def close(self) -> None:
-        for detach in self._detach:
-            detach()
-        if hasattr(self, "_choice"):
+        self._detach()
+        if self._choice is not None:
             self._choice.leave(self)
 
 

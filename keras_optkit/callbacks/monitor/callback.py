@@ -157,7 +157,9 @@ class TrainingMonitor(Callback):
         self._refuse_what_cannot_be_had()
         begun_at = self._updates()
         self._probe = Probe(self.model, self.activations, self.noise_scale)
-        self._files = events, lines = EventFile(self.log_dir), LineFile(self.log_dir)
+        lines = LineFile(self.log_dir)  # first, since it may be refused
+        events = EventFile(self.log_dir)
+        self._files = events, lines
         events.write_layout(self._absent_tags())
         if self.hparams is not None:
             auto = self.hparams == "auto"
@@ -272,7 +274,7 @@ class TrainingMonitor(Callback):
         self._step, self._offset, self._due = state["step"], state["offset"], state["due"]
         self._epoch_step, self._writes = state["epoch_step"], state["writes"]
         self._clips, self._noise = list(state["clips"]), list(state["noise"])
-        self._wait, self._batch = self._until_due(), None
+        self._wait, self._batch, self._looked = self._until_due(), None, False
 
     def _next_due(self) -> int:
         return (self._step // self.every + 1) * self.every
