@@ -34,6 +34,7 @@ from test_callbacks import (
 
 import keras_optkit as ok
 from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters, TrainingMonitor
+from keras_optkit.callbacks.monitor.step import Probe
 from keras_optkit.schedules import Linear
 from keras_optkit.testing.problems import two_replicas
 
@@ -436,6 +437,17 @@ def test_clip_rate(room, limit, tmp_path):
     assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == pytest.approx([0, 1 / 2, 2 / 3, 1 / 2])
 
 
+@pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
+@pytest.mark.parametrize(("room", "expected"), [(STOCK, [0, 1 / 2]), (ok.optimizers, [1, 1])], ids=["keras", "ours"])
+def test_clip_rate_on_replicas_is_that_of_what_is_clipped(room, expected, tmp_path):
+    """Keras clips the gradient of each replica, 1.5 and 0.5 and then 2 and 0, and ours their sum."""
+    x = np.array([1.5, 0.5, 2, 0], "float32")[:, None]  # the loss of each replica is not divided by two
+    with two_replicas().scope():
+        model = counting_model(room.SGD(0.125, global_clipnorm=1.8))
+    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=2, epochs=1)
+    assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == expected
+
+
 def test_numbers_that_are_not_finite_are_counted_by_layer(tmp_path):
     x, y = images(8)
     model, weights = network(STOCK.SGD(0.01)), Weights()
@@ -496,7 +508,7 @@ def test_activations(execution, tmp_path):
     x, y = images(8)
     model, weights = network(STOCK.SGD(0.1), **EXECUTION[execution]), Weights()
     model.layers[1].beta.assign([0.0, -100.0, 0.5])  # the second channel is dead after the ReLU
-    monitor = TrainingMonitor(tmp_path, every=2, activations="relu|hidden")
+    monitor = TrainingMonitor(tmp_path, every=2, activations="relu|hidden", noise_scale=True)
     fit(model, x, y, monitor, weights, epochs=1, validation_data=(x, y))
     for variable, value in zip(model.variables, weights.noted[1], strict=True):
         variable.assign(value)
@@ -583,17 +595,19 @@ def test_training_is_bitwise_what_it_is_without(execution, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_only_steps_that_are_written_compute(tmp_path):
-    """The step is compiled twice, and between two writes the plain one runs."""
+def test_only_steps_that_are_written_compute(tmp_path, monkeypatch):
+    """Eagerly, where every step runs the computations that it has."""
     x, y = regression(dtype="float32")
-    monitor, wanted = TrainingMonitor(tmp_path, every=3), []
+    computed, see_update = [], Probe._see_update
 
-    class Spy(keras.callbacks.Callback):
-        def on_train_batch_begin(self, batch, logs=None):
-            wanted.append(monitor._probe._values.wanted)
+    def counted(probe, *args):
+        computed.append(args)
+        see_update(probe, *args)
 
-    fit(linear_model(STOCK.SGD(0.01), dtype="float32"), x, y, monitor, Spy())
-    assert wanted == [False, False, True] * 4
+    monkeypatch.setattr(Probe, "_see_update", counted)
+    fit(linear_model(STOCK.SGD(0.01), dtype="float32", run_eagerly=True), x, y, TrainingMonitor(tmp_path, every=3))
+    assert len(computed) == 4
+    assert steps_of(events(tmp_path), "train/loss") == [3, 6, 9, 12]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
