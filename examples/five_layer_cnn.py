@@ -183,13 +183,13 @@ def train(recipe: Recipe, row: Row, data: Data, seed: int, logs: Path, after_epo
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
     log_dir = logs / f"{row.value}-{row.name.lower()}" / f"seed-{seed}"
-    for old in log_dir.glob("events.out.tfevents.*"):  # TrainingMonitor would go on with an earlier run's curves
-        old.unlink()
+    for old in (*log_dir.glob("events.out.tfevents.*"), *log_dir.glob("monitor.jsonl")):
+        old.unlink()  # TrainingMonitor would go on with an earlier run's curves
     start = time.perf_counter()
     model = build(recipe, row, steps(recipe, data))
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: after_epoch()),
-        ok.callbacks.TrainingMonitor(log_dir, every=10),
+        ok.callbacks.TrainingMonitor(log_dir, every=10, hparams=None),
     ]
     if row >= Row.SCHEDULE:  # stop when validation stands still, and keep the best weights
         callbacks.append(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_optkit import callbacks, data, initializers, layers, optimizers, regularizers, schedules
+from keras_optkit import callbacks, data, finding, initializers, layers, optimizers, regularizers, schedules
 from keras_optkit.averaging import recalibrate_batch_norm
+from keras_optkit.finding import find_batch_size, find_learning_rate
 from keras_optkit.optimizers import Group
 from keras_optkit.registry import Card, cards, register
 
@@ -22,6 +23,9 @@ __all__ = [
     "callbacks",
     "cards",
     "data",
+    "find_batch_size",
+    "find_learning_rate",
+    "finding",
     "initializers",
     "layers",
     "optimizers",

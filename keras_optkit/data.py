@@ -27,9 +27,9 @@ _SAMPLED = 16
 class EpochDataset(keras.utils.PyDataset, abc.ABC):
     """A `PyDataset` that declares: batch i of epoch e is a function of e and i.
 
-    Subclasses write `batch(index)`, which reads `self.epoch`, and `num_batches`. Being one is the declaration;
-    `keras_optkit.callbacks.Resume` then continues inside of an epoch. Random choices in `batch`, such as augmentation,
-    have to come from a generator that is seeded with `(seed, self.epoch, index)`.
+    Subclasses write `batch(index)`, which reads `self.epoch`, and `__len__`, the number of batches of an epoch. Being
+    one is the declaration; `keras_optkit.callbacks.Resume` then continues inside of an epoch. Random choices in
+    `batch`, such as augmentation, have to come from a generator that is seeded with `(seed, self.epoch, index)`.
 
     `fit` counts `epoch` on when an epoch is over, so that a second `fit` goes on with new orders; a loop of one's own
     sets it. `evaluate` and `predict` do not change it. The `shuffle` of `fit` has no say: the order is that of `batch`.
@@ -45,7 +45,8 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         epoch: The number of the epoch whose batches are given, counted from 0; may be set.
 
     Raises:
-        ValueError: From `fit`, if it is to train for several epochs of another length (`steps_per_epoch`).
+        ValueError: From `fit`, if it is to train for several epochs of another length (`steps_per_epoch`), or with
+            several workers on JAX or with a model that is not built, since Keras then loses a batch.
 
     Example:
     ```python
@@ -55,7 +56,8 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
 
 
     class Noise(ok.data.EpochDataset):
-        num_batches = 4
+        def __len__(self):
+            return 4
 
         def batch(self, index):
             x = np.random.default_rng((7, self.epoch, index)).normal(size=(8, 2)).astype("float32")
@@ -76,29 +78,29 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
     def batch(self, index: int) -> Any:
         """Batch number `index`, counted from 0, of epoch number `self.epoch`, as `PyDataset.__getitem__` returns it."""
 
-    @property
     @abc.abstractmethod
-    def num_batches(self) -> int:
+    def __len__(self) -> int:
         """The number of batches of an epoch."""
 
-    def __len__(self) -> int:
-        return self.num_batches
+    @property
+    def num_batches(self) -> int:
+        """The number of batches that the present epoch will give, less than its length if it is begun inside."""
+        return len(self) - self._begun_at
 
     def __getitem__(self, index: int) -> Any:
-        # past the end of an epoch that was begun inside are batches that Keras reads ahead and nobody trains with
-        return self.batch(min(index + self._begun_at, self.num_batches - 1))
+        return self.batch(index + self._begun_at)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells these data from others, as JSON; a continued training must find the same. Extend it if you can."""
-        return {"class": type(self).__qualname__, "batches": self.num_batches}
+        return {"class": type(self).__qualname__, "batches": len(self)}
 
     def begin_epoch_at(self, batch: int) -> None:
         """Has the present epoch begin with batch number `batch`; until `end_epoch`.
 
         Args:
-            batch: From 0 to `num_batches`, that one not included.
+            batch: From 0 to the length of an epoch, that one not included.
         """
-        self._begun_at = arguments.integer("batch", batch, 0, self.num_batches - 1)
+        self._begun_at = arguments.integer("batch", batch, 0, len(self) - 1)
 
     def end_epoch(self) -> None:
         """Counts the epoch on; `fit` calls it."""
@@ -108,10 +110,16 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
     def prepare_fit(self, run: Run) -> None:
         """Called when a `fit` with these data begins."""
         steps, epochs = run.arguments.get("steps_per_epoch"), run.arguments.get("epochs", 1)
-        if steps not in (None, self.num_batches) and epochs - run.arguments.get("initial_epoch", 0) > 1:
+        if steps not in (None, len(self)) and epochs - run.arguments.get("initial_epoch", 0) > 1:
             raise ValueError(
-                f"steps_per_epoch must be None or {self.num_batches}, the length of {type(self).__name__}, if there is "
+                f"steps_per_epoch must be None or {len(self)}, the length of {type(self).__name__}, if there is "
                 f"more than one epoch; got {steps!r}."
+            )
+        looks_ahead = keras.config.backend() != "tensorflow" or not run.model.built
+        if looks_ahead and (self.workers > 1 or self.use_multiprocessing):
+            raise ValueError(
+                f"workers must be 1 on JAX, and with a model that is not built, got {self.workers}. Keras takes a "
+                "batch there to find out shapes, and with several workers begins the epoch with the one after it."
             )
         run.arguments["shuffle"] = False  # Keras would shuffle the batches, with Python's generator
         run.add(_EndEpoch(self), first=True)
@@ -201,13 +209,12 @@ class Shuffled(EpochDataset):
         if len(lengths) != 1:
             raise ValueError(f"x, y and sample_weight must have the same number of rows, got {sorted(lengths)}.")
         (self._rows,) = lengths
-        if self.num_batches == 0:
+        if len(self) == 0:
             at_least = f"{self.batch_size} rows, for one batch" if self.drop_remainder else "one row"
             raise ValueError(f"x must have at least {at_least}, got {self._rows}.")
         self._order: tuple[int, np.ndarray] | None = None
 
-    @property
-    def num_batches(self) -> int:
+    def __len__(self) -> int:
         """The number of batches of an epoch."""
         whole, rest = divmod(self._rows, self.batch_size)
         return whole + (rest > 0 and not self.drop_remainder)
@@ -301,8 +308,7 @@ class PerEpoch(EpochDataset):
             raise TypeError(f"make_dataset must return a tf.data.Dataset, got {dataset!r} for epoch {epoch}.")
         return dataset
 
-    @property
-    def num_batches(self) -> int:
+    def __len__(self) -> int:
         """The number of batches of an epoch."""
         return self._length
 
@@ -314,7 +320,7 @@ class PerEpoch(EpochDataset):
         try:
             batch = next(iterator)
         except StopIteration:
-            raise ValueError(f"make_dataset({epoch}) must give {self.num_batches} batches, got {index}.") from None
+            raise ValueError(f"make_dataset({epoch}) must give {len(self)} batches, got {index}.") from None
         self._reading = epoch, index + 1, iterator
         return tree.map_structure(lambda part: part.numpy(), batch)
 

@@ -77,6 +77,15 @@ def forget_trace(function: Callable[..., Any]) -> None:
     getattr(jax.jit(function), "clear_cache", jax.clear_caches)()
 
 
+def schedule_of(optimizer: Any) -> Any:
+    """The schedule, or function, that one of Keras's optimizers was given as its learning rate.
+
+    The public attribute is its present value. Fall-back: one made from the config, which is equal but another object.
+    """
+    held = getattr(optimizer, "_learning_rate", None)
+    return keras.saving.deserialize_keras_object(optimizer.get_config()["learning_rate"]) if held is None else held
+
+
 #: Keras's global attribute with the generator that it draws from where neither a seed nor a generator was given.
 _SEED = "global_seed_generator"
 

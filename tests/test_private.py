@@ -12,6 +12,7 @@ from keras_optkit.private import (
     global_seed,
     known_variables,
     op_determinism,
+    schedule_of,
     set_global_seed,
     sublayers,
 )
@@ -86,3 +87,13 @@ def test_an_optimizer_of_keras_knows_its_variables():
     optimizer = keras.optimizers.Adam()
     optimizer.build(variables)
     assert [id(v) for v in known_variables(optimizer)] == [id(v) for v in variables]
+
+
+def test_the_schedule_of_an_optimizer_is_the_one_that_it_was_given():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    optimizer = keras.optimizers.SGD(schedule)
+    assert hasattr(optimizer, "_learning_rate")
+    assert schedule_of(optimizer) is schedule
+    vars(optimizer)["_learning_rate"] = None  # as if there were no such name
+    optimizer.get_config = lambda: {"learning_rate": keras.saving.serialize_keras_object(schedule)}
+    assert schedule_of(optimizer).get_config() == schedule.get_config()

@@ -90,6 +90,18 @@ def assert_charts(page, url, tags):
     picture(page, "scalars")
 
 
+def assert_layout(page, url, charts):
+    """The custom-scalars dashboard opens on these charts: title to the tags that it draws a line of."""
+    page.goto(f"{url}#custom_scalars")
+    for title, tags in charts.items():
+        card = page.locator("tf-custom-scalar-multi-line-chart-card").filter(has_text=title).first
+        try:
+            card.scroll_into_view_if_needed()
+            card.locator(f".line-plot path[d^='M'] >> nth={len(tags) - 1}").wait_for(state="attached")
+        except NotShown:
+            raise AssertionError(f"TensorBoard's custom scalars show no chart {title!r} of {tags}.") from None
+
+
 def same(cell, value):
     """Whether a cell shows a value; an inactive hyperparameter, None, is an empty cell."""
     if value is None or isinstance(value, bool | str):
@@ -209,3 +221,56 @@ def test_tensorboard_shows_scalars_and_hparams(tmp_path):
         "train/gradient_norm",
     ]
     assert_tensorboard_shows(tmp_path, tags, trials)
+
+
+def digits_run(log_dir):
+    """A small real training that is watched with everything there is."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).reshape(-1, 8, 8, 1).astype("float32")
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, padding="same", use_bias=False, name="conv_1"),
+            layers.BatchNormalization(name="norm_1"),
+            layers.ReLU(name="relu_1"),
+            layers.Conv2D(32, 3, strides=2, activation="relu", name="conv_2"),
+            layers.Flatten(),
+            layers.Dense(64, activation="relu", name="hidden"),
+            layers.Dense(10, name="logits"),
+        ],
+        name="digits",
+    )
+    updates = 5 * 45
+    rate = ok.schedules.Warmup(ok.schedules.Cosine(5e-3, updates), steps=20)
+    model.compile(
+        ok.optimizers.AdamW(rate, weight_decay=0.01, global_clipnorm=2.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    monitor = ok.callbacks.TrainingMonitor(
+        log_dir, every=5, activations="relu|hidden|conv_2", histograms=3, noise_scale=True
+    )
+    model.fit(x, y, validation_split=0.2, batch_size=32, epochs=5, callbacks=[monitor], verbose=0)
+
+
+def test_tensorboard_opens_on_the_charts_of_the_monitor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits_run("runs/digits")
+    layers = ["conv_1", "norm_1", "conv_2", "hidden", "logits"]
+    charts = {
+        "learning rate": ["train/learning_rate"],
+        "norm of gradient and weights": ["train/gradient_norm", "train/weight_norm"],
+        "gradient noise scale": ["train/noise_scale"],
+        "update-to-weight ratio by layer": [f"update_ratio/{name}" for name in layers],
+    }
+    run = {"optimizer": "AdamW", "learning_rate": "Warmup", "batch_size": 32, "epochs": 5, "global_clipnorm": 2}
+    with tensorboard("runs") as url, browser_page() as page:
+        assert_charts(page, url, ["train/clip_rate", "update_ratio/conv_1", "activation_dead/hidden"])
+        assert_hparams(page, url, [run])
+        page.set_viewport_size({"width": 1800, "height": 1130})  # without scrolling
+        assert_layout(page, url, charts)
+        picture(page, "monitor")  # that of docs/guide/monitoring.md, there with 64 colours

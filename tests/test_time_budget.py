@@ -21,6 +21,11 @@ def trained(*callbacks, **arguments):
     return len(batches), len(history.epoch)
 
 
+def later(state, **times):
+    """A state of a training that has used more time."""
+    return state | {"seconds": state["seconds"] | times}
+
+
 @pytest.mark.parametrize(
     ("budget", "stop_after", "expected"),
     [
@@ -45,7 +50,7 @@ def test_it_says_why():
     trained(callback)
     assert callback.stop_reason == "The 0 s of the time budget are used up."
     callback = TimeBudget(timedelta(hours=30), stop_after="epoch")
-    state = callback.state_dict() | {"used": 107000.0, "longest_epoch": 1800.0}
+    state = later(callback.state_dict(), used=107000.0, longest_epoch=1800.0)
     assert trained(callback, Load(callback, state)) == (6, 1)
     assert re.fullmatch(
         r"1 day, 5:4\d:\d\d of the time budget of 1 day, 6:00:00 are used, and the longest epoch took 0:30:00\.",
@@ -69,9 +74,9 @@ def test_time_before_an_interruption_counts(left, batches):
     first = TimeBudget(7200)
     trained(first)
     state = first.state_dict()
-    assert 0 < state["used"] < 3600
+    assert 0 < state["seconds"]["used"] < 3600
     second = TimeBudget(7200)
-    assert trained(second, Load(second, state | {"used": 7200 - left}))[0] == batches
+    assert trained(second, Load(second, later(state, used=7200 - left)))[0] == batches
     assert second.used > 7200 - left
 
 
@@ -88,7 +93,7 @@ def test_the_length_of_an_epoch_that_was_interrupted_is_that_of_both_parts():
     callback.set_model(linear_model("sgd", dtype="float32"))
     callback.on_train_begin()
     callback.on_epoch_begin(0)
-    callback.load_state_dict(callback.state_dict() | {"used": 3000.0, "epoch_began": 1000.0})
+    callback.load_state_dict(later(callback.state_dict(), used=3000.0, epoch_began=1000.0))
     callback.on_epoch_end(0)
     assert callback.state_dict()["longest_epoch"] == pytest.approx(2000.0, abs=60.0)
 

@@ -4,7 +4,7 @@ from keras_optkit.callbacks.averaging import AveragedWeights
 from keras_optkit.callbacks.budget import TimeBudget
 from keras_optkit.callbacks.checkpoint import Checkpoint
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
-from keras_optkit.callbacks.monitor import TrainingMonitor
+from keras_optkit.callbacks.monitor import Curve, TrainingMonitor, plot_monitor, read_monitor
 from keras_optkit.callbacks.plateau import ReduceLROnPlateau
 from keras_optkit.callbacks.resume import Resume
 from keras_optkit.callbacks.stopping import EarlyStopping
@@ -13,6 +13,7 @@ from keras_optkit.callbacks.unfreeze import Unfreeze
 __all__ = [
     "AveragedWeights",
     "Checkpoint",
+    "Curve",
     "EarlyStopping",
     "ReduceLROnPlateau",
     "Resume",
@@ -20,4 +21,6 @@ __all__ = [
     "TimeBudget",
     "TrainingMonitor",
     "Unfreeze",
+    "plot_monitor",
+    "read_monitor",
 ]

@@ -122,12 +122,8 @@ class TimeBudget(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The time used so far, and by which epoch."""
-        return {
-            "used": self.used,
-            "epoch_began": self._epoch_began,
-            "longest_epoch": self._longest_epoch,
-            "stop_reason": self.stop_reason,
-        }
+        times = {"used": self.used, "epoch_began": self._epoch_began, "longest_epoch": self._longest_epoch}
+        return {"seconds": times, "stop_reason": self.stop_reason}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Counts on from there.
@@ -135,9 +131,9 @@ class TimeBudget(Callback):
         Args:
             state: What `state_dict` returned.
         """
-        self._before = state["used"]
-        self._running_since = time.monotonic()
-        self._epoch_began, self._longest_epoch = state["epoch_began"], state["longest_epoch"]
+        times = state["seconds"]
+        self._before, self._running_since = times["used"], time.monotonic()
+        self._epoch_began, self._longest_epoch = times["epoch_began"], times["longest_epoch"]
         self.stop_reason = state["stop_reason"]
 
 

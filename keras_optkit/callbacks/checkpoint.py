@@ -318,10 +318,10 @@ class _Due:
         return (updates // self._every + 1) * self._every if isinstance(self._every, int) else 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"elapsed": time.monotonic() - self._since, "next": self._next}
+        return {"seconds": time.monotonic() - self._since, "next": self._next}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._since, self._next = time.monotonic() - state["elapsed"], state["next"]
+        self._since, self._next = time.monotonic() - state["seconds"], state["next"]
 
 
 # -- the list of files ------------------------------------------------------------------------------------------------

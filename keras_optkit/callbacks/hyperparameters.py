@@ -240,7 +240,7 @@ class ScheduleHyperparameters(Callback):
 
     def _refuse_what_cannot_be_driven(self) -> None:
         optimizer = self._optimizer
-        known = _drivable(optimizer)
+        known = drivable(optimizer)
         for name in self.schedules:
             if name not in known:
                 raise ValueError(
@@ -335,7 +335,7 @@ class ScheduleHyperparameters(Callback):
             self._leave_numbers()
 
 
-def _drivable(optimizer: Any) -> list[str]:
+def drivable(optimizer: Any) -> list[str]:
     """The hyperparameters that are numbers, or may be."""
     if isinstance(optimizer, Optimizer):
         fields = [field.name for field in dataclasses.fields(optimizer.rule)]

@@ -7,11 +7,12 @@ import importlib.metadata
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 
+from keras_optkit.data import EpochDataset
 from keras_optkit.private import sublayers
 
 #: Libraries whose releases may compute other bits.
@@ -21,18 +22,25 @@ _LIBRARIES = ("keras", "tensorflow", "jax", "numpy", "keras_optkit")
 _COUNTER = re.compile(r"_\d+$")
 
 
-def identity(model: Any, data: Any) -> dict[str, Any]:
-    """Describes a built and compiled model and its data, as far as they decide what training computes."""
-    return {
+#: Arguments of `fit` that decide what is trained on, besides the data themselves.
+_ARGUMENTS = ("batch_size", "class_weight", "shuffle", "steps_per_epoch", "validation_freq", "validation_split")
+
+
+def identity(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes, as JSON, a built and compiled model and the arguments of `fit`, as far as training depends on them."""
+    data = arguments.get("x")
+    described = {
         "model": _config(model),
         "variables": [[_kind(v), str(v.dtype), list(v.shape)] for v in model.variables],
         "code": dict(sorted(_code(model))),
         "optimizer": _config(model.optimizer),
         "compile": _compiled(model),
         "replicas": getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1),
-        "data": data.fingerprint() if hasattr(data, "fingerprint") else None,
+        "data": data.fingerprint() if isinstance(data, EpochDataset) else None,
+        "fit": {name: repr(arguments[name]) for name in _ARGUMENTS if name in arguments},
         "backend": keras.config.backend(),
     }
+    return json.loads(json.dumps(described))
 
 
 def versions() -> dict[str, str]:
@@ -85,7 +93,8 @@ def _plain(config: Any) -> Any:
 
 def _compiled(model: Any) -> Any:
     config = model.get_compile_config() or {}
-    return _plain(json.loads(json.dumps({k: v for k, v in config.items() if k != "optimizer"}, default=repr)))
+    config = {name: value for name, value in config.items() if name != "optimizer"}
+    return _plain(json.loads(json.dumps(config, default=lambda value: type(value).__qualname__)))
 
 
 def _kind(variable: Any) -> str:

@@ -2,11 +2,16 @@
 
 `around` runs something around a method that the step calls, and `shared` lets step and host exchange numbers. Both take
 effect, and end, when the step is compiled anew, which is what `compile_anew` is for.
+
+What is not wanted in every step is `on_demand`: the step is then compiled twice, with and without it, and the host
+chooses before every step. A condition inside of one compiled step would cost something in each, would have to hold a
+copy of all weights, and could not sum over the replicas of a strategy, which TensorFlow refuses inside of a condition.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from typing import Any, Protocol
@@ -74,11 +79,17 @@ def compile_anew(model: Any) -> None:
 
 
 class Shared(Protocol):
-    """Scalars, by name, that the host and the training step of one model share."""
+    """Arrays, by name, that the host and the training step of one model share.
+
+    Attributes:
+        wanted: With `on_demand`, whether the steps that begin from now on take part.
+    """
+
+    wanted: bool
 
     @property
     def in_step(self) -> bool:
-        """Whether this is inside the training step: while it is traced or, without compilation, runs."""
+        """Whether this is inside a training step that takes part: while it is traced or, without compilation, runs."""
 
     def __getitem__(self, name: str) -> Tensor:
         """In the step, what the host has set last; on the host, what the last step has set, if it has, or the host."""
@@ -90,16 +101,26 @@ class Shared(Protocol):
         """Ends the sharing."""
 
 
-def shared(model: Any, scalars: Mapping[str, str], dtype: str) -> Shared:
-    """Lets host and training step of `model` share scalars, from the next `compile_anew` on.
+def shared(
+    model: Any,
+    aggregations: Mapping[str, str],
+    dtype: str,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    on_demand: bool = False,
+) -> Shared:
+    """Lets host and training step of `model` share numbers, from the next `compile_anew` on.
 
     On TensorFlow they are variables. On JAX a step is a pure function: what the host has set goes in beside the data,
     and what the step has set comes out beside the logs. A host that sets does not wait for a step; one that reads does.
 
     Args:
         model: The model.
-        scalars: Name to aggregation (see `keras.Variable`), by which replicas of a TensorFlow strategy make one number.
+        aggregations: Name to aggregation (see `keras.Variable`), by which replicas of a TensorFlow strategy make one
+            number.
         dtype: The dtype of all.
+        shapes: Name to shape, for those that are not scalars.
+        on_demand: Whether only those steps take part before which the host has set `wanted`.
 
     Raises:
         RuntimeError: If the training step is not Keras's own on TensorFlow or JAX.
@@ -111,51 +132,120 @@ def shared(model: Any, scalars: Mapping[str, str], dtype: str) -> Shared:
         raise RuntimeError(
             "This does not work with Flax's NNX (KERAS_NNX_ENABLED), whose train_step is the class's own."
         )
-    return _InVariables(model, scalars, dtype) if backend == "tensorflow" else _ThroughTheStep(model, scalars, dtype)
+    values = {name: np.zeros((shapes or {}).get(name, ()), dtype) for name in aggregations}
+    if backend == "jax":
+        return _ThroughTheStep(model, values, on_demand)
+    return _InVariables(model, values, aggregations, on_demand)
 
 
 class _InVariables:
-    in_step = True  # whoever asks was called by the step: what is not in it does not go through these hooks
-
-    def __init__(self, model: Any, scalars: Mapping[str, str], dtype: str):
+    def __init__(self, model: Any, values: Mapping[str, Any], aggregations: Mapping[str, str], on_demand: bool):
         with model.distribute_strategy.scope():
             self._variables = {
-                name: keras.Variable(0.0, dtype=dtype, trainable=False, aggregation=aggregation, name=name)
-                for name, aggregation in scalars.items()
+                name: keras.Variable(value, dtype=value.dtype.name, trainable=False, aggregation=aggregations[name])
+                for name, value in values.items()
             }
-        self._dtype = dtype
+        self.wanted = not on_demand
+        self._thread = threading.local()  # the replicas of a strategy are traced in threads of their own
+        self._detach = [around(model, "train_step", self._stepping)]
+        if on_demand:
+            self._choice = _Choice.of(model)
+            self._choice.members.append(self)
+
+    @contextlib.contextmanager
+    def _stepping(self, *_: Any, **__: Any) -> Iterator[None]:
+        self._thread.stepping = self.wanted
+        try:
+            yield
+        finally:
+            self._thread.stepping = False
+
+    @property
+    def in_step(self) -> bool:
+        return getattr(self._thread, "stepping", False)
 
     def __getitem__(self, name: str) -> Tensor:
         return ops.copy(self._variables[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
+        variable = self._variables[name]
         # ops.cast would take a Python float through float32
-        self._variables[name].assign(value if isinstance(value, Real) else ops.cast(value, self._dtype))
+        variable.assign(value if isinstance(value, Real) else ops.cast(value, variable.dtype))
 
     def close(self) -> None:
-        pass
+        for detach in self._detach:
+            detach()
+        if hasattr(self, "_choice"):
+            self._choice.leave(self)
+
+
+class _Choice:
+    """Stands in for a TensorFlow model's `make_train_function`: one compiled step for each choice of who takes part."""
+
+    def __init__(self, model: Any):
+        self.members: list[_InVariables] = []
+        self._model = model
+        self._replaced = vars(model).get("make_train_function")
+        self._make = model.make_train_function
+        vars(model)["make_train_function"] = self.make_train_function
+
+    @staticmethod
+    def of(model: Any) -> _Choice:
+        """The choice that is on the model already, or a new one."""
+        found = getattr(vars(model).get("make_train_function"), "__self__", None)
+        return found if isinstance(found, _Choice) else _Choice(model)
+
+    def leave(self, member: _InVariables) -> None:
+        """Takes one out, and with the last one puts the model's own method back."""
+        self.members.remove(member)
+        if not self.members and _Choice.of(self._model) is self:
+            if self._replaced is None:
+                del vars(self._model)["make_train_function"]
+            else:
+                vars(self._model)["make_train_function"] = self._replaced
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Has the steps compiled, each when it is first chosen."""
+        model = self._model
+        if model.train_function is not None and not force:
+            return
+        compiled: dict[tuple[bool, ...], Any] = {}
+
+        def train_function(iterator: Iterator[Any]) -> Any:
+            chosen = tuple(member.wanted for member in self.members)
+            if chosen not in compiled:
+                self._make(force=True)
+                compiled[chosen], model.train_function = model.train_function, train_function
+            return compiled[chosen](iterator)
+
+        model.train_function = train_function
 
 
 class _ThroughTheStep:
-    def __init__(self, model: Any, scalars: Mapping[str, str], dtype: str):
-        self.outside: dict[str, Any] = {name: np.zeros((), dtype) for name in scalars}
+    def __init__(self, model: Any, values: Mapping[str, Any], on_demand: bool):
+        self.outside: dict[str, Any] = dict(values)
         self.inside: dict[str, Tensor] | None = None
-        self._dtype = dtype
+        self.wanted = not on_demand
         self._carrier = _Carrier.of(model)
         self._carrier.riders.append(self)
 
     @property
     def in_step(self) -> bool:
-        return self.inside is not None
+        return bool(self.inside)
+
+    def given(self) -> dict[str, Any]:
+        """What goes into a step; with nothing in it JAX compiles another one, in which this takes no part."""
+        return dict(self.outside) if self.wanted else {}
 
     def __getitem__(self, name: str) -> Tensor:
         return (self.outside if self.inside is None else self.inside)[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        dtype = self.outside[name].dtype
         if self.inside is None:
-            self.outside[name] = np.asarray(ops.convert_to_numpy(value), self._dtype)
+            self.outside[name] = np.asarray(ops.convert_to_numpy(value), dtype)
         else:
-            self.inside[name] = ops.cast(value, self._dtype)
+            self.inside[name] = ops.cast(value, dtype)
 
     def close(self) -> None:
         self._carrier.riders.remove(self)
@@ -212,7 +302,7 @@ class _Carrier:
             return
 
         def train_function(state: State, iterator: Iterator[Any]) -> tuple[Any, State]:
-            given = [dict(rider.outside) for rider in self.riders]
+            given = [rider.given() for rider in self.riders]
             (logs, taken), state = compiled(state, _With(given, iterator))
             for rider, values in zip(self.riders, taken, strict=True):
                 rider.outside.update(values)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -22,10 +22,11 @@ from keras_optkit import arguments
 from keras_optkit.callbacks import bundle
 from keras_optkit.callbacks.callback import Callback, Run
 from keras_optkit.callbacks.identity import differences, identity, versions
-from keras_optkit.callbacks.state import TrainingState
+from keras_optkit.callbacks.state import Copies, TrainingState
 from keras_optkit.callbacks.stock import has_state, is_known, set_state_of, state_of
 from keras_optkit.callbacks.store import Store
 from keras_optkit.data import EpochDataset
+from keras_optkit.private import sublayers
 from keras_optkit.registry import register
 
 
@@ -40,8 +41,8 @@ class Position(NamedTuple):
     "callback",
     paper="Exact continuation: the state of the whole run, not of the weights alone",
     parity="the run that was not interrupted, bitwise",
-    tags=("passive",),
-    cases=({"directory": "resume"}, {"directory": "resume-batches", "every": 2}),
+    tags=("passive", "resumes"),
+    cases=({"directory": "bundles"}, {"directory": "others", "every": 2}),
 )
 class Resume(Callback):
     """Lets a training that was killed go on when the same script is run again, as if nothing had happened.
@@ -191,7 +192,8 @@ class _Session:
         self._data: Any = run.arguments.get("x")
         self._inside = isinstance(self._data, EpochDataset)
         self._store = Store(Path(owner.directory), owner.keep)
-        self._writer = ThreadPoolExecutor(1, "resume")
+        self._writer = ThreadPoolExecutor(1, "resume", _stand_back)
+        self._copies = Copies()
         self._pending: Future[None] | None = None
         self._terminated = threading.Event()
         self._undo: list[Callable[[], Any]] = [self._writer.shutdown]
@@ -216,6 +218,7 @@ class _Session:
             self._begin = Position(**self._found["position"])
             self._run.arguments["initial_epoch"] = self._begin.epoch if not self._found["finished"] else self._epochs
             self._owner.resumed_from = self._begin
+        self._end = self._begin
         self._add_hooks()
         self._listen()
 
@@ -261,10 +264,9 @@ class _Session:
 
     def _add_hooks(self) -> None:
         """Keras's own callbacks are added here, so that what stands last comes after them."""
-        kinds = {type(c) for c in self._callbacks}
-        if keras.callbacks.History not in kinds:
+        if not self._has(keras.callbacks.History):
             self._add(keras.callbacks.History())
-        if self._run.arguments.get("verbose", "auto") != 0 and keras.callbacks.ProgbarLogger not in kinds:
+        if self._run.arguments.get("verbose", "auto") != 0 and not self._has(keras.callbacks.ProgbarLogger):
             bar = keras.callbacks.ProgbarLogger()
             vars(bar)["async_safe"] = True  # as Keras treats the one that it would add
             self._add(bar)
@@ -277,6 +279,9 @@ class _Session:
                 on_train_end=self._after_end,
             )
         )
+
+    def _has(self, kind: type) -> bool:
+        return any(isinstance(callback, kind) for callback in self._callbacks)
 
     def _add(self, callback: Any) -> None:
         self._callbacks.append(callback)
@@ -301,28 +306,45 @@ class _Session:
 
     def _check(self, logs: Any = None) -> None:  # noqa: ARG002
         """Before all other callbacks."""
+        if not all(layer.built for layer in [self._model, *sublayers(self._model)]):
+            self._build()
         kept = Counter(type(c).__name__ for c in self._callbacks if has_state(c))
-        self._identity = identity(self._model, self._data) | {"callbacks": dict(kept)}
+        self._identity = identity(self._model, self._run.arguments) | {"callbacks": dict(kept)}
         self._forget_when()
-        if self._found is None:
-            return
-        refuse_unless_same(self._found, self._identity)
-        if self._inside and len(self._model.metrics_variables) < len(self._found["state"]["metrics"]):
-            self._model.test_on_batch(*self._data[0])  # builds them, so that there is something to restore
+        if self._found is not None:
+            refuse_unless_same(self._found, self._identity)
+            if self._inside and len(self._model.metrics_variables) < len(self._found["state"]["metrics"]):
+                self._build()
+
+    def _build(self) -> None:
+        """Has everything built, metrics included, that Keras on TensorFlow builds in the first step only."""
+        x: Any
+        x, y, sample_weight = (self._run.arguments.get(name) for name in ("x", "y", "sample_weight"))
+        if self._inside:
+            batch = keras.utils.unpack_x_y_sample_weight(x[0])
+        elif hasattr(x, "element_spec"):
+            batch = keras.utils.unpack_x_y_sample_weight(next(iter(x)))
+        elif all(hasattr(part, "__array__") for part in keras.tree.flatten(x)):
+            batch = keras.tree.map_structure(lambda part: None if part is None else part[:1], (x, y, sample_weight))
+        else:
+            raise ValueError(
+                f"model {self._model.name!r} must be built for Resume if its data cannot be looked at ahead, as those "
+                f"of type {type(x).__name__}. Call it on a batch before."
+            )
+        self._model.test_on_batch(*batch)
 
     def _after_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """After all other callbacks, many of which begin afresh in `on_train_begin`."""
         if self._found is not None and not self._begin.batch:
-            self._restore()
+            self._restore(self._found)
 
     def _after_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         self._epoch, self._batch = epoch, 0
         if self._found is not None and self._begin.batch:
-            self._restore()
+            self._restore(self._found)
             self._data.begin_epoch_at(self._begin.batch)
             self._batch = self._begin.batch
             self._passing = _PassOver(self._model, self._callbacks)
-            self._found = None
 
     def _before_batch(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Before any callback hears of this batch, and after all have heard of the end of the one before."""
@@ -347,18 +369,19 @@ class _Session:
         """After all other callbacks, the history included."""
         steps = (self._owner.params or {}).get("steps") or self._batch + self._model.steps_per_execution
         self._since += steps - self._batch
+        self._end = Position(epoch + 1, 0)
         last = epoch + 1 >= self._epochs or self._model.stop_training
         if self._owner.every == "epoch" or last or self._terminated.is_set() or self._is_due():
-            self._save(Position(epoch + 1, 0))
+            self._save(self._end)
         self._end_if_terminated()
 
     def _after_end(self, logs: Any = None) -> None:  # noqa: ARG002
-        if self._found is not None and self._found["finished"]:
-            self._restore_model()  # others may have changed it
+        if self._found is not None:  # a training that was finished before
+            self._restore_model(self._found)  # others may have changed it
         else:
             finished = {"epochs": self._epochs, "stopped": bool(self._model.stop_training)}
             self._settle()
-            self._store.write_finished(self._bundle(Position(self._epochs, 0), finished))
+            self._store.write_finished(self._bundle(self._end, finished))
         self._owner.end(finished=True)
 
     # -- bundles ------------------------------------------------------------------------------------------------------
@@ -379,30 +402,42 @@ class _Session:
         self._forget_when()
 
     def _bundle(self, position: Position, finished: Any) -> bundle.Packed:
+        self._copies.restart()  # the last one is written
         return bundle.pack(
             {
                 "position": position._asdict(),
                 "finished": finished,
                 "identity": self._identity,
                 "versions": versions(),
-                "state": vars(TrainingState.of(self._model)),
+                "state": vars(TrainingState.of(self._model, self._copies)),
                 "callbacks": {key: state_of(c) for key, c in self._keyed()},
                 "data_epoch": self._data.epoch if self._inside else None,
             }
         )
 
-    def _restore(self) -> None:
-        assert self._found is not None
+    def _restore(self, found: dict[str, Any]) -> None:
         for key, callback in self._keyed():
-            set_state_of(callback, self._found["callbacks"][key])
-        self._restore_model()
+            set_state_of(callback, found["callbacks"][key])
+        self._restore_model(found)
         if self._inside:
-            self._data.epoch = self._found["data_epoch"]
+            self._data.epoch = found["data_epoch"]
+        self._say("is finished, after" if found["finished"] else "goes on after", Position(**found["position"]))
+        if not found["finished"]:
+            self._found = None  # it may be large
 
-    def _restore_model(self) -> None:
+    def _restore_model(self, found: dict[str, Any]) -> None:
         """Metrics only where they count, inside of an epoch and after the last, since they may not be built."""
-        assert self._found is not None
-        TrainingState(**self._found["state"]).into(self._model, metrics=self._inside)
+        TrainingState(**found["state"]).into(self._model, metrics=self._inside)
+
+    def _say(self, what: str, position: Position) -> None:
+        """As the progress bar counts."""
+        if self._run.arguments.get("verbose", "auto") != 0:
+            after = (
+                f"{position.batch} batches of epoch {position.epoch + 1}"
+                if position.batch
+                else f"epoch {position.epoch}"
+            )
+            print(f"Resume: the training in {self._owner.directory} {what} {after}.")
 
     def _keyed(self) -> Iterator[tuple[str, Any]]:
         """The callbacks that have state, by class, and by number among those of one class."""
@@ -422,6 +457,7 @@ class _Session:
     def _end_if_terminated(self) -> None:
         if self._terminated.is_set():
             self._settle()
+            print(f"Resume: SIGTERM; the training in {self._owner.directory} can go on.")
             raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -458,7 +494,7 @@ def _nothing(batch: int, logs: Any = None) -> None:
 
 def refuse_unless_same(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises with the differences between the training that a bundle comes from and this one."""
-    lines = differences(found["identity"], json.loads(json.dumps(here)))
+    lines = differences(found["identity"], here)
     if lines:
         shown = lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
         raise ValueError(
@@ -469,6 +505,12 @@ def refuse_unless_same(found: Mapping[str, Any], here: Mapping[str, Any]) -> Non
     other = differences(found["versions"], versions())
     if other:
         warnings.warn(f"Other releases may compute other bits: {'; '.join(other)}.", stacklevel=8)
+
+
+def _stand_back() -> None:
+    """Has the calling thread run where others leave time; known on Linux, where a thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _checked_interval(every: Any) -> Any:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = "events.out.tfevents.*"
+LINES = "monitor.jsonl"  # of TrainingMonitor
 
 
 def clear(directory: Path) -> None:
-    """Deletes the event files of a directory and below, so that two trainings never share a curve."""
-    for file in directory.rglob(EVENTS):
+    """Deletes the logs of a directory and below, so that two trainings never share a curve."""
+    for file in (*directory.rglob(EVENTS), *directory.rglob(LINES)):
         file.unlink()
 
 

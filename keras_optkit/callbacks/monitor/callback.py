@@ -1,0 +1,413 @@
+"""The callback that watches training."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_optkit import arguments
+from keras_optkit.callbacks.callback import Callback
+from keras_optkit.callbacks.instrument import compile_anew
+from keras_optkit.callbacks.monitor.files import EventFile, LineFile
+from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
+from keras_optkit.callbacks.monitor.step import ACTIVATION, CHANGE, GRADIENT, NONFINITE, WEIGHT, Probe, clips, short
+from keras_optkit.registry import register
+
+#: The clip rate is that of so many updates, the last ones that were written.
+CLIP_WINDOW = 20
+
+#: Decay of the running means that the gradient noise scale is computed from, for each write.
+NOISE_DECAY = 0.9
+
+
+@register(
+    "callback",
+    paper="Goodfellow, Bengio and Courville 2016, Deep Learning, section 11.5 (visualise the training); "
+    "McCandlish et al., arXiv 1812.06162, appendix A (gradient noise scale)",
+    tags=("passive",),
+    cases=({"log_dir": "logs", "every": 3},),
+)
+class TrainingMonitor(Callback):
+    """Writes what happens in training to TensorBoard and to lines of JSON, every `every` updates.
+
+    | tag | value |
+    |---|---|
+    | `train/learning_rate` | the rate used in this update |
+    | `train/loss` | the loss of this batch alone, with regularisation, before the update |
+    | `train/gradient_norm` | `‖g‖`, over all trained weights, before clipping and without loss scaling |
+    | `train/weight_norm` | `‖θ‖` before the update |
+    | `train/update_ratio` | `‖θ′ - θ‖ / ‖θ‖`, θ′ being the weights after the update |
+    | `train/nonfinite` | how many numbers of the gradient are not finite |
+    | `train/clip_rate` | the share of the last 20 written updates in which clipping changed the gradient |
+    | `train/skipped` | updates left out so far for gradients that were not finite, where the optimizer counts them |
+    | `train/loss_scale` | the scale of the loss in this update, with a `LossScaleOptimizer` |
+    | `train/noise_scale` | with `noise_scale`, the gradient noise scale `tr(Σ) / ‖G‖²`, in examples |
+    | `gradient_norm/<layer>`, `weight_norm/<layer>`, `update_ratio/<layer>` | the same of the weights of one layer |
+    | `nonfinite/<layer>` | the same of one layer, where there are any |
+    | `activation_mean/<layer>`, `activation_std/<layer>` | with `activations`, of all outputs in the batch |
+    | `activation_zeros/<layer>` | the share of outputs that are 0 |
+    | `activation_dead/<layer>` | the share of units that are 0 in the whole batch |
+    | `weights/<variable>` | with `histograms`, a histogram of the weights |
+    | `hyperparameters/<name>` | the optimizer's other numbers in this update: `momentum`, `weight_decay`, ... |
+    | `throughput/updates`, `throughput/examples` | a second, since the last write, without validation |
+    | `memory/process`, `memory/process_peak`, `memory/accelerator`, `memory/accelerator_peak` | in MiB |
+    | `epoch/<name>` | every epoch, everything in the epoch's logs: `epoch/loss`, `epoch/val_accuracy`, ... |
+    | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped |
+
+    `<layer>` is the path of the layer without the model's name. The loss is the batch's own, whereas Keras's logs hold
+    the mean since the epoch began. The values are computed inside the training step, with any optimizer, in graph
+    mode, with XLA, in mixed precision and on replicas, and are read only when they are written. Training itself is not
+    changed.
+
+    The training step is compiled twice: as it is, and with the computations, for the updates that are to be written. So
+    all other updates cost nothing, and the first one that is written waits for the compiler.
+
+    The gradient noise scale follows from the squared norms of the gradients of the batch, of B examples, and of its
+    first half, of b: `‖G‖² ≈ (B ‖g_B‖² - b ‖g_b‖²) / (B - b)` and `tr(Σ) ≈ (‖g_b‖² - ‖g_B‖²) / (1/b - 1/B)`, running
+    means of both with decay 0.9 per write. It has no value while the first is not above 0. It says at which batch size
+    larger batches cease to save updates.
+
+    The step axis counts updates of the weights (`optimizer.iterations`), and the steps of every tag always increase:
+    over several calls of `fit`, and in a new process with the same `log_dir`, whether its optimizer was restored or
+    begins at 0. Where the callback itself is restored (`load_state_dict`), steps that are in the files are computed,
+    but not written again. With `steps_per_execution=k` there are values for every k-th update at most. Updates that are
+    skipped are not written. Under gradient accumulation the gradient is that of the micro-batch, and there is no clip
+    rate, since clipping sees the mean. The directory's first `fit` writes a layout for TensorBoard's custom scalars and
+    the HParams.
+
+    When not to use it: on a backend other than TensorFlow and JAX. A custom `train_step` that does not go through
+    `optimizer.scale_loss` (on JAX: does not update Keras's metric "loss") has no `train/loss`, and one that does not go
+    through `optimizer.apply` (on JAX: `optimizer.stateless_apply`) has no value of gradients and weights. With batch
+    normalisation the noise scale is only a rough number, since there a half of a batch is not half of the batch.
+
+    Args:
+        log_dir: Directory of the files, a string or a path; made when it does not exist.
+        every: Number of updates between two values, at least 1.
+        activations: A regular expression that is looked for in the paths of layers, those inside of others included;
+            the first output of the matching ones is measured. On TensorFlow only. None: none.
+        histograms: Writes histograms of all weights with every k-th write, k >= 1. None: never.
+        noise_scale: Whether the gradient noise scale is measured, for which a written update computes the gradient of
+            half of the batch besides. On TensorFlow only, with Keras's own `train_step`.
+        hparams: Name to number, string or boolean for TensorBoard's HParams table; `"auto"` takes the optimizer's
+            arguments and those of `fit`; None for none. A directory that has some keeps them.
+
+    Raises:
+        TypeError: For a value of a wrong type.
+        ValueError: For a value out of range; when training begins, for `activations` that match no layer, and for
+            `noise_scale` with a `train_step` of one's own.
+        RuntimeError: When training begins, on another backend than TensorFlow and JAX, and for `activations` or
+            `noise_scale` on another than TensorFlow.
+
+    Example:
+    ```python
+    import tempfile
+
+    import keras
+    import keras_optkit as ok
+
+    x = keras.random.normal((64, 4), seed=0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer="adam", loss="mse")
+    with tempfile.TemporaryDirectory() as logs:
+        monitor = ok.callbacks.TrainingMonitor(logs, every=2)
+        model.fit(x, x[:, :1], batch_size=16, epochs=2, callbacks=[monitor], verbose=0)
+        model.fit(x, x[:, :1], batch_size=16, epochs=2, callbacks=[monitor], verbose=0)  # steps 9 to 16
+        print(ok.callbacks.read_monitor(logs)["train/loss"].steps)
+    ```
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        every: int = 1,
+        activations: str | None = None,
+        histograms: int | None = None,
+        noise_scale: bool = False,
+        hparams: Mapping[str, Any] | str | None = "auto",
+    ):
+        super().__init__()
+        self.log_dir = os.fspath(log_dir)
+        self.every = arguments.integer("every", every, 1)
+        self.activations = _checked_pattern(activations)
+        self.histograms = arguments.integer("histograms", histograms, 1, optional=True)
+        self.noise_scale = arguments.boolean("noise_scale", noise_scale)
+        self.hparams = _checked_hparams(hparams)
+        self._step = -1  # where the axis has got to; -1: not known yet
+        self._offset = 0  # of the axis from the optimizer's count
+        self._due = 0  # the step from which on there is something to write
+        self._epoch_step = -1  # the step at the end of the last epoch
+        self._writes = 0
+        self._clips: list[float] = []
+        self._noise: list[float] = []
+        self._epoch = 0
+        self._looked = False  # whether a step has computed values since the last write
+        self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
+        self._probe: Any = None
+        self._files: Any = ()
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end()
+        self._refuse_what_cannot_be_had()
+        begun_at = self._updates()
+        self._probe = Probe(self.model, self.activations, self.noise_scale)
+        self._files = events, lines = EventFile(self.log_dir), LineFile(self.log_dir)
+        events.write_layout(self._absent_tags())
+        if self.hparams is not None:
+            auto = self.hparams == "auto"
+            events.write_hparams(default_hparams(self.model, self.params) if auto else self.hparams, self.log_dir)
+        if self._step < 0:
+            self._step = max(*events.last.values(), *lines.last.values())
+            self._epoch_step = max(events.last[True], lines.last[True]) or -1
+        self._offset = max(0, self._step - begun_at)  # every step written from now on is a new one
+        self._step = self._offset + begun_at
+        self._due = self._next_due()
+        self._stopwatch, self._batches = Stopwatch(), 0
+        self._looked, self._batch = False, None
+        self._wait = self._until_due()
+        compile_anew(self.model)
+
+    def _refuse_what_cannot_be_had(self) -> None:
+        on_request = {"activations": self.activations is not None, "noise_scale": self.noise_scale}
+        wanted = [name for name, wanted in on_request.items() if wanted]
+        if wanted and keras.config.backend() != "tensorflow":
+            raise RuntimeError(
+                f"{' and '.join(wanted)} must be left out on the {keras.config.backend()} backend, where nothing can "
+                "be taken out of what is differentiated."
+            )
+        if self.noise_scale and type(self.model).train_step is not keras.Model.train_step:
+            raise ValueError(
+                f"noise_scale must be False for {type(self.model).__name__}, which has a train_step of its own: the "
+                "gradient of half a batch is computed as Keras's does."
+            )
+
+    def _absent_tags(self) -> tuple[str, ...]:
+        """How the tags begin that this training has no values of."""
+        present = {
+            "train/loss_scale": isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer),
+            "train/clip_rate": clips(self.model.optimizer),
+            "train/noise_scale": self.noise_scale,
+            "activation_": self.activations is not None,
+        }
+        return tuple(tag for tag, is_present in present.items() if not is_present)
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Writes the values of the previous batch, and says whether the step that begins is to compute some.
+
+        `on_train_batch_end` would do the same, but a callback that has it makes Keras wait for every step.
+        """
+        if self._batch is not None:
+            self._wait -= batch - self._batch
+            self._batches += batch - self._batch
+        self._batch = batch
+        if self._wait <= 0:
+            self._write_if_due()
+        looks = self._wait <= self.model.steps_per_execution
+        self._probe.want(looks)
+        self._looked |= looks
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._epoch = epoch
+        self._stopwatch.go_on()
+
+    def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if self._probe is not None:
+            self._stopwatch.pause()
+
+    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if self._probe is not None:
+            self._stopwatch.go_on()
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._stopwatch.pause()
+        self._finish_batch()
+        self._write_if_due()
+        if self._step == self._epoch_step:  # not one update in this epoch: it has a step of its own all the same
+            self._offset += 1
+            self._step += 1
+        self._epoch_step = self._step
+        values = {f"epoch/{name}": _number(value) for name, value in (logs or {}).items()}
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            values["epoch/loss_scale"] = _number(optimizer.dynamic_scale)
+        self._write(values, of_epoch=True)
+        for file in self._files:
+            file.flush()
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end()
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        try:
+            if self._files:
+                self._write_if_due()
+        finally:
+            self._end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the axis stands, and what running shares and means go on from; values that are due are written."""
+        if self._probe is not None:
+            self._finish_batch()
+            self._write_if_due()
+        return {
+            "step": self._step,
+            "offset": self._offset,
+            "due": self._due,
+            "epoch_step": self._epoch_step,
+            "writes": self._writes,
+            "clips": list(self._clips),
+            "noise": list(self._noise),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict()`; what is in the files already is then computed, but not written again."""
+        self._step, self._offset, self._due = state["step"], state["offset"], state["due"]
+        self._epoch_step, self._writes = state["epoch_step"], state["writes"]
+        self._clips, self._noise = list(state["clips"]), list(state["noise"])
+        self._wait, self._batch = self._until_due(), None
+
+    def _next_due(self) -> int:
+        return (self._step // self.every + 1) * self.every
+
+    def _until_due(self) -> int:
+        """The batches from the next one on until something may be due; each makes at most one update."""
+        return max(1, self._due - self._step)
+
+    def _finish_batch(self) -> None:
+        """Counts the batches of the step that was begun last, where no other step is known to begin."""
+        if self._batch is not None:
+            left = (self.params.get("steps") or math.inf) - self._batch
+            self._batches += min(self.model.steps_per_execution, left)
+            self._batch = None
+
+    def _write_if_due(self) -> None:
+        self._step = self._offset + self._updates()
+        if self._step >= self._due and self._looked:
+            new = self._write(self._values(), of_epoch=False)
+            self._writes += 1
+            if new and self.histograms and self._writes % self.histograms == 0:
+                self._write_histograms()
+            self._due = self._next_due()
+            self._looked = False
+        self._wait = self._until_due()
+
+    # -- what ---------------------------------------------------------------------------------------------------------
+
+    def _values(self) -> dict[str, float]:
+        """All values of the last update, by tag."""
+        read = self._probe.read()
+        single = ("learning_rate", "loss", "loss_scale")
+        values = {f"train/{name}": float(read[name]) for name in single if name in read}
+        if "layers" in read:
+            values |= self._of_layers(read["layers"])
+        if "clipped" in read:
+            self._clips = [*self._clips, float(read["clipped"])][-CLIP_WINDOW:]
+            values["train/clip_rate"] = sum(self._clips) / len(self._clips)
+        if "half_squares" in read:
+            values |= self._of_halves(read)
+        for row, kind in zip(read.get("activations", ()), ACTIVATION, strict=False):
+            values |= {f"activation_{kind}/{n}": float(v) for n, v in zip(self._probe.watched, row, strict=True)}
+        count = skipped(self.model.optimizer)
+        if count is not None:
+            values["train/skipped"] = count
+        values |= hyperparameters(self.model)
+        examples = float(read["examples"]) if "examples" in read else None
+        return values | self._stopwatch.rates(self._step, self._batches, examples) | memory()
+
+    def _of_layers(self, layers: np.ndarray) -> dict[str, float]:
+        totals = layers.sum(axis=1)
+        values = {
+            "train/gradient_norm": math.sqrt(totals[GRADIENT]),
+            "train/weight_norm": math.sqrt(totals[WEIGHT]),
+            "train/update_ratio": _ratio(totals),
+            "train/nonfinite": totals[NONFINITE],
+        }
+        for name, column in zip(self._probe.layers, layers.T, strict=True):
+            values[f"gradient_norm/{name}"] = math.sqrt(column[GRADIENT])
+            values[f"weight_norm/{name}"] = math.sqrt(column[WEIGHT])
+            values[f"update_ratio/{name}"] = _ratio(column)
+            if column[NONFINITE]:  # a chart for a layer only if there is something to see
+                values[f"nonfinite/{name}"] = column[NONFINITE]
+        return values
+
+    def _of_halves(self, read: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The gradient noise scale, from running means of the two quantities that it is the ratio of."""
+        big, small = float(read["examples"]), float(read["half_examples"])
+        if small < 1:
+            return {}
+        of_big, of_small = float(read["layers"][GRADIENT].sum()), float(read["half_squares"])
+        squared_norm = (big * of_big - small * of_small) / (big - small)
+        variance = (of_small - of_big) / (1 / small - 1 / big)
+        if not math.isfinite(squared_norm + variance):
+            return {}
+        old = self._noise or [squared_norm, variance]
+        self._noise = [
+            NOISE_DECAY * mean + (1 - NOISE_DECAY) * new
+            for mean, new in zip(old, (squared_norm, variance), strict=True)
+        ]
+        norm, noise = self._noise
+        return {"train/noise_scale": noise / norm} if norm > 0 else {}
+
+    def _write(self, values: Mapping[str, float], *, of_epoch: bool) -> bool:
+        """Writes to both files, and returns whether the step was new to TensorBoard's."""
+        events, lines = self._files
+        lines.write(values, self._step, self._epoch, of_epoch=of_epoch)
+        return events.write(values, self._step, of_epoch=of_epoch)
+
+    def _write_histograms(self) -> None:
+        variables = self.model.trainable_variables
+        weights = {f"weights/{short(v.path, self.model)}": ops.convert_to_numpy(v) for v in variables}
+        self._files[0].write_histograms(weights, self._step)
+
+    def _end(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+            compile_anew(self.model)
+        for file in self._files:
+            file.close()
+        self._files = ()
+
+
+def _number(value: Any) -> float:
+    return float(ops.convert_to_numpy(value))
+
+
+def _ratio(column: np.ndarray) -> float:
+    """The norm of the change divided by that of the weights; 0 / 0 is 0, since nothing has changed."""
+    if column[CHANGE] == 0:
+        return 0.0
+    return math.sqrt(column[CHANGE] / column[WEIGHT]) if column[WEIGHT] else math.inf
+
+
+def _checked_pattern(pattern: Any) -> str | None:
+    if pattern is None:
+        return None
+    wanted = "a regular expression for paths of layers, or None"
+    if not isinstance(pattern, str):
+        raise TypeError(f"activations must be {wanted}, got {pattern!r} of type {type(pattern).__name__}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"activations must be {wanted}, got {pattern!r}: {error}.") from error
+    return pattern
+
+
+def _checked_hparams(hparams: Any) -> Any:
+    if hparams is None or hparams == "auto":
+        return hparams
+    wanted = '"auto", None, or a dict of name to number, string or boolean'
+    if not isinstance(hparams, Mapping):
+        raise TypeError(f"hparams must be {wanted}, got {hparams!r} of type {type(hparams).__name__}.")
+    for name, value in hparams.items():
+        if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
+            raise TypeError(f"hparams must be {wanted}, got {name!r}: {value!r}.")
+    return dict(hparams)

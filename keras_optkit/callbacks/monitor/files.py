@@ -1,0 +1,199 @@
+"""Where `TrainingMonitor` writes to: TensorBoard's event files, and a line of JSON for each write."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+LINES = "monitor.jsonl"
+
+#: The groups of tags in the order of the charts: category, title of the chart, patterns of the tags in it.
+CHARTS = (
+    ("training", "loss", ("train/loss", "epoch/(val_)?loss")),
+    ("training", "learning rate", ("train/learning_rate",)),
+    ("training", "norm of gradient and weights", ("train/gradient_norm", "train/weight_norm")),
+    ("training", "update-to-weight ratio", ("train/update_ratio",)),
+    ("training", "clip rate", ("train/clip_rate",)),
+    ("training", "non-finite numbers and skipped updates", ("train/nonfinite", "train/skipped", "nonfinite/.*")),
+    ("training", "loss scale", ("train/loss_scale",)),
+    ("training", "gradient noise scale", ("train/noise_scale",)),
+    ("layers", "update-to-weight ratio by layer", ("update_ratio/.*",)),
+    ("layers", "norm of the gradient by layer", ("gradient_norm/.*",)),
+    ("layers", "norm of the weights by layer", ("weight_norm/.*",)),
+    ("activations", "mean", ("activation_mean/.*",)),
+    ("activations", "standard deviation", ("activation_std/.*",)),
+    ("activations", "share of zeros", ("activation_zeros/.*",)),
+    ("activations", "share of dead units", ("activation_dead/.*",)),
+    ("resources", "examples a second", ("throughput/examples",)),
+    ("resources", "updates a second", ("throughput/updates",)),
+    ("resources", "memory, MiB", ("memory/.*",)),
+)
+
+_EPOCH = "epoch/"
+_OURS = {pattern.split("/")[0] for *_, patterns in CHARTS for pattern in patterns} | {"hyperparameters", "epoch"}
+_LAYOUT, _HPARAMS = "custom_scalars__config__", "_hparams_/session_start_info"
+
+
+class EventFile:
+    """TensorBoard's event files in a directory.
+
+    Attributes:
+        last: The last step of the values of updates, and of those of epochs, in the files; 0 if there are none.
+    """
+
+    def __init__(self, directory: str):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self.last, self._there = self._read(directory)
+        self._writer = EventFileWriter(directory)
+
+    @staticmethod
+    def _read(directory: str) -> tuple[dict[bool, int], set[str]]:
+        """The last steps, and which of layout and hyperparameters are there."""
+        from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+
+        last = {True: 0, False: 0}
+        if not Path(directory).is_dir():
+            return last, set()
+        events = EventAccumulator(directory, size_guidance={TENSORS: 1})  # keeps the last value of each tag
+        events.Reload()
+        for tag in events.Tags()["tensors"]:
+            if tag.split("/")[0] in _OURS:
+                of_epoch = tag.startswith(_EPOCH)
+                last[of_epoch] = max(last[of_epoch], events.Tensors(tag)[-1].step)
+        return last, {tag for tag in (_LAYOUT, _HPARAMS) if tag in events.summary_metadata}
+
+    def write(self, values: Mapping[str, float], step: int, *, of_epoch: bool) -> bool:
+        """Writes scalars, unless there are some of this step or a later one already; returns whether it has."""
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+        if step <= self.last[of_epoch]:
+            return False
+        self.last[of_epoch] = step
+        self._add([scalar_pb(tag, value) for tag, value in values.items()], step)
+        return True
+
+    def write_histograms(self, values: Mapping[str, np.ndarray], step: int) -> None:
+        """Writes how the numbers of each array are distributed."""
+        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+
+        self._add([histogram_pb(tag, value) for tag, value in values.items()], step)
+
+    def write_layout(self, absent: tuple[str, ...] = ()) -> None:
+        """Writes, once in a directory, which charts the custom-scalars dashboard is to show.
+
+        Args:
+            absent: How the tags begin that there will be no values of.
+        """
+        from tensorboard.plugins.custom_scalar import layout_pb2, summary
+
+        if _LAYOUT in self._there:
+            return
+        categories: dict[str, list[Any]] = {}
+        for category, title, patterns in CHARTS:
+            if absent and patterns[0].startswith(absent):
+                continue
+            tags = layout_pb2.MultilineChartContent(tag=[f"^{pattern}$" for pattern in patterns])
+            categories.setdefault(category, []).append(layout_pb2.Chart(title=title, multiline=tags))
+        layout = layout_pb2.Layout(
+            category=[layout_pb2.Category(title=title, chart=charts) for title, charts in categories.items()]
+        )
+        self._add([summary.pb(layout)], 0)
+
+    def write_hparams(self, hparams: Mapping[str, Any], run: str) -> None:
+        """Writes the hyperparameters of a run, unless the directory has some.
+
+        No experiment summary is written: TensorBoard would take the first that it finds for all runs.
+        """
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        if _HPARAMS not in self._there:
+            self._add([hparams_pb(hparams, trial_id=run)], 0)
+
+    def _add(self, summaries: list[Any], step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        event = Event(wall_time=time.time(), step=step)
+        for summary in summaries:
+            event.summary.MergeFromString(summary.SerializeToString())
+        self._writer.add_event(event)
+
+    def flush(self) -> None:
+        """Has what was written on disk, as far as another process is concerned."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the writing."""
+        self._writer.close()
+
+
+class LineFile:
+    """A text file in which every line is a JSON object: step, epoch, time, and value by tag.
+
+    What a killed process has left of its last line is cut off.
+
+    Attributes:
+        last: As in `EventFile`.
+    """
+
+    def __init__(self, directory: str):
+        path = Path(directory) / LINES
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.last = {True: 0, False: 0}
+        for record in records(path):
+            self.last[_of_epoch(record)] = max(self.last[_of_epoch(record)], record["step"])
+        self._file = path.open("ab")
+        self._file.truncate(_whole(path))
+
+    def write(self, values: Mapping[str, float], step: int, epoch: int, *, of_epoch: bool) -> None:
+        """Writes a line, unless there is one of this step or a later one already."""
+        if step <= self.last[of_epoch]:
+            return
+        self.last[of_epoch] = step
+        record: Record = {"step": step, "epoch": epoch, "time": time.time()}
+        record |= {tag: value if math.isfinite(value) else str(float(value)) for tag, value in values.items()}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Has what was written on disk, whatever happens to the machine."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Ends the writing."""
+        self._file.close()
+
+
+def _whole(path: Path) -> int:
+    """How many bytes the complete lines of a file have."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def _of_epoch(record: Record) -> bool:
+    return any(tag.startswith(_EPOCH) for tag in record)
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The lines of a file, as they were written; an incomplete last one is left out, and so is a file not there.
+
+    Raises:
+        ValueError: For a line that is none of ours.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes()[: _whole(path)].splitlines()
+    for place, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            yield {name: value if name in ("step", "epoch", "time") else float(value) for name, value in record.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {place} is not a line of TrainingMonitor: {line[:80]!r}.") from error

@@ -1,0 +1,66 @@
+"""What `TrainingMonitor` computes on request. It has to reach inside of the gradient, where nothing leaves JAX's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from keras_optkit.optimizers import distribute
+
+Tensor = Any
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to the computation that is traced or runs at present, and not to one inside of it."""
+    import tensorflow as tf
+
+    return tf.executing_eagerly() or tensor.graph is tf.compat.v1.get_default_graph()
+
+
+def moments(outputs: Sequence[Tensor], unit_axis: int) -> Tensor:
+    """Mean, standard deviation, share of zeros and share of dead units of what a layer has returned, in all replicas.
+
+    A unit is dead if it is 0 in the whole batch.
+    """
+    by_unit = [_by_unit(ops.cast(ops.stop_gradient(x), "float32"), unit_axis) for x in outputs]
+    values = ops.concatenate(by_unit, 0)  # (anything, units)
+    active = ops.sum(ops.cast(ops.not_equal(values, 0), "float32"), 0)
+    size, total, active = distribute.sum_over_replicas([ops.cast(ops.size(values), "float32"), ops.sum(values), active])
+    mean = total / size
+    (deviations,) = distribute.sum_over_replicas([ops.sum(ops.square(values - mean))])
+    dead = ops.mean(ops.cast(ops.equal(active, 0), "float32"))
+    return ops.stack([mean, ops.sqrt(deviations / size), 1 - ops.sum(active) / size, dead])
+
+
+def _by_unit(output: Tensor, unit_axis: int) -> Tensor:
+    return ops.reshape(ops.moveaxis(output, unit_axis, -1), (-1, output.shape[unit_axis]))
+
+
+def half_gradient(model: Any, scaled: Callable[[Tensor], Tensor], data: Any) -> tuple[list[Any], Tensor]:
+    """The gradient of the first half of the batch, with the loss scaled, and how many examples that is.
+
+    What the model counts and draws on the way, such as moving statistics and random seeds, is put back.
+    """
+    import tensorflow as tf
+
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    size = tf.shape(tree.flatten(x)[0])[0] // 2
+
+    def half(tensors: Any) -> Any:
+        return tree.map_structure(lambda t: None if t is None else t[:size], tensors)
+
+    held = [*model.non_trainable_variables, *model.metrics_variables]
+    before = [ops.copy(v) for v in held]
+    with tf.GradientTape() as tape:
+        prediction = model(half(x), training=True)
+        loss = model.compute_loss(
+            x=half(x), y=half(y), y_pred=prediction, sample_weight=half(sample_weight), training=True
+        )
+        loss = scaled(loss)
+    grads = tape.gradient(loss, model.trainable_variables)
+    for variable, value in zip(held, before, strict=True):
+        variable.assign(value)
+    return grads, size
