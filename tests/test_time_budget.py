@@ -84,7 +84,7 @@ def test_an_epoch_that_would_not_fit_is_not_begun():
     """The longest one counts, also if it was not the last."""
     for longest, epochs in ((3601.0, 1), (1800.0, 3)):
         callback = TimeBudget(3600, stop_after="epoch")
-        state = callback.state_dict() | {"longest_epoch": longest}
+        state = later(callback.state_dict(), longest_epoch=longest)
         assert trained(callback, Load(callback, state))[1] == epochs
 
 
@@ -95,7 +95,7 @@ def test_the_length_of_an_epoch_that_was_interrupted_is_that_of_both_parts():
     callback.on_epoch_begin(0)
     callback.load_state_dict(later(callback.state_dict(), used=3000.0, epoch_began=1000.0))
     callback.on_epoch_end(0)
-    assert callback.state_dict()["longest_epoch"] == pytest.approx(2000.0, abs=60.0)
+    assert callback.state_dict()["seconds"]["longest_epoch"] == pytest.approx(2000.0, abs=60.0)
 
 
 def test_the_clock_stands_still_after_fit():
