@@ -265,8 +265,8 @@ def test_an_interruption_makes_no_difference(tmp_path):
         keras.utils.set_random_seed(0)
         directory = tmp_path / ("again" if others else "once")
         model = noisy_model(STOCK.SGD(0.02))
-        checkpoint = Checkpoint(directory, "val_loss", top_k=2, last_n=2, every=5)
-        fit(model, x, y, checkpoint, *others, epochs=7, validation_data=(x, y))
+        checkpoint = Checkpoint(directory, "val_loss", top_k=2, last_n=2, every=7)
+        fit(model, x, y, checkpoint, *others, epochs=5, validation_data=(x, y))
         return directory
 
     expected, found = run(), interrupted(run, tmp_path / "resume", after=4)

@@ -139,14 +139,14 @@ def test_it_says_what_it_does(capsys):
 
 
 def numpy_plateau(losses, counts, *, factor, patience, cooldown, smoothing, min_delta, start=1.0):
-    """The rate after each look; losses[i] is the mean over counts[i] updates."""
+    """The rate after each look, and the best value; losses[i] is the mean over counts[i] updates."""
     rates, now, best, wait, left = [], start, math.inf, 0, 0
     total, weight = 0.0, 0.0
     for loss, n in zip(losses, counts, strict=True):
         kept = smoothing**n
         total, weight = kept * total + (1 - kept) * loss, kept * weight + 1 - kept
         if left:
-            left, wait = max(left - n, 0), 0
+            left = max(left - n, 0)
         if total / weight + min_delta < best:
             best, wait = total / weight, 0
         elif not left:
@@ -154,7 +154,7 @@ def numpy_plateau(losses, counts, *, factor, patience, cooldown, smoothing, min_
             if wait >= patience:
                 now, left, wait = now * factor, cooldown, 0
         rates.append(now)
-    return rates
+    return rates, best
 
 
 class Rates(keras.callbacks.Callback):
@@ -178,7 +178,7 @@ def losses(n=24, seed=3):
 @pytest.mark.parametrize(("steps_per_execution", "accumulate"), [(1, None), (3, None), (1, 2)])
 def test_by_updates_it_goes_by_the_smoothed_loss_of_the_batches(steps_per_execution, accumulate):
     """Of a model whose loss is its input: over two epochs with a validation in between."""
-    x = losses()
+    x = losses() + np.linspace(8, 0, 24, dtype="float32")  # so that the best value is not the first
     optimizer = ok.optimizers.SGD(1e-12, gradient_accumulation_steps=accumulate)
     model = counting_model(optimizer, steps_per_execution=steps_per_execution)
     seen = Rates()
@@ -186,10 +186,11 @@ def test_by_updates_it_goes_by_the_smoothed_loss_of_the_batches(steps_per_execut
     fit(model, x[:, None], x, plateau, seen, batch_size=2, validation_data=(x[:3, None], x[:3]))
     per = steps_per_execution * (accumulate or 1)
     means = np.tile(x.reshape(-1, 2 * per).mean(axis=1), 2)
-    expected = numpy_plateau(means, [steps_per_execution] * len(means), start=1e-12, **SETTINGS)
+    expected, best = numpy_plateau(means, [steps_per_execution] * len(means), start=1e-12, **SETTINGS)
     found = seen.seen[(accumulate or 1) - 1 :: accumulate or 1]
     assert min(expected) < 1e-12
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert plateau.best == pytest.approx(best, rel=1e-6)
 
 
 def test_an_update_that_loss_scaling_skips_is_not_counted():
@@ -211,7 +212,7 @@ def test_with_two_replicas_it_is_the_loss_of_the_global_batch():
     seen = Rates()
     fit(model, x[:, None], x, ReduceLROnPlateau("loss", unit="update", **SETTINGS), seen, batch_size=4, epochs=1)
     means = x.reshape(-1, 4).mean(axis=1)
-    np.testing.assert_allclose(seen.seen, numpy_plateau(means, [1] * 6, start=1e-12, **SETTINGS), rtol=1e-6)
+    np.testing.assert_allclose(seen.seen, numpy_plateau(means, [1] * 6, start=1e-12, **SETTINGS)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,6 @@ class ReduceLROnPlateau(Callback):
     def _look_at(self, value: float, count: int, when: str) -> None:
         if self.cooldown_counter:
             self.cooldown_counter = max(self.cooldown_counter - count, 0)
-            self.wait = 0
         if self._watched.improves(value, self.best):
             self.best, self.wait = value, 0
         elif not self.cooldown_counter:

@@ -149,6 +149,7 @@ class Unfreeze(Callback):
             raise RuntimeError(
                 "Unfreeze works in the `fit` of keras.Model alone, before which it sets its first stage."
             )
+        compile_anew(self.model)  # the step of an earlier fit trains what was trained then
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._look_at: float = 0  # a batch makes at most one update, so that before this one no stage can begin
