@@ -10,7 +10,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops, tree
@@ -58,7 +58,8 @@ class Failure:
         loss: The loss of this batch.
         limit: The loss above which it would have been a spike; infinity if there was no limit yet.
         layer: Path of the first layer that was bad, or None if none was, or none was found.
-        where: The same in words, which may also name the batch's data, the loss or a weight.
+        in_data: Whether the batch itself was found to hold numbers that are not finite.
+        where: What was bad first in words: the data, a layer, the loss function, a gradient or a weight.
     """
 
     epoch: int
@@ -67,6 +68,7 @@ class Failure:
     loss: float
     limit: float
     layer: str | None
+    in_data: bool
     where: str
 
     def __str__(self) -> str:
@@ -77,6 +79,14 @@ class Failure:
             "weight": f"the update has made weights that are not finite, at a loss of {self.loss:g}",
         }[self.kind]
         return f"{what}, in batch {self.batch + 1} of epoch {self.epoch + 1}; {self.where}"
+
+
+class _Found(NamedTuple):
+    """What was bad first, as in `Failure`."""
+
+    where: str
+    layer: str | None = None
+    in_data: bool = False
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -136,6 +146,7 @@ class NonFiniteGuard(Callback):
        which a copy is kept in the host's memory;
     2. training goes on with the *next* batch of the data: those since the good state are passed over;
     3. the learning rate is multiplied by `rate_factor`, and gets the factor back after `recover_after` good batches;
+       not so if the batch itself holds NaN or infinity, against which a lower rate does not help;
     4. the n-th bad batch in a row, or in all, ends the training with `TrainingDivergedError`, which says which layer
        and batch were bad. "In a row" means with fewer than `every` good batches in between.
 
@@ -422,13 +433,13 @@ class NonFiniteGuard(Callback):
         self._in_a_row += 1
         self.failures.append(failure)
         self._give_up_if_too_many()
-        self._lower_rate(rates)
+        lowered = self.rate_factor < 1 and not failure.in_data
+        if lowered:
+            self._lower_rate(rates)
         self._look_anew()
         if self.verbose:
-            print(
-                f"\nNonFiniteGuard: {failure}. Training goes on from update {self._updates()}"
-                + (f", with {self.rate_factor:g} of the learning rate." if self.rate_factor < 1 else ".")
-            )
+            rate = f", with {self.rate_factor:g} of the learning rate" if lowered else ""
+            print(f"\nNonFiniteGuard: {failure}. Training goes on from update {self._updates()}{rate}.")
 
     def _give_up_if_too_many(self) -> None:
         total = len(self.failures)
@@ -463,9 +474,8 @@ class NonFiniteGuard(Callback):
 
     def _lower_rate(self, rates: list[float]) -> None:
         self._since_rate = 0
-        if self.rate_factor < 1:
-            self._before_lowering.append(rates)
-            self._set_rates([rate * self.rate_factor for rate in rates])
+        self._before_lowering.append(rates)
+        self._set_rates([rate * self.rate_factor for rate in rates])
 
     def _raise_rate(self) -> None:
         """Takes the last lowering back; a rate that somebody has set meanwhile is not raised above the former one."""
@@ -502,34 +512,24 @@ class NonFiniteGuard(Callback):
         gradient, weight = (
             self._weights[int(place) - 1] if place else None for place in (values["bad_gradient"], values["bad_weight"])
         )
-        kind = (
-            "loss"
-            if not math.isfinite(loss)
-            else "spike"
-            if loss > self._limit
-            else "gradient"
-            if gradient is not None
-            else "weight"
-        )
-        layer, where = self._bad_layer(gradient, weight) if behind else self._bad_part(kind, gradient, weight)
-        return Failure(self._epoch, batch - behind, kind, loss, self._limit, layer, where)
+        if not math.isfinite(loss):
+            kind = "loss"
+        elif loss > self._limit:
+            kind = "spike"
+        else:
+            kind = "weight" if gradient is None else "gradient"
+        found = None
+        if self._batch is not None and behind == 0 and kind != "spike":
+            found = _look_at(self._watched, self._batch)
+        found = found or self._seen_in_step(gradient, weight)
+        return Failure(self._epoch, batch - behind, kind, loss, self._limit, found.layer, found.in_data, found.where)
 
-    def _bad_part(self, kind: str, gradient: Any, weight: Any) -> tuple[str | None, str]:
-        if self._batch is not None and kind != "spike":
-            try:
-                found = _look_at(self._watched, self._batch)
-            except Exception as error:  # the failure is what has to be told
-                return None, f"the search of the layer failed: {type(error).__name__}: {error}"
-            if found is not None:
-                return found
-        return self._bad_layer(gradient, weight)
-
-    def _bad_layer(self, gradient: Any, weight: Any) -> tuple[str | None, str]:
+    def _seen_in_step(self, gradient: Any, weight: Any) -> _Found:
         if gradient is None and weight is None:
-            return None, "no layer is known to be at fault"
-        what, variable = ("gradient", gradient) if gradient is not None else ("value", weight)
+            return _Found("no layer is known to be at fault")
+        what, variable = ("value", weight) if gradient is None else ("gradient", gradient)
         layer = _owner(self._watched, variable)
-        return layer, f"the {what} of {variable.path!r} in layer {layer!r} is not finite"
+        return _Found(f"the {what} of {variable.path!r} in layer {layer!r} is not finite", layer)
 
     # -- going on in another process ----------------------------------------------------------------------------------
 
@@ -665,23 +665,30 @@ def _finite(structure: Any) -> bool:
     return True
 
 
-def _look_at(model: Any, batch: Any) -> tuple[str | None, str] | None:
-    """The first part that is not finite when the model runs on this batch, and in words; None if all is finite."""
+def _look_at(model: Any, batch: Any) -> _Found | None:
+    """The first part that is not finite when the model runs on this batch; None if all is finite."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     for name, part in (("inputs", x), ("targets", y), ("sample weights", sample_weight)):
         if not _finite(part):
-            return None, f"the {name} of the batch are not finite"
-    found: list[str] = []
+            return _Found(f"the {name} of the batch are not finite", in_data=True)
+    layers: list[str] = []
+    try:
+        loss = _watched_loss(model, layers, x, y, sample_weight)
+    except Exception as error:  # this is a second run, of what went through; the failure is what has to be told
+        return _Found(f"the search of the layer failed with {error!r}")
+    if layers:
+        return _Found(f"the output of layer {layers[0]!r} is the first that is not finite", layers[0])
+    return None if _finite(loss) else _Found("all layers are finite, but not the loss function of what they give")
+
+
+def _watched_loss(model: Any, layers: list[str], x: Any, y: Any, sample_weight: Any) -> Tensor:
+    """The loss of a batch; the first layer that gives something that is not finite is added to `layers`."""
     with contextlib.ExitStack() as stack:
         for layer in sublayers(model):
-            stack.callback(around(layer, "call", _watch(layer, found)))
+            stack.callback(around(layer, "call", _watch(layer, layers)))
         takes_training = "training" in inspect.signature(model.call).parameters
         outputs = model(x, training=True) if takes_training else model(x)
-    if found:
-        return found[0], f"the output of layer {found[0]!r} is the first that is not finite"
-    if not _finite(model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)):
-        return None, "all layers are finite, but not the loss function of what they give"
-    return None
+    return model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
 
 
 def _watch(layer: Any, found: list[str]) -> Callable[..., contextlib.AbstractContextManager[Any]]:
