@@ -211,9 +211,10 @@ def test_random_numbers_of_the_data_go_on():
 def test_the_limit_is_the_robust_z_score():
     losses = np.random.default_rng(0).normal(3.0, 0.4, 51)
     sigma = stats.median_abs_deviation(losses, scale="normal")
-    assert _limit(list(losses), 5.0) == pytest.approx(np.median(losses) + 5 * sigma, rel=1e-4)
-    assert _limit([2.0] * 9, 5.0) == pytest.approx(2.0 + 5 * 0.02)  # no deviation: a share of the median
-    assert _limit([0.0] * 9, 5.0) == np.inf
+    assert _limit(list(losses), 5.0, 1.0) == pytest.approx(np.median(losses) + 5 * sigma, rel=1e-4)
+    assert _limit([2.0] * 9, 5.0, 1.0) == pytest.approx(2.0 + 5 * 0.02)  # no deviation: a share of the median
+    assert _limit([2.0] * 9, 5.0, 9.0) == pytest.approx(2.0 + 5 * 0.09)  # or of what it was
+    assert _limit([0.0] * 9, 5.0, 0.0) == np.inf
 
 
 @pytest.mark.parametrize("spike", [20.0, None])
@@ -226,6 +227,18 @@ def test_a_spike_is_a_failure_if_it_is_to_be_one(spike):
     assert [(f.batch, f.kind, f.layer) for f in guard.failures] == ([(12, "spike", None)] if spike else [])
     if spike:
         assert guard.failures[0].limit < guard.failures[0].loss < np.inf
+
+
+def test_the_noise_of_losses_that_have_become_small_is_no_spike():
+    x, y = data()
+    y = x.sum(1, keepdims=True)
+    y[:40] += 1.0  # five batches with a loss of 1, then losses of 0, and then one that is small and one that is not
+    y[80:88] += 0.3
+    y[112:120] += 0.9
+    guard = quiet(window=5)
+    fit(linear(keras.optimizers.SGD(0.0)), x, y, guard)
+    assert [(f.batch, f.kind) for f in guard.failures] == [(14, "spike")]
+    assert guard.failures[0].limit == pytest.approx(0.2, abs=1e-6)
 
 
 def infinite_gradient(optimizer):

@@ -29,7 +29,8 @@ Tensor = Any
 
 #: Makes the median absolute deviation of normal numbers their standard deviation: 1 / Φ⁻¹(3/4).
 _MAD_TO_SIGMA = 1.4826
-#: The deviation is taken to be at least this share of the median; losses that hardly differ have none of their own.
+#: The deviation is taken to be at least this share of the losses, now and when training began: where they hardly
+#: differ, or are next to nothing, noise would be a spike.
 _LEAST_SIGMA = 0.01
 
 #: What step and host share, and how replicas make one number of it: each has its part of the global batch's mean loss.
@@ -137,10 +138,11 @@ class NonFiniteGuard(Callback):
     spike among the last `window` good losses l:
 
     ```text
-    L > median(l) + spike · s,   s = max(1.4826 · median(|l - median(l)|), 0.01 · |median(l)|)
+    L > median(l) + spike · s,   s = max(1.4826 · median(|l - median(l)|), 0.01 · |median(l)|, 0.01 · |median(l₀)|)
     ```
 
-    that is, if its robust z-score is above `spike`; a low loss never is. Then
+    that is, if its robust z-score is above `spike`; l₀ are the first `window` good losses of this `fit`, beside which
+    the noise of small ones is no spike. A low loss never is one. Then
 
     1. the model, the optimizer with its update count, and the running metrics get the last good state back, bitwise, of
        which a copy is kept in the host's memory;
@@ -148,7 +150,7 @@ class NonFiniteGuard(Callback):
     3. the learning rate is multiplied by `rate_factor`, and gets the factor back after `recover_after` good batches;
        not so if the batch itself holds NaN or infinity, against which a lower rate does not help;
     4. the n-th bad batch in a row, or in all, ends the training with `TrainingDivergedError`, which says which layer
-       and batch were bad. "In a row" means with fewer than `every` good batches in between.
+       and batch were bad. "In a row" means without a new good state in between.
 
     A copy is made every `every` batches, and after the first good batch of each epoch; it counts as good once the next
     batch is. It takes as much of the host's memory as model and optimizer, for a moment twice that. While all is well
@@ -219,7 +221,7 @@ class NonFiniteGuard(Callback):
 
     def __init__(
         self,
-        every: int = 100,
+        every: int = 25,
         spike: float | None = 20.0,
         window: int = 50,
         rate_factor: float = 0.5,
@@ -247,12 +249,13 @@ class NonFiniteGuard(Callback):
         self._good: _Copy | None = None
         self._candidate: _Copy | None = None  # good if the next batch is
         self._losses: deque[float] = deque(maxlen=self.window)
+        self._level = 0.0  # of the first losses
         self._limit = math.inf
         self._epoch = 0
         self._first_of_epoch = False
         self._reset_metrics = False
         self._in_a_row = 0
-        self._since_copy = self._since_failure = self._since_rate = 0  # good batches
+        self._since_copy = self._since_rate = 0  # good batches
         self._before_lowering: list[list[float]] = []  # the rates, for each lowering that has not been taken back
 
     # -- the beginning and the end ------------------------------------------------------------------------------------
@@ -403,13 +406,11 @@ class NonFiniteGuard(Callback):
     def _take_as_good(self, loss: float, batches: int) -> None:
         if self._candidate is not None:
             self._good, self._candidate = self._candidate, None
+            self._in_a_row = 0
         self._losses.append(loss)
         self._set_limit()
         self._since_copy += batches
-        self._since_failure += batches
         self._since_rate += batches
-        if self._since_failure >= self.every:
-            self._in_a_row = 0
         if self.recover_after and self._before_lowering and self._since_rate >= self.recover_after:
             self._raise_rate()
         if self._first_of_epoch or self._since_copy >= self.every:
@@ -429,7 +430,7 @@ class NonFiniteGuard(Callback):
         self._set_rates(rates)
         self._reset_metrics = not same_epoch  # with the next batch: without one, the epoch has no metrics
         self._candidate = None
-        self._since_copy = self._since_failure = 0
+        self._since_copy = 0
         self._in_a_row += 1
         self.failures.append(failure)
         self._give_up_if_too_many()
@@ -457,7 +458,9 @@ class NonFiniteGuard(Callback):
 
     def _set_limit(self) -> None:
         if self.spike is not None and len(self._losses) == self.window:
-            self._limit = _limit(self._losses, self.spike)
+            if not self._level:
+                self._level = abs(statistics.median(self._losses))
+            self._limit = _limit(self._losses, self.spike, self._level)
             self._values["limit"] = self._limit
 
     def _look_anew(self) -> None:
@@ -540,12 +543,12 @@ class NonFiniteGuard(Callback):
             "candidate": None if self._candidate is None else self._candidate.to_dict(),
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
             "losses": list(self._losses),
+            "level": self._level,
             "limit": self._limit,
             "first_of_epoch": self._first_of_epoch,
             "reset_metrics": self._reset_metrics,
             "in_a_row": self._in_a_row,
             "since_copy": self._since_copy,
-            "since_failure": self._since_failure,
             "since_rate": self._since_rate,
             "before_lowering": [list(rates) for rates in self._before_lowering],
         }
@@ -561,11 +564,10 @@ class NonFiniteGuard(Callback):
         )
         self.failures = [Failure(**failure) for failure in state["failures"]]
         self._losses = deque(state["losses"], maxlen=self.window)
-        self._limit = state["limit"]
+        self._level, self._limit = state["level"], state["limit"]
         self._first_of_epoch, self._reset_metrics = state["first_of_epoch"], state["reset_metrics"]
         self._in_a_row = state["in_a_row"]
-        self._since_copy, self._since_failure = state["since_copy"], state["since_failure"]
-        self._since_rate = state["since_rate"]
+        self._since_copy, self._since_rate = state["since_copy"], state["since_rate"]
         self._before_lowering = [list(rates) for rates in state["before_lowering"]]
         self._look_anew()
 
@@ -585,11 +587,17 @@ class _Remembering:
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-def _limit(losses: Sequence[float] | deque[float], z: float) -> float:
-    """The loss whose robust z-score among `losses` is z; infinity where it has none, because all are 0."""
+def _limit(losses: Sequence[float] | deque[float], z: float, level: float) -> float:
+    """The loss whose robust z-score among `losses` is z; infinity where it has none, because all are 0.
+
+    Args:
+        losses: The last good ones.
+        z: The score.
+        level: What losses were like when training began.
+    """
     middle = statistics.median(losses)
     deviation = _MAD_TO_SIGMA * statistics.median(abs(loss - middle) for loss in losses)
-    sigma = max(deviation, _LEAST_SIGMA * abs(middle))
+    sigma = max(deviation, _LEAST_SIGMA * abs(middle), _LEAST_SIGMA * level)
     return middle + z * sigma if sigma > 0 else math.inf
 
 
