@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_optkit import callbacks, initializers, layers, optimizers, regularizers, schedules
+from keras_optkit import callbacks, data, initializers, layers, optimizers, regularizers, schedules
 from keras_optkit.averaging import recalibrate_batch_norm
 from keras_optkit.optimizers import Group
 from keras_optkit.registry import Card, cards, register
@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "cards",
+    "data",
     "initializers",
     "layers",
     "optimizers",

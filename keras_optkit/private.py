@@ -105,3 +105,16 @@ def _global_attribute(name: str) -> Any:
     except ImportError:
         return None
     return global_state.get_global_attribute(name)
+
+
+#: The attributes of Keras's callbacks in which they keep what they know from one epoch, or batch, to the next. Some are
+#: private. Fall-back: one that does not exist is left out, and the callback begins with what it begins with.
+CALLBACK_STATE = {
+    keras.callbacks.CSVLogger: ("keys",),
+    keras.callbacks.EarlyStopping: ("wait", "stopped_epoch", "best", "best_weights", "best_epoch"),
+    keras.callbacks.History: ("epoch", "history"),
+    keras.callbacks.ModelCheckpoint: ("best", "_batches_seen_since_last_saving", "_last_batch_seen"),
+    keras.callbacks.ReduceLROnPlateau: ("wait", "best", "cooldown_counter"),
+    keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
+    keras.callbacks.TensorBoard: ("_global_train_batch", "_global_test_batch"),
+}

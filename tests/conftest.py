@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import keras_optkit as ok
+from keras_optkit.testing import tools
 
 ok.testing.prepare()
 
@@ -52,3 +53,17 @@ def clean_keras():
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def x64():
+    """JAX has to be asked for float64."""
+    with tools.float64():
+        yield
+
+
+@pytest.fixture
+def float64():
+    with tools.float64():
+        keras.config.set_floatx("float64")  # Keras's learning rate variable has this dtype
+        yield

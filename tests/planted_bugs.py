@@ -31,6 +31,9 @@ from keras import ops
 
 import keras_optkit as ok
 from keras_optkit import arguments, callbacks, initializers, layers, regularizers, schedules
+from keras_optkit.callbacks import resume
+from keras_optkit.callbacks.state import TrainingState
+from keras_optkit.data import EpochDataset
 from keras_optkit.optimizers import adaptive, distribute, optimizer, packing, wrappers
 from keras_optkit.optimizers.adam import AdamRule
 from keras_optkit.optimizers.optimizer import Optimizer
@@ -1074,6 +1077,44 @@ def _(right):
         rate.assign(ops.cast(ops.cast(rate, "float16"), "float32"))
 
     return write_if_due
+
+
+@bug(
+    "best weights are not among the state",
+    "EarlyStopping",
+    "goes_on",
+    callbacks.EarlyStopping,
+    "state_dict",
+    kind="callback",
+)
+def _(right):
+    return lambda self: right(self) | {"best_weights": None}
+
+
+@bug("the generators of dropout begin anew", "Resume", "goes_on", TrainingState, "into", kind="callback")
+def _(right):
+    def into(self, model, *, metrics=True):
+        right(self, model, metrics=metrics)
+        for variable in model.variables:
+            if "seed" in variable.path:
+                variable.assign([1, 0])
+
+    return into
+
+
+@bug("a batch is trained on twice", "Resume", "goes_on", EpochDataset, "begin_epoch_at", kind="callback")
+def _(right):
+    return lambda self, batch: right(self, batch - 1)
+
+
+@bug("metrics begin anew inside of the epoch", "Resume", "goes_on", TrainingState, "into", kind="callback")
+def _(right):
+    return lambda self, model, *, metrics=True: right(self, model, metrics=False)
+
+
+@bug("the history is forgotten", "Resume", "goes_on", resume, "set_state_of", kind="callback")
+def _(right):
+    return lambda callback, state: None if isinstance(callback, keras.callbacks.History) else right(callback, state)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -271,3 +271,14 @@ def test_fashion_mnist_refuses_labels_above_9(example, fashion, capsys):
     with pytest.raises(SystemExit):
         example("fashion_mnist").main(["--data", str(fashion), "--epochs", "1"])
     assert "labels from 0 to 9" in capsys.readouterr().err
+
+
+# -- a training that is killed ----------------------------------------------------------------------------------------
+
+
+def test_a_killed_training_goes_on_and_ends_the_same(example, capsys):
+    example("resume_after_kill").main(["--kills", "1", "--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert re.search(r"│ 1 +│ +\d+ +│ SIGKILL", printed)
+    assert "Without a kill it is 47 batches." in printed
+    assert "bitwise: True; the log of the epochs: True." in printed.replace("\n", " ")

@@ -64,7 +64,8 @@ class Clock(keras.callbacks.Callback):
 
     def __init__(self, steps: int):
         super().__init__()
-        self.steps, self.times = steps, []
+        self.steps = steps
+        self.times: list[float] = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002, D102
         self.begun = time.perf_counter()

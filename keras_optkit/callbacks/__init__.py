@@ -1,17 +1,25 @@
-"""Callbacks for `model.fit`: stopping early, driving hyperparameters, monitoring, averaged weights, going back."""
+"""Callbacks for `model.fit`: stopping, checkpoints, hyperparameters, monitoring, averages, going back, going on."""
 
 from keras_optkit.callbacks.averaging import AveragedWeights
+from keras_optkit.callbacks.budget import TimeBudget
+from keras_optkit.callbacks.checkpoint import Checkpoint
 from keras_optkit.callbacks.guard import Failure, NonFiniteGuard, TrainingDivergedError
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.monitor import TrainingMonitor
+from keras_optkit.callbacks.plateau import ReduceLROnPlateau
+from keras_optkit.callbacks.resume import Resume
 from keras_optkit.callbacks.stopping import EarlyStopping
 
 __all__ = [
     "AveragedWeights",
+    "Checkpoint",
     "EarlyStopping",
     "Failure",
     "NonFiniteGuard",
+    "ReduceLROnPlateau",
+    "Resume",
     "ScheduleHyperparameters",
+    "TimeBudget",
     "TrainingDivergedError",
     "TrainingMonitor",
 ]

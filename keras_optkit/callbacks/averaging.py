@@ -18,7 +18,7 @@ from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.instrument import around
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import is_lost
-from keras_optkit.optimizers.fitting import Flush, build_optimizer
+from keras_optkit.optimizers.fitting import build_optimizer
 from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 
@@ -169,7 +169,7 @@ class AveragedWeights(Callback):
         run = running_fit(model)
         listed = (run.arguments.get("callbacks") if run else None) or [self]
         callbacks = listed.callbacks if isinstance(listed, keras.callbacks.CallbackList) else tree.flatten(listed)
-        callbacks = [c for c in callbacks if not isinstance(c, Flush)]  # an update, which is for the training weights
+        callbacks = [c for c in callbacks if not getattr(c, "sees_training_weights", False)]
         for callback in callbacks:
             if isinstance(callback, keras.callbacks.BackupAndRestore):
                 for name in ("on_epoch_end", "on_train_batch_end"):
@@ -313,7 +313,7 @@ class AveragedWeights(Callback):
         if self.start is None:
             return {}
         means = [{"place": p, "count": m.count, "value": np.copy(m.value)} for p, m in self._means.items()]
-        return {"means": means, "passed": self._passed, "wait": self._wait, "batch": self._batch}
+        return {"means": means, "passed": self._passed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -323,7 +323,7 @@ class AveragedWeights(Callback):
         """
         if self.start is not None:
             self._means = {m["place"]: _Mean(m["count"], np.copy(m["value"])) for m in state["means"]}
-            self._passed, self._wait, self._batch = state["passed"], state["wait"], state["batch"]
+            self._passed, self._wait = state["passed"], 0
 
     # -- the exchange -------------------------------------------------------------------------------------------------
 

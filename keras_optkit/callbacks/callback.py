@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
+from keras_optkit.optimizers.fitting import guard_training
 from keras_optkit.saving import FromSignature
 
 #: What is called on the callbacks when an exception leaves a method of `keras.Model`.
@@ -25,12 +27,31 @@ _ON_FAILURE = {"fit": "on_train_failure", "evaluate": "on_test_failure", "predic
 
 @dataclass
 class Run:
-    """A `model.fit(...)` or another method that is running: its arguments by name, and those of our callbacks in it."""
+    """A `model.fit(...)` or another method that is running: its arguments by name, and those of our callbacks in it.
+
+    What is given as `x` or as a callback may have a method `prepare_fit(run)`, which is called before `fit` itself, and
+    may change the arguments.
+    """
 
     method: str
     model: Any
     arguments: dict[str, Any]
     callbacks: list[Callback] = field(default_factory=list)
+
+    def listed(self) -> list[Any]:
+        """The callbacks that the method was given."""
+        given = self.arguments.get("callbacks") or []
+        return given.callbacks if isinstance(given, keras.callbacks.CallbackList) else keras.tree.flatten(given)
+
+    def add(self, callback: Any, *, first: bool = False) -> None:
+        """Adds a callback, as the first or as the last one."""
+        given, listed = self.arguments.get("callbacks"), self.listed()
+        listed.insert(0 if first else len(listed), callback)
+        if isinstance(given, keras.callbacks.CallbackList):  # what the list has told the others already
+            callback.set_model(self.model)
+            callback.set_params(given.params)
+        else:
+            self.arguments["callbacks"] = listed
 
 
 _thread = threading.local()
@@ -47,22 +68,29 @@ def running_fit(model: Any) -> Run | None:
     return next((run for run in reversed(_running()) if run.model is model and run.method == "fit"), None)
 
 
-def _guard(method: str) -> None:
+def guard(method: str) -> None:
+    """Wraps a method of `keras.Model`, `fit`, `evaluate` or `predict`, unless it is wrapped."""
+    if method == "fit":
+        guard_training()  # inside of this one, so that optimizers see what `prepare_fit` has made of the model
     function = getattr(keras.Model, method)
     if getattr(function, "tells_callbacks_of_failure", False):
         return
-    hook = _ON_FAILURE[method]
+    hook, signature = _ON_FAILURE[method], inspect.signature(function)
 
     @functools.wraps(function)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            given = inspect.signature(function).bind(self, *args, **kwargs).arguments
+            given = signature.bind(self, *args, **kwargs)
         except TypeError:  # Keras says it better
-            given = {}
-        run = Run(method, self, dict(given))
+            return function(self, *args, **kwargs)
+        run = Run(method, self, given.arguments)
         _running().append(run)
         try:
-            return function(self, *args, **kwargs)
+            if method == "fit":
+                for part in [run.arguments.get("x"), *run.listed()]:
+                    if hasattr(part, "prepare_fit"):
+                        part.prepare_fit(run)
+            return function(*given.args, **given.kwargs)
         except BaseException as error:
             for callback in reversed(run.callbacks):
                 try:
@@ -97,7 +125,7 @@ class Callback(FromSignature, keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         for method in self.guards:
-            _guard(method)
+            guard(method)
 
     def set_model(self, model: Any) -> None:
         """Called by Keras when `fit`, `evaluate` or `predict` begins."""
@@ -138,4 +166,18 @@ class Callback(FromSignature, keras.callbacks.Callback):
 
         Args:
             error: The exception.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is to be known in order to go on in another process: numbers, strings and arrays, in lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets what `state_dict` returned.
+
+        Called after `on_train_begin`, inside of an epoch after `on_epoch_begin`, of all callbacks, and before the
+        variables of the model and the optimizer are set.
+
+        Args:
+            state: What `state_dict` returned.
         """

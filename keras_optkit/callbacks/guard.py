@@ -19,7 +19,7 @@ from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.instrument import around, compile_anew, shared
-from keras_optkit.callbacks.state import TrainingState
+from keras_optkit.callbacks.state import Copies, TrainingState
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import is_sparse
 from keras_optkit.private import sublayers
@@ -110,11 +110,13 @@ class _Copy:
 
     epoch: int
     state: TrainingState
+    memory: Copies = dataclasses.field(default_factory=Copies)
 
     @classmethod
-    def of(cls, model: Any, epoch: int) -> _Copy:
+    def of(cls, model: Any, epoch: int, memory: Copies) -> _Copy:
+        memory.restart()
         # random numbers go on when training goes back: data that are drawn with them would be the bad ones again
-        return cls(epoch, dataclasses.replace(TrainingState.of(model), generators={}))
+        return cls(epoch, dataclasses.replace(TrainingState.of(model, memory), generators={}), memory)
 
     def to_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "state": dict(vars(self.state))}
@@ -248,6 +250,7 @@ class NonFiniteGuard(Callback):
         self.failures: list[Failure] = []
         self._good: _Copy | None = None
         self._candidate: _Copy | None = None  # good if the next batch is
+        self._spare = Copies()  # memory for the next copy, which is not that of the good one
         self._losses: deque[float] = deque(maxlen=self.window)
         self._level = 0.0  # of the first losses
         self._limit = math.inf
@@ -320,6 +323,7 @@ class NonFiniteGuard(Callback):
             self._detach = []
             compile_anew(self.model)
         self._good = self._candidate = self._batch = None
+        self._spare = Copies()
 
     # -- inside the training step -------------------------------------------------------------------------------------
 
@@ -379,7 +383,7 @@ class NonFiniteGuard(Callback):
         self._first_of_epoch = True
         self._reset_metrics = False
         if self._good is None:
-            self._good = _Copy.of(self.model, -1)
+            self._good = _Copy.of(self.model, -1, Copies())
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._begun_at = batch
@@ -405,6 +409,8 @@ class NonFiniteGuard(Callback):
 
     def _take_as_good(self, loss: float, batches: int) -> None:
         if self._candidate is not None:
+            if self._good is not None:
+                self._spare = self._good.memory
             self._good, self._candidate = self._candidate, None
             self._in_a_row = 0
         self._losses.append(loss)
@@ -414,7 +420,7 @@ class NonFiniteGuard(Callback):
         if self.recover_after and self._before_lowering and self._since_rate >= self.recover_after:
             self._raise_rate()
         if self._first_of_epoch or self._since_copy >= self.every:
-            self._candidate = _Copy.of(self.model, self._epoch)
+            self._candidate = _Copy.of(self.model, self._epoch, self._spare)
             self._first_of_epoch, self._since_copy = False, 0
 
     def _go_on_from_good(self, batch: int) -> None:
@@ -562,6 +568,7 @@ class NonFiniteGuard(Callback):
         self._good, self._candidate = (
             None if state[name] is None else _Copy.from_dict(state[name]) for name in ("good", "candidate")
         )
+        self._spare = Copies()
         self.failures = [Failure(**failure) for failure in state["failures"]]
         self._losses = deque(state["losses"], maxlen=self.window)
         self._level, self._limit = state["level"], state["limit"]

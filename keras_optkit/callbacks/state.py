@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ import numpy as np
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.fitting import build_optimizer
 from keras_optkit.private import global_seed, set_global_seed
+
+Copy = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,20 @@ class TrainingState:
     generators: dict[str, Any]
 
     @classmethod
-    def of(cls, model: Any) -> TrainingState:
+    def of(cls, model: Any, copy: Copy | None = None) -> TrainingState:
         """Copies the present state; on JAX, inside of an epoch, take the model from `callback.model`, which syncs it.
 
         Args:
             model: A built model. Its optimizer is built, if it has one that is not.
+            copy: How an array is copied; None: into new memory.
         """
+        copy = copy or np.array
         if getattr(model, "optimizer", None) is not None:
             build_optimizer(model)
         return cls(
-            [_values(model, v) for v in _own_variables(model)],
-            [_values(model, v) for v in _metrics_variables(model)],
-            _optimizer_state(model, model.optimizer),
+            [_values(model, v, copy) for v in _own_variables(model)],
+            [_values(model, v, copy) for v in _metrics_variables(model)],
+            _optimizer_state(model, model.optimizer, copy),
             _generators(),
         )
 
@@ -83,6 +87,31 @@ class TrainingState:
         _set_generators(self.generators)
 
 
+class Copies:
+    """Copies arrays into the memory of the copies that it made before, which is much faster than into new memory.
+
+    For copies of the same things in the same order, whose predecessors nobody needs any more: `restart` comes first.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[np.ndarray] = []
+        self._next = 0
+
+    def restart(self) -> None:
+        """The copies that were made so far may be overwritten from now on."""
+        self._next = 0
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        """The next copy."""
+        kept = self._kept[self._next] if self._next < len(self._kept) else None
+        if kept is None or (kept.dtype, kept.shape) != (array.dtype, array.shape):
+            kept = np.empty_like(array, subok=False)
+            self._kept[self._next :] = [kept]
+        np.copyto(kept, array)
+        self._next += 1
+        return kept
+
+
 def _own_variables(model: Any) -> list[Any]:
     """Those of the model besides its metrics', the states of its seed generators included."""
     metrics = {id(v) for v in model.metrics_variables}
@@ -96,12 +125,12 @@ def _metrics_variables(model: Any) -> list[Any]:
 # -- one variable -----------------------------------------------------------------------------------------------------
 
 
-def _values(model: Any, variable: Any) -> list[np.ndarray]:
+def _values(model: Any, variable: Any, copy: Copy) -> list[np.ndarray]:
     """Copies of what a variable holds: one, or one for each replica if they differ."""
-    # a copy, since what a backend hands out may be the memory of the variable itself
-    values = [np.array(keras.ops.convert_to_numpy(part)) for part in _parts(model, variable)]
+    # copies, since what a backend hands out may be the memory of the variable itself
+    values = [keras.ops.convert_to_numpy(part) for part in _parts(model, variable)]
     same = all(values[0].tobytes() == value.tobytes() for value in values[1:])
-    return values[:1] if same else values
+    return [copy(value) for value in (values[:1] if same else values)]
 
 
 def _assign(model: Any, variable: Any, values: Sequence[np.ndarray]) -> None:
@@ -148,17 +177,17 @@ def _described(kind: tuple[str, tuple[int, ...]] | None) -> str:
 # -- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def _optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
+def _optimizer_state(model: Any, optimizer: Any, copy: Copy) -> dict[str, Any]:
     """Ours writes it parameter by parameter with a description; of others it is their variables, in order."""
     if optimizer is None:
         return {}
     if isinstance(optimizer, Optimizer):
         store: dict[str, Any] = {}
         optimizer.save_own_variables(store)
-        return {"ours": {name: np.array(value) for name, value in store.items()}}
+        return {"ours": {name: copy(np.asarray(value)) for name, value in store.items()}}
     inner = getattr(optimizer, "inner_optimizer", None)
-    state: dict[str, Any] = {"variables": [_values(model, v) for v in _without(optimizer.variables, inner)]}
-    return state if inner is None else state | {"inner": _optimizer_state(model, inner)}
+    state: dict[str, Any] = {"variables": [_values(model, v, copy) for v in _without(optimizer.variables, inner)]}
+    return state if inner is None else state | {"inner": _optimizer_state(model, inner, copy)}
 
 
 def _set_optimizer_state(model: Any, optimizer: Any, state: Mapping[str, Any]) -> None:

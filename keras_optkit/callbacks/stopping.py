@@ -1,43 +1,19 @@
-"""Stopping training when the model no longer gets better."""
+"""Stopping training when the model no longer gets better, is good enough, or has gone astray."""
 
 from __future__ import annotations
 
-import math
-import re
+import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-import keras
 import numpy as np
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import Callback, running_fit
+from keras_optkit.callbacks import bundle
+from keras_optkit.callbacks.callback import Callback
+from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.registry import register
-
-_DOWN = {"loss", "error", "mse", "mae", "rmse"}
-_UP = {"acc", "accuracy", "auc", "precision", "recall", "f1", "iou", "r2"}
-
-
-def direction(model: Any, monitor: str) -> str:
-    """Whether the monitored value should go down ("min") or up ("max").
-
-    Keras knows for its losses and metrics, and is asked by showing its own EarlyStopping two epochs. For other names
-    the words in them decide.
-    """
-    asked = keras.callbacks.EarlyStopping(monitor, patience=2, mode="auto")
-    asked.set_model(model)
-    asked.on_train_begin()
-    try:
-        for epoch, value in enumerate((1.0, 0.0)):
-            asked.on_epoch_end(epoch, {monitor: value})
-        return "min" if asked.best == 0 else "max"
-    except ValueError:
-        words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
-        if bool(words & _DOWN) == bool(words & _UP):
-            raise ValueError(
-                f"mode='auto' cannot tell whether monitor={monitor!r} should go down or up. Pass mode='min' or 'max'."
-            ) from None
-        return "min" if words & _DOWN else "max"
 
 
 @register(
@@ -50,8 +26,13 @@ class EarlyStopping(Callback):
     """Stops training when a monitored value has not improved for `patience` epochs in a row.
 
     ```text
-    improved:  value < best - min_delta   (mode "min")        value > best + min_delta   (mode "max")
-    stop when `patience` epochs in a row have not improved; the first epoch never stops
+                mode "min"                       mode "max"
+    improved:   value < best - min_delta         value > best + min_delta
+    reached:    value <= target                  value >= target
+    diverged:   value > best + divergence        value < best - divergence        or not finite
+
+    stop when the target is reached, or when `divergence_patience` epochs in a row have diverged, or when `patience`
+    epochs in a row have not improved, with which the first epoch never stops
     ```
 
     It takes the arguments of `keras.callbacks.EarlyStopping` and decides alike where every value is finite. Beyond it:
@@ -62,7 +43,10 @@ class EarlyStopping(Callback):
     - With `restore_best_weights` the model has the best weights after every `fit`: stopped early, run to its last
       epoch, or left by an exception or Ctrl-C. They are a copy, with non-trainable ones (BatchNormalization's moving
       statistics) as they were at the end of that epoch; the state of the optimizer is not restored. With an optimizer
-      that averages weights (`use_ema=True`) the weights that were measured are restored, not the average.
+      that averages weights (`use_ema=True`) the weights that were measured are restored, not the average. They are
+      kept in memory or, with a path, in a file, which is always whole and stays after `fit`.
+    - `target` and `divergence` end a training that is good enough, or that has gone astray; without them it goes on.
+    - With `keras_optkit.callbacks.Resume` it goes on after an interruption as if there had been none.
 
     `mode="auto"` asks Keras, which knows its own losses and metrics; for another name its words decide ("loss",
     "error", "mse", "mae", "rmse" go down, "acc", "accuracy", "auc", "precision", "recall", "f1", "iou", "r2" up), and
@@ -77,19 +61,26 @@ class EarlyStopping(Callback):
         verbose: 1 prints what happened, 0 is silent.
         mode: `"min"`, `"max"` or `"auto"`.
         baseline: The wait only starts anew with values better than this; None for none.
-        restore_best_weights: Whether the model ends with the weights of the best epoch.
+        restore_best_weights: Whether the model ends with the weights of the best epoch. A path of a file, whose
+            directory is made where there is none, keeps them there instead of in memory; `numpy.load` reads it.
         start_from_epoch: Epochs before this number, counted from 0, are not looked at.
+        target: Training stops when the value is as good as this; None for none.
+        divergence: A difference > 0 to the best value; an epoch that is worse by more has diverged, and so has one
+            whose value is NaN or infinite in the wrong direction. With a very large number it is these alone. None:
+            nothing is taken as diverged.
+        divergence_patience: Epochs in a row that have to diverge, at least 1.
 
     Attributes:
         best: The best value, or None.
         best_epoch: Its epoch, counted from 0, or None.
-        stopped_epoch: The epoch at whose end training was stopped, or 0.
+        stopped_epoch: The epoch at whose end training was stopped, or 0; `stop_reason` says whether it was.
         stop_reason: Why training ended, in words, epochs counted from 1 as in the progress bar; None while it runs.
         wait: Epochs without improvement, up to now.
 
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range; while training, for an unknown monitor.
+        OSError: While training, if the best weights cannot be written; the file has those of before then.
 
     Example:
     ```python
@@ -113,20 +104,24 @@ class EarlyStopping(Callback):
         verbose: int = 0,
         mode: str = "auto",
         baseline: float | None = None,
-        restore_best_weights: bool = False,
+        restore_best_weights: bool | str | os.PathLike[str] = False,
         start_from_epoch: int = 0,
+        target: float | None = None,
+        divergence: float | None = None,
+        divergence_patience: int = 1,
     ):
         super().__init__()
-        if not isinstance(monitor, str):
-            raise TypeError(f"monitor must be the name of a value in the logs, got {monitor!r}.")
-        self.monitor = monitor
+        self.monitor = checked_monitor(monitor)
         self.min_delta = arguments.real("min_delta", min_delta, 0)
         self.patience = arguments.integer("patience", patience, 0)
         self.verbose = arguments.choice("verbose", verbose, (0, 1))
-        self.mode = arguments.choice("mode", mode, ("auto", "min", "max"))
+        self.mode = arguments.choice("mode", mode, MODES)
         self.baseline = arguments.real("baseline", baseline, optional=True)
-        self.restore_best_weights = arguments.boolean("restore_best_weights", restore_best_weights)
+        self.restore_best_weights = _flag_or_path(restore_best_weights)
         self.start_from_epoch = arguments.integer("start_from_epoch", start_from_epoch, 0)
+        self.target = arguments.real("target", target, optional=True)
+        self.divergence = arguments.real("divergence", divergence, 0, closed="neither", optional=True)
+        self.divergence_patience = arguments.integer("divergence_patience", divergence_patience, 1)
         self._reset()
 
     def _reset(self) -> None:
@@ -135,68 +130,55 @@ class EarlyStopping(Callback):
         self.stopped_epoch = 0
         self.stop_reason: str | None = None
         self.wait = 0
-        self._best_weights: list[np.ndarray] | None = None
-        self._direction: str | None = None
-        self._training = False
+        self._diverged_for = 0
+        self._best_weights = _best_weights(self.restore_best_weights)
+        self._watched: Watched | None = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._reset()
-        self._training = True
+        self._watched = Watched(self.model, self.monitor, self.mode, self.min_delta)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: D102
-        logs = logs or {}
-        if self.monitor not in logs:
-            self._refuse_unless_passed_over(logs)
-            return
-        if self._direction is None:
-            self._direction = direction(self.model, self.monitor) if self.mode == "auto" else self.mode
-        if epoch < self.start_from_epoch:
-            return
-        value = np.asarray(logs[self.monitor])
-        if value.size != 1:
-            raise ValueError(f"monitor={self.monitor!r} must be one number, got one of shape {value.shape}.")
-        self._look_at(epoch, value.item())
+        assert self._watched is not None
+        value = self._watched.value(logs)
+        if value is not None and epoch >= self.start_from_epoch:
+            reason = self._look_at(self._watched, epoch, value)
+            if reason is not None:
+                self.stopped_epoch, self.stop_reason = epoch, reason
+                self.model.stop_training = True
 
-    def _refuse_unless_passed_over(self, logs: Mapping[str, Any]) -> None:
-        """Raises, unless the value is one of a validation that did not take place in this epoch but may in another."""
-        fit = running_fit(self.model)
-        validates = (
-            fit is None or fit.arguments.get("validation_data") is not None or fit.arguments.get("validation_split")
-        )
-        validated = any(name.startswith("val_") for name in logs)
-        if self.monitor.startswith("val_") and validates and not validated:
-            return
-        without = "" if validates else " fit was given no validation data, so that no name begins with 'val_'."
-        raise ValueError(
-            f"monitor must be one of the names in the logs, {', '.join(map(repr, sorted(logs)))}, "
-            f"got {self.monitor!r}.{without or arguments.near(self.monitor, logs)}"
-        )
-
-    def _look_at(self, epoch: int, value: float) -> None:
+    def _look_at(self, watched: Watched, epoch: int, value: float) -> str | None:
+        """Takes notice of a value, and returns why training is to stop, if it is."""
         self.wait += 1
-        if self._improves(value, self.best):
+        improved = watched.improves(value, self.best)
+        diverged = self._diverges(watched, value)
+        self._diverged_for = self._diverged_for + 1 if diverged else 0
+        if improved:
+            if self._best_weights is not None:
+                self._best_weights.keep(self.model.get_weights())
             self.best, self.best_epoch = value, epoch
-            if self.restore_best_weights:
-                # copies: what the backend hands out may be the memory of the variable itself
-                self._best_weights = [np.array(weight) for weight in self.model.get_weights()]
-            if self.baseline is None or self._improves(value, self.baseline):
+            if self.baseline is None or watched.improves(value, self.baseline):
                 self.wait = 0
-        elif self.wait >= self.patience and epoch > 0:
-            self.stopped_epoch = epoch
-            past = "was never finite" if self.best is None else f"was {self.best:g} in {self._best_epoch_in_words()}"
-            self.stop_reason = f"{self.monitor} {past} and has not improved for {self.wait} epochs."
-            self.model.stop_training = True
+        if self.target is not None and watched.is_usable(value) and not watched.is_worse(value, self.target, 0.0):
+            return f"{self.monitor} was {value:g} in epoch {epoch + 1} and has reached the target {self.target:g}."
+        if diverged and self._diverged_for >= self.divergence_patience:
+            return f"{self.monitor} has diverged: it was {value:g} in epoch {epoch + 1}, and {self._best_in_words()}."
+        if not improved and self.wait >= self.patience and epoch > 0:
+            return f"{self.monitor} {self._best_in_words()} and has not improved for {self.wait} epochs."
+        return None
+
+    def _diverges(self, watched: Watched, value: float) -> bool:
+        if self.divergence is None:
+            return False
+        if not watched.is_usable(value):
+            return True
+        return self.best is not None and watched.is_worse(value, self.best, self.divergence)
+
+    def _best_in_words(self) -> str:
+        return "was never finite" if self.best is None else f"was {self.best:g} in {self._best_epoch_in_words()}"
 
     def _best_epoch_in_words(self) -> str:
         return "no epoch" if self.best_epoch is None else f"epoch {self.best_epoch + 1}"
-
-    def _improves(self, value: float, reference: float | None) -> bool:
-        down = self._direction == "min"
-        if math.isnan(value) or value == (math.inf if down else -math.inf):
-            return False
-        if reference is None:
-            return True
-        return value + self.min_delta < reference if down else value - self.min_delta > reference
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end("Training was stopped by something else." if self.model.stop_training else "The last epoch is over.")
@@ -205,14 +187,83 @@ class EarlyStopping(Callback):
         self._end(f"{type(error).__name__}: {error}")
 
     def _end(self, reason: str) -> None:
-        if not self._training:
+        if self._watched is None:
             return
-        self._training = False
+        self._watched = None
         self.stop_reason = self.stop_reason or reason
         message = f"{type(self).__name__}: {self.stop_reason}"
-        if self._best_weights is not None:
-            self.model.set_weights(self._best_weights)
-            self._best_weights = None
+        weights, self._best_weights = self._kept(), None
+        if weights is not None:
+            self.model.set_weights(weights)
             message += f" The weights of {self._best_epoch_in_words()} are restored."
         if self.verbose:
             print(message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far, with the best weights."""
+        return {name: getattr(self, name) for name in _STATE} | {"best_weights": self._kept()}
+
+    def _kept(self) -> list[np.ndarray] | None:
+        return None if self._best_weights is None or self.best_epoch is None else self._best_weights.get()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there; a file with the best weights is written anew.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        for name in _STATE:
+            setattr(self, name, state[name])
+        if state["best_weights"] is not None and self._best_weights is not None:
+            self._best_weights.keep(state["best_weights"])
+
+
+_STATE = ("best", "best_epoch", "stopped_epoch", "stop_reason", "wait", "_diverged_for")
+
+
+class _BestWeights(Protocol):
+    """Where the weights of the best epoch are."""
+
+    def keep(self, weights: list[Any]) -> None:
+        """Takes a copy."""
+
+    def get(self) -> list[np.ndarray]:
+        """What was kept last."""
+
+
+class _InMemory:
+    def keep(self, weights: list[Any]) -> None:
+        # copies: what the backend hands out may be the memory of the variable itself
+        self._weights = [np.array(weight) for weight in weights]
+
+    def get(self) -> list[np.ndarray]:
+        return self._weights
+
+
+class _OnDisk:
+    def __init__(self, path: str):
+        self._path = Path(path)
+
+    def keep(self, weights: list[Any]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        bundle.write(self._path, bundle.pack({"weights": [np.asarray(weight) for weight in weights]}))
+
+    def get(self) -> list[np.ndarray]:
+        return bundle.read(self._path)["weights"]
+
+
+def _best_weights(where: bool | str) -> _BestWeights | None:
+    if isinstance(where, bool):
+        return _InMemory() if where else None
+    return _OnDisk(where)
+
+
+def _flag_or_path(value: Any) -> bool | str:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(
+            f"restore_best_weights must be True, False or the path of a file, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    return os.fspath(value)

@@ -73,6 +73,9 @@ class Flush(keras.callbacks.Callback):
     With data of unknown length that is after the validation of the first epoch.
     """
 
+    stateless = True
+    sees_training_weights = True  # AveragedWeights leaves them in the model for it
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """After the last batch, if Keras knows how many there are."""
         steps = (self.params or {}).get("steps")

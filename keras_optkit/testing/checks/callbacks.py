@@ -2,7 +2,8 @@
 
 A card of kind "callback" builds a `keras.callbacks.Callback`. The checks train a small regression model with it for two
 epochs, in an empty working directory, so that a case may name relative paths. The tag "passive" claims that training is
-not changed by the callback; "averages" says that it needs an optimizer that averages weights.
+not changed by the callback; "averages" says that it needs an optimizer that averages weights, and "resumes" that it has
+trainings go on by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_optkit.callbacks import Resume
+from keras_optkit.callbacks.state import TrainingState
+from keras_optkit.data import Shuffled
+from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing.conformance import check
 from keras_optkit.testing.roundtrip import through_json
@@ -24,6 +29,21 @@ from keras_optkit.testing.roundtrip import through_json
 def _each_case(card: Card) -> Iterator[Iterator[tuple[Mapping[str, Any], Any]]]:
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         yield ((case, card.make(**case)) for case in card.cases)
+
+
+class _Boom(keras.callbacks.Callback):
+    """Raises at the end of the given batch, counted from 1 over all epochs."""
+
+    stateless = True
+
+    def __init__(self, batches: int):
+        super().__init__()
+        self._left = batches
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        self._left -= 1
+        if not self._left:
+            raise RuntimeError("boom")
 
 
 def _model(card: Card) -> keras.Model:
@@ -37,13 +57,18 @@ def _model(card: Card) -> keras.Model:
 
 
 def _fit(model: keras.Model, *callbacks: Any, **arguments: Any) -> Any:
+    x, y = _data()
+    arguments = {"epochs": 2, "validation_data": (x[16:], y[16:])} | arguments
+    data = Shuffled(x[:16], y[:16], batch_size=4, shuffle=False)
+    return model.fit(data, callbacks=list(callbacks), verbose=0, **arguments)
+
+
+def _data() -> tuple[np.ndarray, np.ndarray]:
     x = np.random.default_rng(0).normal(size=(24, 3)).astype("float32")
-    y = x @ np.array([[1.0], [-2.0], [0.5]], "float32")
-    arguments = {"batch_size": 4, "epochs": 2, "validation_split": 1 / 3, "shuffle": False} | arguments
-    return model.fit(x, y, callbacks=list(callbacks), verbose=0, **arguments)
+    return x, x @ np.array([[1.0], [-2.0], [0.5]], "float32")
 
 
-@check("callback")
+@check("callback", unless={"resumes"})  # one that is finished is not to be done again
 def check_fits_twice(card: Card) -> None:
     """It takes part in two calls of `fit` in a row, and the losses stay finite."""
     with _each_case(card) as cases:
@@ -89,17 +114,11 @@ def _copy(card: Card, model: keras.Model) -> keras.Model:
 @check("callback")
 def check_survives_failure(card: Card) -> None:
     """When another callback raises, that exception comes out of `fit`, and a later `fit` works."""
-
-    class Boom(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-            if batch == 1:
-                raise RuntimeError("boom")
-
     with _each_case(card) as cases:
         for case, callback in cases:
             model = _model(card)
             try:
-                _fit(model, callback, Boom())
+                _fit(model, callback, _Boom(2))
             except RuntimeError as error:
                 assert "boom" in str(error), f"{card.name}({case})"
             else:
@@ -117,3 +136,49 @@ def check_is_passive(card: Card) -> None:
             _fit(plain)
             for mine, other in zip(model.get_weights(), plain.get_weights(), strict=True):
                 np.testing.assert_array_equal(mine, other, err_msg=f"{card.name}({case})")
+
+
+@check("callback")
+def check_goes_on(card: Card) -> None:
+    """Left in the middle of an epoch, twice, and gone on with by `Resume`, training ends as without an interruption.
+
+    That is: all state of the model, the optimizer, the metrics and the random generators, bitwise, the history, and
+    what the callback says of itself, but for what it calls "seconds".
+    """
+    for case in card.cases:
+        whole, cut = (_interrupted(card, case, crashes) for crashes in ((), (5, 4)))
+        for name, value in whole.items():
+            _assert_equal(cut[name], value, f"{card.name}({case}): {name}")
+
+
+def _interrupted(card: Card, case: Mapping[str, Any], crashes: tuple[int, ...]) -> dict[str, Any]:
+    """What there is at the end of a training that raises after so many batches each time but the last."""
+    x, y = _data()
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory), op_determinism():
+        for crash in (*crashes, 0):
+            callback, model = card.make(**case), _model(card)
+            resume = [] if "resumes" in card.tags else [Resume("bundles", every=2)]
+            boom = [_Boom(crash)] if crash else []
+            arguments = {"epochs": 4, "validation_data": (x[:4], y[:4]), "callbacks": [callback, *resume, *boom]}
+            try:
+                model.fit(Shuffled(x, y, batch_size=4, seed=1), verbose=0, **arguments)
+            except RuntimeError as error:
+                assert "boom" in str(error), f"{card.name}({case})"
+    state = {"its own": callback.state_dict()} if hasattr(callback, "state_dict") else {}
+    return vars(TrainingState.of(model)) | {"history": model.history.history} | state
+
+
+def _assert_equal(mine: Any, expected: Any, where: str) -> None:
+    """Two trees of numbers, strings and arrays are the same, bitwise."""
+    if isinstance(expected, Mapping):
+        assert list(mine) == list(expected), where
+        for key, value in ((key, value) for key, value in expected.items() if key != "seconds"):
+            _assert_equal(mine[key], value, f"{where}, {key}")
+    elif isinstance(expected, list | tuple):
+        assert len(mine) == len(expected), where
+        for i, value in enumerate(expected):
+            _assert_equal(mine[i], value, f"{where}, {i}")
+    elif isinstance(expected, np.ndarray):
+        assert (mine.dtype, mine.shape, mine.tobytes()) == (expected.dtype, expected.shape, expected.tobytes()), where
+    else:
+        assert mine == expected or (mine != mine and expected != expected), f"{where}: {mine} is not {expected}"

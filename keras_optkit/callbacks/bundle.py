@@ -1,0 +1,157 @@
+"""One file that holds a tree of numbers, strings and arrays, and that is either whole or refused.
+
+A bundle is a zip file as `numpy.savez` writes them, so that `numpy.load` opens it: `state.json` is the tree, the other
+entries are its arrays. A digest of the whole file stands at its end. It is written under another name, synced and
+renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from keras_optkit.files import atomic_write
+
+_FORMAT = 1
+_DIGEST_SIZE = 32
+_CHUNK = 1 << 22
+_ARRAY = "__array__"
+
+
+class DamagedError(ValueError):
+    """A bundle that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tree that is ready to be written: its arrays, and JSON for the rest."""
+
+    text: str
+    arrays: dict[str, np.ndarray]
+
+
+def pack(tree: Mapping[str, Any]) -> Packed:
+    """Prepares a tree of None, bool, int, float, str, arrays, and lists and dicts of them. Arrays are not copied.
+
+    Raises:
+        TypeError: For anything else, with its place in the tree.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    return Packed(json.dumps({"format": _FORMAT, "tree": _packed(tree, "", arrays)}), arrays)
+
+
+def write(path: Path, packed: Packed) -> None:
+    """Writes what `pack` has returned.
+
+    Raises:
+        OSError: If it cannot be written; what was at `path` is as before.
+    """
+    with atomic_write(path) as file:
+        summed = _Summed(file)
+        with zipfile.ZipFile(summed, "w") as archive:  # type: ignore[call-overload]  # write and flush are enough
+            archive.writestr("state.json", packed.text)
+            for name, array in packed.arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
+        file.write(summed.digest.digest())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads what `write` has written.
+
+    Raises:
+        DamagedError: If a single bit of the file is not what was written.
+        ValueError: If another version of this package has written it, in another format.
+    """
+    try:
+        _refuse_if_damaged(path)
+        with zipfile.ZipFile(path) as archive:
+            found = json.loads(archive.read("state.json"))
+            if found["format"] != _FORMAT:
+                raise ValueError(f"{path} has format {found['format']!r}; this version reads {_FORMAT}.")
+
+            def array(name: str) -> np.ndarray:
+                with archive.open(f"{name}.npy") as entry:
+                    return np.lib.format.read_array(io.BytesIO(entry.read()), allow_pickle=False)
+
+            return _unpacked(found["tree"], array)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:  # a file of another kind with a digest at its end
+        raise DamagedError(f"{path} is no bundle: {error!r}.") from error
+
+
+def _refuse_if_damaged(path: Path) -> None:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = size - _DIGEST_SIZE
+        while left > 0:
+            chunk = file.read(min(_CHUNK, left))
+            if not chunk:
+                break
+            digest.update(chunk)
+            left -= len(chunk)
+        if left < 0 or file.read() != digest.digest():
+            raise DamagedError(f"{path}, of {size} bytes, is torn or was changed: its digest is wrong.")
+
+
+class _Summed:
+    """A file to write to that adds up a digest. It cannot seek, and so zipfile does not go back to earlier places."""
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _packed(tree: Any, place: str, arrays: dict[str, np.ndarray]) -> Any:
+    """The tree as JSON; its arrays are added to `arrays`."""
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    if isinstance(tree, np.generic):
+        return _packed(tree.item(), place, arrays)
+    if isinstance(tree, np.ndarray) and (tree.dtype.kind in "biufc" or _is_extended(tree)):
+        name = str(len(arrays))
+        arrays[name] = tree.view(f"u{tree.itemsize}") if _is_extended(tree) else tree
+        return {_ARRAY: name, "dtype": tree.dtype.name}
+    if isinstance(tree, list | tuple):
+        return [_packed(part, f"{place}[{i}]", arrays) for i, part in enumerate(tree)]
+    if isinstance(tree, Mapping) and _ARRAY not in tree and all(isinstance(key, str) for key in tree):
+        return {key: _packed(part, f"{place}[{key!r}]", arrays) for key, part in tree.items()}
+    raise TypeError(
+        f"{place or 'The state'} must be None, a number, a string, an array, or a list or dict (with strings as keys) "
+        f"of them; got {tree!r} of type {type(tree).__name__}."
+    )
+
+
+def _unpacked(tree: Any, array: Any) -> Any:
+    if isinstance(tree, list):
+        return [_unpacked(part, array) for part in tree]
+    if isinstance(tree, dict):
+        if _ARRAY in tree:
+            return array(tree[_ARRAY]).view(_dtype(tree["dtype"]))
+        return {key: _unpacked(part, array) for key, part in tree.items()}
+    return tree
+
+
+def _is_extended(array: np.ndarray) -> bool:
+    """Whether it is of a type, such as bfloat16, that NumPy does not know by itself and writes without its name."""
+    return hasattr(ml_dtypes, array.dtype.name)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -1,0 +1,459 @@
+"""Files of a model while it trains: the best ones, and the last ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_optkit import arguments
+from keras_optkit.callbacks.callback import Callback
+from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
+from keras_optkit.files import atomic_path, atomic_write, leftovers
+from keras_optkit.registry import register
+
+_ENDINGS = {"model": ".keras", "weights": ".weights.h5"}
+
+
+@register(
+    "callback",
+    paper="Keeping the best k and the last n",
+    tags=("passive",),
+    cases=(
+        {"directory": "all", "monitor": "val_loss", "top_k": 2, "last_n": 2},
+        {"directory": "steps", "top_k": 0, "every": 3, "save": "weights", "on_exception": True},
+    ),
+)
+class Checkpoint(Callback):
+    """Keeps the best k and the last n states of a model as files, whatever comes between.
+
+    - **The best** are those with the best values of `monitor` at the end of an epoch, where it is measured. NaN, and
+      infinity in the wrong direction, are never among them; of equal values the earlier one stays.
+    - **The last** are written every epoch, or every so many updates, or after some time.
+
+    A file is written to another name in the directory, synced and renamed, so that there is never half of one, and only
+    then is one deleted that is no longer wanted. If it cannot be written, since the disk is full, that is an error, and
+    those that are there stay.
+
+    `checkpoints.json` in the directory lists the files with their epochs, counted from 1, updates and values, and is
+    written in the same way. It is read when `fit` begins, so that the best is still the best after a restart, in
+    another process or with another callback: a worse one never takes its place. Files that somebody has removed are
+    forgotten; files that it does not list are left alone. A list that was damaged is an error and not guessed from the
+    files, whose names hold rounded values.
+
+    Models load without `custom_objects`, by `load_best` and `load_latest` or by Keras itself. With `AveragedWeights`
+    the files hold the averaged weights that were measured. With Keras's `steps_per_execution=k`, files by updates are
+    written at the first of every k batches at which they are due.
+
+    When not to use it: to go on after a crash; `Resume` writes what the next step depends on, and this does not.
+
+    Args:
+        directory: Where the files are; made if it does not exist. One directory for one training.
+        monitor: Name in the logs, e.g. `"val_loss"`; None if `top_k` is 0.
+        mode: `"min"`, `"max"` or `"auto"`, as in `EarlyStopping`.
+        top_k: How many of the best to keep.
+        last_n: How many of the last to keep.
+        every: When the last are written: `"epoch"`, a number of updates of the weights, or a `datetime.timedelta`.
+        save: `"model"` for `.keras` files, or `"weights"` for `.weights.h5`. Both hold the state of the optimizer.
+        on_exception: Whether an exception that ends `fit`, Ctrl-C included, has the model written as it is then. The
+            file is marked by the name of the exception; the newest such file is kept. On JAX there is nothing left to
+            write if the training step itself has failed.
+        verbose: 1 prints what is written, 0 is silent.
+
+    Raises:
+        TypeError: For a value of a wrong type.
+        ValueError: For a value out of range; when training begins, for a directory with values of another monitor or
+            mode, or with a damaged list; while training, for an unknown monitor.
+        OSError: While training, if a file cannot be written.
+
+    Example:
+    ```python
+    import tempfile
+
+    import keras
+    import keras_optkit as ok
+
+    x = keras.random.normal((64, 4), seed=0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.AdamW(1e-2), loss="mse")
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = ok.callbacks.Checkpoint(directory, "val_loss", top_k=2, last_n=1)
+        model.fit(x, x[:, :1], validation_split=0.25, epochs=3, callbacks=[checkpoint], verbose=0)
+        print(checkpoint.best.name)  # epoch=0003-update=000006-val_loss=...
+        best = ok.callbacks.Checkpoint(directory).load_best()  # in another process, say
+    ```
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        monitor: str | None = "val_loss",
+        mode: str = "auto",
+        top_k: int = 1,
+        last_n: int = 1,
+        every: str | int | timedelta = "epoch",
+        save: str = "model",
+        on_exception: bool = False,
+        verbose: int = 0,
+    ):
+        super().__init__()
+        self.directory = os.fspath(directory)
+        self.top_k = arguments.integer("top_k", top_k, 0)
+        self.last_n = arguments.integer("last_n", last_n, 0)
+        self.monitor = None if monitor is None and not top_k else checked_monitor(monitor)
+        self.mode = arguments.choice("mode", mode, MODES)
+        self.every = _checked_interval(every)
+        self.save = arguments.choice("save", save, tuple(_ENDINGS))
+        self.on_exception = arguments.boolean("on_exception", on_exception)
+        self.verbose = arguments.choice("verbose", verbose, (0, 1))
+        if not (top_k or last_n or on_exception):
+            raise ValueError("top_k, last_n or on_exception must ask for files, got 0, 0 and False.")
+        self._list: _List | None = None  # while training
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def best(self) -> Path | None:
+        """The file with the best value, or None."""
+        ranked = _List.read(self.directory).ranked()
+        return Path(self.directory, ranked[0].file) if ranked else None
+
+    @property
+    def latest(self) -> Path | None:
+        """The file that was written last, or None."""
+        entries = _List.read(self.directory).entries
+        return Path(self.directory, entries[-1].file) if entries else None
+
+    def load_best(self, model: Any = None) -> Any:
+        """The model of the file with the best value.
+
+        Args:
+            model: A built model whose weights are set to those of the file; None makes a new one, from a `.keras` file.
+
+        Raises:
+            ValueError: If there is no such file, or if it holds weights alone and no model was given.
+        """
+        return self._loaded(self.best, "with a value", model)
+
+    def load_latest(self, model: Any = None) -> Any:
+        """The model of the file that was written last; the argument and errors are those of `load_best`."""
+        return self._loaded(self.latest, "at all", model)
+
+    def _loaded(self, path: Path | None, what: str, model: Any) -> Any:
+        if path is None:
+            raise ValueError(f"directory={self.directory!r} holds no checkpoint {what}.")
+        if model is not None:
+            model.load_weights(path)
+            return model
+        if path.name.endswith(_ENDINGS["weights"]):
+            raise ValueError(f"model must be given for {path}, which holds weights alone.")
+        return keras.saving.load_model(path)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        directory = Path(self.directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in leftovers(directory):
+            path.unlink()
+        self._list = _List.read(directory)
+        self._list.finish()
+        self._watched = Watched(self.model, self.monitor or "", self.mode)
+        self._adopt_mode(self.mode)
+        self._due = _Due(self.every, self._updates())
+        self._epoch = 0
+
+    def _adopt_mode(self, mode: str) -> None:
+        """Takes notice of what the values are, which must be what those in the directory are."""
+        assert self._list is not None
+        held = self._list.monitor, self._list.mode
+        if not self.top_k:
+            return
+        if self._list.ranked() and (held[0] != self.monitor or mode not in ("auto", held[1])):
+            raise ValueError(
+                f"directory={self.directory!r} holds checkpoints by monitor={held[0]!r} and mode={held[1]!r}, got "
+                f"{self.monitor!r} and {mode!r}. Take another directory."
+            )
+        if mode != "auto":
+            self._list.monitor, self._list.mode = self.monitor, mode
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._epoch = epoch
+        self._due.begin_epoch()
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Writes what is due after the previous batch; `on_train_batch_end` would make Keras wait for every step."""
+        if self.last_n and self._due.inside_epoch(batch, self._updates):
+            self._write(regular=True)
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        assert self._list is not None
+        value = None
+        if self.top_k:
+            value = self._watched.value(logs)
+            self._adopt_mode(self._watched.mode)
+        regular = bool(self.last_n) and self._due.after_epoch(self._updates)
+        if regular or (value is not None and self._is_among_the_best(value)):
+            self._write(value, regular=regular)
+
+    def _is_among_the_best(self, value: float) -> bool:
+        assert self._list is not None
+        best = self._list.ranked()[: self.top_k]
+        worst = best[-1].value if len(best) == self.top_k else None
+        return self._watched.improves(value, worst)
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: D102
+        try:
+            if self.on_exception and self._list is not None:
+                self._write(error=type(error).__name__)
+        finally:
+            self._list = None
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._list = None
+
+    def _write(self, value: float | None = None, *, regular: bool = False, error: str | None = None) -> None:
+        assert self._list is not None
+        model = self.model  # asked for it, Keras on JAX fills the variables
+        entry = self._list.named(
+            _Entry("", self._epoch + 1, self._updates(), value, regular, error), _ENDINGS[self.save]
+        )
+        with atomic_path(self._list.directory / entry.file) as unfinished:
+            if self.save == "model":
+                model.save(unfinished)
+            else:
+                model.save_weights(unfinished)
+        self._list.add(entry, self.top_k, self.last_n)
+        if self.verbose:
+            print(f"{type(self).__name__}: {self._list.directory / entry.file}")
+
+    # -- configs and state --------------------------------------------------------------------------------------------
+
+    def _config_value(self, name: str) -> Any:
+        value = getattr(self, name)
+        return {"seconds": value.total_seconds()} if isinstance(value, timedelta) else value
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the next file is due; what files there are, is in the directory."""
+        return self._due.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self._due.load_state_dict(state)
+
+
+# -- when -------------------------------------------------------------------------------------------------------------
+
+
+def _checked_interval(every: Any) -> Any:
+    """Returns the argument `every`; in a config a time is a dict with the seconds."""
+    if isinstance(every, Mapping) and set(every) == {"seconds"}:
+        every = timedelta(seconds=every["seconds"])
+    if isinstance(every, timedelta):
+        if every <= timedelta(0):
+            raise ValueError(f"every must be a positive timedelta, got {every!r}.")
+        return every
+    if isinstance(every, str):
+        return arguments.choice("every", every, ("epoch",))
+    return arguments.integer("every", every, 1)
+
+
+class _Due:
+    """Whether `every` so much has passed; counts updates without asking the device for them more often than needed."""
+
+    def __init__(self, every: Any, updates: int):
+        self._every = every
+        self._since = time.monotonic()
+        self._next = self._next_after(updates)
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self._batch = 0
+        self._look_at = 0  # a batch makes at most one update, so that before this one nothing can be due
+
+    def inside_epoch(self, batch: int, updates: Any) -> bool:
+        """Whether it is due before this batch; after an epoch that was for `after_epoch` to say."""
+        if batch == 0 or self._every == "epoch":
+            return False
+        if isinstance(self._every, timedelta):
+            return self._has_passed()
+        if batch < self._look_at:
+            return False
+        now = updates()
+        due = self._reached(now)
+        self._look_at = batch + self._next - now
+        return due
+
+    def after_epoch(self, updates: Any) -> bool:
+        if self._every == "epoch":
+            return True
+        return self._has_passed() if isinstance(self._every, timedelta) else self._reached(updates())
+
+    def _has_passed(self) -> bool:
+        now = time.monotonic()
+        if now - self._since < self._every.total_seconds():
+            return False
+        self._since = now
+        return True
+
+    def _reached(self, updates: int) -> bool:
+        if updates < self._next:
+            return False
+        self._next = self._next_after(updates)
+        return True
+
+    def _next_after(self, updates: int) -> int:
+        return (updates // self._every + 1) * self._every if isinstance(self._every, int) else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": time.monotonic() - self._since, "next": self._next}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._since, self._next = time.monotonic() - state["elapsed"], state["next"]
+
+
+# -- the list of files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file.
+
+    Attributes:
+        file: Its name.
+        epoch: The epoch that it was written in, or at the end of, counted from 1.
+        update: How many updates the optimizer had made.
+        value: The monitored value; None inside of an epoch.
+        regular: Whether it was written since `every` asked for it.
+        error: The name of the exception that it was written for, or None.
+    """
+
+    file: str
+    epoch: int
+    update: int
+    value: float | None
+    regular: bool
+    error: str | None
+
+
+class _List:
+    """The files of a directory, in the order in which they were written."""
+
+    name = "checkpoints.json"
+    format = 1
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.monitor: str | None = None
+        self.mode = "min"
+        self.entries: list[_Entry] = []
+        self._superseded: list[str] = []
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike[str]) -> _List:
+        """The list that is in the directory, without files that are gone; an empty one if there is none."""
+        found = cls(directory)
+        path = found.directory / cls.name
+        if not path.exists():
+            return found
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            if held["format"] != cls.format:
+                raise ValueError(f"format {held['format']!r}")
+            found.monitor, found.mode, found._superseded = held["monitor"], held["mode"], held["superseded"]
+            found.entries = [_from_json(entry) for entry in held["checkpoints"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no list of checkpoints of this version: {error!r}. Move it away to begin a new one; the "
+                "files beside it stay as they are."
+            ) from error
+        found._forget_what_is_gone()
+        return found
+
+    def _forget_what_is_gone(self) -> None:
+        self.entries = [entry for entry in self.entries if (self.directory / entry.file).exists()]
+
+    def ranked(self) -> list[_Entry]:
+        """Those with a value that can be the best, the best first; of equal ones the earlier."""
+        watched = Watched(None, self.monitor or "", self.mode)
+        valued = [(entry.value, entry) for entry in self.entries if entry.value is not None]
+        usable = [pair for pair in valued if watched.is_usable(pair[0])]
+        return [entry for _, entry in sorted(usable, key=lambda pair: pair[0] if self.mode == "min" else -pair[0])]
+
+    def named(self, entry: _Entry, ending: str) -> _Entry:
+        """The entry with a name that says what it is, which another one has only if it is the same."""
+        parts = [f"epoch={entry.epoch:04d}", f"update={entry.update:06d}"]
+        if entry.value is not None:
+            parts.append(f"{re.sub(r'[^0-9A-Za-z_]+', '_', self.monitor or '')}={entry.value:.6g}")
+        if entry.error is not None:
+            parts.append(f"on={entry.error}")
+        others = {other.file: other for other in self.entries}
+        number, name = 1, "-".join(parts)
+        while not _is_same(entry, others.get(file := name + (f"-{number}" if number > 1 else "") + ending, entry)):
+            number += 1
+        return dataclasses.replace(entry, file=file)
+
+    def add(self, entry: _Entry, top_k: int, last_n: int) -> None:
+        """Adds a file that is there already, and deletes those that are no longer wanted."""
+        self._forget_what_is_gone()
+        before = self.entries
+        self.entries = [*(other for other in before if other.file != entry.file), entry]
+        wanted = self._wanted(top_k, last_n)
+        self._superseded = [other.file for other in self.entries if other not in wanted]
+        self.entries = [other for other in self.entries if other in wanted]
+        try:
+            self._write()
+        except BaseException:
+            self.entries = before
+            if entry.file not in [other.file for other in before]:
+                (self.directory / entry.file).unlink(missing_ok=True)
+            raise
+        self.finish()
+
+    def _wanted(self, top_k: int, last_n: int) -> list[_Entry]:
+        regular = [entry for entry in self.entries if entry.regular]
+        errors = [entry for entry in self.entries if entry.error is not None]
+        return [*self.ranked()[:top_k], *regular[len(regular) - min(last_n, len(regular)) :], *errors[-1:]]
+
+    def _write(self) -> None:
+        held = {
+            "format": self.format,
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "checkpoints": [_as_json(entry) for entry in self.entries],
+            "superseded": self._superseded,
+        }
+        with atomic_write(self.directory / self.name) as file:
+            file.write(json.dumps(held, indent=1).encode("utf-8"))
+
+    def finish(self) -> None:
+        """Deletes what the list that was written last has left out."""
+        for name in self._superseded:
+            (self.directory / Path(name).name).unlink(missing_ok=True)
+
+
+def _is_same(one: _Entry, other: _Entry) -> bool:
+    """Whether they are the same state of one training; of a value that is NaN, too."""
+    return all(repr(getattr(one, name)) == repr(getattr(other, name)) for name in ("epoch", "update", "value", "error"))
+
+
+def _as_json(entry: _Entry) -> dict[str, Any]:
+    """Values as strings, since JSON has no NaN and no infinity."""
+    return dataclasses.asdict(entry) | {"value": None if entry.value is None else repr(entry.value)}
+
+
+def _from_json(entry: Mapping[str, Any]) -> _Entry:
+    return _Entry(**{**entry, "value": None if entry["value"] is None else float(entry["value"])})

@@ -1,0 +1,260 @@
+"""Lowering the learning rate when the model no longer gets better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_optkit import arguments
+from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
+from keras_optkit.optimizers import Optimizer
+from keras_optkit.registry import register
+
+
+@register(
+    "callback",
+    paper="He et al., arXiv 1512.03385, section 3.4 (the rate is divided when the error plateaus)",
+    parity="keras.callbacks.ReduceLROnPlateau, where every value is finite; torch.optim.lr_scheduler.ReduceLROnPlateau",
+    cases=({"monitor": "loss", "patience": 3}, {"monitor": "loss", "patience": 3, "unit": "update", "factor": 0.5}),
+)
+class ReduceLROnPlateau(Callback):
+    """Lowers the learning rate when a monitored value has not improved for `patience` epochs, or updates, in a row.
+
+    ```text
+    improved:  value < best - min_delta   (mode "min")        value > best + min_delta   (mode "max")
+    η ← max(factor η, min_lr)   when `patience` in a row have not improved; then `cooldown` are not looked at
+    ```
+
+    It takes the arguments of `keras.callbacks.ReduceLROnPlateau` and sets the same learning rates where every value is
+    finite. Beyond it:
+
+    - It works over any schedule with the optimizers of this package, whose rate is the schedule's times a multiplier:
+      the multiplier is what is lowered, so the schedule goes on from there. `min_lr` holds where the rate is lowered.
+    - NaN is never the best and counts as no improvement, and so does infinity in the wrong direction.
+    - A `monitor` that does not exist raises at the end of the first epoch that could have it, with the names that do.
+    - With `unit="update"` it counts updates of the weights instead of epochs and goes by the loss of the batches,
+
+    ```text
+    s ← smoothing^n s + (1 - smoothing^n) l,        value = s / (1 - smoothing^t)
+    ```
+
+    with l the mean loss over the examples since it last looked, n the updates since then, usually 1, and t all updates.
+    It looks after every batch, which makes `fit` wait for the step; with `steps_per_execution=k` after every k. Once a
+    batch of an epoch had a loss that is not finite, Keras's sums do not tell the losses of the rest of this epoch, and
+    they are passed over.
+
+    As with Keras's callback, the learning rate is added to the logs of the epoch, before it is lowered.
+
+    When not to use it: with `ScheduleHyperparameters` on the learning rate, which would be overwritten.
+
+    Args:
+        monitor: Name in the logs, e.g. `"val_loss"`; with `unit="update"` it must be `"loss"`.
+        factor: Factor on the learning rate, in (0, 1).
+        patience: Epochs (updates) without improvement after which the rate is lowered; 0 and 1 both act at the first.
+        verbose: 1 prints when the rate is lowered, 0 is silent.
+        mode: `"min"`, `"max"` or `"auto"`, as in `EarlyStopping`.
+        min_delta: A change that is not larger than this is no improvement; >= 0.
+        cooldown: Epochs (updates) after a reduction in which those without improvement are not counted.
+        min_lr: The rate is not lowered below this; >= 0.
+        unit: `"epoch"` or `"update"`.
+        smoothing: In [0, 1): decay per update of the average with `unit="update"`; it averages over about
+            1 / (1 - smoothing) updates.
+
+    Attributes:
+        best: The best value, or None.
+        wait: Epochs (updates) without improvement, up to now.
+        cooldown_counter: Epochs (updates) left of the cooldown.
+
+    Raises:
+        TypeError: For a value of a wrong type; when training begins, for an optimizer of Keras with a schedule as its
+            learning rate, which cannot be set.
+        ValueError: For a value out of range; while training, for an unknown monitor.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    x = keras.random.normal((64, 4), seed=0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.SGD(ok.schedules.Cosine(0.1, steps=40)), loss="mse")
+    plateau = ok.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=2, min_delta=0.1)
+    model.fit(x, x[:, :1], batch_size=16, epochs=8, callbacks=[plateau], verbose=0)
+    print(model.optimizer.learning_rate)  # half of the schedule's, or a quarter
+    ```
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        factor: float = 0.1,
+        patience: int = 10,
+        verbose: int = 0,
+        mode: str = "auto",
+        min_delta: float = 1e-4,
+        cooldown: int = 0,
+        min_lr: float = 0.0,
+        unit: str = "epoch",
+        smoothing: float = 0.98,
+    ):
+        super().__init__()
+        self.monitor = checked_monitor(monitor)
+        self.factor = arguments.real("factor", factor, 0, 1, closed="neither")
+        self.patience = arguments.integer("patience", patience, 0)
+        self.verbose = arguments.choice("verbose", verbose, (0, 1))
+        self.mode = arguments.choice("mode", mode, MODES)
+        self.min_delta = arguments.real("min_delta", min_delta, 0)
+        self.cooldown = arguments.integer("cooldown", cooldown, 0)
+        self.min_lr = arguments.real("min_lr", min_lr, 0)
+        self.unit = arguments.choice("unit", unit, ("epoch", "update"))
+        self.smoothing = arguments.real("smoothing", smoothing, 0, 1, closed="left")
+        if unit == "update":
+            if monitor != "loss":
+                raise ValueError(f"monitor must be 'loss' with unit='update', got {monitor!r}.")
+            # only here, since a callback that has it makes Keras wait for every step
+            self.on_train_batch_end = self._on_train_batch_end
+        self._reset()
+
+    def _reset(self) -> None:
+        self.best: float | None = None
+        self.wait = 0
+        self.cooldown_counter = 0
+        self._smoothed = _Smoothed(self.smoothing)
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        for optimizer in self._optimizers():
+            _refuse_unless_settable(optimizer)
+        self._reset()
+        self._watched = Watched(self.model, self.monitor, "min" if self.unit == "update" else self.mode, self.min_delta)
+        self._losses = _Losses(self.model)
+        self._seen_updates = self._updates()
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._losses.begin_epoch()
+
+    def _on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        updates = self._updates()
+        count, self._seen_updates = updates - self._seen_updates, updates
+        loss = self._losses.mean_since() if count else None
+        if loss is not None:
+            self._look_at(self._smoothed.add(loss, count), count, f"update {updates}")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: D102
+        logs = {} if logs is None else logs
+        for name, optimizer in zip(_rate_names(self._optimizers()), self._optimizers(), strict=True):
+            logs[name] = _rate(optimizer)
+        if self.unit == "epoch":
+            value = self._watched.value(logs)
+            if value is not None:
+                self._look_at(value, 1, f"epoch {epoch + 1}")
+
+    def _look_at(self, value: float, count: int, when: str) -> None:
+        if self.cooldown_counter:
+            self.cooldown_counter = max(self.cooldown_counter - count, 0)
+            self.wait = 0
+        if self._watched.improves(value, self.best):
+            self.best, self.wait = value, 0
+        elif not self.cooldown_counter:
+            self.wait += count
+            if self.wait >= self.patience and self._reduce(when):
+                self.cooldown_counter, self.wait = self.cooldown, 0
+
+    def _reduce(self, when: str) -> bool:
+        """Lowers the rates; False if none is above `min_lr`."""
+        above = [
+            optimizer for optimizer in self._optimizers() if np.float32(_rate(optimizer)) > np.float32(self.min_lr)
+        ]
+        for optimizer in above:
+            old = _rate(optimizer)
+            optimizer.learning_rate = max(old * self.factor, self.min_lr)
+            if self.verbose:
+                print(f"{type(self).__name__}: {when}, learning rate {old:g} -> {_rate(optimizer):g}")
+        return bool(above)
+
+    def _optimizers(self) -> list[Any]:
+        """The optimizer, or those of Keras's MultiOptimizer."""
+        return list(getattr(self.model.optimizer, "optimizers", [self.model.optimizer]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far; the learning rate itself is in the state of the optimizer."""
+        return {
+            "best": self.best,
+            "wait": self.wait,
+            "cooldown_counter": self.cooldown_counter,
+            "smoothed": vars(self._smoothed),
+            "losses": self._losses.seen,
+            "updates": self._seen_updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self.best, self.wait, self.cooldown_counter = state["best"], state["wait"], state["cooldown_counter"]
+        vars(self._smoothed).update(state["smoothed"])
+        self._losses.seen = list(state["losses"])
+        self._seen_updates = state["updates"]
+
+
+class _Smoothed:
+    """An exponential average without bias."""
+
+    def __init__(self, decay: float):
+        self.decay, self.sum, self.weight = decay, 0.0, 0.0
+
+    def add(self, value: float, count: int) -> float:
+        """Adds a value that stands for `count` of them, and returns the average."""
+        kept = self.decay**count
+        self.sum = kept * self.sum + (1 - kept) * value
+        self.weight = kept * self.weight + (1 - kept)
+        return self.sum / self.weight
+
+
+class _Losses:
+    """The losses of single batches, from the sums that Keras makes of them since an epoch began."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self.seen = [0.0, 0.0]
+
+    def mean_since(self) -> float | None:
+        """The mean over the examples since it was last asked for; None if it is not finite."""
+        trackers = [m for m in self._model.metrics if m.name == "loss" and isinstance(m, keras.metrics.Mean)]
+        if not trackers:
+            raise ValueError(
+                f"unit='update' needs the metric 'loss' that Keras's train_step updates, and model "
+                f"{self._model.name!r} has none."
+            )
+        now = [number(trackers[0].total), number(trackers[0].count)]
+        total, count = (new - old for new, old in zip(now, self.seen, strict=True))
+        self.seen = now
+        return total / count if count > 0 and math.isfinite(total) else None
+
+
+def _rate(optimizer: Any) -> float:
+    return float(ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def _rate_names(optimizers: list[Any]) -> list[str]:
+    """As Keras names the rates in the logs."""
+    return ["learning_rate"] if len(optimizers) == 1 else [f"learning_rate_{o.name}" for o in optimizers]
+
+
+def _refuse_unless_settable(optimizer: Any) -> None:
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if not isinstance(inner, Optimizer) and not isinstance(inner.learning_rate, keras.Variable):
+        raise TypeError(
+            f"ReduceLROnPlateau cannot lower the learning rate of this {type(inner).__name__}, which is a schedule. "
+            f"Make it with a number, or take keras_optkit.optimizers, whose rate can be set over any schedule."
+        )

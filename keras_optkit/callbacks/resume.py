@@ -1,0 +1,508 @@
+"""A training that goes on after a crash as if there had been none."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_optkit import arguments
+from keras_optkit.callbacks import bundle
+from keras_optkit.callbacks.callback import Callback, Run
+from keras_optkit.callbacks.identity import differences, identity, versions
+from keras_optkit.callbacks.state import Copies, TrainingState
+from keras_optkit.callbacks.stock import has_state, is_known, set_state_of, state_of
+from keras_optkit.callbacks.store import Store
+from keras_optkit.data import EpochDataset
+from keras_optkit.private import sublayers
+from keras_optkit.registry import register
+
+
+class Position(NamedTuple):
+    """Where a training stands: the next batch to train on, both counted from 0."""
+
+    epoch: int
+    batch: int
+
+
+@register(
+    "callback",
+    paper="Exact continuation: the state of the whole run, not of the weights alone",
+    parity="the run that was not interrupted, bitwise",
+    tags=("passive", "resumes"),
+    cases=({"directory": "bundles"}, {"directory": "others", "every": 2}),
+)
+class Resume(Callback):
+    """Lets a training that was killed go on when the same script is run again, as if nothing had happened.
+
+    From time to time everything that the rest of the training depends on is written to a file, a bundle: the weights,
+    the optimizer, metrics, the generators of random numbers, the learning rate, the state of the other callbacks, the
+    history, and the place in the data. When the script is run again, `fit` begins from the newest bundle. With op
+    determinism (`tf.config.experimental.enable_op_determinism()`), on the same machine, all of them end bitwise equal
+    to those of a run without an interruption, however often and wherever it was killed.
+
+    **Data.** Inside of an epoch only data can be continued whose order is a function of the epoch:
+    `keras_optkit.data.Shuffled` for arrays, `keras_optkit.data.PerEpoch` for `tf.data`, or another
+    `keras_optkit.data.EpochDataset`. With anything else bundles are written at the end of epochs, and a warning says
+    so; the order of the data after a resume is then what the data make of it.
+
+    **Callbacks.** Those of this package and Keras's EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, CSVLogger,
+    TensorBoard, SwapEMAWeights, LearningRateScheduler and History go on from their state. One's own take part with two
+    methods, `state_dict()` and `load_state_dict(state)`; those without are named in a warning. `BackupAndRestore` is
+    refused. The place of this callback in the list is of no matter.
+
+    **Files.** A bundle is written by another thread, to a temporary name, synced and renamed, so that there is always a
+    whole one. A digest tells a damaged bundle; the one before is then taken, with a warning, and if there is none, it
+    is an error. A bundle of another model, other data, another optimizer or other code is refused with the differences.
+    A second process that trains in the same directory is refused as well. Bundles can be read with `numpy.load`.
+
+    **Signals.** On SIGTERM, which is how machines are taken away, a bundle is written after the present batch, and the
+    process ends with `SystemExit(143)`.
+
+    **A finished training** is not done again: `fit` returns at once, and model, callbacks and history are those of its
+    end. With more `epochs` than before it goes on from its last epoch, unless another callback had stopped it.
+
+    When not to use it: across machines of different kinds, releases of libraries or numbers of devices; there, save
+    weights and accept another run. For layers that draw from TensorFlow's own stateful random operations, whose state
+    cannot be read; `keras.random` with a `SeedGenerator` can.
+
+    Args:
+        directory: Where bundles are kept, one directory for one `fit`; made if it does not exist.
+        every: `"epoch"`, a number of batches, or a `datetime.timedelta`, after which a bundle is written. After the
+            last epoch there always is one.
+        keep: Bundles to keep, at least 1.
+        strict: Whether data that cannot be continued inside of an epoch, and callbacks whose state is not known, are
+            errors instead of warnings.
+
+    Attributes:
+        resumed_from: `(epoch, batch)` that the last `fit` began from, the next to be trained on, or None.
+
+    Raises:
+        TypeError: For a value of a wrong type.
+        ValueError: For a value out of range; from `fit`, for a bundle of another training, for data or callbacks as
+            described under `strict`, and for `BackupAndRestore` beside it.
+        RuntimeError: From `fit`, if all bundles are damaged, or if another process uses the directory.
+        OSError: From `fit`, if a bundle cannot be written; those that are there are kept.
+
+    Example:
+    ```python
+    import tempfile
+
+    import keras
+    import numpy as np
+
+    import keras_optkit as ok
+
+
+    def train(directory):
+        keras.utils.set_random_seed(1)
+        x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+        model.compile(optimizer="adam", loss="mse")
+        data = ok.data.Shuffled(x, x[:, :1], batch_size=16, seed=1)
+        resume = ok.callbacks.Resume(directory, every=2)
+        return model.fit(data, epochs=3, callbacks=[resume], verbose=0).history["loss"]
+
+
+    with tempfile.TemporaryDirectory() as directory:
+        assert train(directory) == train(directory)  # the second one returns at once
+    ```
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every: str | int | timedelta = "epoch",
+        keep: int = 2,
+        strict: bool = False,
+    ):
+        super().__init__()
+        self.directory = os.fspath(directory)
+        self.every = _checked_interval(every)
+        self.keep = arguments.integer("keep", keep, 1)
+        self.strict = arguments.boolean("strict", strict)
+        self.resumed_from: tuple[int, int] | None = None
+        self._session: _Session | None = None
+        self._over = False
+
+    def prepare_fit(self, run: Run) -> None:
+        """Called when `fit` begins, before anything else: finds out where to begin, and changes its arguments."""
+        if self._session is not None:
+            raise RuntimeError(f"{self!r} is part of a fit that is running.")
+        if self._over:
+            raise ValueError(
+                f"directory={self.directory!r} holds the training that this Resume has finished. Give each fit one "
+                "with a directory of its own."
+            )
+        run.callbacks.append(self)  # to be told of a failure from now on
+        self._session = _Session(self, run)
+        self._session.open()
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self.end(finished=False)
+
+    def end(self, *, finished: bool) -> None:
+        """Called when `fit` has ended."""
+        session, self._session = self._session, None
+        self._over = self._over or finished
+        if session is not None:
+            session.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what this callback knows is the bundle itself."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class _Hooks(keras.callbacks.Callback):
+    """Stands first or last in the list of callbacks and calls functions.
+
+    It has no `on_train_batch_end`, which would make Keras wait for every step.
+    """
+
+    stateless = True
+    sees_training_weights = True  # AveragedWeights leaves them in the model for it
+
+    def __init__(self, **hooks: Callable[..., None]):
+        super().__init__()
+        for name, function in hooks.items():
+            setattr(self, name, function)
+
+
+class _Session:
+    """One `fit` with a Resume in it: what is restored when, and what is written when."""
+
+    def __init__(self, owner: Resume, run: Run):
+        self._owner = owner
+        self._run = run
+        self._data: Any = run.arguments.get("x")
+        self._inside = isinstance(self._data, EpochDataset)
+        self._store = Store(Path(owner.directory), owner.keep)
+        self._writer = ThreadPoolExecutor(1, "resume", _stand_back)
+        self._copies = Copies()
+        self._pending: Future[None] | None = None
+        self._terminated = threading.Event()
+        self._undo: list[Callable[[], Any]] = [self._writer.shutdown]
+        self._passing: _PassOver | None = None
+        self._found: dict[str, Any] | None = None
+        self._since = 0  # batches, and since when, that no bundle holds
+        self._saved_at = time.monotonic()
+
+    # -- before fit, and after it -------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Locks the directory, reads the newest bundle, and sets the arguments of `fit` to begin there."""
+        self._callbacks = [c for c in self._run.listed() if c is not self._owner]
+        self._refuse_other_backups()
+        self._look_at_data()
+        self._look_at_callbacks()
+        self._undo.append(self._store.lock())
+        self._epochs = self._run.arguments.get("epochs", 1)
+        self._begin = Position(self._run.arguments.get("initial_epoch", 0), 0)
+        self._found = self._store.newest(self._epochs)
+        if self._found is not None:
+            self._begin = Position(**self._found["position"])
+            self._run.arguments["initial_epoch"] = self._begin.epoch if not self._found["finished"] else self._epochs
+            self._owner.resumed_from = self._begin
+        self._add_hooks()
+        self._listen()
+
+    def close(self) -> None:
+        """Waits for the bundle that is being written, and leaves everything as it was found."""
+        self._stop_passing_over()
+        try:
+            self._settle()
+        finally:
+            while self._undo:
+                self._undo.pop()()
+
+    def _refuse_other_backups(self) -> None:
+        for callback in self._callbacks:
+            if isinstance(callback, keras.callbacks.BackupAndRestore | Resume):
+                raise ValueError(f"callbacks must not have a {type(callback).__name__} beside Resume.")
+
+    def _look_at_data(self) -> None:
+        if self._inside:
+            return
+        in_order = self._owner.every == "epoch" and self._run.arguments.get("shuffle", True) is False
+        if in_order and all(hasattr(part, "__array__") for part in keras.tree.flatten(self._data)):
+            return  # arrays that are not shuffled, to be continued where an epoch ends
+        self._complain(
+            "x must be a keras_optkit.data.Shuffled, PerEpoch or another EpochDataset for a training to go on inside "
+            f"of an epoch with the same data, got {type(self._data).__name__}.",
+            "It will go on where an epoch ends, and the order of the data may be another one then.",
+        )
+
+    def _look_at_callbacks(self) -> None:
+        unknown = sorted({type(c).__name__ for c in self._callbacks if not is_known(c)})
+        if unknown:
+            self._complain(
+                f"callbacks must have state_dict and load_state_dict in order to go on from their state, and "
+                f"{', '.join(unknown)} has not.",
+                "If there is such state, it will begin afresh after an interruption.",
+            )
+
+    def _complain(self, what: str, otherwise: str) -> None:
+        if self._owner.strict:
+            raise ValueError(what)
+        warnings.warn(f"{what} {otherwise}", stacklevel=6)
+
+    def _add_hooks(self) -> None:
+        """Keras's own callbacks are added here, so that what stands last comes after them."""
+        kinds = {type(c) for c in self._callbacks}
+        if keras.callbacks.History not in kinds:
+            self._add(keras.callbacks.History())
+        if self._run.arguments.get("verbose", "auto") != 0 and keras.callbacks.ProgbarLogger not in kinds:
+            bar = keras.callbacks.ProgbarLogger()
+            vars(bar)["async_safe"] = True  # as Keras treats the one that it would add
+            self._add(bar)
+        self._run.add(_Hooks(on_train_begin=self._check, on_train_batch_begin=self._before_batch), first=True)
+        self._run.add(
+            _Hooks(
+                on_train_begin=self._after_begin,
+                on_epoch_begin=self._after_epoch_begin,
+                on_epoch_end=self._after_epoch_end,
+                on_train_end=self._after_end,
+            )
+        )
+
+    def _add(self, callback: Any) -> None:
+        self._callbacks.append(callback)
+        self._run.add(callback)
+
+    def _listen(self) -> None:
+        """Takes notice of SIGTERM, which Python lets only the main thread do."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        before = signal.getsignal(signal.SIGTERM)
+        if before is signal.SIG_IGN:
+            return
+        signal.signal(signal.SIGTERM, lambda *_: self._terminated.set())
+        self._undo.append(functools.partial(signal.signal, signal.SIGTERM, before))
+
+    # -- inside of fit ------------------------------------------------------------------------------------------------
+
+    @property
+    def _model(self) -> Any:
+        """The model, asked for through a callback, which has Keras on JAX fill its variables."""
+        return self._owner.model
+
+    def _check(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Before all other callbacks."""
+        if not all(layer.built for layer in [self._model, *sublayers(self._model)]):
+            self._build()
+        kept = Counter(type(c).__name__ for c in self._callbacks if has_state(c))
+        self._identity = identity(self._model, self._run.arguments) | {"callbacks": dict(kept)}
+        self._forget_when()
+        if self._found is not None:
+            refuse_unless_same(self._found, self._identity)
+            if self._inside and len(self._model.metrics_variables) < len(self._found["state"]["metrics"]):
+                self._build()
+
+    def _build(self) -> None:
+        """Has everything built, metrics included, that Keras on TensorFlow builds in the first step only."""
+        x: Any
+        x, y, sample_weight = (self._run.arguments.get(name) for name in ("x", "y", "sample_weight"))
+        if self._inside:
+            batch = keras.utils.unpack_x_y_sample_weight(x[0])
+        elif hasattr(x, "element_spec"):
+            batch = keras.utils.unpack_x_y_sample_weight(next(iter(x)))
+        elif all(hasattr(part, "__array__") for part in keras.tree.flatten(x)):
+            batch = keras.tree.map_structure(lambda part: None if part is None else part[:1], (x, y, sample_weight))
+        else:
+            raise ValueError(
+                f"model {self._model.name!r} must be built for Resume if its data cannot be looked at ahead, as those "
+                f"of type {type(x).__name__}. Call it on a batch before."
+            )
+        self._model.test_on_batch(*batch)
+
+    def _after_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        """After all other callbacks, many of which begin afresh in `on_train_begin`."""
+        if self._found is not None and not self._begin.batch:
+            self._restore()
+
+    def _after_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        self._epoch, self._batch = epoch, 0
+        if self._found is not None and self._begin.batch:
+            self._restore()
+            self._data.begin_epoch_at(self._begin.batch)
+            self._batch = self._begin.batch
+            self._passing = _PassOver(self._model, self._callbacks)
+            self._found = None
+
+    def _before_batch(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Before any callback hears of this batch, and after all have heard of the end of the one before."""
+        if self._passing is not None:
+            if batch < self._batch:
+                return
+            self._stop_passing_over()
+        self._since += batch - self._batch
+        self._batch = batch
+        if self._pending is not None and self._pending.done():
+            self._settle()  # to hear of a full disk at once
+        if self._inside and (self._terminated.is_set() or self._is_due()):
+            self._save(Position(self._epoch, batch))
+        self._end_if_terminated()
+
+    def _stop_passing_over(self) -> None:
+        passing, self._passing = self._passing, None
+        if passing is not None:
+            passing.end()
+
+    def _after_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """After all other callbacks, the history included."""
+        steps = (self._owner.params or {}).get("steps") or self._batch + self._model.steps_per_execution
+        self._since += steps - self._batch
+        last = epoch + 1 >= self._epochs or self._model.stop_training
+        if self._owner.every == "epoch" or last or self._terminated.is_set() or self._is_due():
+            self._save(Position(epoch + 1, 0))
+        self._end_if_terminated()
+
+    def _after_end(self, logs: Any = None) -> None:  # noqa: ARG002
+        if self._found is not None and self._found["finished"]:
+            self._restore_model()  # others may have changed it
+        else:
+            finished = {"epochs": self._epochs, "stopped": bool(self._model.stop_training)}
+            self._settle()
+            self._store.write_finished(self._bundle(Position(self._epochs, 0), finished))
+        self._owner.end(finished=True)
+
+    # -- bundles ------------------------------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        every = self._owner.every
+        if isinstance(every, timedelta):
+            return time.monotonic() - self._saved_at >= every.total_seconds()
+        return every != "epoch" and self._since >= every
+
+    def _forget_when(self) -> None:
+        self._since, self._saved_at = 0, time.monotonic()
+
+    def _save(self, position: Position) -> None:
+        """Copies everything and leaves the writing to the other thread, which may have to finish the one before."""
+        self._settle()
+        self._pending = self._writer.submit(self._store.write, self._bundle(position, None))
+        self._forget_when()
+
+    def _bundle(self, position: Position, finished: Any) -> bundle.Packed:
+        self._copies.restart()  # the last one is written
+        return bundle.pack(
+            {
+                "position": position._asdict(),
+                "finished": finished,
+                "identity": self._identity,
+                "versions": versions(),
+                "state": vars(TrainingState.of(self._model, self._copies)),
+                "callbacks": {key: state_of(c) for key, c in self._keyed()},
+                "data_epoch": self._data.epoch if self._inside else None,
+            }
+        )
+
+    def _restore(self) -> None:
+        assert self._found is not None
+        for key, callback in self._keyed():
+            set_state_of(callback, self._found["callbacks"][key])
+        self._restore_model()
+        if self._inside:
+            self._data.epoch = self._found["data_epoch"]
+
+    def _restore_model(self) -> None:
+        """Metrics only where they count, inside of an epoch and after the last, since they may not be built."""
+        assert self._found is not None
+        TrainingState(**self._found["state"]).into(self._model, metrics=self._inside)
+
+    def _keyed(self) -> Iterator[tuple[str, Any]]:
+        """The callbacks that have state, by class, and by number among those of one class."""
+        seen: Counter[str] = Counter()
+        for callback in self._callbacks:
+            if has_state(callback):
+                name = type(callback).__name__
+                yield f"{name}.{seen[name]}", callback
+                seen[name] += 1
+
+    def _settle(self) -> None:
+        """Waits for the bundle that is being written, and raises what its writing raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _end_if_terminated(self) -> None:
+        if self._terminated.is_set():
+            self._settle()
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+class _PassOver:
+    """Lets `fit` count batches without training on them and without telling the callbacks; they had them before."""
+
+    def __init__(self, model: Any, callbacks: Sequence[Any]):
+        self._model, self._train = model, model.train_function
+        self._own = [(callback, {name: vars(callback).get(name) for name in _BATCH_HOOKS}) for callback in callbacks]
+        model.train_function = self._step
+        for callback, own in self._own:
+            vars(callback).update(dict.fromkeys(own, _nothing))
+
+    def _step(self, *state_and_iterator: Any) -> Any:
+        state = state_and_iterator[:-1]  # on JAX
+        return ({}, *state) if state else {}
+
+    def end(self) -> None:
+        self._model.train_function = self._train
+        for callback, own in self._own:
+            for name, hook in own.items():
+                if hook is None:
+                    del vars(callback)[name]
+                else:
+                    vars(callback)[name] = hook
+
+
+_BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end")
+
+
+def _nothing(batch: int, logs: Any = None) -> None:
+    pass
+
+
+def refuse_unless_same(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises with the differences between the training that a bundle comes from and this one."""
+    lines = differences(found["identity"], here)
+    if lines:
+        shown = lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
+        raise ValueError(
+            "The bundle comes from another training:\n  "
+            + "\n  ".join(shown)
+            + "\nTake another directory, or empty this one, to begin a new training."
+        )
+    other = differences(found["versions"], versions())
+    if other:
+        warnings.warn(f"Other releases may compute other bits: {'; '.join(other)}.", stacklevel=8)
+
+
+def _stand_back() -> None:
+    """Has the calling thread run where others leave time; known on Linux, where a thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _checked_interval(every: Any) -> Any:
+    if isinstance(every, timedelta):
+        if every <= timedelta(0):
+            raise ValueError(f"every must be a positive timedelta, got {every!r}.")
+        return every
+    if isinstance(every, str):
+        return arguments.choice("every", every, ("epoch",))
+    return arguments.integer("every", every, 1)

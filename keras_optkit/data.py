@@ -1,0 +1,341 @@
+"""Data whose order is a function of a seed and the epoch, so that a training can be continued inside of an epoch.
+
+`fit(x, y)` shuffles with TensorFlow's generators, whose place cannot be read or set. The classes here compute each
+batch from the number of the epoch and of the batch alone. `keras_optkit.callbacks.Resume` relies on it.
+"""
+
+from __future__ import annotations
+
+import abc
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from keras_optkit import arguments
+from keras_optkit.callbacks.callback import Run, guard
+
+__all__ = ["EpochDataset", "PerEpoch", "Shuffled"]
+
+#: Rows of an array that are looked at in order to tell it from another one.
+_SAMPLED = 16
+
+
+class EpochDataset(keras.utils.PyDataset, abc.ABC):
+    """A `PyDataset` that declares: batch i of epoch e is a function of e and i.
+
+    Subclasses write `batch(index)`, which reads `self.epoch`, and `__len__`, the number of batches of an epoch. Being
+    one is the declaration; `keras_optkit.callbacks.Resume` then continues inside of an epoch. Random choices in
+    `batch`, such as augmentation, have to come from a generator that is seeded with `(seed, self.epoch, index)`.
+
+    `fit` counts `epoch` on when an epoch is over, so that a second `fit` goes on with new orders; a loop of one's own
+    sets it. `evaluate` and `predict` do not change it. The `shuffle` of `fit` has no say: the order is that of `batch`.
+
+    When not to use it: for data that arrive as a stream and cannot be read again from a given place.
+
+    Args:
+        workers: Threads or processes that compute batches; see `keras.utils.PyDataset`.
+        use_multiprocessing: Whether they are processes.
+        max_queue_size: Batches that they compute ahead.
+
+    Attributes:
+        epoch: The number of the epoch whose batches are given, counted from 0; may be set.
+
+    Raises:
+        ValueError: From `fit`, if it is to train for several epochs of another length (`steps_per_epoch`), or with
+            several workers on JAX or with a model that is not built, since Keras then loses a batch.
+
+    Example:
+    ```python
+    import numpy as np
+
+    import keras_optkit as ok
+
+
+    class Noise(ok.data.EpochDataset):
+        def __len__(self):
+            return 4
+
+        def batch(self, index):
+            x = np.random.default_rng((7, self.epoch, index)).normal(size=(8, 2)).astype("float32")
+            return x, x[:, :1]
+
+
+    print(Noise()[0][0].shape)
+    ```
+    """
+
+    def __init__(self, workers: int = 1, use_multiprocessing: bool = False, max_queue_size: int = 10):
+        super().__init__(workers, use_multiprocessing, max_queue_size)
+        guard("fit")
+        self.epoch = 0
+        self._begun_at = 0
+
+    @abc.abstractmethod
+    def batch(self, index: int) -> Any:
+        """Batch number `index`, counted from 0, of epoch number `self.epoch`, as `PyDataset.__getitem__` returns it."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+
+    @property
+    def num_batches(self) -> int:
+        """The number of batches that the present epoch will give, less than its length if it is begun inside."""
+        return len(self) - self._begun_at
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batch(index + self._begun_at)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these data from others, as JSON; a continued training must find the same. Extend it if you can."""
+        return {"class": type(self).__qualname__, "batches": len(self)}
+
+    def begin_epoch_at(self, batch: int) -> None:
+        """Has the present epoch begin with batch number `batch`; until `end_epoch`.
+
+        Args:
+            batch: From 0 to the length of an epoch, that one not included.
+        """
+        self._begun_at = arguments.integer("batch", batch, 0, len(self) - 1)
+
+    def end_epoch(self) -> None:
+        """Counts the epoch on; `fit` calls it."""
+        self.epoch += 1
+        self._begun_at = 0
+
+    def prepare_fit(self, run: Run) -> None:
+        """Called when a `fit` with these data begins."""
+        steps, epochs = run.arguments.get("steps_per_epoch"), run.arguments.get("epochs", 1)
+        if steps not in (None, len(self)) and epochs - run.arguments.get("initial_epoch", 0) > 1:
+            raise ValueError(
+                f"steps_per_epoch must be None or {len(self)}, the length of {type(self).__name__}, if there is "
+                f"more than one epoch; got {steps!r}."
+            )
+        looks_ahead = keras.config.backend() != "tensorflow" or not run.model.built
+        if looks_ahead and (self.workers > 1 or self.use_multiprocessing):
+            raise ValueError(
+                f"workers must be 1 on JAX, and with a model that is not built, got {self.workers}. Keras takes a "
+                "batch there to find out shapes, and with several workers begins the epoch with the one after it."
+            )
+        run.arguments["shuffle"] = False  # Keras would shuffle the batches, with Python's generator
+        run.add(_EndEpoch(self), first=True)
+
+
+class _EndEpoch(keras.callbacks.Callback):
+    """Tells the data of the end of an epoch, before all other callbacks."""
+
+    stateless = True
+
+    def __init__(self, data: EpochDataset):
+        super().__init__()
+        self._data = data
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        self._data.end_epoch()
+
+
+class Shuffled(EpochDataset):
+    """Batches of arrays, in an order that is a function of the seed and the epoch.
+
+    ```text
+    order of epoch e = numpy.random.default_rng((seed, e)).permutation(n)
+    ```
+
+    Batch i holds the rows `order[i * batch_size : (i + 1) * batch_size]` of every array. Floating-point numbers are
+    given in `keras.config.floatx()`, as `fit(x, y)` does; anything else as it is.
+
+    When not to use it: for data that do not fit into memory and are not `numpy.memmap`; see `PerEpoch` for `tf.data`.
+
+    Args:
+        x: An array, or arrays in (nested) tuples, lists and dicts; all with the same number n of rows.
+        y: Targets, likewise, or None.
+        sample_weight: Weights, likewise, or None; only with `y`.
+        batch_size: Rows of a batch.
+        seed: A whole number, not negative.
+        shuffle: False: rows in order, the same in every epoch.
+        drop_remainder: Whether a last batch with fewer rows is left out.
+        workers: Threads or processes that compute batches; see `keras.utils.PyDataset`.
+        use_multiprocessing: Whether they are processes.
+        max_queue_size: Batches that they compute ahead.
+
+    Raises:
+        TypeError: For something that is no array.
+        ValueError: For arrays of different lengths or without rows, and for numbers out of range.
+
+    Example:
+    ```python
+    import keras
+    import numpy as np
+
+    import keras_optkit as ok
+
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    data = ok.data.Shuffled(x, x[:, :1], batch_size=16, seed=1)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse")
+    model.fit(data, epochs=2, verbose=0)
+    assert data.epoch == 2
+    ```
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int = 32,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_remainder: bool = False,
+        workers: int = 1,
+        use_multiprocessing: bool = False,
+        max_queue_size: int = 10,
+    ):
+        super().__init__(workers, use_multiprocessing, max_queue_size)
+        if sample_weight is not None and y is None:
+            raise ValueError("sample_weight must be None without y.")
+        given = {"x": x, "y": y, "sample_weight": sample_weight}
+        self._arrays = tuple(_arrays(name, part) for name, part in given.items() if part is not None)
+        self.batch_size = arguments.integer("batch_size", batch_size, 1)
+        self.seed = arguments.integer("seed", seed, 0)
+        self.shuffle = arguments.boolean("shuffle", shuffle)
+        self.drop_remainder = arguments.boolean("drop_remainder", drop_remainder)
+        lengths = {len(array) for array in tree.flatten(self._arrays)}
+        if len(lengths) != 1:
+            raise ValueError(f"x, y and sample_weight must have the same number of rows, got {sorted(lengths)}.")
+        (self._rows,) = lengths
+        if len(self) == 0:
+            at_least = f"{self.batch_size} rows, for one batch" if self.drop_remainder else "one row"
+            raise ValueError(f"x must have at least {at_least}, got {self._rows}.")
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+        whole, rest = divmod(self._rows, self.batch_size)
+        return whole + (rest > 0 and not self.drop_remainder)
+
+    def batch(self, index: int) -> Any:
+        """Batch number `index` of epoch number `self.epoch`: `(x,)`, `(x, y)` or `(x, y, sample_weight)`."""
+        rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        chosen = self._order_of(self.epoch)[rows] if self.shuffle else rows
+        return tree.map_structure(lambda array: _as_floatx(array[chosen]), self._arrays)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        held = self._order  # in one step: several threads may be here
+        if held is None or held[0] != epoch:
+            held = self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self._rows)
+        return held[1]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Sizes, seed, and for each array its shape, dtype and a checksum of some rows."""
+        chosen = np.unique(np.linspace(0, self._rows - 1, _SAMPLED).astype(int))
+        described = [
+            f"{array.dtype} {array.shape} {zlib.crc32(repr(array[chosen].tolist()).encode()):08x}"
+            for array in tree.flatten(self._arrays)
+        ]
+        return super().fingerprint() | {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "arrays": described,
+        }
+
+
+class PerEpoch(EpochDataset):
+    """A `tf.data.Dataset` for each epoch.
+
+    `make_dataset(epoch)` builds the data of one epoch, batches included, with seeds that follow from the number of the
+    epoch: `dataset.shuffle(10_000, seed=epoch)`. A training that goes on inside of an epoch builds it again and passes
+    over the first batches, which `tf.data` computes and drops.
+
+    Batches pass through Python, one after the other, which costs a copy of each.
+
+    When not to use it: for arrays, where `Shuffled` is faster; or with random `tf.data` operations that were given no
+    seed, which are different in every process.
+
+    Args:
+        make_dataset: Function of the number of the epoch, an int; returns a `tf.data.Dataset` that gives batches as
+            `fit` takes them.
+        steps: The number of batches of an epoch; None: that of `make_dataset(0)`, which must be known then.
+
+    Raises:
+        TypeError: If `make_dataset` is no function, or what it returns no `tf.data.Dataset`.
+        ValueError: If `steps` is None and the length of the dataset is infinite or not known.
+
+    Example:
+    ```python
+    import numpy as np
+    import tensorflow as tf
+
+    import keras_optkit as ok
+
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+
+
+    def make_dataset(epoch):
+        return tf.data.Dataset.from_tensor_slices((x, x[:, :1])).shuffle(64, seed=epoch).batch(16)
+
+
+    data = ok.data.PerEpoch(make_dataset)
+    print(len(data), data[0][0].shape)
+    ```
+    """
+
+    def __init__(self, make_dataset: Callable[[int], Any], steps: int | None = None):
+        super().__init__()
+        if not callable(make_dataset):
+            raise TypeError(f"make_dataset must be a function of the epoch, got {make_dataset!r}.")
+        self.make_dataset = make_dataset
+        self.steps = arguments.integer("steps", steps, 1, optional=True)
+        self._length = self.steps or self._known_length()
+        self._reading: tuple[int, int, Any] | None = None
+
+    def _known_length(self) -> int:
+        length = int(self._made(0).cardinality())
+        if length < 1:  # TensorFlow has negative numbers for infinite and unknown ones
+            said = {-1: "infinite", -2: "not known"}.get(length, "zero")
+            raise ValueError(f"steps must be given, since the length of make_dataset(0) is {said}.")
+        return length
+
+    def _made(self, epoch: int) -> Any:
+        dataset = self.make_dataset(epoch)
+        if not all(hasattr(dataset, name) for name in ("cardinality", "skip", "element_spec")):
+            raise TypeError(f"make_dataset must return a tf.data.Dataset, got {dataset!r} for epoch {epoch}.")
+        return dataset
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+        return self._length
+
+    def batch(self, index: int) -> Any:
+        """The next batch of an epoch that is read already, or the first one of an epoch that is begun at `index`."""
+        if self._reading is None or self._reading[:2] != (self.epoch, index):
+            self._reading = self.epoch, index, iter(self._made(self.epoch).skip(index))
+        epoch, _, iterator = self._reading
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            raise ValueError(f"make_dataset({epoch}) must give {len(self)} batches, got {index}.") from None
+        self._reading = epoch, index + 1, iterator
+        return tree.map_structure(lambda part: part.numpy(), batch)
+
+
+def _arrays(name: str, given: Any) -> Any:
+    """Every array of a structure as one of NumPy's, without a copy where there can be."""
+
+    def one(part: Any) -> np.ndarray:
+        array = part if isinstance(part, np.ndarray) else np.asarray(keras.ops.convert_to_numpy(part))
+        if array.dtype == object or array.ndim == 0:
+            raise TypeError(f"{name} must be an array, or arrays in tuples, lists and dicts; got {part!r} among them.")
+        return array
+
+    return tree.map_structure(one, given)
+
+
+def _as_floatx(array: np.ndarray) -> np.ndarray:
+    return array.astype(keras.config.floatx(), copy=False) if array.dtype.kind == "f" else array

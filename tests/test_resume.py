@@ -1,0 +1,802 @@
+"""Trainings that end in the middle and go on: bitwise as if they had not ended."""
+
+import contextlib
+import datetime
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import filelock
+import keras
+import numpy as np
+import pytest
+
+import keras_optkit as ok
+from keras_optkit.callbacks import bundle
+from keras_optkit.callbacks.resume import Resume
+from keras_optkit.callbacks.state import TrainingState
+from keras_optkit.private import op_determinism
+
+ROWS, BATCH = 40, 4
+X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
+Y = (X @ np.array([[1.0], [-2.0], [0.5]]) + 0.3).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    with op_determinism():
+        yield
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashAt(keras.callbacks.Callback):
+    """Raises after so many batches."""
+
+    stateless = True
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise Crash
+
+
+class Batches(keras.callbacks.Callback):
+    """The places of the batches that were trained on."""
+
+    stateless = True
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append((self.epoch, batch))
+
+
+def compiled(optimizer=None, units=5, **arguments):
+    keras.utils.set_random_seed(1)
+    layers = [
+        keras.layers.Dense(units, "tanh"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.3),
+        keras.layers.Dense(1),
+    ]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    model.compile(optimizer=optimizer or ok.optimizers.AdamW(1e-2), loss="mse", metrics=["mae"], **arguments)
+    return model
+
+
+def shuffled(**arguments):
+    return ok.data.Shuffled(X, Y, **({"batch_size": BATCH, "seed": 3} | arguments))
+
+
+def train(directory, *, crash=None, every=3, model=None, data=None, callbacks=(), keep=2, strict=True, **arguments):
+    """One run of a script; None if it crashed, after so many batches."""
+    model = compiled() if model is None else model
+    resume = directory if isinstance(directory, Resume) else Resume(directory, every=every, keep=keep, strict=strict)
+    seen = Batches()
+    callbacks = [*callbacks, resume, seen, *([CrashAt(crash)] if crash else [])]
+    arguments = {"epochs": 3, "validation_data": (X, Y), "verbose": 0} | arguments
+    try:
+        model.fit(shuffled() if data is None else data, callbacks=callbacks, **arguments)
+    except Crash:
+        return None
+    model.resume, model.seen = resume, seen.seen
+    return model
+
+
+def everything(model):
+    return {"state": vars(TrainingState.of(model)), "history": model.history.history, "epochs": model.history.epoch}
+
+
+def assert_same(model, expected):
+    mine, theirs = (bundle.pack(everything(m)) for m in (model, expected))
+    assert mine.text == theirs.text
+    different = [name for name, a in mine.arrays.items() if a.tobytes() != theirs.arrays[name].tobytes()]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    with op_determinism():
+        return train(tmp_path_factory.mktemp("whole"))
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 3, 10, 100, "epoch", datetime.timedelta(microseconds=1), datetime.timedelta(1)])
+def test_goes_on_wherever_it_was_left(tmp_path, uninterrupted, every):
+    for crash in (4, 1, 9, 13):
+        assert train(tmp_path, every=every, crash=crash) is None
+    model = train(tmp_path, every=every)
+    assert_same(model, uninterrupted)
+    begun = model.resume.resumed_from or (0, 0)
+    assert model.seen == uninterrupted.seen[begun[0] * 10 + begun[1] :]
+
+
+def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
+    assert train(tmp_path, every=3, crash=17) is None
+    model = train(tmp_path, every=3)
+    assert model.resume.resumed_from == (1, 5)  # 15 batches
+    assert model.seen[0] == (1, 5)
+    assert len(model.seen) == 15
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: ok.optimizers.AdamW(1e-2, use_ema=True, ema_momentum=0.9), id="average"),
+        pytest.param(lambda: ok.optimizers.SGD(ok.schedules.Cosine(0.1, 30), momentum=0.9), id="schedule"),
+        pytest.param(lambda: ok.optimizers.ScheduleFreeAdamW(1e-2, gradient_accumulation_steps=4), id="accumulation"),
+        pytest.param(lambda: ok.optimizers.Lookahead(ok.optimizers.AdamW(1e-2), sync_period=4), id="lookahead"),
+        pytest.param(lambda: ok.optimizers.LossScale(ok.optimizers.AdamW(1e-2)), id="loss scale"),
+        pytest.param(lambda: keras.optimizers.Adam(1e-2, use_ema=True), id="keras"),
+        pytest.param(lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop(1e-2)), id="keras scaled"),
+    ],
+)
+def test_with_other_optimizers(tmp_path, make):
+    expected = train(tmp_path / "whole", model=compiled(make()))
+    for crash in (8, 9):
+        assert train(tmp_path / "cut", model=compiled(make()), crash=crash) is None
+    assert_same(train(tmp_path / "cut", model=compiled(make())), expected)
+
+
+def test_with_averaged_weights_shown(tmp_path):
+    def fit(name, **arguments):
+        model = compiled(ok.optimizers.AdamW(1e-2, use_ema=True, ema_momentum=0.9))
+        return train(tmp_path / name, model=model, callbacks=[ok.callbacks.AveragedWeights()], **arguments)
+
+    expected = fit("whole")
+    for crash in (10, 3, 12):
+        assert fit("cut", crash=crash) is None
+    assert_same(fit("cut"), expected)
+
+
+def stock_callbacks(directory):
+    directory.mkdir(exist_ok=True)
+    return [
+        keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=0, min_delta=0.6),
+        keras.callbacks.EarlyStopping("val_loss", patience=1, min_delta=0.3, restore_best_weights=True),
+        keras.callbacks.ModelCheckpoint(directory / "best.weights.h5", save_best_only=True, save_weights_only=True),
+        keras.callbacks.ModelCheckpoint(directory / "last.weights.h5", save_freq=7, save_weights_only=True),
+        keras.callbacks.CSVLogger(directory / "log.csv"),
+        keras.callbacks.TerminateOnNaN(),
+    ]
+
+
+def test_keras_s_callbacks_go_on_from_their_state(tmp_path):
+    def fit(name, **arguments):
+        callbacks = stock_callbacks(tmp_path / name)
+        model = train(tmp_path / name / "resume", callbacks=callbacks, epochs=12, **arguments)
+        return model, callbacks
+
+    expected, theirs = fit("whole")
+    assert 2 < theirs[1].stopped_epoch < 11, "the test is about a training that stops early"
+    assert len(set(expected.history.history["learning_rate"])) > 1, "and whose learning rate is reduced"
+    for crash in (8, 13, 1, 17):
+        assert fit("cut", crash=crash)[0] is None
+    model, mine = fit("cut")
+    assert_same(model, expected)
+    for a, b in zip(mine, theirs, strict=True):
+        for name in (
+            "wait",
+            "best",
+            "best_epoch",
+            "stopped_epoch",
+            "cooldown_counter",
+            "_batches_seen_since_last_saving",
+        ):
+            assert getattr(a, name, None) == getattr(b, name, None), (a, name)
+    for name in ("log.csv",):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name in ("best.weights.h5", "last.weights.h5"):
+        weights = []
+        for run in ("cut", "whole"):
+            model = compiled()
+            model.load_weights(tmp_path / run / name)
+            weights.append(model.get_weights())
+        for a, b in zip(*weights, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_schedule_by_epochs_is_not_applied_twice(tmp_path):
+    def fit(name, **arguments):
+        halve = keras.callbacks.LearningRateScheduler(lambda _, rate: rate * 0.5)
+        return train(tmp_path / name, callbacks=[halve], **arguments)
+
+    expected = fit("whole")
+    for crash in (5, 5, 5):
+        assert fit("cut", crash=crash) is None
+    model = fit("cut")
+    assert_same(model, expected)
+    assert model.history.history["learning_rate"] == expected.history.history["learning_rate"]
+
+
+@pytest.mark.only_on("tensorflow", because="TensorBoard's summaries of batches are TensorFlow's")
+def test_the_steps_of_tensorboard_go_on(tmp_path):
+    def fit(**arguments):
+        board = keras.callbacks.TensorBoard(tmp_path / "board", update_freq=1, write_graph=False)
+        return train(tmp_path / "resume", callbacks=[board], **arguments), board
+
+    assert fit(crash=14)[0] is None
+    _, board = fit()
+    assert board._global_train_batch == 30
+
+
+class Counting(keras.callbacks.Callback):
+    """One's own, with the two methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.losses.append(logs["loss"])
+
+    def state_dict(self):
+        return {"losses": self.losses, "nothing": None, "array": np.array([1, 2], "int8"), "nan": float("nan")}
+
+    def load_state_dict(self, state):
+        assert state["nothing"] is None
+        assert state["array"].dtype == np.int8
+        assert np.isnan(state["nan"])
+        self.losses = list(state["losses"])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_s_own_callback_goes_on_from_its_state_wherever_it_stands(tmp_path, place):
+    def fit(name, **arguments):
+        counting, resume = Counting(), Resume(tmp_path / name, every=3, strict=True)
+        callbacks = [counting, resume] if place else [resume, counting]
+        crash = [CrashAt(arguments.pop("crash"))] if "crash" in arguments else []
+        model = compiled()
+        try:
+            model.fit(shuffled(), epochs=2, callbacks=[*crash, *callbacks], verbose=0)
+        except Crash:
+            return None
+        return counting.losses
+
+    expected = fit("whole")
+    assert len(expected) == 20
+    for crash in (5, 8):
+        assert fit("cut", crash=crash) is None
+    assert fit("cut") == expected
+
+
+def test_with_several_batches_in_one_call(tmp_path):
+    expected = train(tmp_path / "whole", model=compiled(steps_per_execution=3))
+    assert train(tmp_path / "cut", model=compiled(steps_per_execution=3), crash=6, every=2) is None
+    model = train(tmp_path / "cut", model=compiled(steps_per_execution=3), every=2)
+    assert model.resume.resumed_from == (1, 3)
+    assert_same(model, expected)
+
+
+@pytest.mark.only_on("tensorflow", because="tf.data")
+def test_with_a_tf_dataset_per_epoch(tmp_path):
+    import tensorflow as tf
+
+    def data():
+        def made(epoch):
+            return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(ROWS, seed=epoch).batch(BATCH).prefetch(2)
+
+        return ok.data.PerEpoch(made)
+
+    expected = train(tmp_path / "whole", data=data())
+    for crash in (5, 11):
+        assert train(tmp_path / "cut", data=data(), crash=crash) is None
+    assert_same(train(tmp_path / "cut", data=data()), expected)
+
+
+def test_with_arrays_in_order_at_the_end_of_epochs(tmp_path):
+    def fit(name, crash=None):
+        model, seen = compiled(), Batches()
+        callbacks = [Resume(tmp_path / name, strict=True), seen, *([CrashAt(crash)] if crash else [])]
+        try:
+            model.fit(X, Y, batch_size=BATCH, epochs=3, shuffle=False, callbacks=callbacks, verbose=0)
+        except Crash:
+            return None
+        model.seen = seen.seen
+        return model
+
+    expected = fit("whole")
+    assert fit("cut", crash=14) is None
+    model = fit("cut")
+    assert model.seen[0] == (1, 0)
+    assert_same(model, expected)
+
+
+def test_a_model_that_is_not_built_goes_on(tmp_path):
+    def model():
+        keras.utils.set_random_seed(1)
+        made = keras.Sequential([keras.layers.Dense(4), keras.layers.Dropout(0.2), keras.layers.Dense(1)])
+        made.compile(optimizer="adam", loss="mse", metrics=["mae"])
+        return made
+
+    expected = train(tmp_path / "whole", model=model())
+    for crash in (5, 9):
+        assert train(tmp_path / "cut", model=model(), crash=crash) is None
+    assert_same(train(tmp_path / "cut", model=model()), expected)
+    assert_same(train(tmp_path / "cut", model=model()), expected)  # a finished one
+
+
+def test_random_numbers_of_python_numpy_and_keras_go_on(tmp_path):
+    import random
+
+    class Draw(keras.callbacks.Callback):
+        stateless = True
+
+        def __init__(self):
+            super().__init__()
+            self.drawn = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.drawn.append((random.random(), np.random.normal(), float(keras.random.uniform(()))))
+
+    whole, cut = Draw(), Draw()
+    train(tmp_path / "whole", callbacks=[whole])
+    assert train(tmp_path / "cut", callbacks=[Draw()], crash=14) is None
+    train(tmp_path / "cut", callbacks=[cut])
+    assert cut.drawn == whole.drawn[12:]
+
+
+def test_the_progress_bar_begins_at_the_batch(tmp_path, capsys):
+    assert train(tmp_path, crash=17) is None
+    train(tmp_path, verbose=2)
+    output = capsys.readouterr().out
+    assert "Epoch 1/3" not in output
+    assert "Epoch 2/3" in output
+    assert "10/10" in output
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_training_is_not_done_again(tmp_path, uninterrupted):
+    train(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
+    model = train(tmp_path)
+    assert model.seen == []
+    assert_same(model, uninterrupted)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_more_epochs_go_on_from_the_end(tmp_path, average):
+    def model():
+        return compiled(ok.optimizers.AdamW(1e-2, use_ema=average, ema_momentum=0.9))
+
+    expected = train(tmp_path / "whole", model=model(), epochs=5)
+    train(tmp_path / "cut", model=model(), epochs=3)
+    longer = train(tmp_path / "cut", model=model(), epochs=5)
+    assert longer.seen[0] == (3, 0)
+    assert_same(longer, expected)
+
+
+def test_one_that_was_stopped_is_finished_whatever_the_epochs(tmp_path):
+    def fit(epochs):
+        stopping = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=10.0)
+        return train(tmp_path, callbacks=[stopping], epochs=epochs)
+
+    assert len(fit(5).history.epoch) == 2
+    again = fit(9)
+    assert again.seen == []
+    assert again.history.epoch == [0, 1]
+
+
+def test_fewer_epochs_than_it_has_are_refused(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match=r"epochs=2, but .*finished.npz comes from epoch 3 of a training"):
+        train(tmp_path, epochs=2)
+
+
+def test_the_same_callback_cannot_begin_another_training(tmp_path):
+    resume = Resume(tmp_path, strict=True)
+    train(resume)
+    with pytest.raises(ValueError, match="holds the training that this Resume has finished"):
+        train(resume)
+
+
+def test_the_same_callback_can_go_on_after_a_failure(tmp_path, uninterrupted):
+    resume = Resume(tmp_path, every=3, strict=True)
+    assert train(resume, crash=11) is None
+    assert_same(train(resume), uninterrupted)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+class Subclassed(keras.Model):
+    """Without a config, as most models of one's own."""
+
+    def __init__(self, units, activation):
+        super().__init__()
+        self.dense, self.activation = keras.layers.Dense(units), activation
+
+    def call(self, x):
+        return keras.ops.sum(self.activation(self.dense(x)), -1, keepdims=True)
+
+
+def test_a_model_without_a_config_is_told_by_its_weights_and_its_source(tmp_path):
+    def model(units):
+        keras.utils.set_random_seed(1)
+        made = Subclassed(units, keras.ops.tanh)
+        made.compile(optimizer="adam", loss="mse")
+        return made
+
+    expected = train(tmp_path / "whole", model=model(4))
+    assert train(tmp_path / "cut", model=model(4), crash=8) is None
+    with pytest.raises(ValueError, match=r"variables\[0\]\[2\]\[1\]: 4 in the bundle, 5 here"):
+        train(tmp_path / "cut", model=model(5))
+    assert_same(train(tmp_path / "cut", model=model(4)), expected)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+@pytest.mark.only_on("tensorflow", because="elsewhere Keras builds models before `fit` begins")
+def test_a_model_that_only_a_batch_can_build_is_shown_one(tmp_path, kind):
+    import tensorflow as tf
+
+    def fit(name, crash=None):
+        keras.utils.set_random_seed(1)
+        model = Subclassed(4, keras.ops.tanh)
+        model.compile(optimizer="adam", loss="mse")
+        x = (X, Y) if kind == "arrays" else (tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH),)
+        callbacks = [Resume(tmp_path / name), *([CrashAt(crash)] if crash else [])]
+        with pytest.warns(UserWarning, match="x must be") if kind == "dataset" else contextlib.nullcontext():
+            try:
+                model.fit(*x, batch_size=BATCH if len(x) > 1 else None, epochs=3, shuffle=False, callbacks=callbacks)
+            except Crash:
+                return None
+        return model
+
+    expected = fit("whole")
+    assert fit("cut", crash=14) is None
+    assert_same(fit("cut"), expected)
+
+
+@pytest.mark.only_on("tensorflow", because="elsewhere Keras builds models before `fit` begins")
+def test_a_model_that_cannot_be_built_is_refused(tmp_path):
+    def batches():
+        yield X, Y
+
+    model = Subclassed(4, keras.ops.tanh)
+    model.compile(optimizer="adam", loss="mse")
+    with (
+        pytest.warns(UserWarning, match="x must be"),
+        pytest.raises(ValueError, match="must be built for Resume if its data cannot be looked at ahead"),
+    ):
+        model.fit(batches(), callbacks=[Resume(tmp_path)], verbose=0, shuffle=False)
+
+
+def test_a_list_of_callbacks_made_by_the_user_is_gone_on_with(tmp_path, uninterrupted):
+    def fit(crash=None):
+        model, seen = compiled(), Batches()
+        callbacks = [Resume(tmp_path, every=3, strict=True), seen, *([CrashAt(crash)] if crash else [])]
+        made = keras.callbacks.CallbackList(callbacks, add_history=True, model=model, epochs=3, steps=10, verbose=0)
+        try:
+            model.fit(shuffled(), epochs=3, validation_data=(X, Y), callbacks=made)
+        except Crash:
+            return None
+        model.seen = seen.seen
+        return model
+
+    assert fit(crash=17) is None
+    model = fit()
+    assert model.seen[0] == (1, 5)
+    assert_same(model, uninterrupted)
+
+
+class Doubled(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": lambda: compiled(units=6)}, r"model\.config\.layers\[1\]\.config\.units: 5 in the bundle, 6 here"),
+        (
+            {"model": lambda: compiled(ok.optimizers.AdamW(0.02))},
+            r"optimizer\.config\.learning_rate: 0\.01 .* 0\.02 here",
+        ),
+        ({"model": lambda: compiled(ok.optimizers.SGD(0.01))}, r"optimizer\.class_name: \"AdamW\" .* \"SGD\" here"),
+        ({"model": lambda: compiled(weighted_metrics=["mse"])}, r"compile\.weighted_metrics"),
+        ({"data": lambda: shuffled(seed=4)}, r"data\.seed: 3 in the bundle, 4 here"),
+        ({"data": lambda: ok.data.Shuffled(X + 1, Y, batch_size=BATCH, seed=3)}, r"data\.arrays\[0\]"),
+        ({"callbacks": lambda: [keras.callbacks.EarlyStopping("loss", patience=9)]}, r"callbacks\.EarlyStopping: null"),
+    ],
+)
+def test_another_training_is_refused_with_the_differences(tmp_path, change, message):
+    assert train(tmp_path, crash=5) is None
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
+    with pytest.raises(ValueError, match=f"The bundle comes from another training:(.|\n)*{message}"):
+        train(tmp_path, **{name: make() for name, make in change.items()})
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
+
+
+def test_other_code_of_a_layer_is_refused(tmp_path, monkeypatch):
+    def model(layer):
+        keras.utils.set_random_seed(1)
+        made = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
+        made.compile(optimizer="adam", loss="mse")
+        return made
+
+    assert train(tmp_path, model=model(Doubled()), crash=5) is None
+    monkeypatch.setattr("inspect.getsource", lambda cls: f"class {cls.__name__}: changed")
+    with pytest.raises(ValueError, match=r"code\.Doubled"):
+        train(tmp_path, model=model(Doubled()))
+
+
+def test_other_releases_are_told(tmp_path, monkeypatch):
+    assert train(tmp_path, crash=5) is None
+    monkeypatch.setattr("keras_optkit.callbacks.resume.versions", lambda: {"keras": "99"})
+    with pytest.warns(UserWarning, match='Other releases may compute other bits: keras: .* in the bundle, "99" here'):
+        train(tmp_path)
+
+
+class Own(keras.callbacks.Callback):
+    pass
+
+
+class Special(keras.callbacks.EarlyStopping):
+    pass
+
+
+@pytest.mark.parametrize("callback", [Own(), Special("loss", patience=9)])
+def test_callbacks_whose_state_is_not_known_are_named(tmp_path, callback):
+    name = type(callback).__name__
+    with pytest.warns(UserWarning, match=f"callbacks must have state_dict and load_state_dict .* {name} has not"):
+        train(tmp_path / "a", callbacks=[callback], strict=False, epochs=1)
+    with pytest.raises(ValueError, match=f"{name} has not"):
+        train(tmp_path / "b", callbacks=[callback])
+
+
+@pytest.mark.parametrize(("x", "every"), [(X, 3), (X, "epoch")])
+def test_data_that_cannot_be_continued_are_told(tmp_path, x, every):
+    def fit(strict):
+        resume = Resume(tmp_path, every=every, strict=strict)
+        compiled().fit(x, Y, batch_size=BATCH, epochs=1, callbacks=[resume], verbose=0)
+
+    with pytest.warns(
+        UserWarning, match="x must be a keras_optkit.data.Shuffled, .* got ndarray.* where an epoch ends"
+    ):
+        fit(strict=False)
+    with pytest.raises(ValueError, match=r"x must be a keras_optkit\.data\.Shuffled"):
+        fit(strict=True)
+
+
+@pytest.mark.parametrize("other", ["backup", "resume"])
+def test_another_one_that_restores_is_refused(tmp_path, other):
+    callback = keras.callbacks.BackupAndRestore(tmp_path / "b") if other == "backup" else Resume(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"callbacks must not have a (BackupAndRestore|Resume) beside Resume"):
+        train(tmp_path / "a", callbacks=[callback])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every": "batch"}, ValueError, "every must be one of 'epoch', got 'batch'"),
+        ({"every": 0}, ValueError, "every must be an integer at least 1, got 0"),
+        ({"every": 1.5}, TypeError, "every must be an integer"),
+        ({"every": datetime.timedelta(0)}, ValueError, "every must be a positive timedelta"),
+        ({"keep": 0}, ValueError, "keep must be an integer at least 1, got 0"),
+        ({"strict": 1}, TypeError, "strict must be True or False"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Resume("directory", **arguments)
+
+
+def test_a_state_that_cannot_be_written_is_an_error_with_its_place(tmp_path):
+    class Bad(Counting):
+        def state_dict(self):
+            return {"things": [1, object()]}
+
+    with pytest.raises(TypeError, match=r"\['callbacks'\]\['Bad\.0'\]\['things'\]\[1\] must be None, a number"):
+        train(tmp_path, callbacks=[Bad()])
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def bundles(directory):
+    return sorted(directory.glob("bundle-*.npz"))
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_so_many_bundles_are_kept(tmp_path, keep):
+    assert train(tmp_path, crash=20, every=2, keep=keep) is None
+    assert [path.name for path in bundles(tmp_path)] == [f"bundle-{n:08d}.npz" for n in range(10 - keep, 10)]
+
+
+def test_numpy_can_read_a_bundle(tmp_path):
+    assert train(tmp_path, crash=5) is None
+    with np.load(bundles(tmp_path)[-1]) as archive:
+        tree = json.loads(archive["state.json"])["tree"]
+        assert tree["position"] == {"epoch": 0, "batch": 3}
+        kernel = archive[tree["state"]["variables"][0][0]["__array__"]]
+    assert kernel.shape == (3, 5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int8", "bool", "uint32", "float8_e4m3fn"])
+def test_arrays_of_every_type_are_read_as_they_were_written(tmp_path, dtype):
+    array = np.asarray(keras.ops.convert_to_numpy(keras.ops.ones((2, 3), "float32"))).astype(_numpy_type(dtype))
+    tree = {"a": [array, array[:0], array[0, 0], {"b": array.T}], "n": [None, True, 3, 0.1, float("inf"), "text"]}
+    bundle.write(tmp_path / "x", bundle.pack(tree))
+    found = bundle.read(tmp_path / "x")
+    for mine, expected in zip([*found["a"][:2], found["a"][3]["b"]], [array, array[:0], array.T], strict=True):
+        assert mine.dtype == array.dtype
+        assert mine.shape == expected.shape
+        assert mine.tobytes() == np.ascontiguousarray(expected).tobytes()
+    assert found["a"][2] == array[0, 0]
+    assert found["n"] == tree["n"]
+
+
+def _numpy_type(name):
+    import ml_dtypes
+
+    return getattr(ml_dtypes, name, name)
+
+
+def test_a_bundle_that_was_changed_anywhere_is_refused(tmp_path):
+    assert train(tmp_path, crash=5) is None
+    path = bundles(tmp_path)[-1]
+    content = path.read_bytes()
+    places = sorted(
+        {*range(0, len(content), max(1, len(content) // 300)), *range(64), *range(len(content) - 64, len(content))}
+    )
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(bundle.DamagedError, match="is torn or was changed"):
+            bundle.read(path)
+        path.write_bytes(content[:place])
+        with pytest.raises(bundle.DamagedError, match="is torn or was changed"):
+            bundle.read(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(bundle.DamagedError):
+        bundle.read(path)
+    path.write_bytes(content)
+    assert bundle.read(path)["position"] == {"epoch": 0, "batch": 3}
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] if how == "torn" else content[:middle] + b"\xff\x00" + content[middle + 2 :])
+
+
+@pytest.mark.parametrize("how", ["torn", "changed"])
+def test_a_damaged_bundle_has_the_one_before_used(tmp_path, uninterrupted, how):
+    assert train(tmp_path, crash=17) is None
+    damage(bundles(tmp_path)[-1], how)
+    with pytest.warns(
+        UserWarning, match=r"bundle-00000005.npz.* is torn or was changed.* goes on from bundle-00000004.npz"
+    ):
+        model = train(tmp_path)
+    assert model.resume.resumed_from == (1, 2)
+    assert_same(model, uninterrupted)
+
+
+def test_with_damaged_bundles_only_nothing_begins(tmp_path):
+    assert train(tmp_path, crash=17) is None
+    for path in bundles(tmp_path):
+        damage(path, "torn")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
+    with pytest.raises(RuntimeError, match="No bundle is left to go on from"):
+        train(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
+
+
+def test_a_damaged_end_is_reached_again(tmp_path, uninterrupted):
+    train(tmp_path)
+    damage(tmp_path / "finished.npz", "torn")
+    with pytest.warns(UserWarning, match=r"finished.npz.* goes on from bundle-00000010.npz"):
+        assert_same(train(tmp_path), uninterrupted)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    assert train(tmp_path, crash=5) is None
+    torn = tmp_path / ".bundle-00000002.npz.1234abcd.tmp"
+    torn.write_bytes(b"torn")
+    train(tmp_path)
+    assert not torn.exists()
+
+
+@pytest.fixture
+def small_files():
+    """Lets this process write files of so many bytes at most, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_last_bundle(tmp_path, uninterrupted, small_files):
+    class Fill(keras.callbacks.Callback):
+        stateless = True
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 7:
+                small_files(3000)
+
+    with pytest.raises(OSError, match="File too large"):
+        train(tmp_path, callbacks=[Fill()])
+    small_files(resource.RLIM_INFINITY)
+    assert [path.name for path in bundles(tmp_path)] == ["bundle-00000001.npz", "bundle-00000002.npz"]
+    assert not list(tmp_path.glob(".*"))
+    model = train(tmp_path)
+    assert model.resume.resumed_from == (0, 6)
+    assert_same(model, uninterrupted)
+
+
+@pytest.mark.parametrize("directory", ["/proc/resume", "/sys/resume"])
+def test_a_directory_that_cannot_be_written_to_is_an_error_at_once(directory):
+    model = compiled()
+    before = model.get_weights()
+    with pytest.raises(OSError, match=directory):
+        train(Path(directory), model=model)
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_second_process_in_the_directory_is_refused(tmp_path):
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match="is in use by another process"):
+            train(tmp_path)
+        other.stdin.close()
+        other.wait()
+    assert train(tmp_path) is not None
+    filelock.FileLock(tmp_path / "lock").acquire(timeout=0)  # and it is free afterwards
+
+
+def test_the_lock_is_free_after_a_failure(tmp_path):
+    assert train(tmp_path, crash=5) is None
+    with filelock.FileLock(tmp_path / "lock").acquire(timeout=0):
+        pass
+    with pytest.raises(ValueError, match="steps_per_epoch"):  # by the data, before there are callbacks
+        train(tmp_path, steps_per_epoch=2)
+    with pytest.raises(ValueError, match="another training"):
+        train(tmp_path, data=shuffled(seed=9))
+    with filelock.FileLock(tmp_path / "lock").acquire(timeout=0):
+        pass
+
+
+def test_it_can_train_in_another_thread(tmp_path, uninterrupted):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(tmp_path)))
+    thread.start()
+    thread.join()
+    assert_same(found[0], uninterrupted)
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.only_on("tensorflow", because="a command about TensorFlow, which runs once")
+@pytest.mark.parametrize("scenario", ["cnn", "transformer", "replicas"])
+def test_killed_trainings_end_as_if_left_alone(scenario):
+    """A share of what `python tests/kill.py` does, in processes of its own."""
+    command = [sys.executable, Path(__file__).with_name("kill.py"), "--runs", "1", "--kills", "3"]
+    done = subprocess.run(
+        [*command, "--scenarios", scenario], capture_output=True, text=True, env=os.environ, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all equal") == 1
+    assert done.stdout.count("SIG") == 3
