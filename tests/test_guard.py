@@ -502,6 +502,27 @@ def test_float16_overflow_is_left_to_loss_scaling():
     assert float(ops.convert_to_numpy(model.optimizer.dynamic_scale)) < 2**15
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_it_works_beside_the_others_wherever_it_stands(last, tmp_path):
+    """All that reach into the step, and all that look at an epoch's end."""
+    x, y = data()
+    guard = quiet(every=4)
+    others = [
+        ok.callbacks.TrainingMonitor(tmp_path),
+        ok.callbacks.AveragedWeights(start=1),
+        ok.callbacks.EarlyStopping("val_loss", patience=9, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=9.0),
+    ]
+    model = network("adam")
+    callbacks = [*others, guard] if last else [guard, *others]
+    history = fit(model, x, bad_targets(y, 6, 15), *callbacks, epochs=3, validation_data=(x, y))
+    assert [(f.epoch, f.batch) for f in guard.failures] == [(e, b) for e in range(3) for b in (6, 15)]
+    assert all(np.all(np.isfinite(values)) for values in history.values())
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+    assert rate_of(model) == pytest.approx(1e-5)  # the plateau's alone, twice
+    assert not {"train_step", "make_train_function"} & set(vars(model))
+
+
 # -- going on in another process --------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import math
@@ -119,7 +120,7 @@ class _Copy:
         return cls(epoch, dataclasses.replace(TrainingState.of(model, memory), generators={}), memory)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "state": dict(vars(self.state))}
+        return {"epoch": self.epoch, "state": copy.deepcopy(vars(self.state))}  # the memory is used again
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> _Copy:
