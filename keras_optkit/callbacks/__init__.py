@@ -1,8 +1,9 @@
-"""Callbacks for `model.fit`: stopping, checkpoints, driving hyperparameters, monitoring, averaged weights, resuming."""
+"""Callbacks for `model.fit`: stopping, checkpoints, hyperparameters, monitoring, averages, going back, going on."""
 
 from keras_optkit.callbacks.averaging import AveragedWeights
 from keras_optkit.callbacks.budget import TimeBudget
 from keras_optkit.callbacks.checkpoint import Checkpoint
+from keras_optkit.callbacks.guard import Failure, NonFiniteGuard, TrainingDivergedError
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.monitor import Curve, TrainingMonitor, plot_monitor, read_monitor
 from keras_optkit.callbacks.plateau import ReduceLROnPlateau
@@ -15,10 +16,13 @@ __all__ = [
     "Checkpoint",
     "Curve",
     "EarlyStopping",
+    "Failure",
+    "NonFiniteGuard",
     "ReduceLROnPlateau",
     "Resume",
     "ScheduleHyperparameters",
     "TimeBudget",
+    "TrainingDivergedError",
     "TrainingMonitor",
     "Unfreeze",
     "plot_monitor",

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
+from keras_optkit import arguments
 from keras_optkit.averaging import batch_norms, recalibrate_batch_norm
 from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.instrument import around
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import is_lost
 from keras_optkit.optimizers.fitting import build_optimizer
+from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 
 #: The methods of a model that show its weights, or write them down.
@@ -33,10 +37,23 @@ class _Exchange:
     plan: list[tuple[Any, Any]] | None = None
 
 
+@dataclass
+class _Mean:
+    """The mean of what a variable was at some moments, in at least float32."""
+
+    count: int
+    value: np.ndarray
+
+    def take(self, value: np.ndarray) -> None:
+        self.count += 1
+        # a new array, since what is handed to a backend may be its memory from then on
+        self.value = self.value + (value.astype(self.value.dtype) - self.value) / self.count
+
+
 @register(
     "callback",
-    paper="Polyak and Juditsky 1992 (averaging); Izmailov et al., arXiv 1803.05407 (batch normalisation)",
-    parity="the weights that fit ends with",
+    paper="Polyak and Juditsky 1992 (averaging); Izmailov et al., arXiv 1803.05407 (SWA windows, batch normalisation)",
+    parity="the weights that fit ends with; torch.optim.swa_utils.AveragedModel",
     tags=("passive", "averages"),
     cases=({},),
 )
@@ -64,19 +81,46 @@ class AveragedWeights(Callback):
     A file that is saved while the averaged weights are in place can be trained further with our optimizers, since it
     holds the other weights as well; with Keras's training then goes on from the average.
 
+    With `start`, it averages by itself, and the optimizer must not (stochastic weight averaging):
+
+    ```text
+    a ← (n a + θ) / (n + 1),   n ← n + 1      after the epochs (or updates) start, start + every, start + 2 every, ...
+    ```
+
+    with n = 0 at the start and θ the weights that are trained. Everything above holds for this equal average a as well,
+    once it has begun, with any optimizer; before, the model shows the weights of training. `fit` ends with a. The next
+    `fit` trains on from there and averages anew; the weights that training had got to are gone. The average takes the
+    memory of the weights on the host, in at least float32. Weights that are thawed within the window are averaged from
+    then on. Weights that a callback assigns during `on_epoch_end` are weights of training, too.
+
     With `batch_norm_data` the moving statistics of batch normalisation are those of a pass over these data with the
     averaged weights; see `keras_optkit.recalibrate_batch_norm`. The pass takes place once for each state of training
     that is evaluated, usually once an epoch, and once more at the end of `fit`, after which the statistics stay.
 
-    When not to use it: with an optimizer that does not average, which raises; or if only the final weights matter.
+    When not to use it: without `start` with an optimizer that does not average, which raises, or if only the final
+    weights matter. With `start` and a small `every` in updates, where each step would wait for a copy of the weights;
+    `use_ema=True` averages inside of the step.
 
     Args:
         batch_norm_data: Inputs, as for `model.predict`, to recalibrate batch normalisation with; None: the statistics
             of training are used. Arrays are taken in batches of the size that `fit` was given.
+        start: The first epoch, counted from 0, after which the weights are averaged, or the update count, as in
+            `optimizer.iterations`; >= 0. None: the optimizer averages.
+        every: Epochs or updates from one to the next, >= 1. With `steps_per_execution` the weights are seen between
+            executions only, and of several updates that are due then the last counts.
+        by: Whether `start` and `every` count `"epoch"`s or `"update"`s.
 
     Raises:
-        ValueError: When training (or the evaluation) begins, if the optimizer does not average, or if
-            `batch_norm_data` was given and the model has no batch normalisation.
+        TypeError: For a value of a wrong type.
+        ValueError: For a value out of range, or `every` or `by` without `start`. When training (or the evaluation)
+            begins: without `start` if the optimizer does not average, with it if it does, if `fit` has too few epochs
+            or, evaluating alone, if there is no average yet; and if `batch_norm_data` was given and the model has no
+            batch normalisation.
+
+    Warns:
+        UserWarning: When training ends before the window has begun.
+
+    Source: Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407, algorithm 1.
 
     Example:
     ```python
@@ -89,25 +133,38 @@ class AveragedWeights(Callback):
     best = keras.callbacks.ModelCheckpoint("best.weights.h5", save_best_only=True, save_weights_only=True)
     averaged = ok.callbacks.AveragedWeights()
     model.fit(x, x[:, :1], validation_split=0.25, epochs=2, callbacks=[best, averaged], verbose=0)
+
+    model.compile(optimizer="sgd", loss="mse")
+    swa = ok.callbacks.AveragedWeights(start=2)  # the mean of the weights after the last two of four epochs
+    model.fit(x, x[:, :1], epochs=4, callbacks=[swa], verbose=0)
     ```
     """
 
     guards = ("fit", "evaluate", "predict")
 
-    def __init__(self, batch_norm_data: Any = None):
+    def __init__(self, batch_norm_data: Any = None, start: int | None = None, every: int = 1, by: str = "epoch"):
         super().__init__()
         self.batch_norm_data = batch_norm_data
+        self.start = arguments.integer("start", start, 0, optional=True)
+        self.every = arguments.integer("every", every, 1)
+        self.by = arguments.choice("by", by, ("epoch", "update"))
+        if start is None and (every, by) != (1, "epoch"):
+            raise ValueError(f"start must be given with every and by, got start=None, every={every!r}, by={by!r}.")
         self._exchange: _Exchange | None = None
         self._training_only = 0
         self._detach: list[Callable[[], None]] = []
-        self._statistics: tuple[int, list[Any]] | None = None
+        self._statistics: tuple[tuple[int, int], list[Any]] | None = None
+        self._empty_window()
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end()
-        self._refuse_what_does_not_average()
+        self._empty_window()
+        self._refuse_what_cannot_be_averaged()
         model = self.model
+        if self.by == "update":
+            self._passed = self._points(self._updates())
         self._detach = [around(model, name, self._shown) for name in _SHOWING if hasattr(model, name)]
         run = running_fit(model)
         listed = (run.arguments.get("callbacks") if run else None) or [self]
@@ -121,9 +178,31 @@ class AveragedWeights(Callback):
         self._detach.append(around(callbacks[0], "on_epoch_end", self._shown_from_here, first=True))
         self._detach.append(around(callbacks[-1], "on_epoch_end", self._shown_up_to_here, first=True))
 
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._epoch = epoch
+        self._batch = 0
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Takes the weights that the previous batch has left, if its update was one to average after.
+
+        `on_train_batch_end` would do the same, but a callback that has it makes Keras wait for every step.
+        """
+        if self.start is not None and self.by == "update":
+            self._wait -= batch - self._batch
+            self._batch = batch
+            if self._wait <= 0:
+                self._average_if_due()
+
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._exchange = None  # fit has left the model with the weights to evaluate at
         self._end()
+        if self._means:
+            self._put_means_in()
+        elif self.start is not None:
+            warnings.warn(
+                f"AveragedWeights has averaged nothing: training ended before {self.by} start={self.start}.",
+                stacklevel=2,
+            )
         _separate(self.model)
         if self.batch_norm_data is not None:
             self._recalibrate()
@@ -156,7 +235,7 @@ class AveragedWeights(Callback):
     def _begin_alone(self) -> None:
         """For an `evaluate` or `predict` that this callback was passed to, and not `fit`, which has it wrapped."""
         if not self._detach:
-            self._refuse_what_does_not_average()
+            self._refuse_what_cannot_be_averaged(alone=True)
             self._enter()
 
     def _end_alone(self) -> None:
@@ -171,22 +250,87 @@ class AveragedWeights(Callback):
         self._leave()
         self._statistics = None
 
-    def _refuse_what_does_not_average(self) -> None:
+    def _refuse_what_cannot_be_averaged(self, alone: bool = False) -> None:
         optimizer = getattr(self.model, "optimizer", None)
-        if not _averages(optimizer):
+        if self.start is not None:
+            self._refuse_window(optimizer, alone)
+        elif not _averages(optimizer):
             raise ValueError(
                 f"AveragedWeights needs an optimizer that averages weights, got {optimizer!r}. Make it with "
-                "use_ema=True, or take Lookahead, ScheduleFree, ScheduleFreeSGD or ScheduleFreeAdamW."
+                "use_ema=True, or take Lookahead, ScheduleFree, ScheduleFreeSGD or ScheduleFreeAdamW; or give start "
+                "to average here."
             )
         if self.batch_norm_data is not None and not batch_norms(self.model):
             raise ValueError(
                 f"batch_norm_data must be None for model {self.model.name!r}, which has no batch normalisation."
             )
 
+    def _refuse_window(self, optimizer: Any, alone: bool) -> None:
+        if _averages(optimizer):
+            raise ValueError(f"start must be None with an optimizer that averages, {optimizer!r}, got {self.start!r}.")
+        epochs = (self.params or {}).get("epochs")
+        if alone and not self._means:
+            raise ValueError(f"AveragedWeights(start={self.start!r}) has averaged nothing yet that could be shown.")
+        if not alone and self.by == "epoch" and epochs is not None and self.start >= epochs:
+            raise ValueError(f"start must be less than the {epochs} epochs of fit, got {self.start!r}.")
+
+    # -- the window ---------------------------------------------------------------------------------------------------
+
+    def _empty_window(self) -> None:
+        self._means: dict[int, _Mean] = {}  # by the variable's place in the model
+        self._passed = 0  # epochs or updates to average after that have been passed
+        self._epoch = self._batch = self._wait = 0
+
+    def _points(self, reached: int) -> int:
+        """How many of start, start + every, ... are not above `reached`."""
+        return max(0, (reached - self.start) // self.every + 1)
+
+    def _average_if_due(self) -> None:
+        """Called where weights are those of training, and with `by="epoch"` at the end of an epoch."""
+        if self.start is None:
+            return
+        reached = self._epoch if self.by == "epoch" else self._updates()
+        if self._points(reached) > self._passed:
+            self._average()
+        self._passed = self._points(reached)
+        self._wait = self.start + self._passed * self.every - reached  # a batch makes at most one update
+
+    def _average(self) -> None:
+        trained = {id(v) for v in self.model.trainable_variables}
+        for place, variable in enumerate(self.model.variables):
+            if id(variable) in trained:
+                value = ops.convert_to_numpy(variable)
+                wide = np.zeros(value.shape, at_least_float32(keras.backend.standardize_dtype(variable.dtype)))
+                self._means.setdefault(place, _Mean(0, wide)).take(value)
+
+    def _put_means_in(self) -> None:
+        variables = self.model.variables
+        for place, mean in self._means.items():
+            variables[place].assign(ops.cast(mean.value, variables[place].dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average so far; empty without `start`, where it is the optimizer's."""
+        if self.start is None:
+            return {}
+        means = [{"place": p, "count": m.count, "value": np.copy(m.value)} for p, m in self._means.items()]
+        return {"means": means, "passed": self._passed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Args:
+            state: What `state_dict` has returned.
+        """
+        if self.start is not None:
+            self._means = {m["place"]: _Mean(m["count"], np.copy(m["value"])) for m in state["means"]}
+            self._passed, self._wait = state["passed"], 0
+
     # -- the exchange -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _shown(self, *_: Any, **__: Any) -> Iterator[None]:
+    def _shown(self, *_: Any, callbacks: Any = None, **__: Any) -> Iterator[None]:
+        if isinstance(callbacks, keras.callbacks.CallbackList) and self in callbacks.callbacks:
+            self._average_if_due()  # this is the validation, and the epoch is over
         entered = self._enter()
         try:
             yield
@@ -196,6 +340,7 @@ class AveragedWeights(Callback):
 
     @contextlib.contextmanager
     def _shown_from_here(self, *_: Any, **__: Any) -> Iterator[None]:
+        self._average_if_due()
         self._enter()
         yield
 
@@ -220,14 +365,17 @@ class AveragedWeights(Callback):
 
     def _enter(self) -> bool:
         """Puts the weights to evaluate at into the model; False if they are there already, or are not wanted."""
-        if self._exchange is not None or self._training_only:
+        if self._exchange is not None or self._training_only or (self.start is not None and not self._means):
             return False
         model, optimizer = self.model, self.model.optimizer  # asked for it, Keras on JAX fills the variables
         build_optimizer(model)  # it may hold state that was loaded
         variables = [*model.variables, *optimizer.variables]
         exchange = _Exchange(variables, _copies(variables))
         try:
-            optimizer.finalize_variable_values(model.trainable_weights)
+            if self.start is None:
+                optimizer.finalize_variable_values(model.trainable_weights)
+            else:
+                self._put_means_in()
             _separate(model)
             if self.batch_norm_data is not None:
                 self._recalibrate_once()
@@ -261,17 +409,19 @@ class AveragedWeights(Callback):
                 continue
             if id(variable) in own and not _same(ops.convert_to_tensor(variable), inside):
                 self._statistics = None
-                return []
+                if self.start is None:
+                    return []
+                continue
             plan.append((variable, before))
         return plan
 
     def _recalibrate_once(self) -> None:
         """The pass over the data, or what it gave before if no update has come between."""
-        layers, updates = batch_norms(self.model), number(self.model.optimizer.iterations)
+        layers, now = batch_norms(self.model), (number(self.model.optimizer.iterations), self._passed)
         held = [v for layer in layers for v in layer.non_trainable_variables]
-        if self._statistics is None or self._statistics[0] != updates:
+        if self._statistics is None or self._statistics[0] != now:
             self._recalibrate()
-            self._statistics = updates, _copies(held)
+            self._statistics = now, _copies(held)
         else:
             for variable, value in zip(held, self._statistics[1], strict=True):
                 variable.assign(ops.copy(value))

@@ -1,0 +1,727 @@
+"""Going back to a good state when the loss becomes NaN, infinite or far too large."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops, tree
+
+from keras_optkit import arguments
+from keras_optkit.callbacks.callback import Callback, number, running_fit
+from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
+from keras_optkit.callbacks.instrument import around, compile_anew, shared
+from keras_optkit.callbacks.state import Copies, TrainingState
+from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.distribute import is_sparse
+from keras_optkit.private import sublayers
+from keras_optkit.registry import register
+
+Tensor = Any
+
+#: Makes the median absolute deviation of normal numbers their standard deviation: 1 / Φ⁻¹(3/4).
+_MAD_TO_SIGMA = 1.4826
+#: The deviation is taken to be at least this share of the losses, now and when training began: where they hardly
+#: differ, or are next to nothing, noise would be a spike.
+_LEAST_SIGMA = 0.01
+
+#: What step and host share, and how replicas make one number of it: each has its part of the global batch's mean loss.
+_SCALARS = {
+    "limit": "only_first_replica",  # set by the host: a larger loss is a spike
+    "loss": "sum",
+    "gradient": "only_first_replica",  # place of the last gradient that is not finite, from 1; 0: there is none
+    "weight": "only_first_replica",  # the same of the weights after the update
+    "bad": "only_first_replica",  # whether there was a bad step since the host looked; the first one is kept:
+    "bad_loss": "only_first_replica",
+    "bad_gradient": "only_first_replica",
+    "bad_weight": "only_first_replica",
+    "behind": "only_first_replica",  # how many steps came after it
+    "seen": "only_first_replica",  # the loss, or NaN if "bad": the one number that the host reads after each batch
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure that `NonFiniteGuard` has met.
+
+    Attributes:
+        epoch: Its epoch, counted from 0.
+        batch: Its batch in this epoch, counted from 0.
+        kind: What was wrong: `"loss"` (not finite), `"spike"`, `"gradient"` or `"weight"` (not finite).
+        loss: The loss of this batch.
+        limit: The loss above which it would have been a spike; infinity if there was no limit yet.
+        layer: Path of the first layer that was bad, or None if none was, or none was found.
+        in_data: Whether the batch itself was found to hold numbers that are not finite.
+        where: What was bad first in words: the data, a layer, the loss function, a gradient or a weight.
+    """
+
+    epoch: int
+    batch: int
+    kind: str
+    loss: float
+    limit: float
+    layer: str | None
+    in_data: bool
+    where: str
+
+    def __str__(self) -> str:
+        what = {
+            "loss": f"the loss is {self.loss:g}",
+            "spike": f"the loss is {self.loss:g}, a spike above {self.limit:g}",
+            "gradient": f"gradients are not finite, at a loss of {self.loss:g}",
+            "weight": f"the update has made weights that are not finite, at a loss of {self.loss:g}",
+        }[self.kind]
+        return f"{what}, in batch {self.batch + 1} of epoch {self.epoch + 1}; {self.where}"
+
+
+class _Found(NamedTuple):
+    """What was bad first, as in `Failure`."""
+
+    where: str
+    layer: str | None = None
+    in_data: bool = False
+
+
+class TrainingDivergedError(FloatingPointError):
+    """Raised by `NonFiniteGuard` when it gives up; the model then has the last good state.
+
+    Attributes:
+        failure: The last failure, a `Failure`.
+        failures: All of this training, in order.
+    """
+
+    def __init__(self, message: str, failures: Sequence[Failure]):
+        super().__init__(message)
+        self.failures = list(failures)
+        self.failure = self.failures[-1]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A state of training, and the epoch whose metrics are in it; -1: none has begun, and they may not be built."""
+
+    epoch: int
+    state: TrainingState
+    memory: Copies = dataclasses.field(default_factory=Copies)
+
+    @classmethod
+    def of(cls, model: Any, epoch: int, memory: Copies) -> _Copy:
+        memory.restart()
+        # random numbers go on when training goes back: data that are drawn with them would be the bad ones again
+        return cls(epoch, dataclasses.replace(TrainingState.of(model, memory), generators={}), memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "state": copy.deepcopy(vars(self.state))}  # the memory is used again
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> _Copy:
+        return cls(saved["epoch"], TrainingState(**saved["state"]))
+
+
+@register(
+    "callback",
+    paper="Chowdhery et al. 2022, arXiv 2204.02311, section 5.1 (going back, passing over data); "
+    "Iglewicz and Hoaglin 1993, How to detect and handle outliers (robust z-score)",
+    tags=("passive",),
+    cases=({}, {"every": 2, "spike": None, "find_layer": False, "verbose": 0}),
+)
+class NonFiniteGuard(Callback):
+    """Goes back to the last good state when a loss, gradient or weight is not finite, or the loss jumps up.
+
+    A batch is bad if its loss, a gradient or, after the update, a weight is NaN or infinite, or if its loss L is a
+    spike among the last `window` good losses l:
+
+    ```text
+    L > median(l) + spike · s,   s = max(1.4826 · median(|l - median(l)|), 0.01 · |median(l)|, 0.01 · |median(l₀)|)
+    ```
+
+    that is, if its robust z-score is above `spike`; l₀ are the first `window` good losses of this `fit`, beside which
+    the noise of small ones is no spike. A low loss never is one. Then
+
+    1. the model, the optimizer with its update count, and the running metrics get the last good state back, bitwise, of
+       which a copy is kept in the host's memory;
+    2. training goes on with the *next* batch of the data: those since the good state are passed over;
+    3. the learning rate is multiplied by `rate_factor`, and gets the factor back after `recover_after` good batches;
+       not so if the batch itself holds NaN or infinity, against which a lower rate does not help;
+    4. the n-th bad batch in a row, or in all, ends the training with `TrainingDivergedError`, which says which layer
+       and batch were bad. "In a row" means without a new good state in between.
+
+    A copy is made every `every` batches, and after the first good batch of each epoch; it counts as good once the next
+    batch is. It takes as much of the host's memory as model and optimizer, for a moment twice that. While all is well
+    nothing else happens: weights and metrics are those of a training without the guard.
+
+    *The first bad layer* is found by running the model on the bad batch once more, eagerly and from the good state; if
+    all layers are finite there, it is the one whose gradient or weight was not finite in the step, and of several
+    gradients the one nearest to the loss. With several replicas or `steps_per_execution > 1` on TensorFlow the batch
+    is not at hand, and there is only the latter.
+
+    *The learning rate* is lowered by the multiplier of our optimizers, also below a schedule. Keras's optimizers must
+    have a number: with a schedule only `rate_factor=1` works. A rate that another callback has set since the copy, such
+    as `ReduceLROnPlateau`, is kept.
+
+    *Together with others*: gradients that are not finite are no failure where somebody else leaves such updates out,
+    that is, with a `LossScaleOptimizer` (so overflows under mixed precision are none) and with our `skip_nonfinite`;
+    the loss and the weights still count. With `gradient_accumulation_steps` micro-batches are batches here, and sums
+    that are not finite are taken back with the rest. `EarlyStopping`, `ReduceLROnPlateau` and `History` see metrics
+    without the bad batches; those with them only if no batch is left in the epoch, before or after.
+
+    When not to use it: with `keras.callbacks.TerminateOnNaN`, which stops at the first NaN; for data that hold NaN
+    everywhere, which belong cleaned; or if a batch may well have a loss far above the others (then `spike=None`).
+    `keras.callbacks.LearningRateScheduler` sets the rate anew and so undoes the lowering; take `rate_factor=1` with it.
+    On JAX with `steps_per_execution > 1` only the last step of each execution is looked at.
+
+    Args:
+        every: Batches between two copies, at least 1.
+        spike: Robust z-score above which a finite loss is a spike, > 0; None: only what is not finite counts.
+        window: Good losses that a spike is measured by, at least 3; before so many there are no spikes. With
+            `steps_per_execution=k` every k-th is among them.
+        rate_factor: What the learning rate is multiplied by after a failure, in (0, 1]; 1 leaves it.
+        recover_after: Good batches after which one such factor is taken back, at least 1; None: never.
+        max_in_a_row: The failure in a row that ends the training, at least 1.
+        max_total: The failure of one `fit` in all that ends it, at least 1; None: no limit.
+        find_layer: Whether each batch is held while it is trained on, for the search of the layer. On TensorFlow, a
+            last batch of another size then makes the step be traced once more.
+        verbose: 1 prints a line for every failure, 0 is silent.
+
+    Attributes:
+        failures: The failures of the present or last `fit`, a list of `Failure`.
+
+    Raises:
+        TypeError: For a value of a wrong type.
+        ValueError: For a value out of range; when training begins, if weights are not finite, or if `rate_factor` is
+            below 1 and the rate cannot be lowered.
+        RuntimeError: While training, on another backend than TensorFlow and JAX, or with a `train_step` that goes
+            through neither `optimizer.scale_loss` (on JAX: the metric "loss") nor `optimizer.apply` (on JAX:
+            `optimizer.stateless_apply`).
+        TrainingDivergedError: While training, when the guard gives up.
+
+    Example:
+    ```python
+    import keras
+    import numpy as np
+    import keras_optkit as ok
+
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    y = x[:, :1].copy()
+    y[40] = np.nan
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse")
+    guard = ok.callbacks.NonFiniteGuard(every=2)
+    history = model.fit(x, y, batch_size=16, shuffle=False, epochs=2, callbacks=[guard], verbose=0)
+    print(guard.failures[0])  # the loss is nan, in batch 3 of epoch 1; the targets of the batch are not finite
+    assert np.all(np.isfinite(history.history["loss"]))
+    ```
+    """
+
+    def __init__(
+        self,
+        every: int = 25,
+        spike: float | None = 20.0,
+        window: int = 50,
+        rate_factor: float = 0.5,
+        recover_after: int | None = 100,
+        max_in_a_row: int = 3,
+        max_total: int | None = None,
+        find_layer: bool = True,
+        verbose: int = 1,
+    ):
+        super().__init__()
+        self.every = arguments.integer("every", every, 1)
+        self.spike = arguments.real("spike", spike, 0, closed="neither", optional=True)
+        self.window = arguments.integer("window", window, 3)
+        self.rate_factor = arguments.real("rate_factor", rate_factor, 0, 1, closed="right")
+        self.recover_after = arguments.integer("recover_after", recover_after, 1, optional=True)
+        self.max_in_a_row = arguments.integer("max_in_a_row", max_in_a_row, 1)
+        self.max_total = arguments.integer("max_total", max_total, 1, optional=True)
+        self.find_layer = arguments.boolean("find_layer", find_layer)
+        self.verbose = arguments.choice("verbose", verbose, (0, 1))
+        self._detach: list[Callable[[], None]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self.failures: list[Failure] = []
+        self._good: _Copy | None = None
+        self._candidate: _Copy | None = None  # good if the next batch is
+        self._spare = Copies()  # memory for the next copy, which is not that of the good one
+        self._losses: deque[float] = deque(maxlen=self.window)
+        self._level = 0.0  # of the first losses
+        self._limit = math.inf
+        self._epoch = 0
+        self._first_of_epoch = False
+        self._reset_metrics = False
+        self._in_a_row = 0
+        self._since_copy = self._since_rate = 0  # good batches
+        self._before_lowering: list[list[float]] = []  # the rates, for each lowering that has not been taken back
+
+    # -- the beginning and the end ------------------------------------------------------------------------------------
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end()
+        self._reset()
+        model = self.model
+        self._watched = model  # on JAX, asking for self.model ends the epoch's quick way from step to step
+        self._optimizer = model.optimizer
+        self._rates = _rates(model.optimizer)
+        self._refuse_what_cannot_be_lowered()
+        self._weights = list(model.trainable_variables)
+        _refuse_what_is_not_finite(self._weights)
+        self._judged = False  # whether the step that was traced does what it should
+        self._batch: Any = None
+        self._train_function: Any = None
+        self._values = shared(model, _SCALARS, "float32")
+        self._detach = [self._values.close, *self._hooks()]
+        self._look_anew()
+        compile_anew(model)
+
+    def _hooks(self) -> list[Callable[[], None]]:
+        """Around the same methods as those of `TrainingMonitor`, for the same reasons."""
+        if keras.config.backend() == "tensorflow":
+            return [
+                around(self._optimizer, "scale_loss", self._see_loss),
+                around(self._optimizer, "apply", self._see_update),
+            ]
+        losses = [m for m in self._watched.metrics if m.name == "loss"]
+        return [
+            *(around(metric, "update_state", self._see_loss_last) for metric in losses),
+            around(self._optimizer, "stateless_apply", self._see_stateless),
+        ]
+
+    def _refuse_what_cannot_be_lowered(self) -> None:
+        if self.rate_factor == 1:
+            return
+        driven = running_fit(self._watched)
+        for callback in driven.callbacks if driven else ():
+            if isinstance(callback, ScheduleHyperparameters) and "learning_rate" in callback.schedules:
+                raise ValueError(
+                    "rate_factor must be 1 if ScheduleHyperparameters drives the learning rate, "
+                    f"got {self.rate_factor!r}."
+                )
+        if any(rate is None for rate in self._rates):
+            raise ValueError(
+                f"rate_factor must be 1 for {self._optimizer!r}, whose learning rate is no number that could be "
+                f"lowered, got {self.rate_factor!r}. Our optimizers can be lowered below a schedule."
+            )
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._end()
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self._end()
+
+    def _end(self) -> None:
+        for detach in self._detach:
+            detach()
+        if self._detach:
+            self._detach = []
+            compile_anew(self.model)
+        self._good = self._candidate = self._batch = None
+        self._spare = Copies()
+
+    # -- inside the training step -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _see_loss(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
+        self._values["loss"] = loss
+        yield
+
+    @contextlib.contextmanager
+    def _see_update(self, grads: Sequence[Tensor | None], *_: Any, **__: Any) -> Iterator[None]:
+        self._hold_gradients(grads)
+        yield
+        self._hold_weights([ops.convert_to_tensor(weight) for weight in self._weights])
+        self._judge()
+
+    @contextlib.contextmanager
+    def _see_stateless(
+        self, _: Sequence[Tensor], grads: Sequence[Tensor], *__: Any, **___: Any
+    ) -> Iterator[Callable[[Any], None]]:
+        self._hold_gradients(grads)
+        yield lambda result: self._hold_weights(result[0])
+
+    @contextlib.contextmanager
+    def _see_loss_last(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
+        if self._values.in_step:  # and not in the validation
+            self._values["loss"] = loss
+            self._judge()
+        yield
+
+    def _hold_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        if not _leaves_bad_updates_out(self._optimizer):
+            values = [g.values if is_sparse(g) else g for g in grads if g is not None]
+            places = [place for place, g in enumerate(grads, 1) if g is not None]
+            self._values["gradient"] = _last_bad(_over_replicas(_bad(values)), places)
+
+    def _hold_weights(self, weights: Sequence[Tensor]) -> None:
+        self._values["weight"] = _last_bad(_bad(weights), range(1, len(weights) + 1))
+
+    def _judge(self) -> None:
+        """Keeps what the first bad step since the host has looked was like."""
+        values = self._values
+        loss, failed = values["loss"], values["bad"] > 0
+        fine = ops.logical_and(ops.isfinite(loss), loss <= values["limit"])
+        fine = ops.logical_and(fine, values["gradient"] + values["weight"] == 0)
+        first = ops.logical_not(ops.logical_or(fine, failed))
+        for name in ("loss", "gradient", "weight"):
+            values[f"bad_{name}"] = ops.where(first, values[name], values[f"bad_{name}"])
+        values["behind"] = ops.where(failed, values["behind"] + 1, 0.0)
+        values["bad"] = ops.where(fine, values["bad"], 1.0)
+        values["seen"] = ops.where(ops.logical_or(first, failed), math.nan, loss)
+        self._judged = True
+
+    # -- batch by batch -----------------------------------------------------------------------------------------------
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._epoch = epoch
+        self._first_of_epoch = True
+        self._reset_metrics = False
+        if self._good is None:
+            self._good = _Copy.of(self.model, -1, Copies())
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._begun_at = batch
+        if self._reset_metrics:
+            self.model.reset_metrics()
+            self._reset_metrics = False
+        if self.find_layer and self._watched.train_function is not self._train_function:  # somebody has made it anew
+            self._train_function = self._holding_the_batch(self._watched.train_function)
+            self._watched.train_function = self._train_function
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if not self._judged:
+            raise RuntimeError(
+                "NonFiniteGuard sees neither loss nor gradients of a train_step that does not go through "
+                "optimizer.scale_loss and optimizer.apply (on JAX: the metric 'loss' and optimizer.stateless_apply)."
+            )
+        seen = number(self._values["seen"])
+        if math.isnan(seen):
+            self._go_on_from_good(batch)
+        else:
+            self._take_as_good(seen, batch + 1 - self._begun_at)
+        self._batch = None
+
+    def _take_as_good(self, loss: float, batches: int) -> None:
+        if self._candidate is not None:
+            if self._good is not None:
+                self._spare = self._good.memory
+            self._good, self._candidate = self._candidate, None
+            self._in_a_row = 0
+        self._losses.append(loss)
+        self._set_limit()
+        self._since_copy += batches
+        self._since_rate += batches
+        if self.recover_after and self._before_lowering and self._since_rate >= self.recover_after:
+            self._raise_rate()
+        if self._first_of_epoch or self._since_copy >= self.every:
+            self._candidate = _Copy.of(self.model, self._epoch, self._spare)
+            self._first_of_epoch, self._since_copy = False, 0
+
+    def _go_on_from_good(self, batch: int) -> None:
+        model, good = self.model, self._good
+        assert good is not None
+        # what goes on: the generators of random numbers, and the rate that somebody may have set meanwhile
+        state = dataclasses.replace(good.state, generators=TrainingState.of(model).generators)
+        rates = [number(rate) for rate in self._rates if rate is not None]
+        same_epoch = good.epoch == self._epoch
+        state.into(model, metrics=same_epoch)
+        failure = self._failure(batch)  # runs the model, and that leaves traces
+        state.into(model, metrics=same_epoch)
+        self._set_rates(rates)
+        self._reset_metrics = not same_epoch  # with the next batch: without one, the epoch has no metrics
+        self._candidate = None
+        self._since_copy = 0
+        self._in_a_row += 1
+        self.failures.append(failure)
+        self._give_up_if_too_many()
+        lowered = self.rate_factor < 1 and not failure.in_data
+        if lowered:
+            self._lower_rate(rates)
+        self._look_anew()
+        if self.verbose:
+            rate = f", with {self.rate_factor:g} of the learning rate" if lowered else ""
+            print(f"\nNonFiniteGuard: {failure}. Training goes on from update {self._updates()}{rate}.")
+
+    def _give_up_if_too_many(self) -> None:
+        total = len(self.failures)
+        if self._in_a_row >= self.max_in_a_row:
+            why = f"{self._in_a_row} failures in a row (max_in_a_row={self.max_in_a_row})"
+        elif self.max_total is not None and total >= self.max_total:
+            why = f"{total} failures (max_total={self.max_total})"
+        else:
+            return
+        raise TrainingDivergedError(
+            f"Training is given up after {why}. The last one: {self.failures[-1]}. The model has the last good state, "
+            f"that of update {self._updates()}.",
+            self.failures,
+        )
+
+    def _set_limit(self) -> None:
+        if self.spike is not None and len(self._losses) == self.window:
+            if not self._level:
+                self._level = abs(statistics.median(self._losses))
+            self._limit = _limit(self._losses, self.spike, self._level)
+            self._values["limit"] = self._limit
+
+    def _look_anew(self) -> None:
+        """Sets what the step keeps to what it is before the first step."""
+        for name in _SCALARS:
+            self._values[name] = 0.0
+        self._values["limit"] = self._limit
+
+    # -- the learning rate --------------------------------------------------------------------------------------------
+
+    def _set_rates(self, values: Sequence[float]) -> None:
+        for rate, value in zip([rate for rate in self._rates if rate is not None], values, strict=True):
+            rate.assign(value)
+
+    def _lower_rate(self, rates: list[float]) -> None:
+        self._since_rate = 0
+        self._before_lowering.append(rates)
+        self._set_rates([rate * self.rate_factor for rate in rates])
+
+    def _raise_rate(self) -> None:
+        """Takes the last lowering back; a rate that somebody has set meanwhile is not raised above the former one."""
+        self._since_rate = 0
+        _ = self.model  # on JAX, has Keras fill the variables
+        former = self._before_lowering.pop()
+        self._set_rates([min(number(r) / self.rate_factor, f) for r, f in zip(self._rates, former, strict=True)])
+
+    # -- where it was -------------------------------------------------------------------------------------------------
+
+    def _holding_the_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Keras's `train_function`, with a reference to the batch that it works on."""
+
+        def on_jax(state: Any, iterator: Iterator[Any]) -> Any:
+            return function(state, _Remembering(iterator, self))
+
+        def on_tensorflow(iterator: Iterator[Any]) -> Any:
+            import tensorflow as tf
+
+            if self._watched.steps_per_execution > 1 or not isinstance(iterator, tf.data.Iterator):
+                return function(iterator)  # it is taken inside of the graph, or is one of several replicas
+            self._batch = next(iterator)
+            return function([self._batch])  # as `train_on_batch` hands it over
+
+        return on_jax if keras.config.backend() == "jax" else on_tensorflow
+
+    def remember(self, batch: Any) -> None:
+        """Holds a batch until its step is judged."""
+        self._batch = batch
+
+    def _failure(self, batch: int) -> Failure:
+        values = {name: number(self._values[name]) for name in ("bad_loss", "bad_gradient", "bad_weight", "behind")}
+        loss, behind = values["bad_loss"], int(values["behind"])
+        gradient, weight = (
+            self._weights[int(place) - 1] if place else None for place in (values["bad_gradient"], values["bad_weight"])
+        )
+        if not math.isfinite(loss):
+            kind = "loss"
+        elif loss > self._limit:
+            kind = "spike"
+        else:
+            kind = "weight" if gradient is None else "gradient"
+        found = None
+        if self._batch is not None and behind == 0 and kind != "spike":
+            found = _look_at(self._watched, self._batch)
+        found = found or self._seen_in_step(gradient, weight)
+        return Failure(self._epoch, batch - behind, kind, loss, self._limit, found.layer, found.in_data, found.where)
+
+    def _seen_in_step(self, gradient: Any, weight: Any) -> _Found:
+        if gradient is None and weight is None:
+            return _Found("no layer is known to be at fault")
+        what, variable = ("value", weight) if gradient is None else ("gradient", gradient)
+        layer = _owner(self._watched, variable)
+        return _Found(f"the {what} of {variable.path!r} in layer {layer!r} is not finite", layer)
+
+    # -- going on in another process ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the guard knows, the copy of the good state included: as large as model and optimizer."""
+        return {
+            "good": None if self._good is None else self._good.to_dict(),
+            "candidate": None if self._candidate is None else self._candidate.to_dict(),
+            "failures": [dataclasses.asdict(failure) for failure in self.failures],
+            "losses": list(self._losses),
+            "level": self._level,
+            "limit": self._limit,
+            "first_of_epoch": self._first_of_epoch,
+            "reset_metrics": self._reset_metrics,
+            "in_a_row": self._in_a_row,
+            "since_copy": self._since_copy,
+            "since_rate": self._since_rate,
+            "before_lowering": [list(rates) for rates in self._before_lowering],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Args:
+            state: What `state_dict` has returned.
+        """
+        self._good, self._candidate = (
+            None if state[name] is None else _Copy.from_dict(state[name]) for name in ("good", "candidate")
+        )
+        self._spare = Copies()
+        self.failures = [Failure(**failure) for failure in state["failures"]]
+        self._losses = deque(state["losses"], maxlen=self.window)
+        self._level, self._limit = state["level"], state["limit"]
+        self._first_of_epoch, self._reset_metrics = state["first_of_epoch"], state["reset_metrics"]
+        self._in_a_row = state["in_a_row"]
+        self._since_copy, self._since_rate = state["since_copy"], state["since_rate"]
+        self._before_lowering = [list(rates) for rates in state["before_lowering"]]
+        self._look_anew()
+
+
+class _Remembering:
+    """An iterator that tells a guard what it has given."""
+
+    def __init__(self, iterator: Iterator[Any], guard: NonFiniteGuard):
+        self._iterator, self._guard = iterator, guard
+
+    def __next__(self) -> Any:
+        batch = next(self._iterator)
+        self._guard.remember(batch)
+        return batch
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def _limit(losses: Sequence[float] | deque[float], z: float, level: float) -> float:
+    """The loss whose robust z-score among `losses` is z; infinity where it has none, because all are 0.
+
+    Args:
+        losses: The last good ones.
+        z: The score.
+        level: What losses were like when training began.
+    """
+    middle = statistics.median(losses)
+    deviation = _MAD_TO_SIGMA * statistics.median(abs(loss - middle) for loss in losses)
+    sigma = max(deviation, _LEAST_SIGMA * abs(middle), _LEAST_SIGMA * level)
+    return middle + z * sigma if sigma > 0 else math.inf
+
+
+# -- inside of the step -----------------------------------------------------------------------------------------------
+
+
+def _bad(tensors: Sequence[Tensor]) -> Tensor:
+    """For each tensor 1 if a number in it is not finite, else 0."""
+    return ops.stack([ops.cast(ops.logical_not(ops.all(ops.isfinite(t))), "float32") for t in tensors])
+
+
+def _last_bad(bad: Tensor, places: Sequence[int]) -> Tensor:
+    """The last of the places whose tensor is bad; 0 if none is."""
+    return ops.max(ops.where(bad > 0, ops.convert_to_tensor(list(places), "float32"), 0.0))
+
+
+def _over_replicas(flags: Tensor) -> Tensor:
+    """The flags of the gradients of all replicas."""
+    if keras.config.backend() != "tensorflow":
+        return flags
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return flags
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, flags)
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """An optimizer, or those inside of loss scaling or of a `keras.optimizers.MultiOptimizer`."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inside = [inner] if inner is not None else getattr(optimizer, "optimizers", None)
+    return [part for each in inside for part in _parts(each)] if inside else [optimizer]
+
+
+def _rates(optimizer: Any) -> list[keras.Variable | None]:
+    """For each part the variable that its rate is proportional to; None for a schedule of Keras's optimizers."""
+    rates = [
+        p._multiplier if isinstance(p, Optimizer) else getattr(p, "learning_rate", None) for p in _parts(optimizer)
+    ]
+    return [rate if isinstance(rate, keras.Variable) else None for rate in rates]
+
+
+def _leaves_bad_updates_out(optimizer: Any) -> bool:
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or bool(
+        getattr(optimizer, "skip_nonfinite", None)
+    )
+
+
+# -- the bad layer ----------------------------------------------------------------------------------------------------
+
+
+def _refuse_what_is_not_finite(weights: Sequence[Any]) -> None:
+    for weight in weights:
+        if not _finite(weight):
+            raise ValueError(
+                f"The model must have finite weights when training begins; {weight.path!r} has others, so that there "
+                "is no good state to go back to."
+            )
+
+
+def _finite(structure: Any) -> bool:
+    """Whether all floating-point numbers in a nest of tensors are finite."""
+    for tensor in tree.flatten(structure):
+        dtype = getattr(tensor, "dtype", None)
+        if dtype is None or "float" not in keras.backend.standardize_dtype(dtype):
+            continue
+        if not bool(ops.convert_to_numpy(ops.all(ops.isfinite(ops.convert_to_tensor(tensor))))):
+            return False
+    return True
+
+
+def _look_at(model: Any, batch: Any) -> _Found | None:
+    """The first part that is not finite when the model runs on this batch; None if all is finite."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    for name, part in (("inputs", x), ("targets", y), ("sample weights", sample_weight)):
+        if not _finite(part):
+            return _Found(f"the {name} of the batch are not finite", in_data=True)
+    layers: list[str] = []
+    try:
+        loss = _watched_loss(model, layers, x, y, sample_weight)
+    except Exception as error:  # this is a second run, of what went through; the failure is what has to be told
+        return _Found(f"the search of the layer failed with {error!r}")
+    if layers:
+        return _Found(f"the output of layer {layers[0]!r} is the first that is not finite", layers[0])
+    return None if _finite(loss) else _Found("all layers are finite, but not the loss function of what they give")
+
+
+def _watched_loss(model: Any, layers: list[str], x: Any, y: Any, sample_weight: Any) -> Tensor:
+    """The loss of a batch; the first layer that gives something that is not finite is added to `layers`."""
+    with contextlib.ExitStack() as stack:
+        for layer in sublayers(model):
+            stack.callback(around(layer, "call", _watch(layer, layers)))
+        takes_training = "training" in inspect.signature(model.call).parameters
+        outputs = model(x, training=True) if takes_training else model(x)
+    return model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
+
+
+def _watch(layer: Any, found: list[str]) -> Callable[..., contextlib.AbstractContextManager[Any]]:
+    """Adds the layer to `found` when it returns something that is not finite; inner layers return first."""
+
+    def see(outputs: Any) -> None:
+        if not found and not _finite(outputs):
+            found.append(layer.path)
+
+    @contextlib.contextmanager
+    def hook(*_: Any, **__: Any) -> Iterator[Callable[[Any], None]]:
+        yield see
+
+    return hook
+
+
+def _owner(model: Any, variable: Any) -> str | None:
+    """Path of the innermost layer that a variable belongs to."""
+    owners = [layer for layer in sublayers(model) if any(v is variable for v in layer.variables)]
+    return min(owners, key=lambda layer: len(layer.variables)).path if owners else None
