@@ -356,7 +356,8 @@ def rich_model(optimizer):
 
 
 OPTIMIZERS = {
-    "stock": lambda: STOCK.Adam(stock_schedule(), use_ema=True),
+    # on JAX, a second `fit` with Keras's average fails whatever there was in between
+    "stock": lambda: STOCK.Adam(stock_schedule(), use_ema=keras.config.backend() != "jax"),
     "ours": lambda: ok.optimizers.AdamW(warm(), gradient_accumulation_steps=3),
     "averaged": lambda: ok.optimizers.ScheduleFreeAdamW(0.01),
     "scaled": lambda: ok.optimizers.LossScale(ok.optimizers.AdamW(0.01)),
