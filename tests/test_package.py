@@ -82,7 +82,7 @@ def test_wheel_carries_licence_and_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     base = {Requirement(line).name for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
-    assert base == {"keras", "keras-tuner", "numpy", "tensorboard", "tensorflow"}
+    assert base == {"filelock", "keras", "keras-tuner", "ml-dtypes", "numpy", "tensorboard", "tensorflow"}
 
 
 def test_constraints_pin_every_direct_dependency():
