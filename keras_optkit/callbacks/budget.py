@@ -123,7 +123,7 @@ class TimeBudget(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The time used so far, and by which epoch."""
         times = {"used": self.used, "epoch_began": self._epoch_began, "longest_epoch": self._longest_epoch}
-        return {"seconds": times, "stop_reason": self.stop_reason}
+        return {"seconds": times | {"stop_reason": self.stop_reason}}  # which names durations
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Counts on from there.
@@ -134,7 +134,7 @@ class TimeBudget(Callback):
         times = state["seconds"]
         self._before, self._running_since = times["used"], time.monotonic()
         self._epoch_began, self._longest_epoch = times["epoch_began"], times["longest_epoch"]
-        self.stop_reason = state["stop_reason"]
+        self.stop_reason = times["stop_reason"]
 
 
 def _words(seconds: float) -> str:
