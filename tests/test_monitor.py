@@ -24,7 +24,6 @@ from test_callbacks import (
     boom,
     counting_model,
     fit,
-    float64,  # noqa: F401 (a fixture)
     gradients,
     linear_model,
     numpy_sgd,

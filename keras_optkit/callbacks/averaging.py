@@ -91,7 +91,8 @@ class AveragedWeights(Callback):
     once it has begun, with any optimizer; before, the model shows the weights of training. `fit` ends with a. The next
     `fit` trains on from there and averages anew; the weights that training had got to are gone. The average takes the
     memory of the weights on the host, in at least float32. Weights that are thawed within the window are averaged from
-    then on. Weights that a callback assigns during `on_epoch_end` are weights of training, too.
+    then on. Weights that a callback assigns during `on_epoch_end` are weights of training, too. After an exception
+    the model has the weights of training, on JAX as well.
 
     With `batch_norm_data` the moving statistics of batch normalisation are those of a pass over these data with the
     averaged weights; see `keras_optkit.recalibrate_batch_norm`. The pass takes place once for each state of training

@@ -155,9 +155,9 @@ class NonFiniteGuard(Callback):
     4. the n-th bad batch in a row, or in all, ends the training with `TrainingDivergedError`, which says which layer
        and batch were bad. "In a row" means without a new good state in between.
 
-    A copy is made every `every` batches, and after the first good batch of each epoch; it counts as good once the next
-    batch is. It takes as much of the host's memory as model and optimizer, for a moment twice that. While all is well
-    nothing else happens: weights and metrics are those of a training without the guard.
+    A copy is made every `every` batches, after the first good batch of each epoch, and where layers are thawed; it
+    counts as good once the next batch is. It takes as much of the host's memory as model and optimizer, for a moment
+    twice that. While all is well nothing else happens: weights and metrics are those of a training without the guard.
 
     *The first bad layer* is found by running the model on the bad batch once more, eagerly and from the good state; if
     all layers are finite there, it is the one whose gradient or weight was not finite in the step, and of several
@@ -391,9 +391,18 @@ class NonFiniteGuard(Callback):
         if self._reset_metrics:
             self.model.reset_metrics()
             self._reset_metrics = False
-        if self.find_layer and self._watched.train_function is not self._train_function:  # somebody has made it anew
-            self._train_function = self._holding_the_batch(self._watched.train_function)
-            self._watched.train_function = self._train_function
+        if self._watched.train_function is not self._train_function:  # somebody has made it anew
+            self._look_at_what_is_trained()
+            if self.find_layer:
+                self._watched.train_function = self._holding_the_batch(self._watched.train_function)
+            self._train_function = self._watched.train_function
+
+    def _look_at_what_is_trained(self) -> None:
+        """The state from before a layer was thawed cannot be set any more; that of now is no worse."""
+        before, self._weights = self._weights, list(self._watched.trainable_variables)
+        if before and [id(weight) for weight in before] != [id(weight) for weight in self._weights]:
+            self._good = _Copy.of(self.model, -1 if self._first_of_epoch else self._epoch, Copies())
+            self._candidate = None
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         if not self._judged:
@@ -577,6 +586,7 @@ class NonFiniteGuard(Callback):
         self._in_a_row = state["in_a_row"]
         self._since_copy, self._since_rate = state["since_copy"], state["since_rate"]
         self._before_lowering = [list(rates) for rates in state["before_lowering"]]
+        self._weights = []  # what is trained may be set after this, and the copies fit it
         self._look_anew()
 
 
