@@ -16,7 +16,7 @@ import numpy as np
 from keras import tree
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import Run, guard
+from keras_optkit.callbacks.callback import Run
 
 __all__ = ["EpochDataset", "PerEpoch", "Shuffled"]
 
@@ -70,7 +70,6 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
 
     def __init__(self, workers: int = 1, use_multiprocessing: bool = False, max_queue_size: int = 10):
         super().__init__(workers, use_multiprocessing, max_queue_size)
-        guard("fit")
         self.epoch = 0
         self._begun_at = 0
 

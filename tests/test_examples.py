@@ -282,3 +282,14 @@ def test_a_killed_training_goes_on_and_ends_the_same(example, capsys):
     assert re.search(r"│ 1 +│ +\d+ +│ SIGKILL", printed)
     assert "Without a kill it is 47 batches." in printed
     assert "bitwise: True; the log of the epochs: True." in printed.replace("\n", " ")
+
+
+def test_a_learning_rate_is_found_drawn_and_tried(example, tmp_path, capsys):
+    example("find_learning_rate").main(["--steps", "60", "--epochs", "1", "--max-size", "16"])
+    printed = capsys.readouterr().out
+    suggested = float(re.search(r"steepest +(\S+) \*", printed)[1])
+    rows = [(float(rate), float(accuracy)) for rate, accuracy in re.findall(r"│ (\S+e-\d+) +│ +(\d+\.\d) │", printed)]
+    assert [rate for rate, _ in rows] == pytest.approx([0.1 * suggested, suggested, 10 * suggested], rel=0.05)
+    assert rows[1][1] > rows[0][1]
+    assert "gradient noise scale" in printed
+    assert (tmp_path / "runs/find_learning_rate.png").stat().st_size > 0

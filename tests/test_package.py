@@ -47,6 +47,21 @@ def test_import_needs_no_optional_package():
     assert {"callbacks", "initializers", "layers", "optimizers", "regularizers", "schedules"} <= set(rooms)
 
 
+def test_a_callback_that_is_made_in_the_call_of_fit_can_change_it(tmp_path):
+    """`fit` is looked up before its arguments are made, so that it must be ours by then."""
+    files = python(
+        "import json, os, keras, numpy as np\n"
+        "import keras_optkit as ok\n"
+        "model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])\n"
+        "model.compile(optimizer='sgd', loss='mse')\n"
+        f"directory = {str(tmp_path)!r}\n"
+        "data = ok.data.Shuffled(np.ones((4, 1)), np.ones((4, 1)), batch_size=2)\n"
+        "model.fit(data, callbacks=[ok.callbacks.Resume(directory)], verbose=0)\n"
+        "print(json.dumps(sorted(os.listdir(directory))))"
+    )
+    assert files == ["bundle-00000001.npz", "finished.npz", "lock"]
+
+
 def test_lazy_rooms_are_found_and_a_misspelt_one_is_not():
     assert set(ok.__all__) <= set(dir(ok))
     assert all(hasattr(ok, name) for name in ok.__all__)

@@ -792,6 +792,12 @@ def test_it_can_train_in_another_thread(tmp_path, uninterrupted):
     assert_same(found[0], uninterrupted)
 
 
+def test_outside_of_fit_it_raises(tmp_path):
+    callbacks = keras.callbacks.CallbackList([Resume(tmp_path)], model=compiled())
+    with pytest.raises(RuntimeError, match=r"works in keras.Model.fit only"):
+        callbacks.on_train_begin()
+
+
 # -- processes --------------------------------------------------------------------------------------------------------
 
 

@@ -141,8 +141,6 @@ class AveragedWeights(Callback):
     ```
     """
 
-    guards = ("fit", "evaluate", "predict")
-
     def __init__(self, batch_norm_data: Any = None, start: int | None = None, every: int = 1, by: str = "epoch"):
         super().__init__()
         self.batch_norm_data = batch_norm_data

@@ -1,9 +1,10 @@
 """The base of our callbacks: a callback that is also told when training fails.
 
 Keras calls `on_train_end` only when `fit` comes to its end; callbacks are not told of an exception, Ctrl-C included.
-The first callback made here therefore puts a wrapper around `keras.Model.fit`. It passes everything through, and when
-an exception comes by, from data, model, metrics or another callback, it tells the callbacks before letting it go on.
-For callbacks that have to know, `evaluate` and `predict` are wrapped, too.
+This module therefore puts a wrapper around `keras.Model.fit`, `evaluate` and `predict`. It passes everything through,
+and when an exception comes by, from data, model, metrics or another callback, it tells our callbacks before letting it
+go on. It is there from the import on: `model.fit(..., callbacks=[Resume(...)])` looks `fit` up before the callback
+is made.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_optkit.optimizers.fitting import guard_training
+from keras_optkit.optimizers import fitting  # noqa: F401 (wraps first)
 from keras_optkit.saving import FromSignature
 
 #: What is called on the callbacks when an exception leaves a method of `keras.Model`.
@@ -68,13 +69,9 @@ def running_fit(model: Any) -> Run | None:
     return next((run for run in reversed(_running()) if run.model is model and run.method == "fit"), None)
 
 
-def guard(method: str) -> None:
-    """Wraps a method of `keras.Model`, `fit`, `evaluate` or `predict`, unless it is wrapped."""
-    if method == "fit":
-        guard_training()  # inside of this one, so that optimizers see what `prepare_fit` has made of the model
+def _guarded(method: str) -> Callable[..., Any]:
+    """A method of `keras.Model`, `fit`, `evaluate` or `predict`, that tells callbacks of an exception."""
     function = getattr(keras.Model, method)
-    if getattr(function, "tells_callbacks_of_failure", False):
-        return
     hook, signature = _ON_FAILURE[method], inspect.signature(function)
 
     @functools.wraps(function)
@@ -101,8 +98,12 @@ def guard(method: str) -> None:
         finally:
             _running().remove(run)
 
-    guarded.tells_callbacks_of_failure = True  # type: ignore[attr-defined]
-    setattr(keras.Model, method, guarded)
+    return guarded
+
+
+# around the wrapper of `fitting`, so that optimizers see what `prepare_fit` has made of the model
+for _method in _ON_FAILURE:
+    setattr(keras.Model, _method, _guarded(_method))
 
 
 def number(scalar: Any) -> Any:
@@ -111,21 +112,7 @@ def number(scalar: Any) -> Any:
 
 
 class Callback(FromSignature, keras.callbacks.Callback):
-    """A Keras callback with one hook more, `on_train_failure`.
-
-    Subclasses call `super().__init__()`, which sees to it that `fit` is guarded.
-
-    Attributes:
-        guards: The methods of `keras.Model` whose failure the callback has to be told; `evaluate` and `predict` only
-            count where the callback is passed to them directly.
-    """
-
-    guards: ClassVar[tuple[str, ...]] = ("fit",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        for method in self.guards:
-            guard(method)
+    """A Keras callback with more hooks, `on_train_failure` and the like, and with state."""
 
     def set_model(self, model: Any) -> None:
         """Called by Keras when `fit`, `evaluate` or `predict` begins."""
@@ -155,14 +142,14 @@ class Callback(FromSignature, keras.callbacks.Callback):
         """
 
     def on_test_failure(self, error: BaseException) -> None:
-        """Called when an exception leaves an `evaluate` that this callback was passed to, if it is guarded.
+        """Called when an exception leaves an `evaluate` that this callback was passed to.
 
         Args:
             error: The exception.
         """
 
     def on_predict_failure(self, error: BaseException) -> None:
-        """Called when an exception leaves a `predict` that this callback was passed to, if it is guarded.
+        """Called when an exception leaves a `predict` that this callback was passed to.
 
         Args:
             error: The exception.

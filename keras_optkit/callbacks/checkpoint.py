@@ -16,6 +16,7 @@ from typing import Any
 import keras
 
 from keras_optkit import arguments
+from keras_optkit.callbacks import interval
 from keras_optkit.callbacks.callback import Callback
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.files import atomic_path, atomic_write, leftovers
@@ -111,7 +112,7 @@ class Checkpoint(Callback):
         self.last_n = arguments.integer("last_n", last_n, 0)
         self.monitor = None if monitor is None and not top_k else checked_monitor(monitor)
         self.mode = arguments.choice("mode", mode, MODES)
-        self.every = _checked_interval(every)
+        self.every = interval.checked(every)
         self.save = arguments.choice("save", save, tuple(_ENDINGS))
         self.on_exception = arguments.boolean("on_exception", on_exception)
         self.verbose = arguments.choice("verbose", verbose, (0, 1))
@@ -240,7 +241,7 @@ class Checkpoint(Callback):
 
     def _config_value(self, name: str) -> Any:
         value = getattr(self, name)
-        return {"seconds": value.total_seconds()} if isinstance(value, timedelta) else value
+        return interval.in_config(value) if name == "every" else value
 
     def state_dict(self) -> dict[str, Any]:
         """When the next file is due; what files there are, is in the directory."""
@@ -256,19 +257,6 @@ class Checkpoint(Callback):
 
 
 # -- when -------------------------------------------------------------------------------------------------------------
-
-
-def _checked_interval(every: Any) -> Any:
-    """Returns the argument `every`; in a config a time is a dict with the seconds."""
-    if isinstance(every, Mapping) and set(every) == {"seconds"}:
-        every = timedelta(seconds=every["seconds"])
-    if isinstance(every, timedelta):
-        if every <= timedelta(0):
-            raise ValueError(f"every must be a positive timedelta, got {every!r}.")
-        return every
-    if isinstance(every, str):
-        return arguments.choice("every", every, ("epoch",))
-    return arguments.integer("every", every, 1)
 
 
 class _Due:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_optkit import arguments
-from keras_optkit.callbacks import bundle
+from keras_optkit.callbacks import bundle, interval
 from keras_optkit.callbacks.callback import Callback, Run
 from keras_optkit.callbacks.identity import differences, identity, versions
 from keras_optkit.callbacks.state import Copies, TrainingState
@@ -130,7 +130,7 @@ class Resume(Callback):
     ):
         super().__init__()
         self.directory = os.fspath(directory)
-        self.every = _checked_interval(every)
+        self.every = interval.checked(every)
         self.keep = arguments.integer("keep", keep, 1)
         self.strict = arguments.boolean("strict", strict)
         self.resumed_from: tuple[int, int] | None = None
@@ -150,6 +150,10 @@ class Resume(Callback):
         self._session = _Session(self, run)
         self._session.open()
 
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if self._session is None:
+            raise RuntimeError(f"{self!r} works in keras.Model.fit only, whose arguments it has to change.")
+
     def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
         self.end(finished=False)
 
@@ -159,6 +163,10 @@ class Resume(Callback):
         self._over = self._over or finished
         if session is not None:
             session.close()
+
+    def _config_value(self, name: str) -> Any:
+        value = getattr(self, name)
+        return interval.in_config(value) if name == "every" else value
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: what this callback knows is the bundle itself."""
@@ -511,13 +519,3 @@ def _stand_back() -> None:
     """Has the calling thread run where others leave time; known on Linux, where a thread has a priority of its own."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _checked_interval(every: Any) -> Any:
-    if isinstance(every, timedelta):
-        if every <= timedelta(0):
-            raise ValueError(f"every must be a positive timedelta, got {every!r}.")
-        return every
-    if isinstance(every, str):
-        return arguments.choice("every", every, ("epoch",))
-    return arguments.integer("every", every, 1)

@@ -24,6 +24,7 @@ import keras
 import numpy as np
 
 from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.distribute import on_host
 from keras_optkit.optimizers.fitting import build_optimizer
 from keras_optkit.private import global_seed, set_global_seed
 
@@ -127,8 +128,7 @@ def _metrics_variables(model: Any) -> list[Any]:
 
 def _values(model: Any, variable: Any, copy: Copy) -> list[np.ndarray]:
     """Copies of what a variable holds: one, or one for each replica if they differ."""
-    # copies, since what a backend hands out may be the memory of the variable itself
-    values = [keras.ops.convert_to_numpy(part) for part in _parts(model, variable)]
+    values = [on_host(part) for part in _parts(model, variable)]
     same = all(values[0].tobytes() == value.tobytes() for value in values[1:])
     return [copy(value) for value in (values[:1] if same else values)]
 
@@ -184,7 +184,7 @@ def _optimizer_state(model: Any, optimizer: Any, copy: Copy) -> dict[str, Any]:
     if isinstance(optimizer, Optimizer):
         store: dict[str, Any] = {}
         optimizer.save_own_variables(store)
-        return {"ours": {name: copy(np.asarray(value)) for name, value in store.items()}}
+        return {"ours": {name: copy(value) for name, value in store.items()}}
     inner = getattr(optimizer, "inner_optimizer", None)
     state: dict[str, Any] = {"variables": [_values(model, v, copy) for v in _without(optimizer.variables, inner)]}
     return state if inner is None else state | {"inner": _optimizer_state(model, inner, copy)}

@@ -406,6 +406,16 @@ def _tensor(variable: Any) -> Tensor:
     return tf.convert_to_tensor(value) if TENSORFLOW else value
 
 
+def on_host(variable: Any) -> np.ndarray:
+    """What a variable holds, to be read only; later updates leave it as it is.
+
+    On CPUs it is the memory of the tensor itself, where `ops.convert_to_numpy` on TensorFlow makes two copies.
+    """
+    value = np.asarray(_tensor(variable))
+    value.setflags(write=False)
+    return value
+
+
 def key(variable: Any) -> int:
     """What identifies a variable, whether it comes as a Keras variable or as the tf.Variable inside of one."""
     return id(_handle(variable) if TENSORFLOW else variable)

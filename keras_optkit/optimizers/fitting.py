@@ -2,9 +2,8 @@
 
 `fit` leaves a model with the weights to evaluate at. The next update takes the others back, but by then the first
 gradient has been computed, at the wrong weights. And the last micro-batches of an epoch may be fewer than make an
-update. So the methods of `keras.Model` that train are wrapped, once, when the first optimizer is made that averages or
-accumulates. Outside of TensorFlow they are with the first optimizer of any kind: state for more variables has to be
-made before a step there.
+update. Outside of TensorFlow, too, state for more variables has to be made before a step. So the methods of
+`keras.Model` that train are wrapped when this module is imported. With other optimizers they do what they did.
 """
 
 from __future__ import annotations
@@ -15,14 +14,6 @@ import inspect
 from typing import Any
 
 import keras
-
-
-def guard_training() -> None:
-    """Wraps `fit` and `train_on_batch` of `keras.Model`, unless they are wrapped."""
-    for method in ("fit", "train_on_batch"):
-        function = getattr(keras.Model, method)
-        if not getattr(function, "tells_optimizers", False):
-            setattr(keras.Model, method, _guarded(function))
 
 
 def _guarded(function: Any) -> Any:
@@ -45,7 +36,6 @@ def _guarded(function: Any) -> Any:
             args, kwargs = given.args[1:], given.kwargs
         return function(self, *args, **kwargs)
 
-    guarded.tells_optimizers = True  # type: ignore[attr-defined]
     return guarded
 
 
@@ -96,3 +86,7 @@ def build_optimizer(model: Any) -> None:
         strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
         with strategy.scope() if strategy else contextlib.nullcontext():
             model.optimizer.build(model.trainable_variables)
+
+
+for _method in ("fit", "train_on_batch"):
+    setattr(keras.Model, _method, _guarded(getattr(keras.Model, _method)))

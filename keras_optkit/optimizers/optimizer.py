@@ -18,7 +18,6 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit import arguments
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.distribute import Rows, State
-from keras_optkit.optimizers.fitting import guard_training
 from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
@@ -226,8 +225,6 @@ class Optimizer(FromSignature, SavedState):
             )
         self.rule = rule
         self.checkpointed = distribute.in_checkpoints(self)
-        if use_ema or rule.averages or gradient_accumulation_steps or not distribute.TENSORFLOW:
-            guard_training()
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
 

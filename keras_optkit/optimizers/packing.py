@@ -77,6 +77,16 @@ class Bucket:
         parts = distribute.split(ops.reshape(tensor, (-1,)), [math.prod(shape) for shape in self.shapes])
         return [p if len(shape) == 1 else ops.reshape(p, shape) for p, shape in zip(parts, self.shapes, strict=True)]
 
+    def separate(self, stored: np.ndarray) -> list[np.ndarray]:
+        """Of stored state on the host, the views that are those of each parameter."""
+        if self.alone:
+            return [stored]
+        if self.form == "stacked":
+            return [stored[i, ...] for i in range(len(self.shapes))]
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1]
+        parts = np.split(np.reshape(stored, (-1,)), ends)
+        return [np.reshape(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
     def view(self, stored: Tensor) -> Tensor:
         """Stored state in the form of the one tensor."""
         return self.join([stored]) if self.alone else stored

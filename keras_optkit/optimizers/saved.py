@@ -10,8 +10,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_optkit.optimizers.distribute import on_host
 from keras_optkit.optimizers.packing import Bucket
 
 _FORMAT = 2
@@ -78,15 +78,15 @@ class SavedState(keras.optimizers.Optimizer):
             return
         store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
         for name, (variable, bucket) in self._entries().items():
-            value = ops.convert_to_numpy(variable)
+            value = on_host(variable)
             if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":  # which HDF5 does not know
                 value = value.astype("float32")
             if bucket is None:
                 store[name] = value
             else:
                 slot = name.rsplit(".", 1)[0]
-                for i, part in zip(bucket.indices, bucket.split(bucket.view(value)), strict=True):
-                    store[f"{slot}.{self._held.places[i]}"] = ops.convert_to_numpy(part)
+                for i, part in zip(bucket.indices, bucket.separate(value), strict=True):
+                    store[f"{slot}.{self._held.places[i]}"] = part
 
     def load_own_variables(self, store: Any) -> None:
         """Restores the state; one of another optimizer or another model is refused.
