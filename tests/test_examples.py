@@ -288,7 +288,8 @@ def test_a_learning_rate_is_found_drawn_and_tried(example, tmp_path, capsys):
     example("find_learning_rate").main(["--steps", "60", "--epochs", "1", "--max-size", "16"])
     printed = capsys.readouterr().out
     suggested = float(re.search(r"steepest +(\S+) \*", printed)[1])
-    rows = [(float(rate), float(accuracy)) for rate, accuracy in re.findall(r"│ (\S+e-\d+) +│ +(\d+\.\d) │", printed)]
+    rows = re.findall(r"│ (\S+e-\d+) +│ (\d+\.\d) +│", printed)
+    rows = [(float(rate), float(accuracy)) for rate, accuracy in rows]
     assert [rate for rate, _ in rows] == pytest.approx([0.1 * suggested, suggested, 10 * suggested], rel=0.05)
     assert rows[1][1] > rows[0][1]
     assert "gradient noise scale" in printed

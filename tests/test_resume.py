@@ -742,10 +742,11 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_bundle(tmp_path, uninterrup
     with pytest.raises(OSError, match="File too large"):
         train(tmp_path, callbacks=[Fill()])
     small_files(resource.RLIM_INFINITY)
-    assert [path.name for path in bundles(tmp_path)] == ["bundle-00000001.npz", "bundle-00000002.npz"]
+    kept = [path.name for path in bundles(tmp_path)]  # the second one may have been in the middle of being written
+    assert kept in (["bundle-00000001.npz"], ["bundle-00000001.npz", "bundle-00000002.npz"])
     assert not list(tmp_path.glob(".*"))
     model = train(tmp_path)
-    assert model.resume.resumed_from == (0, 6)
+    assert model.resume.resumed_from == (0, 3 * len(kept))
     assert_same(model, uninterrupted)
 
 

@@ -108,7 +108,7 @@ def _write_array(entry: Any, array: np.ndarray) -> None:
     """As `np.lib.format.write_array`, which copies every part to new memory, half of its time."""
     array = np.require(array, requirements="C")
     np.lib.format.write_array_header_1_0(entry, np.lib.format.header_data_from_array_1_0(array))
-    content = memoryview(array.reshape(-1).view(np.uint8))
+    content = array.reshape(-1).view(np.uint8).data
     for begin in range(0, len(content), _PART):
         entry.write(content[begin : begin + _PART])
 
