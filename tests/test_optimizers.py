@@ -541,6 +541,23 @@ def test_a_strategy_with_one_replica(strategy):
         np.testing.assert_array_equal(ops.convert_to_numpy(weights[0]), 0.5)
 
 
+@pytest.mark.parametrize(
+    "how", [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}], ids=["eager", "graph", "xla"]
+)
+def test_state_that_was_read_stays_as_it_was(how):
+    """It is the memory of tensors, and updates write elsewhere as long as somebody holds it."""
+    x = np.random.default_rng(0).normal(size=(8, 300)).astype("float32")
+    model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(300), keras.layers.Dense(1)])
+    model.compile(ok.optimizers.Adam(0.01), loss="mse", **how)
+    model.fit(x, x[:, :1], epochs=2, verbose=0)
+    state = problems.state_of(model.optimizer)
+    before = {name: np.copy(value) for name, value in state.items()}
+    model.fit(x, x[:, :1], epochs=2, verbose=0)
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, before[name])
+    assert not np.array_equal(problems.state_of(model.optimizer)["slot.m.0"], before["slot.m.0"])
+
+
 def test_state_loaded_before_build_is_not_lost():
     weights = problems.variables(problems.start())
     optimizer = ok.optimizers.Adam(0.1)
