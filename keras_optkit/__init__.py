@@ -10,6 +10,7 @@ from keras_optkit.averaging import recalibrate_batch_norm
 from keras_optkit.finding import find_batch_size, find_learning_rate
 from keras_optkit.optimizers import Group
 from keras_optkit.registry import Card, cards, register
+from keras_optkit.wrapping import wrap_keras
 
 if TYPE_CHECKING:
     from keras_optkit import testing, tuning
@@ -36,6 +37,8 @@ __all__ = [
     "testing",
     "tuning",
 ]
+
+wrap_keras()
 
 _LAZY = ("testing", "tuning")  # they import KerasTuner, or serve tests only
 

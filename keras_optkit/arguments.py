@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable
+from datetime import timedelta
 from numbers import Integral, Real
 from typing import Any
 
@@ -49,6 +50,15 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
     return number
+
+
+def interval(name: str, value: Any) -> Any:
+    """Returns `value` if it is `"epoch"`, an integer of at least 1, or a positive `timedelta`."""
+    if isinstance(value, timedelta):
+        if value <= timedelta(0):
+            raise ValueError(f"{name} must be a positive timedelta, got {value!r}.")
+        return value
+    return choice(name, value, ("epoch",)) if isinstance(value, str) else integer(name, value, 1)
 
 
 def boolean(name: str, value: Any) -> bool:

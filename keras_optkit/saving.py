@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from datetime import timedelta
 from typing import Any
 
 import keras
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+#: The key of the one entry that a time is in a config.
+_TIME = "timedelta"
 
 
 def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -62,16 +66,19 @@ class FromSignature:
             return {}
 
     def _config_value(self, name: str) -> Any:
-        """The value to save for one constructor parameter."""
-        return getattr(self, name)
+        """The value to save for one constructor parameter; a time is a dict with its seconds."""
+        value = getattr(self, name)
+        return {_TIME: value.total_seconds()} if isinstance(value, timedelta) else value
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
         """Builds the object that `get_config` described."""
-        arguments = {
-            name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
-            if isinstance(value, dict | list | tuple)
-            else value
-            for name, value in config.items()
-        }
-        return cls(**arguments)
+
+        def read(value: Any) -> Any:
+            if isinstance(value, dict) and set(value) == {_TIME}:
+                return timedelta(seconds=value[_TIME])
+            if isinstance(value, dict | list | tuple):
+                return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            return value
+
+        return cls(**{name: read(value) for name, value in config.items()})

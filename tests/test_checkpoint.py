@@ -397,7 +397,7 @@ def test_an_unknown_monitor_raises_with_the_names_that_there_are(tmp_path):
 @pytest.mark.parametrize("made", [Checkpoint, ok.callbacks.Resume])
 def test_a_time_in_the_config_is_a_number_of_seconds(made):
     config = json.loads(json.dumps(made("here", every=timedelta(minutes=2)).get_config()))
-    assert config["every"] == {"seconds": 120.0}
+    assert config["every"] == {"timedelta": 120.0}
     assert made.from_config(config).every == timedelta(minutes=2)
 
 

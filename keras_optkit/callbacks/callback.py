@@ -1,10 +1,9 @@
 """The base of our callbacks: a callback that is also told when training fails.
 
 Keras calls `on_train_end` only when `fit` comes to its end; callbacks are not told of an exception, Ctrl-C included.
-This module therefore puts a wrapper around `keras.Model.fit`, `evaluate` and `predict`. It passes everything through,
-and when an exception comes by, from data, model, metrics or another callback, it tells our callbacks before letting it
-go on. It is there from the import on: `model.fit(..., callbacks=[Resume(...)])` looks `fit` up before the callback
-is made.
+There is therefore a wrapper around `keras.Model.fit`, `evaluate` and `predict`; see `keras_optkit.wrapping`. It passes
+everything through, and when an exception comes by, from data, model, metrics or another callback, it tells our
+callbacks before letting it go on.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_optkit.optimizers import fitting  # noqa: F401 (wraps first)
 from keras_optkit.saving import FromSignature
 
 #: What is called on the callbacks when an exception leaves a method of `keras.Model`.
-_ON_FAILURE = {"fit": "on_train_failure", "evaluate": "on_test_failure", "predict": "on_predict_failure"}
+ON_FAILURE = {"fit": "on_train_failure", "evaluate": "on_test_failure", "predict": "on_predict_failure"}
 
 
 @dataclass
@@ -69,13 +67,13 @@ def running_fit(model: Any) -> Run | None:
     return next((run for run in reversed(_running()) if run.model is model and run.method == "fit"), None)
 
 
-def _guarded(method: str) -> Callable[..., Any]:
-    """A method of `keras.Model`, `fit`, `evaluate` or `predict`, that tells callbacks of an exception."""
-    function = getattr(keras.Model, method)
-    hook, signature = _ON_FAILURE[method], inspect.signature(function)
+def telling_callbacks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`fit`, `evaluate` or `predict` of `keras.Model`, which tells our callbacks of an exception."""
+    method = function.__name__
+    hook, signature = ON_FAILURE[method], inspect.signature(function)
 
     @functools.wraps(function)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             given = signature.bind(self, *args, **kwargs)
         except TypeError:  # Keras says it better
@@ -98,12 +96,7 @@ def _guarded(method: str) -> Callable[..., Any]:
         finally:
             _running().remove(run)
 
-    return guarded
-
-
-# around the wrapper of `fitting`, so that optimizers see what `prepare_fit` has made of the model
-for _method in _ON_FAILURE:
-    setattr(keras.Model, _method, _guarded(_method))
+    return wrapped
 
 
 def number(scalar: Any) -> Any:

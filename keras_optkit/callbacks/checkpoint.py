@@ -16,7 +16,6 @@ from typing import Any
 import keras
 
 from keras_optkit import arguments
-from keras_optkit.callbacks import interval
 from keras_optkit.callbacks.callback import Callback
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.files import atomic_path, atomic_write, leftovers
@@ -112,7 +111,7 @@ class Checkpoint(Callback):
         self.last_n = arguments.integer("last_n", last_n, 0)
         self.monitor = None if monitor is None and not top_k else checked_monitor(monitor)
         self.mode = arguments.choice("mode", mode, MODES)
-        self.every = interval.checked(every)
+        self.every = arguments.interval("every", every)
         self.save = arguments.choice("save", save, tuple(_ENDINGS))
         self.on_exception = arguments.boolean("on_exception", on_exception)
         self.verbose = arguments.choice("verbose", verbose, (0, 1))
@@ -237,11 +236,7 @@ class Checkpoint(Callback):
         if self.verbose:
             print(f"{type(self).__name__}: {self._list.directory / entry.file}")
 
-    # -- configs and state --------------------------------------------------------------------------------------------
-
-    def _config_value(self, name: str) -> Any:
-        value = getattr(self, name)
-        return interval.in_config(value) if name == "every" else value
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """When the next file is due; what files there are, is in the directory."""

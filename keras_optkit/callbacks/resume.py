@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_optkit import arguments
-from keras_optkit.callbacks import bundle, interval
+from keras_optkit.callbacks import bundle
 from keras_optkit.callbacks.callback import Callback, Run
 from keras_optkit.callbacks.identity import differences, identity, versions
 from keras_optkit.callbacks.state import Copies, TrainingState
@@ -130,7 +130,7 @@ class Resume(Callback):
     ):
         super().__init__()
         self.directory = os.fspath(directory)
-        self.every = interval.checked(every)
+        self.every = arguments.interval("every", every)
         self.keep = arguments.integer("keep", keep, 1)
         self.strict = arguments.boolean("strict", strict)
         self.resumed_from: tuple[int, int] | None = None
@@ -163,10 +163,6 @@ class Resume(Callback):
         self._over = self._over or finished
         if session is not None:
             session.close()
-
-    def _config_value(self, name: str) -> Any:
-        value = getattr(self, name)
-        return interval.in_config(value) if name == "every" else value
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: what this callback knows is the bundle itself."""

@@ -3,7 +3,7 @@
 `fit` leaves a model with the weights to evaluate at. The next update takes the others back, but by then the first
 gradient has been computed, at the wrong weights. And the last micro-batches of an epoch may be fewer than make an
 update. Outside of TensorFlow, too, state for more variables has to be made before a step. So the methods of
-`keras.Model` that train are wrapped when this module is imported. With other optimizers they do what they did.
+`keras.Model` that train are wrapped; see `keras_optkit.wrapping`. With other optimizers they do what they did.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 
-def _guarded(function: Any) -> Any:
+def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`fit` or `train_on_batch` of `keras.Model`, which tells an optimizer of ours that training begins."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = _ours(getattr(self, "optimizer", None))
         if optimizer is None:
             return function(self, *args, **kwargs)
@@ -36,7 +38,7 @@ def _guarded(function: Any) -> Any:
             args, kwargs = given.args[1:], given.kwargs
         return function(self, *args, **kwargs)
 
-    return guarded
+    return wrapped
 
 
 def _ours(optimizer: Any) -> Any:
@@ -86,7 +88,3 @@ def build_optimizer(model: Any) -> None:
         strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
         with strategy.scope() if strategy else contextlib.nullcontext():
             model.optimizer.build(model.trainable_variables)
-
-
-for _method in ("fit", "train_on_batch"):
-    setattr(keras.Model, _method, _guarded(getattr(keras.Model, _method)))

@@ -1,0 +1,23 @@
+"""What is put around methods of `keras.Model`, once and for all."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_optkit.callbacks.callback import ON_FAILURE, telling_callbacks
+from keras_optkit.optimizers.fitting import telling_optimizers
+
+
+def wrap_keras() -> None:
+    """Has `keras.Model` tell our optimizers and callbacks what Keras does not; unless it does.
+
+    When the package is imported, and not when the first callback is made: `model.fit(..., callbacks=[Resume(...)])`
+    looks `fit` up before that.
+    """
+    if hasattr(keras.Model, "_keras_optkit"):
+        return
+    for method in ("fit", "train_on_batch"):
+        setattr(keras.Model, method, telling_optimizers(getattr(keras.Model, method)))
+    for method in ON_FAILURE:  # around the others, so that optimizers see what `prepare_fit` has made of the model
+        setattr(keras.Model, method, telling_callbacks(getattr(keras.Model, method)))
+    keras.Model._keras_optkit = True
