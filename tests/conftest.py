@@ -15,6 +15,23 @@ from keras_optkit.testing import tools
 
 ok.testing.prepare()
 
+
+def _without_autotuning():
+    """Switches off the tuning of tf.data's buffers.
+
+    Its thread sleeps for 10 ms, 20 ms and so on up to a minute, and an iterator that is deleted waits for it: one that
+    an interrupted `fit` has left behind cost up to a minute of waiting, many of them several.
+    """
+    import tensorflow as tf
+
+    iterate, options = tf.data.Dataset.__iter__, tf.data.Options()
+    options.autotune.enabled = False
+    tf.data.Dataset.__iter__ = lambda dataset: iterate(dataset.with_options(options))
+
+
+if keras.config.backend() == "tensorflow":
+    _without_autotuning()
+
 # examples take as long as tracing takes, and no database: what fails is printed as a blob to reproduce it with
 _common = {
     "deadline": None,

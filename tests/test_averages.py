@@ -7,11 +7,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import pytorch_optimizer
-import schedulefree
 import tensorflow as tf
-import torch
 from keras import ops
+from torch_references import Made, defaults_of, in_torch, optim, optimizer_run, recalibrated
 
 import keras_optkit as ok
 from keras_optkit.callbacks import AveragedWeights
@@ -40,38 +38,19 @@ def close(got, expected, tolerance, what=""):
 # -- Schedule-Free against its authors' reference ---------------------------------------------------------------------
 
 
-class Torch:
-    """A torch optimizer that is fed the same gradients."""
-
-    def __init__(self, make, dtype):
-        self.dtype = getattr(torch, dtype)
-        self.parameters = [torch.nn.Parameter(torch.tensor(p, dtype=self.dtype)) for p in START]
-        self.optimizer = make(self.parameters)
-        if hasattr(self.optimizer, "train"):
-            self.optimizer.train()
-
-    def step(self, arrays):
-        for p, g in zip(self.parameters, arrays, strict=True):
-            p.grad = torch.tensor(g, dtype=self.dtype)  # a new one: the references add the decay to it
-        self.optimizer.step()
-
-    def weights(self):
-        return [p.detach().numpy().copy() for p in self.parameters]
-
-    def evaluated(self, key="x"):
-        return [self.optimizer.state[p][key].numpy().copy() for p in self.parameters]
+def schedulefree(name, *, around=None, **arguments):
+    return Made(f"schedulefree:{name}Reference", arguments, around)
 
 
 def against_torch(ours, theirs, dtype, tolerance, evaluated="x"):
     """The weights of training and of evaluation after each step; in the middle the model stays with the latter."""
     weights = problems.variables(START, dtype)
-    other = Torch(theirs, dtype)
-    for i, arrays in enumerate(GRADS):
+    expected = in_torch(optimizer_run, theirs, START, GRADS, dtype, evaluated)
+    for i, (arrays, training, evaluating) in enumerate(zip(GRADS, *expected, strict=True)):
         ours.apply([ops.convert_to_tensor(g, dtype=dtype) for g in arrays], weights)
-        other.step(arrays)
-        close(values(weights), other.weights(), tolerance, f"training weights at step {i}, variable")
+        close(values(weights), training, tolerance, f"training weights at step {i}, variable")
         ours.swap_weights(evaluating=True)
-        close(values(weights), other.evaluated(evaluated), tolerance, f"evaluation weights at step {i}, variable")
+        close(values(weights), evaluating, tolerance, f"evaluation weights at step {i}, variable")
         if i % 7:  # otherwise the next update takes the weights of training back
             ours.swap_weights(evaluating=False)
 
@@ -91,7 +70,7 @@ SETTINGS = [
 def test_schedule_free_sgd_is_its_authors_reference(settings, dtype, tolerance):
     against_torch(
         ScheduleFreeSGD(0.05, momentum=0.8, decay_mask="all", **settings),
-        lambda p: schedulefree.SGDScheduleFreeReference(p, lr=0.05, momentum=0.8, **settings),
+        schedulefree("SGDScheduleFree", lr=0.05, momentum=0.8, **settings),
         dtype,
         tolerance,
     )
@@ -102,19 +81,16 @@ def test_schedule_free_sgd_is_its_authors_reference(settings, dtype, tolerance):
 def test_schedule_free_adamw_is_its_authors_reference(settings, dtype, tolerance):
     against_torch(
         ScheduleFreeAdamW(0.02, 0.85, 0.99, decay_mask="all", **settings),
-        lambda p: schedulefree.AdamWScheduleFreeReference(p, lr=0.02, betas=(0.85, 0.99), **settings),
+        schedulefree("AdamWScheduleFree", lr=0.02, betas=(0.85, 0.99), **settings),
         dtype,
         tolerance,
     )
 
 
 def test_defaults_are_the_authors():
-    weights = [torch.nn.Parameter(torch.zeros(2))]
-    for ours, theirs in (
-        (ScheduleFreeSGD(), schedulefree.SGDScheduleFreeReference(weights)),
-        (ScheduleFreeAdamW(), schedulefree.AdamWScheduleFreeReference(weights)),
-    ):
-        expected = theirs.defaults | {"learning_rate": theirs.defaults["lr"]}
+    for ours, name in ((ScheduleFreeSGD(), "SGDScheduleFree"), (ScheduleFreeAdamW(), "AdamWScheduleFree")):
+        theirs = in_torch(defaults_of, schedulefree(name))
+        expected = theirs | {"learning_rate": theirs["lr"]}
         if "betas" in expected:
             expected |= dict(zip(("beta_1", "beta_2"), expected["betas"], strict=True)) | {"epsilon": expected["eps"]}
         config = ours.get_config()
@@ -125,30 +101,22 @@ def test_defaults_are_the_authors():
         assert not expected["weight_decay"]
 
 
-def with_state(optimizer):
-    """The wrapper writes into the state of the inner optimizer, which then takes it for made; so it is made before."""
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    return optimizer
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["RMSprop", "SGD momentum"])
 def test_schedule_free_around_others_is_the_authors_wrapper(name, decay):
     ours, theirs = {
         "RMSprop": (
             ok.optimizers.RMSprop(0.01, rho=0.99, epsilon_inside=False, decay_mask="all", weight_decay=decay),
-            lambda p: with_state(torch.optim.RMSprop(p, lr=0.01)),
+            optim("RMSprop", stepped=True, lr=0.01),  # or the wrapper's part of its state would be taken for all of it
         ),
         "SGD momentum": (
             ok.optimizers.SGD(0.01, 0.5, rate_in_velocity=False, decay_mask="all", weight_decay=decay),
-            lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.5),
+            optim("SGD", lr=0.01, momentum=0.5),
         ),
     }[name]
     against_torch(
         ScheduleFree(ours, momentum=0.8, r=1.0),
-        lambda p: schedulefree.ScheduleFreeWrapperReference(theirs(p), momentum=0.8, r=1.0, weight_decay_at_y=decay),
+        schedulefree("ScheduleFreeWrapper", around=theirs, momentum=0.8, r=1.0, weight_decay_at_y=decay),
         "float64",
         1e-10,
     )
@@ -171,29 +139,24 @@ def test_schedule_free_keeps_no_more_than_the_efficient_version():
 def test_groups_with_rates_of_their_own_are_torchs_parameter_groups():
     optimizer = ScheduleFreeSGD(0.05, warmup_steps=9, groups=[ok.Group("weight_1$", lr_scale=0.1)])
     weights = problems.variables(START)
-
-    def grouped(p):
-        groups = [{"params": [p[1]], "lr": 0.005}, {"params": [p[0], *p[2:]], "lr": 0.05}]
-        return schedulefree.SGDScheduleFreeReference(groups, warmup_steps=9)
-
-    other = Torch(grouped, "float64")
+    theirs = schedulefree("SGDScheduleFree", lr=0.05, warmup_steps=9)
+    expected, _ = in_torch(optimizer_run, theirs, START, GRADS[:30], "float64", grouped={1: 0.005})
     for arrays in GRADS[:30]:
         optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
-        other.step(arrays)
-    close(values(weights), other.weights(), 1e-10)
+    close(values(weights), expected[-1], 1e-10)
 
 
 # -- Lookahead --------------------------------------------------------------------------------------------------------
 
 INNER = {
-    "SGD": (lambda: ok.optimizers.SGD(0.01), lambda p: torch.optim.SGD(p, lr=0.01)),
+    "SGD": (lambda: ok.optimizers.SGD(0.01), optim("SGD", lr=0.01)),
     "SGD nesterov": (
         lambda: ok.optimizers.SGD(0.01, momentum=0.9, nesterov=True, rate_in_velocity=False),
-        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+        optim("SGD", lr=0.01, momentum=0.9, nesterov=True),
     ),
     "AdamW": (
         lambda: ok.optimizers.AdamW(0.01, weight_decay=0.1, decay_mask="all"),
-        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+        optim("AdamW", lr=0.01, weight_decay=0.1),
     ),
 }
 
@@ -205,7 +168,7 @@ def test_lookahead_is_pytorch_optimizers(inner, period, alpha, dtype, tolerance)
     ours, theirs = INNER[inner]
     against_torch(
         Lookahead(ours(), sync_period=period, slow_step_size=alpha),
-        lambda p: pytorch_optimizer.Lookahead(theirs(p), k=period, alpha=alpha, pullback_momentum="none"),
+        Made("pytorch_optimizer:Lookahead", {"k": period, "alpha": alpha, "pullback_momentum": "none"}, around=theirs),
         dtype,
         tolerance,
         evaluated="slow_params",
@@ -824,19 +787,10 @@ def test_recalibration_is_torchs_update_bn():
     """With batches of one size; torch averages unbiased variances, larger by n/(n-1)."""
     x, n = DATA[:64], 16
     model = two_norms()
-    kernel, bias = (torch.tensor(v.numpy()) for v in model.layers[1].variables)
-    first, second = (torch.nn.BatchNorm1d(k, eps=1e-3) for k in (4, 3))
-    dense = torch.nn.Linear(4, 3)
-    with torch.no_grad():
-        dense.weight.copy_(kernel.T)
-        dense.bias.copy_(bias)
-    other = torch.nn.Sequential(first, dense, torch.nn.Tanh(), second)
-    torch.optim.swa_utils.update_bn([torch.tensor(x[i : i + n]) for i in range(0, 64, n)], other)
+    mean, variance, second_mean, second_variance = in_torch(recalibrated, values(model.trainable_variables), x, n)
     assert ok.recalibrate_batch_norm(model, x, batch_size=n, verbose=0) == 2
-    for ours, theirs in ((model.layers[0], first), (model.layers[2], second)):
-        np.testing.assert_allclose(ours.moving_mean, theirs.running_mean.numpy(), rtol=1e-5, atol=1e-6)
-        expected = theirs.running_var.numpy() * (n - 1) / n
-        np.testing.assert_allclose(ours.moving_variance, expected, rtol=1e-5)
+    for layer, expected in ((0, (mean, variance)), (2, (second_mean, second_variance))):
+        close((model.layers[layer].moving_mean, model.layers[layer].moving_variance), expected, 1e-5)
 
 
 def test_recalibration_is_exact_with_a_smaller_last_batch():

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import torch
 from keras import ops
+from torch_references import in_torch, optim, optimizer_run
 
 import keras_optkit as ok
 from keras_optkit.optimizers.groups import Treatment
@@ -83,71 +83,63 @@ def test_momentum_rate_acts_on_new_gradients_only():
 # -- torch and Keras --------------------------------------------------------------------------------------------------
 
 TORCH = {
-    "SGD": (lambda: ok.optimizers.SGD(0.01), lambda p: torch.optim.SGD(p, lr=0.01)),
+    "SGD": (lambda: ok.optimizers.SGD(0.01), optim("SGD", lr=0.01)),
     "SGD momentum": (
         lambda: ok.optimizers.SGD(0.01, momentum=0.9, rate_in_velocity=False),
-        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        optim("SGD", lr=0.01, momentum=0.9),
     ),
     "SGD nesterov": (
         lambda: ok.optimizers.SGD(0.01, momentum=0.9, nesterov=True, rate_in_velocity=False),
-        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+        optim("SGD", lr=0.01, momentum=0.9, nesterov=True),
     ),
     "SGD momentum, rate inside, constant": (
         lambda: ok.optimizers.SGD(0.01, momentum=0.9),
-        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        optim("SGD", lr=0.01, momentum=0.9),
     ),
     "Adagrad": (
         lambda: ok.optimizers.Adagrad(0.01, epsilon=1e-10, epsilon_inside=False),
-        lambda p: torch.optim.Adagrad(p, lr=0.01),
+        optim("Adagrad", lr=0.01),
     ),
     "Adagrad start": (
         lambda: ok.optimizers.Adagrad(0.01, 0.1, 1e-10, epsilon_inside=False),
-        lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.1),
+        optim("Adagrad", lr=0.01, initial_accumulator_value=0.1),
     ),
     "RMSprop": (
         lambda: ok.optimizers.RMSprop(0.01, rho=0.99, epsilon_inside=False),
-        lambda p: torch.optim.RMSprop(p, lr=0.01),
+        optim("RMSprop", lr=0.01),
     ),
     "RMSprop centered momentum": (
         lambda: ok.optimizers.RMSprop(
             0.01, 0.99, 0.9, 1e-3, centered=True, epsilon_inside=False, rate_in_velocity=False
         ),
-        lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, eps=1e-3, centered=True),
+        optim("RMSprop", lr=0.01, momentum=0.9, eps=1e-3, centered=True),
     ),
-    "Adam": (lambda: ok.optimizers.Adam(0.01), lambda p: torch.optim.Adam(p, lr=0.01)),
+    "Adam": (lambda: ok.optimizers.Adam(0.01), optim("Adam", lr=0.01)),
     "Adam betas": (
         lambda: ok.optimizers.Adam(0.01, 0.5, 0.9, 1e-3),
-        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.9), eps=1e-3),
+        optim("Adam", lr=0.01, betas=(0.5, 0.9), eps=1e-3),
     ),
     "Adam amsgrad": (
         lambda: ok.optimizers.Adam(0.01, amsgrad=True),
-        lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+        optim("Adam", lr=0.01, amsgrad=True),
     ),
     "AdamW": (
         lambda: ok.optimizers.AdamW(0.01, weight_decay=0.1, decay_mask="all"),
-        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+        optim("AdamW", lr=0.01, weight_decay=0.1),
     ),
     "AdamW default decay": (
         lambda: ok.optimizers.AdamW(0.01, decay_mask="all"),
-        lambda p: torch.optim.AdamW(p, lr=0.01),
+        optim("AdamW", lr=0.01),
     ),
     "AdamW amsgrad": (
         lambda: ok.optimizers.AdamW(0.01, weight_decay=0.1, decay_mask="all", amsgrad=True),
-        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+        optim("AdamW", lr=0.01, weight_decay=0.1, amsgrad=True),
     ),
 }
 
 
-def torch_run(make, dtype):
-    parameters = [torch.nn.Parameter(torch.tensor(p.astype(dtype))) for p in START]
-    optimizer = make(parameters)
-    trajectory = []
-    for arrays in GRADS:
-        for p, g in zip(parameters, arrays, strict=True):
-            p.grad = torch.tensor(g.astype(dtype))
-        optimizer.step()
-        trajectory.append([p.detach().numpy().astype("float64") for p in parameters])
-    return trajectory
+def torch_run(theirs, dtype):
+    return in_torch(optimizer_run, theirs, START, GRADS, dtype)[0]
 
 
 @pytest.mark.parametrize("name", TORCH)

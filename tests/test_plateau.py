@@ -5,9 +5,9 @@ import math
 import keras
 import numpy as np
 import pytest
-import torch
 from keras import ops
 from small import counting_model, fit, interrupted, linear_model, regression
+from torch_references import in_torch, plateau_run
 
 import keras_optkit as ok
 from keras_optkit.callbacks import ReduceLROnPlateau
@@ -63,15 +63,8 @@ def test_finite_curves_give_the_rates_of_torch():
     for rng, curve in curves(30):
         patience, cooldown = int(rng.integers(0, 4)), int(rng.integers(0, 4))
         mode, delta = str(rng.choice(["min", "max"])), float(rng.choice([0.0, 0.125]))
-        weight = torch.nn.Parameter(torch.ones(1))
-        theirs = torch.optim.SGD([weight], lr=1.0)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            theirs, mode, 0.5, patience, delta, "abs", cooldown, min_lr=0.0625, eps=0
-        )
-        expected = []
-        for value in curve:
-            scheduler.step(value)
-            expected.append(theirs.param_groups[0]["lr"])
+        arguments = (mode, 0.5, patience, delta, "abs", cooldown)
+        expected = in_torch(plateau_run, curve, arguments, min_lr=0.0625, eps=0)
         ours = ReduceLROnPlateau(
             factor=0.5,
             patience=patience + 1,

@@ -7,40 +7,34 @@ import math
 import keras
 import numpy as np
 import pytest
-import torch
 from keras import ops
+from torch_references import Made, in_torch, schedule_run
 
 import keras_optkit as ok
 from keras_optkit.schedules import Cosine, Linear, OneCycle, Warmup
-
-torch_schedulers = torch.optim.lr_scheduler
 
 
 def values(schedule, steps):
     return np.array([float(ops.convert_to_numpy(schedule(step))) for step in steps])
 
 
-def torch_values(make, steps, rate=0.1, read=lambda group: group["lr"]):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.5)
-    scheduler = make(optimizer)
-    found = []
-    for _ in range(steps):
-        found.append(read(optimizer.param_groups[0]))
-        optimizer.step()
-        scheduler.step()
-    return np.array(found)
+def torchs(name, **arguments):
+    return Made(f"torch.optim.lr_scheduler:{name}", arguments)
+
+
+def torch_values(*schedules, steps, **more):
+    return in_torch(schedule_run, *schedules, steps=steps, **more)["lr"]
 
 
 @pytest.mark.parametrize(("initial", "steps", "final"), [(0.1, 20, 0.0), (0.1, 7, 0.03)])
 def test_linear_is_torch_linear_lr(initial, steps, final):
-    expected = torch_values(
-        lambda o: torch_schedulers.LinearLR(o, start_factor=1.0, end_factor=final / initial, total_iters=steps), 25
-    )
+    theirs = torchs("LinearLR", start_factor=1.0, end_factor=final / initial, total_iters=steps)
+    expected = torch_values(theirs, steps=25)
     np.testing.assert_allclose(values(Linear(initial, steps, final), range(25)), expected, rtol=1e-10, atol=1e-16)
 
 
 def test_cosine_is_torch_cosine_annealing_lr():
-    expected = torch_values(lambda o: torch_schedulers.CosineAnnealingLR(o, T_max=20, eta_min=0.01), 21)
+    expected = torch_values(torchs("CosineAnnealingLR", T_max=20, eta_min=0.01), steps=21)
     np.testing.assert_allclose(values(Cosine(0.1, 20, 0.01), range(21)), expected, rtol=1e-10)
 
 
@@ -52,13 +46,10 @@ def test_cosine_is_keras_cosine_decay_in_more_digits():
 
 
 def test_warmup_and_cosine_is_torch_sequential_lr():
-    def make(optimizer):
-        rise = torch_schedulers.LinearLR(optimizer, start_factor=0.2, end_factor=1.0, total_iters=5)
-        fall = torch_schedulers.CosineAnnealingLR(optimizer, T_max=20, eta_min=0.0)
-        return torch_schedulers.SequentialLR(optimizer, [rise, fall], milestones=[5])
-
+    rise = torchs("LinearLR", start_factor=0.2, end_factor=1.0, total_iters=5)
+    fall = torchs("CosineAnnealingLR", T_max=20, eta_min=0.0)
     ours = Warmup(Cosine(0.1, 20), steps=5, start=0.02)
-    expected = torch_values(make, 26)
+    expected = torch_values(rise, fall, steps=26, milestones=[5])
     np.testing.assert_allclose(values(ours, range(26)), expected, rtol=1e-10, atol=1e-16)
 
 
@@ -71,29 +62,27 @@ def test_one_cycle_is_torch_one_cycle_lr(anneal, three_phase):
         pct_start = float(rng.uniform(0.15, 0.45))
         divisors = {"div_factor": float(rng.uniform(2, 30)), "final_div_factor": float(rng.uniform(1, 1e4))}
 
-        def make(optimizer, steps=steps, pct_start=pct_start, divisors=divisors):
-            return torch_schedulers.OneCycleLR(
-                optimizer,
-                max_lr=0.3,
-                total_steps=steps,
-                pct_start=pct_start,
-                anneal_strategy={"cosine": "cos", "linear": "linear"}[anneal],
-                three_phase=three_phase,
-                base_momentum=0.8,
-                max_momentum=0.93,
-                **divisors,
-            )
-
+        theirs = torchs(
+            "OneCycleLR",
+            max_lr=0.3,
+            total_steps=steps,
+            pct_start=pct_start,
+            anneal_strategy={"cosine": "cos", "linear": "linear"}[anneal],
+            three_phase=three_phase,
+            base_momentum=0.8,
+            max_momentum=0.93,
+            **divisors,
+        )
+        expected = in_torch(schedule_run, theirs, steps=steps)
         initial = 0.3 / divisors["div_factor"]
         final = initial / divisors["final_div_factor"]
         ours = OneCycle(0.3, steps, initial, final, pct_start, anneal, three_phase)
-        np.testing.assert_allclose(values(ours, range(steps)), torch_values(make, steps), rtol=1e-10)
-        momentum = torch_values(make, steps, read=lambda group: group["momentum"])
-        np.testing.assert_allclose(values(ours.momentum(0.8, 0.93), range(steps)), momentum, rtol=1e-10)
+        np.testing.assert_allclose(values(ours, range(steps)), expected["lr"], rtol=1e-10)
+        np.testing.assert_allclose(values(ours.momentum(0.8, 0.93), range(steps)), expected["momentum"], rtol=1e-10)
 
 
 def test_one_cycle_defaults_are_torch_defaults():
-    expected = torch_values(lambda o: torch_schedulers.OneCycleLR(o, max_lr=0.1, total_steps=50), 50)
+    expected = torch_values(torchs("OneCycleLR", max_lr=0.1, total_steps=50), steps=50)
     np.testing.assert_allclose(values(OneCycle(0.1, 50), range(50)), expected, rtol=1e-10)
 
 

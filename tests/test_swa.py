@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 import pytest
-import torch
 from keras import ops
+from torch_references import averaged_run, in_torch
 
 import keras_optkit as ok
 from keras_optkit.callbacks import AveragedWeights
@@ -73,31 +73,6 @@ class Record(keras.callbacks.Callback):
         self._look("on_epoch_end")
 
 
-class Twin:
-    """The same network in torch, with its AveragedModel."""
-
-    def __init__(self):
-        norms = [torch.nn.BatchNorm1d(n, eps=1e-3) for n in (4, 3)]
-        layers = [norms[0], torch.nn.Linear(4, 3), torch.nn.Tanh(), norms[1], torch.nn.Linear(3, 1)]
-        self.model = torch.nn.Sequential(*layers)
-        self.averaged = torch.optim.swa_utils.AveragedModel(self.model)
-
-    def update(self, weights):
-        with torch.no_grad():
-            for parameter, value in zip(self.model.parameters(), weights, strict=True):
-                parameter.copy_(torch.tensor(value.T))
-        self.averaged.update_parameters(self.model)
-
-    def weights(self):
-        return [p.detach().numpy().T for p in self.averaged.module.parameters()]
-
-    def recalibrated(self, n=16):
-        """What update_bn gives, with biased variances."""
-        torch.optim.swa_utils.update_bn([torch.tensor(X[i : i + n]) for i in range(0, 64, n)], self.averaged)
-        norms = [m for m in self.averaged.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-        return [part for m in norms for part in (m.running_mean.numpy(), m.running_var.numpy() * (n - 1) / n)]
-
-
 def statistics(model):
     return [np.array(ops.convert_to_numpy(v)) for v in model.variables if "moving" in v.path]
 
@@ -114,14 +89,13 @@ def test_a_window_of_epochs_is_torchs_averaged_model():
     assert history["loss"] == without["loss"]
     assert history["val_loss"][0] == without["val_loss"][0]
     same(shown[0], trained[0])
-    twin, fresh = Twin(), network()
-    for weights, seen, loss in zip(trained[1:], shown[1:], history["val_loss"][1:], strict=True):
-        twin.update(weights)
-        close(seen, twin.weights())
-        close(statistics_of(fresh, seen), twin.recalibrated(), 1e-5)
+    twin, fresh = in_torch(averaged_run, trained[1:], X, 16), network()
+    for (mean, recalibrated), seen, loss in zip(twin, shown[1:], history["val_loss"][1:], strict=True):
+        close(seen, mean)
+        close(statistics_of(fresh, seen), recalibrated, 1e-5)
         assert fresh.evaluate(X[:20], Y[:20], verbose=0) == pytest.approx(loss, rel=1e-5)
-    close(trainable(model), twin.weights())
-    close(statistics(model), twin.recalibrated(), 1e-5)
+    close(trainable(model), mean)
+    close(statistics(model), recalibrated, 1e-5)
     assert model.evaluate(X[:20], Y[:20], verbose=0) == pytest.approx(loss, rel=1e-5)
 
 
