@@ -4,6 +4,10 @@ A check is a function of one card that raises when the card's algorithm breaks a
 from the card's kind and tags, and for those that exist on some backends only, with a reason, from the backend. An entry
 in `known_failures` is an expected failure with a reason, and strict: once the check passes, the entry itself is the
 error.
+
+Checks of the engine, which is the same for all optimizers, need not run on each of them: in the package's own tests
+they run on one card of each profile, which is what the engine can see of a rule. `python -m keras_optkit.testing` runs
+all.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ class Check:
         unless: Tags that a card must not have.
         only_on: The backends that it exists on; empty for all.
         because: Why only on those.
+        engine: Whether it is about what is around the algorithm, and the same for all of one profile.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Check:
     unless: frozenset[str]
     only_on: tuple[str, ...] = ()
     because: str = ""
+    engine: bool = False
 
     def applies(self, card: Card) -> bool:
         """Whether `card` makes this promise, on the backends that the check exists on."""
@@ -75,6 +81,7 @@ def check(
     unless: Iterable[str] = (),
     only_on: str | Iterable[str] = (),
     because: str = "",
+    engine: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorator: adds a check for the cards of `kind` that have all tags in `requires` and none in `unless`.
 
@@ -84,6 +91,7 @@ def check(
         unless: Tags that a card must not have.
         only_on: The backend, or the backends, that the check exists on; all when left out. On others it is not run.
         because: Why only on those; needed with `only_on`, and only there.
+        engine: Whether it is about what is around the algorithm, and the same for all of one profile; see `profile`.
 
     Raises:
         ValueError: For a second check of that name, an unknown backend, or one of `only_on` and `because` alone.
@@ -98,7 +106,9 @@ def check(
         name = function.__name__.removeprefix("check_")
         if (kind, name) in _CHECKS:
             raise ValueError(f"A check {name!r} for {kind}s exists already.")
-        _CHECKS[kind, name] = Check(name, kind, function, frozenset(requires), frozenset(unless), backends, because)
+        _CHECKS[kind, name] = Check(
+            name, kind, function, frozenset(requires), frozenset(unless), backends, because, engine
+        )
         return function
 
     return add
@@ -138,11 +148,42 @@ def not_on(backend: str, kind: str | None = None) -> dict[str, str]:
     }
 
 
+def profile(card: Card) -> tuple[Any, ...]:
+    """What the engine can see of an algorithm: the traits of an optimizer's rule; for anything else, its name."""
+    if card.kind != "optimizer":
+        return (card.name,)
+    rule = card.make(**card.cases[0]).rule
+    slots = {"function" if callable(initial) else "constant" for initial in rule.slots().values()}
+    return (
+        rule.elementwise,
+        rule.averages,
+        rule.handles_decay,
+        bool(rule.scalars()),
+        *sorted(slots),
+        *sorted(card.tags),
+        *sorted(card.known_failures),
+    )
+
+
+def one_of_each_profile(which: Iterable[Card]) -> list[Card]:
+    """The cards whose optimizer has the least state of those of the same profile, in the given order."""
+    found: dict[tuple[Any, ...], Card] = {}
+    which = list(which)
+    for card in sorted(which, key=_slots):
+        found.setdefault(profile(card), card)
+    return [card for card in which if card in found.values()]
+
+
+def _slots(card: Card) -> int:
+    return len(card.make(**card.cases[0]).rule.slots()) if card.kind == "optimizer" else 0
+
+
 def conformance(which: Iterable[Card] | None = None) -> Any:
     """A pytest decorator that runs a test once for every card and check that applies.
 
     Args:
-        which: The cards to test; every card of keras_optkit when left out.
+        which: The cards to test, with all checks. When left out, every card of keras_optkit, with the checks of the
+            engine on one of each profile.
 
     Example:
     ```python
@@ -156,7 +197,9 @@ def conformance(which: Iterable[Card] | None = None) -> Any:
     """
     import pytest
 
-    pairs = [(card, c) for card in (cards() if which is None else which) for c in checks_for(card)]
+    chosen = list(cards() if which is None else which)
+    for_engine = one_of_each_profile(chosen) if which is None else chosen
+    pairs = [(card, c) for card in chosen for c in checks_for(card) if card in for_engine or not c.engine]
     return pytest.mark.parametrize(
         ("card", "check"), [pytest.param(card, c, id=f"{card.kind}-{card.name}-{c.name}") for card, c in pairs]
     )
