@@ -149,8 +149,8 @@ class Flush(Finalize):
 
 
 def build_optimizer(model: Any) -> None:
-    """Builds the optimizer of a built model as `fit` would."""
-    if not model.optimizer.built:
+    """Builds the optimizer that a built model was compiled with, if any, as `fit` would."""
+    if model.optimizer is not None and not model.optimizer.built:
         strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
         with strategy.scope() if strategy else contextlib.nullcontext():
             model.optimizer.build(model.trainable_variables)

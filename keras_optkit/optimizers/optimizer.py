@@ -84,7 +84,8 @@ class Optimizer(FromSignature, SavedState):
     Float16 and bfloat16 parameters have float32 slots and are updated in float32.
 
     Args:
-        learning_rate: A number >= 0, or a `keras.optimizers.schedules.LearningRateSchedule` of the update count.
+        learning_rate: A number >= 0, a `keras.optimizers.schedules.LearningRateSchedule` of the update count, or, as in
+            Keras, a function without arguments that returns the present rate.
         rule: The update rule.
         weight_decay: λ of decoupled decay, `θ ← θ - η λ θ` besides the rule's step; None for none. A number >= 0 or a
             schedule.
@@ -253,35 +254,31 @@ class Optimizer(FromSignature, SavedState):
     def learning_rate(self) -> Any:
         """The present learning rate, `schedule(iterations) * multiplier`; with a constant rate, its variable.
 
-        Assigning a number always works: with a schedule it sets the multiplier, so that the schedule goes on from
-        there. The multiplier is part of the saved state. Assigning a schedule replaces the rate altogether; a training
-        function that is traced already must then be made anew (`model.make_train_function(force=True)`).
+        Assigning a number always works. With a schedule it sets the multiplier, so that the schedule continues from
+        there; while the schedule is 0, which no multiplier changes, the number replaces the schedule from there on.
+        The multiplier is part of the saved state, as its negative where it replaces the schedule. Assigning a schedule
+        or a function replaces the rate altogether; a training function that is traced already must then be made again
+        (`model.make_train_function(force=True)`).
         """
         return self._multiplier if self._schedule is None else self._rate(self._updates, self._multiplier)
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
-        if isinstance(value, Schedule):
-            self._schedule = value
-            self._multiplier.assign(1.0)
+        if isinstance(value, Schedule) or (callable(value) and not is_dynamic(value)):
+            self._schedule, multiplier = _schedule_and_multiplier(value)
+            self._multiplier.assign(multiplier)
             return
         rate = arguments.real("learning_rate", _as_number(value), 0)
         if self._schedule is not None:
+            replaced = math.copysign(1.0, _as_number(self._multiplier)) < 0
             scheduled = _as_number(self._schedule(self._updates))
-            if scheduled == 0:
-                if rate == 0:
-                    return
-                raise ValueError(
-                    f"learning_rate cannot be set to {rate!r} while its schedule is 0 (at update "
-                    f"{_as_number(self._updates)}): the rate is the schedule times a multiplier."
-                )
-            rate /= scheduled
-        self._multiplier.assign(rate)
+            if scheduled == 0 and rate == 0 and not replaced:
+                return
+            rate = -rate if replaced or scheduled == 0 else rate / scheduled
+        self._multiplier.assign(np.float64(rate))  # TensorFlow makes 0.0 of the number -0.0
 
     def _rate(self, iterations: Tensor, multiplier: Tensor) -> Tensor:
-        if self._schedule is None:
-            return multiplier
-        return ops.cast(self._schedule(iterations), scalar_dtype()) * multiplier
+        return multiplier if self._schedule is None else _scheduled_rate(self._schedule(iterations), multiplier)
 
     @property
     def _rules(self) -> dict[int, Rule]:
@@ -349,11 +346,13 @@ class Optimizer(FromSignature, SavedState):
         if not self._held.variables and len(weights) > len(variables):
             self._held.pending = [np.array(value) for value in weights]
             return
-        if shapes != [tuple(variable.shape) for variable in variables]:
-            raise ValueError(
-                f"weights must have one value for each of the {len(variables)} variables of {self.name}, in their "
-                f"shapes; got {len(weights)}: {shapes} for {[tuple(variable.shape) for variable in variables]}."
-            )
+        if len(weights) != len(variables):
+            raise ValueError(f"weights must have one value for each of {len(variables)}, got {len(weights)}.")
+        for variable, shape in zip(variables, shapes, strict=True):
+            if shape != tuple(variable.shape):
+                raise ValueError(
+                    f"weights must have the shape {tuple(variable.shape)} for {variable.path}, got {shape}."
+                )
         for variable, value in zip(variables, weights, strict=True):
             variable.assign(value)
 
@@ -388,7 +387,7 @@ class Optimizer(FromSignature, SavedState):
         if variables and self._held.pending is not None:
             pending, self._held.pending = self._held.pending, None
             with distribute.outside_graph():
-                self._restore(pending)
+                self._restore(pending, waited=True)
 
     def _build_keras(self, variables: list[Any]) -> None:
         """Keras's own part of `build`, but for the average and the accumulators that it would make besides ours."""
@@ -419,7 +418,9 @@ class Optimizer(FromSignature, SavedState):
                     f"{self.name} was built for {known} variables and cannot go on with {len(variables)} on the "
                     f"{keras.config.backend()} backend. Compile the model with a new optimizer."
                 )
-            self.build(variables)
+        if self.built and variables and (not distribute.TENSORFLOW or self._held.pending is not None):
+            with distribute.scope_of(self._updates):
+                self.build(variables)
         self._swap(evaluating=False)
 
     def _add(self, new: list[Any], variables: list[Any], since: Sequence[int] | None = None) -> None:
@@ -839,7 +840,7 @@ class Optimizer(FromSignature, SavedState):
             position = ops.cond(finite, lambda: nowhere, lambda: _first_bad(present, flags))
         scheduled = None if self._schedule is None else read[dynamic.index(self._schedule)]
         multiplier = ops.cast(state["multiplier"], scalar_dtype())
-        rate = multiplier if scheduled is None else scheduled * multiplier
+        rate = multiplier if scheduled is None else _scheduled_rate(scheduled, multiplier)
         prepared = _Prepared(state["iterations"], rate, read, state.get("scalars", {}), factor, finite, position)
         if "scalars" in state:
             new = {
@@ -1095,7 +1096,7 @@ class Optimizer(FromSignature, SavedState):
     def _config_value(self, name: str) -> Any:
         value = getattr(self, name)
         if name == "learning_rate" and self._schedule is not None:
-            return self._schedule
+            return self._schedule.function if isinstance(self._schedule, _Function) else self._schedule
         return _as_written(value) if isinstance(value, keras.Variable) else value
 
 
@@ -1183,13 +1184,31 @@ def _checked_decay(value: Value | None) -> Value | None:
     return value if is_dynamic(value) else arguments.real("weight_decay", value, 0, optional=True)
 
 
+class _Function(Schedule):
+    """A learning rate that is a function without arguments, as a schedule that does not look at the update count."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self.function = function
+
+    def __call__(self, step: Any) -> Any:
+        return self.function()
+
+
+def _scheduled_rate(scheduled: Tensor, multiplier: Tensor) -> Tensor:
+    """The rate of a schedule; a negative multiplier is the negative of a rate that has replaced the schedule."""
+    return ops.where(multiplier < 0, -multiplier, ops.cast(scheduled, scalar_dtype()) * multiplier)
+
+
 def _schedule_and_multiplier(learning_rate: Any) -> tuple[Schedule | None, float]:
     if isinstance(learning_rate, Schedule):
         return learning_rate, 1.0
+    if callable(learning_rate) and not is_dynamic(learning_rate):
+        arguments.without_arguments("learning_rate", learning_rate)
+        return _Function(learning_rate), 1.0
     try:
         return None, arguments.real("learning_rate", learning_rate, 0)
     except TypeError:
         raise TypeError(
-            "learning_rate must be a number >= 0 or a keras LearningRateSchedule, got "
+            "learning_rate must be a number >= 0, a keras LearningRateSchedule or a function without arguments, got "
             f"{learning_rate!r} of type {type(learning_rate).__name__}."
         ) from None

@@ -46,7 +46,8 @@ class SavedState(keras.optimizers.Optimizer):
     Files are independent of the packing, of the number of replicas and of the paths of the variables; entries are
     numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras, and
     `tf.train.Checkpoint` through `distribute.in_checkpoints`. State for other variables is refused, except that a model
-    file always opens: weights may have been frozen or unfrozen between the last step and saving. One thing is as it is packed, the place of the last
+    file always opens: weights may have been frozen or unfrozen between the last step and saving. One thing is as
+    it is packed, the place of the last
     gradient that was not finite, so that after loading with another packing `nonfinite` may name another variable.
     """
 
@@ -61,6 +62,7 @@ class SavedState(keras.optimizers.Optimizer):
             if self._held.variables
             else None,
             "variables": [[_kind(v), list(v.shape)] for v in self._in_model_order()],
+            "names": [_name(v) for v in self._in_model_order()],
             "trainable": [bool(getattr(v, "trainable", True)) for v in self._in_model_order()],
             "rules": self._own_rules(),
             "since": self._since(),
@@ -152,8 +154,13 @@ class SavedState(keras.optimizers.Optimizer):
                 stacklevel=2,
             )
 
-    def _restore(self, saved: dict[str, np.ndarray] | list[np.ndarray]) -> None:
-        """Restores state, as in the files of Keras 3 or as the arrays of an `.h5` file."""
+    def _restore(self, saved: dict[str, np.ndarray] | list[np.ndarray], *, waited: bool = False) -> None:
+        """Restores state, as in the files of Keras 3 or as the arrays of an `.h5` file.
+
+        Args:
+            saved: The state.
+            waited: Whether it was loaded before there was something to train.
+        """
         if isinstance(saved, list):
             try:
                 self.set_weights(saved)
@@ -162,7 +169,7 @@ class SavedState(keras.optimizers.Optimizer):
             return
         if self._held.opened:
             self._held.opened = False
-            usable = self._usable(saved)
+            usable = self._usable(saved, waited=waited)
             if usable is None:
                 self._updates.assign(saved["iterations"])
                 self._multiplier.assign(saved["multiplier"])
@@ -186,13 +193,16 @@ class SavedState(keras.optimizers.Optimizer):
                 parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
                 variable.assign(bucket.stored(bucket.join(parts)))
 
-    def _usable(self, saved: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    def _usable(self, saved: dict[str, np.ndarray], *, waited: bool) -> dict[str, np.ndarray] | None:
         """Of the state in a model's file, that of the variables which are trained now; None if it cannot be told.
 
-        Variables are known by their order and shapes, and those that were frozen after the last step by a flag.
+        Variables are known by their order and shapes; those that were frozen after the last step by a flag, or if it
+        was changed meanwhile by their names, which may be those of another layer in a model of models.
         """
         theirs, ours = json.loads(saved["schema"].tobytes()), self._schema()
         flags = theirs.get("trainable", [True] * len(theirs["variables"]))
+        if waited and "names" in theirs:
+            flags = [name in ours["names"] for name in theirs["names"]]
         kept = [place for place, flag in enumerate(flags) if flag]
         fits = [theirs["variables"][place] for place in kept] == ours["variables"]
         if theirs["state"] is None or (fits and all(flags)):
@@ -214,7 +224,8 @@ class SavedState(keras.optimizers.Optimizer):
                 part[name] = value
             elif int(end) in places:
                 part[f"{stem}.{places[int(end)]}"] = value
-        schema = theirs | {name: [theirs[name][place] for place in kept] for name in ("variables", "since")}
+        lists = ("variables", "names", "trainable", "since")
+        schema = theirs | {name: [theirs[name][place] for place in kept] for name in lists}
         schema["rules"] = {str(places[int(p)]): rule for p, rule in theirs["rules"].items() if int(p) in places}
         return part | {"schema": np.frombuffer(json.dumps(schema).encode(), np.uint8)}
 
@@ -256,6 +267,11 @@ def _listed(variables: Sequence[Any]) -> str:
 
 def _described(variable: list[Any] | None) -> str:
     return "none" if variable is None else f"{variable[0]} {tuple(variable[1])}"
+
+
+def _name(variable: Any) -> str:
+    """The name of a variable with that of its layer; the beginning of paths changes when a model is loaded."""
+    return "/".join(getattr(variable, "path", variable.name).split("/")[-2:])
 
 
 def _kind(variable: Any) -> str:
