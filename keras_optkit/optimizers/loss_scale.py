@@ -146,6 +146,8 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
         if not self.built:
             with distribute.outside_graph():
                 self.build(list(trainable_variables or ()))
+        if trainable_variables is not None and len(trainable_variables) == len(grads) == 0:
+            return  # a frozen model
         own = [self._own[name] for name in _LIMITED]
         before = ops.copy(ops.convert_to_tensor(self.dynamic_scale))
         super().apply(grads, trainable_variables)
