@@ -41,8 +41,9 @@ def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
                 given = signature.bind(self, *args, **kwargs)
             except TypeError:  # let Keras report it
                 return function(self, *args, **kwargs)
-            accumulate = any(optimizer.gradient_accumulation_steps for optimizer in found)
-            last = Flush() if accumulate or (several and not compiled.built) else Finalize()
+            unknown = several and not getattr(compiled, "built", True)  # some of them may accumulate
+            flush = unknown or any(optimizer.gradient_accumulation_steps for optimizer in found)
+            last = Flush() if flush else Finalize()
             given.arguments["callbacks"] = _with(last, given.arguments.get("callbacks"), self)
             args, kwargs = given.args[1:], given.kwargs
         return function(self, *args, **kwargs)
@@ -52,7 +53,7 @@ def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _begin_training(model: Any, optimizer: Any) -> None:
     """Tells an optimizer of ours which weights it is to train, if it is the only one that trains the model."""
-    outer = model.optimizer
+    outer = getattr(model, "optimizer", None)
     if ours(outer) != [optimizer] or isinstance(outer, keras.optimizers.MultiOptimizer):
         optimizer.begin_training(None)
         return

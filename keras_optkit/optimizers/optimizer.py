@@ -275,7 +275,7 @@ class Optimizer(FromSignature, SavedState):
             if scheduled == 0 and rate == 0 and not replaced:
                 return
             rate = -rate if replaced or scheduled == 0 else rate / scheduled
-        self._multiplier.assign(np.float64(rate))  # TensorFlow makes 0.0 of the number -0.0
+        self._multiplier.assign(np.array(rate))  # TensorFlow takes the float -0.0 for 0.0
 
     def _rate(self, iterations: Tensor, multiplier: Tensor) -> Tensor:
         return multiplier if self._schedule is None else _scheduled_rate(self._schedule(iterations), multiplier)
