@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Collection, Iterable
 from datetime import timedelta
@@ -79,3 +80,16 @@ def near(value: Any, allowed: Iterable[Any]) -> str:
     """' Did you mean ...?' for a misspelt string, or an empty string."""
     matches = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def without_arguments(name: str, function: Any) -> Any:
+    """Returns `function` if it can be called without arguments."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a function without arguments if it is one, got {function!r}: {error}."
+        ) from None
+    except ValueError:  # a builtin, which does not say
+        pass
+    return function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_optkit.callbacks.callback import ON_FAILURE, telling_callbacks
-from keras_optkit.optimizers.fitting import telling_optimizers
+from keras_optkit.optimizers.fitting import refusing_stock_averages, telling_of_files, telling_optimizers
 
 
 def wrap_keras() -> None:
@@ -18,6 +18,9 @@ def wrap_keras() -> None:
         return
     for method in ("fit", "train_on_batch"):
         setattr(keras.Model, method, telling_optimizers(getattr(keras.Model, method)))
+    for method in ("fit", "evaluate", "predict"):
+        setattr(keras.Model, method, refusing_stock_averages(getattr(keras.Model, method)))
+    keras.Model.compile_from_config = telling_of_files(keras.Model.compile_from_config)
     for method in ON_FAILURE:  # around the others, so that optimizers see what `prepare_fit` has made of the model
         setattr(keras.Model, method, telling_callbacks(getattr(keras.Model, method)))
     keras.Model._keras_optkit = True

@@ -675,6 +675,15 @@ def _(right):
     return lambda self: {name: entry for name, entry in right(self).items() if not name.startswith("accumulated")}
 
 
+@bug("variables of several buckets share their names", "AdamW", "paths", Optimizer, "add_variable")
+def _(right):
+    def add_variable(self, *args, **kwargs):
+        self._held.names.clear()
+        return right(self, *args, **kwargs)
+
+    return add_variable
+
+
 def _save_packed(right):
     def save_own_variables(self, store):
         store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
@@ -685,7 +694,7 @@ def _save_packed(right):
 
 
 def _restore_packed(right):
-    def restore(self, saved):
+    def restore(self, saved, **_):
         for name, (variable, _) in self._entries().items():
             variable.assign(saved[name])
 

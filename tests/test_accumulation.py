@@ -208,3 +208,22 @@ def test_variables_may_join_between_micro_batches():
             optimizer.apply([one, one], weights)
         np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), -1.0)
         np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), 0.0 if flush else -0.5)
+
+
+def test_micro_batches_with_different_masks_count_alike_as_the_guide_says():
+    """Mean gradients 2 over 4 positions and 4 over 1: accumulated 3, in one batch 2.4; summed losses agree."""
+    x, y = np.full((2, 4, 1), 1.0, "float32"), np.array([[[0.0]] * 4, [[-1.0]] * 4], "float32")
+    x[1, 1:] = -1.0  # masked
+
+    def trained(rate, k, reduction):
+        model = keras.Sequential(
+            [keras.Input((4, 1)), keras.layers.Masking(-1.0), keras.layers.Dense(1, "linear", False, "ones")]
+        )
+        optimizer = ok.optimizers.SGD(rate, gradient_accumulation_steps=k)
+        model.compile(optimizer, keras.losses.MeanSquaredError(reduction=reduction), run_eagerly=True)
+        model.fit(x, y, batch_size=1 if k else 2, shuffle=False, verbose=0)
+        return 1.0 - model.get_weights()[0].item()
+
+    assert trained(1.0, 2, "sum_over_batch_size") == pytest.approx(3.0)
+    assert trained(1.0, None, "sum_over_batch_size") == pytest.approx(2.4)
+    assert trained(0.1, 2, "sum") == pytest.approx(trained(0.05, None, "sum"))

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import ops
 
 import keras_optkit as ok
 from keras_optkit.testing import problems
@@ -323,3 +324,20 @@ def test_a_worker_that_fails_takes_the_others_with_it(example):
     with pytest.raises(RuntimeError, match=r"ended with -9:\n\nkilled after 1 s"):
         example.run_workers([sys.executable, "-c", hanging], timeout=1)
     assert example.run_workers([sys.executable, "-c", script + "print(w)"]) == ["0\n", "1\n"]
+
+
+@pytest.mark.parametrize("inner", [ok.optimizers.SGD, keras.optimizers.SGD], ids=["ours", "Keras's"])
+def test_loss_scaling_that_is_built_by_the_first_step_of_a_strategy(inner):
+    strategy = problems.two_replicas()
+    with strategy.scope():
+        weights = [keras.Variable([1.0, 1.0])]
+        optimizer = ok.optimizers.LossScale(inner(0.1), initial_scale=8.0)
+
+    @tf.function
+    def step():
+        strategy.run(lambda: optimizer.apply([tf.constant([8.0, 16.0], "float64")], weights))
+
+    step()
+    step()
+    np.testing.assert_allclose(weights[0], [0.6, 0.2])
+    assert int(ops.convert_to_numpy(optimizer.iterations)) == 2

@@ -1,9 +1,10 @@
-"""What `fit` does for optimizers at moments at which Keras asks them nothing.
+"""What `fit` does for optimizers at moments at which Keras asks them nothing, or only one of them.
 
-`fit` leaves a model with the weights to evaluate at. The next update takes the others back, but by then the first
+`fit` leaves a model with the weights to evaluate at. The next update restores the others, but by then the first
 gradient has been computed, at the wrong weights. And the last micro-batches of an epoch may be fewer than make an
-update. Outside of TensorFlow, too, state for more variables has to be made before a step. So the methods of
-`keras.Model` that train are wrapped; see `keras_optkit.wrapping`. With other optimizers they do what they did.
+update. Outside of TensorFlow, too, state for more variables has to be made before a step. And where a model holds
+several optimizers, Keras finalises the one that it was compiled with. So the methods of `keras.Model` that train are
+wrapped; see `keras_optkit.wrapping`. With other optimizers they do what they did.
 """
 
 from __future__ import annotations
@@ -16,57 +17,122 @@ from typing import Any
 
 import keras
 
+from keras_optkit.optimizers import distribute
+from keras_optkit.optimizers.of_model import ours, ours_of
+from keras_optkit.optimizers.saved import opening
+
 
 def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`fit` or `train_on_batch` of `keras.Model`, which tells an optimizer of ours that training begins."""
+    """`fit` or `train_on_batch` of `keras.Model`, which tells the optimizers of ours that training begins, and ends."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        optimizer = _ours(getattr(self, "optimizer", None))
-        if optimizer is None:
-            return function(self, *args, **kwargs)
-        if self.built:
+        compiled = getattr(self, "optimizer", None)
+        # Keras may learn only in `build` which optimizers there are
+        several = isinstance(compiled, keras.optimizers.MultiOptimizer)
+        if self.built and (several or ours(compiled)):
             build_optimizer(self)  # there may be loaded state that says which weights the model holds
-        optimizer.begin_training(self.trainable_variables, inside=optimizer is not self.optimizer)
-        if function.__name__ == "fit" and optimizer.gradient_accumulation_steps:
+        found = ours_of(self)
+        for optimizer in found:
+            _begin_training(self, optimizer)
+        if function.__name__ == "fit" and (found or several):
             try:
                 given = signature.bind(self, *args, **kwargs)
-            except TypeError:  # Keras says it better
+            except TypeError:  # let Keras report it
                 return function(self, *args, **kwargs)
-            given.arguments["callbacks"] = _with_flush(given.arguments.get("callbacks"), self)
+            unknown = several and not getattr(compiled, "built", True)  # some of them may accumulate
+            flush = unknown or any(optimizer.gradient_accumulation_steps for optimizer in found)
+            last = Flush() if flush else Finalize()
+            given.arguments["callbacks"] = _with(last, given.arguments.get("callbacks"), self)
             args, kwargs = given.args[1:], given.kwargs
         return function(self, *args, **kwargs)
 
     return wrapped
 
 
-def _ours(optimizer: Any) -> Any:
-    """The optimizer of this package, also inside of Keras's for loss scaling; None for others."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return _ours(optimizer.inner_optimizer)
-    return optimizer if hasattr(optimizer, "begin_training") else None
+def _begin_training(model: Any, optimizer: Any) -> None:
+    """Tells an optimizer of ours which weights it is to train, if it is the only one that trains the model."""
+    outer = getattr(model, "optimizer", None)
+    if ours(outer) != [optimizer] or isinstance(outer, keras.optimizers.MultiOptimizer):
+        optimizer.begin_training(None)
+        return
+    variables = model.trainable_variables
+    grows = hasattr(outer, "begin_training") or hasattr(outer, "make_room")
+    optimizer.begin_training(variables, inside=not grows)
+    if hasattr(outer, "make_room") and outer.built and not distribute.TENSORFLOW:
+        outer.make_room(variables)
 
 
-def _with_flush(callbacks: Any, model: Any) -> Any:
+def refusing_stock_averages(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`fit`, `evaluate` or `predict` of `keras.Model`, which says what to use instead of `SwapEMAWeights`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(TypeError):  # let Keras report it
+            callbacks = signature.bind(self, *args, **kwargs).arguments.get("callbacks")
+            callbacks = getattr(callbacks, "callbacks", callbacks)
+            averaging = [optimizer for optimizer in ours_of(self) if optimizer.use_ema or optimizer.rule.averages]
+            swaps = [c for c in keras.tree.flatten(callbacks) if isinstance(c, keras.callbacks.SwapEMAWeights)]
+            if swaps and averaging:
+                raise ValueError(
+                    "callbacks must not hold keras.callbacks.SwapEMAWeights, which works with Keras's own optimizers "
+                    f"only, since the model is trained by {averaging[0].name}, a {type(averaging[0]).__name__} of "
+                    "keras_optkit. Use keras_optkit.callbacks.AveragedWeights() instead."
+                )
+        return function(self, *args, **kwargs)
+
+    return wrapped
+
+
+def telling_of_files(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compile_from_config` of `keras.Model`, which tells optimizers that they come with the file of a model."""
+
+    @functools.wraps(function)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with opening():
+            return function(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _with(last: Finalize, callbacks: Any, model: Any) -> Any:
+    """Callbacks with one more before all others."""
     if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return [Flush(), *keras.tree.flatten(callbacks or [])]
-    if not any(isinstance(callback, Flush) for callback in callbacks.callbacks):
-        flush = Flush()  # what the list has told the others already
-        flush.set_model(model)
-        flush.set_params(callbacks.params)
-        callbacks.callbacks.insert(0, flush)
+        return [last, *keras.tree.flatten(callbacks or [])]
+    callbacks.callbacks[:] = [c for c in callbacks.callbacks if not isinstance(c, Finalize)]
+    last.set_model(model)  # what the list has told the others already
+    last.set_params(callbacks.params)
+    callbacks.callbacks.insert(0, last)
     return callbacks
 
 
-class Flush(keras.callbacks.Callback):
-    """Ends every epoch with an update if micro-batches are left; before all other callbacks see its end.
+class Finalize(keras.callbacks.Callback):
+    """Ends training for those optimizers of a model that it was not compiled with, as Keras does for that one.
 
-    With data of unknown length that is after the validation of the first epoch.
+    That is before all other callbacks see the end of training.
     """
 
     stateless = True
     sees_training_weights = True  # AveragedWeights leaves them in the model for it
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Gives the model the weights to evaluate at."""
+        if not (self.params or {}).get("epochs", 1):
+            return
+        model = self.model
+        done = ours(model.optimizer)
+        for optimizer in ours_of(model):
+            if not any(optimizer is other for other in done):
+                optimizer.finalize_variable_values(())
+
+
+class Flush(Finalize):
+    """Ends every epoch with an update if micro-batches are left; before all other callbacks see its end.
+
+    With data of unknown length that is after the validation of the first epoch.
+    """
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """After the last batch, if Keras knows how many there are."""
@@ -79,12 +145,13 @@ class Flush(keras.callbacks.Callback):
         self._flush()
 
     def _flush(self) -> None:
-        _ours(self.model.optimizer).flush()
+        for optimizer in ours_of(self.model):
+            optimizer.flush()
 
 
 def build_optimizer(model: Any) -> None:
-    """Builds the optimizer of a built model as `fit` would."""
-    if not model.optimizer.built:
+    """Builds the optimizer that a built model was compiled with, if any, as `fit` would."""
+    if model.optimizer is not None and not model.optimizer.built:
         strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
         with strategy.scope() if strategy else contextlib.nullcontext():
             model.optimizer.build(model.trainable_variables)

@@ -111,6 +111,18 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
         """How many of them are the last ones."""
         return int(ops.convert_to_numpy(self._own["skipped_in_a_row"])) if self.built else 0
 
+    def make_room(self, variables: Sequence[Any]) -> None:
+        """Has Keras's class train all of these variables, of which some were unfrozen since it was built."""
+        super(keras.optimizers.LossScaleOptimizer, self).build(list(variables))
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Assigns a value to each of `variables`, also to those of the inner optimizer, which Keras leaves out."""
+        inner = {id(variable) for variable in self.inner_optimizer.variables}
+        own = [variable for variable in self.variables if id(variable) not in inner]
+        for variable, value in zip(own, weights, strict=False):
+            variable.assign(value)
+        self.inner_optimizer.set_weights(weights[len(own) :])
+
     def build(self, variables: Sequence[Any]) -> None:
         """Creates the state for `variables`, here and in the inner optimizer."""
         if self.built:
@@ -132,7 +144,10 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Updates the weights with the unscaled gradients, or lowers the scale if they are not finite."""
         if not self.built:
-            self.build(list(trainable_variables or ()))
+            with distribute.outside_graph():
+                self.build(list(trainable_variables or ()))
+        if trainable_variables is not None and len(trainable_variables) == len(grads) == 0:
+            return  # a frozen model
         own = [self._own[name] for name in _LIMITED]
         before = ops.copy(ops.convert_to_tensor(self.dynamic_scale))
         super().apply(grads, trainable_variables)

@@ -21,7 +21,7 @@ from keras_optkit.optimizers.distribute import Rows, State
 from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
-from keras_optkit.optimizers.saved import SavedState
+from keras_optkit.optimizers.saved import SavedState, is_opening
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
 
@@ -84,7 +84,8 @@ class Optimizer(FromSignature, SavedState):
     Float16 and bfloat16 parameters have float32 slots and are updated in float32.
 
     Args:
-        learning_rate: A number >= 0, or a `keras.optimizers.schedules.LearningRateSchedule` of the update count.
+        learning_rate: A number >= 0, a `keras.optimizers.schedules.LearningRateSchedule` of the update count, or, as in
+            Keras, a function without arguments that returns the present rate.
         rule: The update rule.
         weight_decay: λ of decoupled decay, `θ ← θ - η λ θ` besides the rule's step; None for none. A number >= 0 or a
             schedule.
@@ -192,9 +193,11 @@ class Optimizer(FromSignature, SavedState):
             places=[],
             buckets=(),
             state=None,
+            names={"iteration"},
             pending=None,
             seen=None,
             used=False,
+            opened=is_opening(),
             groups=checked_groups(groups),
         )
         self._updates = super().iterations
@@ -251,35 +254,31 @@ class Optimizer(FromSignature, SavedState):
     def learning_rate(self) -> Any:
         """The present learning rate, `schedule(iterations) * multiplier`; with a constant rate, its variable.
 
-        Assigning a number always works: with a schedule it sets the multiplier, so that the schedule goes on from
-        there. The multiplier is part of the saved state. Assigning a schedule replaces the rate altogether; a training
-        function that is traced already must then be made anew (`model.make_train_function(force=True)`).
+        Assigning a number always works. With a schedule it sets the multiplier, so that the schedule continues from
+        there; while the schedule is 0, which no multiplier changes, the number replaces the schedule from there on.
+        The multiplier is part of the saved state, as its negative where it replaces the schedule. Assigning a schedule
+        or a function replaces the rate altogether; a training function that is traced already must then be made again
+        (`model.make_train_function(force=True)`).
         """
         return self._multiplier if self._schedule is None else self._rate(self._updates, self._multiplier)
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
-        if isinstance(value, Schedule):
-            self._schedule = value
-            self._multiplier.assign(1.0)
+        if isinstance(value, Schedule) or (callable(value) and not is_dynamic(value)):
+            self._schedule, multiplier = _schedule_and_multiplier(value)
+            self._multiplier.assign(multiplier)
             return
         rate = arguments.real("learning_rate", _as_number(value), 0)
         if self._schedule is not None:
+            replaced = math.copysign(1.0, _as_number(self._multiplier)) < 0
             scheduled = _as_number(self._schedule(self._updates))
-            if scheduled == 0:
-                if rate == 0:
-                    return
-                raise ValueError(
-                    f"learning_rate cannot be set to {rate!r} while its schedule is 0 (at update "
-                    f"{_as_number(self._updates)}): the rate is the schedule times a multiplier."
-                )
-            rate /= scheduled
-        self._multiplier.assign(rate)
+            if scheduled == 0 and rate == 0 and not replaced:
+                return
+            rate = -rate if replaced or scheduled == 0 else rate / scheduled
+        self._multiplier.assign(np.array(rate))  # TensorFlow takes the float -0.0 for 0.0
 
     def _rate(self, iterations: Tensor, multiplier: Tensor) -> Tensor:
-        if self._schedule is None:
-            return multiplier
-        return ops.cast(self._schedule(iterations), scalar_dtype()) * multiplier
+        return multiplier if self._schedule is None else _scheduled_rate(self._schedule(iterations), multiplier)
 
     @property
     def _rules(self) -> dict[int, Rule]:
@@ -297,8 +296,10 @@ class Optimizer(FromSignature, SavedState):
     @property
     def variables(self) -> list[Any]:
         """All variables of the optimizer; in which order and how packed, may change."""
-        found = super().variables  # among them those of our own that are attributes
-        return [*found, *(v for v in self._held.own if not any(v is other for other in found))]
+        kept = {name: part for name, part in (self._held.state or {}).items() if name != "weights"}
+        # those that are attributes, then the state, in an order that does not depend on when it was made
+        found = [*super().variables, *tree.flatten(kept), *self._held.own]
+        return list({id(variable): variable for variable in found}.values())
 
     def add_variable(
         self,
@@ -309,10 +310,16 @@ class Optimizer(FromSignature, SavedState):
         layout: Any = None,
         name: str | None = None,
     ) -> keras.Variable:
-        """Makes a variable of the optimizer's own.
+        """Makes a variable of the optimizer's own, with a path that no other one of them has.
 
         Keras would list it where TensorFlow's checkpoints find it, by a position that depends on the packing.
         """
+        if name is not None:
+            taken, stem, count = self._held.names, name, 0
+            while name in taken:
+                count += 1
+                name = f"{stem}_{count}"
+            taken.add(name)
         with keras.name_scope(self.name):
             variable = keras.Variable(
                 keras.initializers.get(initializer),
@@ -327,36 +334,60 @@ class Optimizer(FromSignature, SavedState):
         return variable
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Assigns a value to each of `variables`."""
-        if len(weights) != len(self.variables):
-            raise ValueError(f"weights must have one value for each of {len(self.variables)}, got {len(weights)}.")
-        for variable, value in zip(self.variables, weights, strict=True):
+        """Assigns a value to each of `variables`.
+
+        Keras does so when it loads an `.h5` file, before it knows which weights are trained; the values are then kept
+        until it does.
+
+        Raises:
+            ValueError: If the number of values or a shape does not match.
+        """
+        variables, shapes = self.variables, [np.shape(value) for value in weights]
+        if not self._held.variables and len(weights) > len(variables):
+            self._held.pending = [np.array(value) for value in weights]
+            return
+        if len(weights) != len(variables):
+            raise ValueError(f"weights must have one value for each of {len(variables)}, got {len(weights)}.")
+        for variable, shape in zip(variables, shapes, strict=True):
+            if shape != tuple(variable.shape):
+                raise ValueError(
+                    f"weights must have the shape {tuple(variable.shape)} for {variable.path}, got {shape}."
+                )
+        for variable, value in zip(variables, weights, strict=True):
             variable.assign(value)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates the state for `variables`, the weights to be trained, in this order.
 
-        An optimizer that is built already goes on with the state that it has: `variables` may hold more than those it
-        was built with, such as layers that are no longer frozen, and the new ones start afresh. This happens by itself,
-        on TensorFlow in the first step that trains them, elsewhere when `fit` or `train_on_batch` begins.
+        An optimizer that is built already keeps the state that it has: `variables` may hold more than those it was
+        built with, such as layers that are no longer frozen, and the new ones start afresh. This happens by itself, on
+        TensorFlow in the first step that trains them, elsewhere when `fit` or `train_on_batch` begins. There may be
+        none at first, in a model that is frozen.
 
         Raises:
-            ValueError: If there are no variables, if some of those it was built with are missing, or under a
-                distribution strategy that is not supported.
+            ValueError: If some of the variables that it was built with are missing, if its groups freeze all of them,
+                or under a distribution strategy that is not supported.
         """
         variables = list(variables)
-        if self.built:
+        if self._held.variables:
             self._extend(variables)
             return
-        if not variables:
-            raise ValueError(f"{self.name} was given no variables to train.")
+        if self.built and not variables:
+            return
         distribute.refuse_unsupported_strategy()
-        self._add(variables, variables)
+        try:
+            self._add(variables, variables)
+        except ValueError as error:
+            if not is_opening():
+                raise
+            # a model that was saved with other weights frozen has to open; the first step that trains it will raise
+            warnings.warn(f"{self.name} is left without state for now: {error}", stacklevel=2)
+            return
         self._build_keras(variables)
-        if self._held.pending is not None:
+        if variables and self._held.pending is not None:
             pending, self._held.pending = self._held.pending, None
             with distribute.outside_graph():
-                self._restore(pending)
+                self._restore(pending, waited=True)
 
     def _build_keras(self, variables: list[Any]) -> None:
         """Keras's own part of `build`, but for the average and the accumulators that it would make besides ours."""
@@ -365,29 +396,32 @@ class Optimizer(FromSignature, SavedState):
         super().build(variables)
         self.use_ema, self.gradient_accumulation_steps = ours
 
-    def begin_training(self, variables: Sequence[Any], *, inside: bool = False) -> None:
+    def begin_training(self, variables: Sequence[Any] | None, *, inside: bool = False) -> None:
         """Called by `fit` and `train_on_batch` when they begin: what a step of the backend cannot do, or not in time.
 
         The model is given the weights of training. Outside of TensorFlow, where a step creates no state, variables that
         the optimizer was not built with join.
 
         Args:
-            variables: The weights to train.
-            inside: Whether the optimizer is inside of another one, such as `keras.optimizers.LossScaleOptimizer`.
+            variables: The weights to train; None: those it was built with.
+            inside: Whether the optimizer is inside of another one that has no room for more variables, such as
+                `keras.optimizers.LossScaleOptimizer`.
 
         Raises:
             ValueError: Outside of TensorFlow, if variables are missing, or if some join and another optimizer, which
                 has no room for them, is around this one.
         """
-        if self.built and not distribute.TENSORFLOW:
+        if self.built and variables is not None and not distribute.TENSORFLOW:
             known = len(self._held.variables)
             if len(variables) < known or (inside and len(variables) > known):
                 raise ValueError(
                     f"{self.name} was built for {known} variables and cannot go on with {len(variables)} on the "
                     f"{keras.config.backend()} backend. Compile the model with a new optimizer."
                 )
-            self.build(variables)
-        self.swap_weights(evaluating=False)
+        if self.built and variables and (not distribute.TENSORFLOW or self._held.pending is not None):
+            with distribute.scope_of(self._updates):
+                self.build(variables)
+        self._swap(evaluating=False)
 
     def _add(self, new: list[Any], variables: list[Any], since: Sequence[int] | None = None) -> None:
         """Adds variables, and the buckets with their state.
@@ -452,6 +486,8 @@ class Optimizer(FromSignature, SavedState):
         )
 
     def _pack(self, new: Sequence[Any], variables: Sequence[Any], since: Sequence[int]) -> tuple[Bucket, ...]:
+        if not variables:
+            return ()
         treatment = dict(zip(map(distribute.key, variables), self._treatments(variables)[0], strict=True))
         if all(value is None for value in treatment.values()):
             raise ValueError(f"{self.name} has nothing to train: its groups freeze all {len(variables)} variables.")
@@ -473,7 +509,9 @@ class Optimizer(FromSignature, SavedState):
                 f"The saved optimizer state has variables that joined at the updates {sorted(set(since))}; those of "
                 f"{self.name} joined at {sorted(set(self._since()))}. Load it before the first step."
             )
-        variables, held.own = self._in_model_order(), [self._multiplier]
+        state = {id(variable) for variable in tree.flatten(held.state)} - {id(self._multiplier)}
+        variables, held.own = self._in_model_order(), [v for v in held.own if id(v) not in state]
+        held.names = {"iteration", *(variable.name for variable in held.own)}
         held.variables, held.places, held.buckets, held.state, held.seen = [], [], (), None, None
         self._add(variables, variables, since)
 
@@ -484,21 +522,25 @@ class Optimizer(FromSignature, SavedState):
         return [since.get(i, 0) for i in order]
 
     def _new_state(self, variables: list[Any], buckets: Sequence[Bucket]) -> dict[str, list[Any]]:
-        """The state that there is for each bucket."""
+        """The state that there is for each bucket.
+
+        What begins as the weights are is zeros until the first update: the weights of a model that is built by its
+        first step have no values while that step is traced.
+        """
+
+        def like_weights(name: str, bucket: Bucket) -> keras.Variable:
+            return self.add_variable(bucket.stored_shape, dtype=at_least_float32(bucket.dtype), name=name)
+
         state: dict[str, list[Any]] = {
             "weights": [[variables[i] for i in b.indices] for b in buckets],
-            "slots": [self._new_slots(b, [variables[i] for i in b.indices]) for b in buckets],
+            "slots": [self._new_slots(b) for b in buckets],
         }
         if self.gradient_accumulation_steps:
-            state["accumulated"] = [
-                self.add_variable(b.stored_shape, dtype=at_least_float32(b.dtype), name="accumulated") for b in buckets
-            ]
+            state["accumulated"] = [like_weights("accumulated", b) for b in buckets]
         if self.use_ema:
-            state["average"] = [self._copy_of_weights("average", variables, b) for b in buckets]
+            state["average"] = [like_weights("average", b) for b in buckets]
         if self.master_weights:
-            state["master"] = [
-                {"master": self._copy_of_weights("master", variables, b)} if b.dtype in HALF else {} for b in buckets
-            ]
+            state["master"] = [{"master": like_weights("master", b)} if b.dtype in HALF else {} for b in buckets]
         return state
 
     def _new_scalars(self) -> State:
@@ -525,29 +567,33 @@ class Optimizer(FromSignature, SavedState):
             }
         return state
 
-    def _copy_of_weights(self, name: str, variables: list[Any], bucket: Bucket) -> keras.Variable:
-        """A variable with the present weights of a bucket, in the dtype to compute in."""
-        dtype = at_least_float32(bucket.dtype)
-        value = bucket.stored(
-            bucket.join([ops.cast(ops.convert_to_tensor(variables[i]), dtype) for i in bucket.indices])
-        )
-        return self.add_variable(value.shape, lambda *_, **__: ops.copy(value), dtype, name=name)
-
     def _slot_dtype(self, weights: str, initial: Initial) -> str:
         """The dtype of a slot; those that begin as the weights are as exact as the computation."""
         return at_least_float32(weights) if self.slot_dtype is None or callable(initial) else self.slot_dtype
 
-    def _new_slots(self, bucket: Bucket, variables: list[Any]) -> dict[str, keras.Variable]:
+    def _new_slots(self, bucket: Bucket) -> dict[str, keras.Variable]:
         slots = {}
         for name, initial in self._rules[bucket.treatment.rule].slots().items():
             dtype = self._slot_dtype(bucket.dtype, initial)
-            if callable(initial):
-                joined = bucket.join([ops.convert_to_tensor(v) for v in variables])
-                value = bucket.stored(initial(ops.cast(joined, dtype)))
-                slots[name] = self.add_variable(value.shape, lambda *_, v=value, **__: ops.copy(v), dtype, name=name)
+            if callable(initial):  # `_begun` sets it in the first update
+                zeros = ops.zeros(bucket.stored_shape, dtype)
+                shape = tuple(bucket.stored(initial(bucket.view(zeros))).shape)
+                slots[name] = self.add_variable(shape, dtype=dtype, name=name)
             else:
                 slots[name] = self.add_variable(bucket.stored_shape, _filled(initial), dtype, name=name)
         return slots
+
+    def _begun(self, slots: Slots, p: Tensor, bucket: Bucket, iterations: Tensor) -> Slots:
+        """Slots before an update; in the first one, those that begin as a function of the weights are set to it."""
+        functions = self._functions_of_weights(bucket)
+        first = ops.equal(iterations, bucket.since) if functions else None
+        begun = {name: ops.where(first, function(p), slots[name]) for name, function in functions.items()}
+        return {**slots, **begun}
+
+    def _functions_of_weights(self, bucket: Bucket) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The slots that begin as a function of the weights."""
+        initial = self._rules[bucket.treatment.rule].slots()
+        return {name: function for name, function in initial.items() if callable(function)}
 
     def explain(self, model: Any) -> Explanation:
         """How each variable is trained: its group, rule, learning rate, decay, and the size of its state.
@@ -613,6 +659,8 @@ class Optimizer(FromSignature, SavedState):
             self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(f"grads must match the variables one to one, got {len(grads)} for {len(variables)}.")
+        if not variables:  # a frozen model
+            return
         self._held.used = True
         fuse = distribute.on_cpu(self._updates) if self.fuse == "auto" else self.fuse
         bucketed = self._bucketed(self._in_order(grads, variables))
@@ -709,6 +757,7 @@ class Optimizer(FromSignature, SavedState):
         """Whether nothing has to look at the rows without a gradient, or would treat equal rows differently."""
         state = self._held.state
         looks = "accumulated" in state or "evaluating" in state or "master" in state or self._constraint(bucket)
+        looks = looks or self._functions_of_weights(bucket)
         rounds = self.stochastic_rounding and "bfloat16" in (bucket.dtype, self.slot_dtype)
         return bucket.alone and not looks and not rounds
 
@@ -791,7 +840,7 @@ class Optimizer(FromSignature, SavedState):
             position = ops.cond(finite, lambda: nowhere, lambda: _first_bad(present, flags))
         scheduled = None if self._schedule is None else read[dynamic.index(self._schedule)]
         multiplier = ops.cast(state["multiplier"], scalar_dtype())
-        rate = multiplier if scheduled is None else scheduled * multiplier
+        rate = multiplier if scheduled is None else _scheduled_rate(scheduled, multiplier)
         prepared = _Prepared(state["iterations"], rate, read, state.get("scalars", {}), factor, finite, position)
         if "scalars" in state:
             new = {
@@ -829,10 +878,11 @@ class Optimizer(FromSignature, SavedState):
         if "scalars" in state:
             new["scalars"] = prepared.scalars
         for b, bucket in enumerate(self._held.buckets):
-            if state["weights"][b] is None or (grads[b] is None and not self.use_ema):
+            looks = self.use_ema or self._functions_of_weights(bucket)
+            if state["weights"][b] is None or (grads[b] is None and not looks):
                 continue
             p = self._widened(state["weights"][b], state, b)
-            slots = self._wide_slots(state["slots"][b], bucket)
+            slots = self._begun(self._wide_slots(state["slots"][b], bucket), p, bucket, state["iterations"])
             if grads[b] is not None:
                 u = self._clip(bucket, grads[b].value, prepared.factor)
                 h = self._hyper(prepared, memo, bucket)
@@ -945,17 +995,30 @@ class Optimizer(FromSignature, SavedState):
 
     @property
     def evaluating(self) -> bool:
-        """Whether the model holds the weights to evaluate at, and not those that training goes on from."""
+        """Whether the model holds the weights to evaluate at, and not those that are trained."""
         return self._averages() and bool(_as_number(self._held.state["evaluating"]))
 
     def swap_weights(self, evaluating: bool) -> None:
-        """Gives the model the weights to evaluate at (True), or those that training goes on from (False).
+        """Gives the model the weights to evaluate at (True), or those that are trained (False).
 
         They differ with `use_ema=True` and for rules that average by themselves, such as Schedule-Free; otherwise, and
-        where the model holds the wanted weights already, nothing happens. `fit` and `train_on_batch` take the weights
-        of training back when they begin. So does the next update of a loop of one's own, but its gradient has been
-        computed by then: call `swap_weights(False)` before going on.
+        where the model holds the wanted weights already or before the first update, nothing happens. `fit` and
+        `train_on_batch` restore the training weights when they begin. So does the next update of a loop of your own,
+        but its gradient has been computed by then: call `swap_weights(False)` before you continue.
+
+        Raises:
+            ValueError: If state was loaded by which the model holds the other weights, and the optimizer is not built,
+                so that it does not know them.
         """
+        pending = None if self.built else self._held.pending
+        if isinstance(pending, dict) and pending["iterations"] and pending.get("evaluating", evaluating) != evaluating:
+            raise ValueError(
+                f"{self.name} was given state before it is built, and does not know which weights to swap. Call "
+                "optimizer.build(model.trainable_variables) first."
+            )
+        self._swap(evaluating)
+
+    def _swap(self, evaluating: bool) -> None:
         if not self._averages() or self.evaluating == evaluating or _as_number(self._updates) == 0:
             return
         distribute.change(lambda state: self._swapped(state, evaluating), self._held.buckets, self._held.state)
@@ -969,27 +1032,31 @@ class Optimizer(FromSignature, SavedState):
             if not (self.use_ema or self._rules[bucket.treatment.rule].averages):
                 continue
             wide = self._widened(state["weights"][b], state, b)
+            begun = state["iterations"] > bucket.since  # parameters may have joined since the last update
             if self.use_ema:
                 weights = bucket.view(state["average"][b])
-                new["average"][b] = bucket.stored(wide)
+                new["average"][b] = ops.where(begun, bucket.stored(wide), state["average"][b])
             else:
                 h = Hyper(state["iterations"], rate, wide.dtype, memo=memo, since=bucket.since)
                 slots = self._wide_slots(state["slots"][b], bucket)
                 weights, slots = (self.rule.eval_value if evaluating else self.rule.train_value)(wide, slots, h)
                 slots = self._narrow_slots(slots, state["slots"][b], b, state["iterations"])
-                new["slots"][b] = {name: bucket.stored(slot) for name, slot in slots.items()}
-            new["weights"][b] = ops.cast(weights, bucket.dtype)
+                new["slots"][b] = {
+                    name: ops.where(begun, bucket.stored(slot), state["slots"][b][name]) for name, slot in slots.items()
+                }
+            new["weights"][b] = ops.cast(ops.where(begun, weights, wide), bucket.dtype)
         return new | {"evaluating": ops.full_like(state["evaluating"], int(evaluating))}
 
     def _averages(self) -> bool:
-        return self.built and "evaluating" in self._held.state
+        """Whether there are weights to evaluate at, other than those that are trained."""
+        return bool(self._held.variables) and "evaluating" in self._held.state
 
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Gives the model the weights to evaluate at; `fit` calls it at its end."""
         if distribute.is_lost(self._updates):  # there is an error already
             return
         self.flush()
-        self.swap_weights(evaluating=True)
+        self._swap(evaluating=True)
         self._raise_if_too_many_nonfinite()
 
     @property
@@ -1029,7 +1096,7 @@ class Optimizer(FromSignature, SavedState):
     def _config_value(self, name: str) -> Any:
         value = getattr(self, name)
         if name == "learning_rate" and self._schedule is not None:
-            return self._schedule
+            return self._schedule.function if isinstance(self._schedule, _Function) else self._schedule
         return _as_written(value) if isinstance(value, keras.Variable) else value
 
 
@@ -1117,13 +1184,31 @@ def _checked_decay(value: Value | None) -> Value | None:
     return value if is_dynamic(value) else arguments.real("weight_decay", value, 0, optional=True)
 
 
+class _Function(Schedule):
+    """A learning rate that is a function without arguments, as a schedule that does not look at the update count."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self.function = function
+
+    def __call__(self, step: Any) -> Any:
+        return self.function()
+
+
+def _scheduled_rate(scheduled: Tensor, multiplier: Tensor) -> Tensor:
+    """The rate of a schedule; a negative multiplier is the negative of a rate that has replaced the schedule."""
+    return ops.where(multiplier < 0, -multiplier, ops.cast(scheduled, scalar_dtype()) * multiplier)
+
+
 def _schedule_and_multiplier(learning_rate: Any) -> tuple[Schedule | None, float]:
     if isinstance(learning_rate, Schedule):
         return learning_rate, 1.0
+    if callable(learning_rate) and not is_dynamic(learning_rate):
+        arguments.without_arguments("learning_rate", learning_rate)
+        return _Function(learning_rate), 1.0
     try:
         return None, arguments.real("learning_rate", learning_rate, 0)
     except TypeError:
         raise TypeError(
-            "learning_rate must be a number >= 0 or a keras LearningRateSchedule, got "
+            "learning_rate must be a number >= 0, a keras LearningRateSchedule or a function without arguments, got "
             f"{learning_rate!r} of type {type(learning_rate).__name__}."
         ) from None

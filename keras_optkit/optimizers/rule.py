@@ -25,7 +25,8 @@ Tensor = Any
 Slots = dict[str, Tensor]
 #: A hyperparameter: a number, a schedule of the update count, or a scalar variable.
 Value = Any
-#: The initial value of a slot: a number that fills it, or a function of the parameters `(k, *shape)`.
+#: The initial value of a slot: a number that fills it, or a function of the parameters `(k, *shape)`, which is computed
+#: in their first update.
 Initial = float | Callable[[Tensor], Tensor]
 
 

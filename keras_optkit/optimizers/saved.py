@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -19,13 +22,32 @@ _FORMAT = 2
 #: State for each parameter besides the rule's slots, packed as they are.
 PER_PARAMETER = ("accumulated", "average")
 
+_opening: ContextVar[bool] = ContextVar("opening", default=False)
+
+
+@contextlib.contextmanager
+def opening() -> Iterator[None]:
+    """While Keras compiles a model as a file says, whose optimizer may have been built for other weights."""
+    token = _opening.set(True)
+    try:
+        yield
+    finally:
+        _opening.reset(token)
+
+
+def is_opening() -> bool:
+    """Whether a model is being opened."""
+    return _opening.get()
+
 
 class SavedState(keras.optimizers.Optimizer):
     """The part of `Optimizer` that writes its state to a file and reads it from one.
 
     Files are independent of the packing, of the number of replicas and of the paths of the variables; entries are
     numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras, and
-    `tf.train.Checkpoint` through `distribute.in_checkpoints`. One thing is as it is packed, the place of the last
+    `tf.train.Checkpoint` through `distribute.in_checkpoints`. State for other variables is refused, except that a model
+    file always opens: weights may have been frozen or unfrozen between the last step and saving. One thing is as
+    it is packed, the place of the last
     gradient that was not finite, so that after loading with another packing `nonfinite` may name another variable.
     """
 
@@ -37,9 +59,11 @@ class SavedState(keras.optimizers.Optimizer):
             "optimizer": keras.saving.get_registered_name(type(self)),
             "learning_rate": "constant" if self._schedule is None else "schedule",
             "state": sorted([*self.rule.slots(), *self.rule.scalars(), *({*PER_PARAMETER, "master"} & set(state))])
-            if self.built
+            if self._held.variables
             else None,
             "variables": [[_kind(v), list(v.shape)] for v in self._in_model_order()],
+            "names": [_name(v) for v in self._in_model_order()],
+            "trainable": [bool(getattr(v, "trainable", True)) for v in self._in_model_order()],
             "rules": self._own_rules(),
             "since": self._since(),
         }
@@ -72,10 +96,16 @@ class SavedState(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state, parameter by parameter: a file does not depend on how parameters were packed."""
-        if self._held.pending is not None:  # loaded, never used
+        if isinstance(self._held.pending, dict):  # loaded, never used
             for name, value in self._held.pending.items():
                 store[name] = value
             return
+        if self._held.pending is not None:
+            warnings.warn(
+                f"The state that {self.name} was given by an `.h5` file is not saved: it is known what it is for once "
+                "the model has been trained.",
+                stacklevel=2,
+            )
         store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
         for name, (variable, bucket) in self._entries().items():
             value = on_host(variable)
@@ -91,8 +121,12 @@ class SavedState(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Restores the state; one of another optimizer or another model is refused.
 
-        State that is loaded before the optimizer is built is kept, and restored when it is. A file that holds no
-        optimizer state at all changes nothing.
+        State that is loaded before the optimizer is built, or while all weights are frozen, is kept, and restored when
+        there is something to train. A file that holds no optimizer state at all changes nothing.
+
+        In `keras.models.load_model`, state for other variables than those that are trained is no error: those that
+        were frozen since the last step before saving are left out, and where variables joined nothing fits. A warning
+        names what is not used.
 
         Raises:
             ValueError: If the saved state does not belong to this optimizer and these variables.
@@ -106,15 +140,42 @@ class SavedState(keras.optimizers.Optimizer):
                 f"cannot be restored into {type(self).__name__}. Load with `compile=False`, or compile with the "
                 "optimizer that was saved."
             )
-        if self.built:
+        if self._held.variables:
             self._restore(saved)
-        else:
-            self._refuse_unless_same(saved, ("optimizer", "learning_rate"))
-            self._updates.assign(saved["iterations"])
-            self._multiplier.assign(saved["multiplier"])
-            self._held.pending = saved
+            return
+        theirs = self._refuse_unless_same(saved, ("optimizer", "learning_rate"))
+        self._updates.assign(saved["iterations"])
+        self._multiplier.assign(saved["multiplier"])
+        self._held.pending = saved
+        if self.built and theirs["variables"]:
+            warnings.warn(
+                f"{self.name} has nothing to train, and its saved state (update {saved['iterations']}) is for "
+                f"{_listed(theirs['variables'])}. It is kept until these are trained again.",
+                stacklevel=2,
+            )
 
-    def _restore(self, saved: dict[str, np.ndarray]) -> None:
+    def _restore(self, saved: dict[str, np.ndarray] | list[np.ndarray], *, waited: bool = False) -> None:
+        """Restores state, as in the files of Keras 3 or as the arrays of an `.h5` file.
+
+        Args:
+            saved: The state.
+            waited: Whether it was loaded before there was something to train.
+        """
+        if isinstance(saved, list):
+            try:
+                self.set_weights(saved)
+            except ValueError as error:
+                warnings.warn(f"The optimizer state of the `.h5` file is not used: {error}", stacklevel=2)
+            return
+        if self._held.opened:
+            self._held.opened = False
+            usable = self._usable(saved, waited=waited)
+            if usable is None:
+                self._updates.assign(saved["iterations"])
+                self._multiplier.assign(saved["multiplier"])
+                self._pack_anew([int(saved["iterations"])] * len(self._held.variables))
+                return
+            saved = usable
         schema = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
         fresh = schema["state"] is None  # it was saved before build
         if not fresh and schema["since"] != self._since():
@@ -131,6 +192,42 @@ class SavedState(keras.optimizers.Optimizer):
                 slot = name.rsplit(".", 1)[0]
                 parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
                 variable.assign(bucket.stored(bucket.join(parts)))
+
+    def _usable(self, saved: dict[str, np.ndarray], *, waited: bool) -> dict[str, np.ndarray] | None:
+        """Of the state in a model's file, that of the variables which are trained now; None if it cannot be told.
+
+        Variables are known by their order and shapes; those that were frozen after the last step by a flag, or if it
+        was changed meanwhile by their names, which may be those of another layer in a model of models.
+        """
+        theirs, ours = json.loads(saved["schema"].tobytes()), self._schema()
+        flags = theirs.get("trainable", [True] * len(theirs["variables"]))
+        if waited and "names" in theirs:
+            flags = [name in ours["names"] for name in theirs["names"]]
+        kept = [place for place, flag in enumerate(flags) if flag]
+        fits = [theirs["variables"][place] for place in kept] == ours["variables"]
+        if theirs["state"] is None or (fits and all(flags)):
+            return saved
+        left = [v for v, flag in zip(theirs["variables"], flags, strict=True) if not (fits and flag)]
+        warnings.warn(
+            f"The saved state of {self.name} (update {saved['iterations']}) is not used for {_listed(left)}: the model "
+            f"was saved with other weights frozen than those that the optimizer had last trained. It now trains "
+            f"{_listed(ours['variables'])}{'' if fits else ', which start without state'}.",
+            stacklevel=2,
+        )
+        if not fits:
+            return None
+        places = {place: new for new, place in enumerate(kept)}
+        part = {}
+        for name, value in saved.items():
+            stem, _, end = name.rpartition(".")
+            if stem not in (*PER_PARAMETER, "master") and not stem.startswith("slot."):
+                part[name] = value
+            elif int(end) in places:
+                part[f"{stem}.{places[int(end)]}"] = value
+        lists = ("variables", "names", "trainable", "since")
+        schema = theirs | {name: [theirs[name][place] for place in kept] for name in lists}
+        schema["rules"] = {str(places[int(p)]): rule for p, rule in theirs["rules"].items() if int(p) in places}
+        return part | {"schema": np.frombuffer(json.dumps(schema).encode(), np.uint8)}
 
     def _refuse_unless_same(self, saved: dict[str, np.ndarray], keys: Sequence[str]) -> dict[str, Any]:
         """Raises with the differences between the saved schema and this one; returns the saved one."""
@@ -162,8 +259,19 @@ def _differences(key: str, theirs: Any, ours: Any) -> list[str]:
     return lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
 
 
+def _listed(variables: Sequence[Any]) -> str:
+    names = [_described(variable) for variable in variables[:10]]
+    more = [f"{len(variables) - 10} more"] if len(variables) > 10 else []
+    return f"{len(variables)} variable{'s' if len(variables) != 1 else ''} ({', '.join([*names, *more])})"
+
+
 def _described(variable: list[Any] | None) -> str:
     return "none" if variable is None else f"{variable[0]} {tuple(variable[1])}"
+
+
+def _name(variable: Any) -> str:
+    """The name of a variable with that of its layer; the beginning of paths changes when a model is loaded."""
+    return "/".join(getattr(variable, "path", variable.name).split("/")[-2:])
 
 
 def _kind(variable: Any) -> str:

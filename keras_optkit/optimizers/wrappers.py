@@ -73,7 +73,7 @@ class LookaheadRule(Rule):
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         step, new = _inner_step(self.inner_rule, u, slots, p, p, h)
-        slow = ops.where(ops.equal(h.step, 1), p, slots["slow"])  # the weights may have been set after build
+        slow = slots["slow"]
         due = ops.equal(ops.mod(h.step, self.sync_period), 0)
         step = ops.where(due, step - (1 - h(self.slow_step_size)) * (slow - (p - step)), step)
         return step, {**new, "slow": ops.where(due, p - step, slow)}
@@ -137,7 +137,7 @@ class _ScheduleFree(Rule):
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         h, c = self.warmed_up(h), h.scalar("share")
-        z = ops.where(ops.equal(h.step, 1), p, slots["anchor"])  # the weights may have been set after build
+        z = slots["anchor"]
         step, new = _inner_step(self.inner(), u, slots, z, p, h)
         return c * (p - z) + (1 - self.beta() * (1 - c)) * step, {**new, "anchor": z - step}
 

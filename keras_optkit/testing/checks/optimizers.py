@@ -851,6 +851,27 @@ def check_more_variables(card: Card) -> None:
 
 @check("optimizer")
 @float64()
+def check_paths(card: Card) -> None:
+    """No two variables have one path, and their values alone, all that an `.h5` file holds, are enough to continue."""
+    settings = {"gradient_accumulation_steps": 2, "skip_nonfinite": 2, **_ema(card)}
+    grads = [[ops.convert_to_tensor(g) for g in arrays] for arrays in problems.gradients(6)]
+    optimizer, weights = _make(card, **settings), problems.variables(problems.start())
+    for arrays in grads[:3]:
+        optimizer.apply(arrays, weights)
+    paths = [variable.path for variable in optimizer.variables]
+    assert len(set(paths)) == len(paths), f"some paths occur twice: {sorted(paths)}"
+    values = [ops.convert_to_numpy(w) for w in weights]
+    other, copies = _make(card, **settings), problems.variables(values)
+    other.build([])  # as Keras does, which does not know the weights then
+    other.set_weights([ops.convert_to_numpy(variable) for variable in optimizer.variables])
+    for arrays in grads[3:]:
+        optimizer.apply(arrays, weights)
+        other.apply(arrays, copies)
+    _equal([ops.convert_to_numpy(w) for w in copies], [ops.convert_to_numpy(w) for w in weights], what="continued")
+
+
+@check("optimizer")
+@float64()
 def check_foreign_state(card: Card) -> None:
     """State of another optimizer, of another model or of Keras is refused with the difference, and nothing changes."""
     weights = problems.variables(problems.start())
