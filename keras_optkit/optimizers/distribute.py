@@ -23,6 +23,10 @@ State = dict[str, Any]
 
 TENSORFLOW = keras.config.backend() == "tensorflow"
 
+#: How many small parameters of one shape are packed by themselves. XLA compiles each part of a tensor that it is split
+#: into, but equal ones once; so where the whole step is always compiled, buckets are made that equal each other.
+REPEATED = None if TENSORFLOW else 8
+
 if TENSORFLOW:
     import tensorflow as tf
 
@@ -74,9 +78,7 @@ class Step:
     failure: str = ""
 
 
-def run(
-    step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], *, fuse: bool = False, join_inside: int = 0
-) -> None:
+def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], *, fuse: bool = False) -> None:
     """Runs `step` on the values of the variables in `state` and assigns what has changed.
 
     Args:
@@ -87,19 +89,18 @@ def run(
             there is none.
         fuse: Whether to compile the step with XLA where the function that it is part of is not compiled. Inside a
             replica every device updates its own copies of the variables alike.
-        join_inside: Buckets of more parameters than this are joined and split outside of what is compiled.
     """
     if not TENSORFLOW:
         _run_pure(step, buckets, state, grads)
         return
     if not tf.distribute.has_strategy():
-        _run(step, buckets, state, grads, fuse, join_inside)
+        _run(step, buckets, state, grads, fuse)
         return
     handles = [_handle(v) for v in tree.flatten(state)]
     _refuse_foreign(tree.flatten(state))
 
     def on_device(_: Any, grads: list[Any], handles: list[Any]) -> None:
-        _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse, join_inside)
+        _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse)
 
     def across_replicas(strategy: Any, grads: list[Any]) -> None:
         strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
@@ -127,10 +128,11 @@ def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[A
     _write(buckets, state, before, new)
 
 
-def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool, join_inside: int) -> None:
+def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool) -> None:
     fuse = fuse and not tf.executing_eagerly()
     rows = {b: grad for b, grad in enumerate(grads) if isinstance(grad, Rows)}
-    inside = {b for b, bucket in enumerate(buckets) if bucket.alone or len(bucket.shapes) <= join_inside}
+    # XLA compiles each part of a tensor by itself, so that parameters are joined and split outside of it
+    inside = {b for b, bucket in enumerate(buckets) if bucket.alone}
 
     def together(grads: list[Any], *, here: bool = True) -> list[Any]:
         """The gradients of the buckets, joined unless they are to be joined elsewhere."""
