@@ -10,6 +10,9 @@ from datetime import timedelta
 from numbers import Integral, Real
 from typing import Any
 
+#: The largest finite float32.
+LARGEST = 3.4028234663852886e38
+
 
 def real(
     name: str,
@@ -33,8 +36,10 @@ def real(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}.")
     number = int(value) if isinstance(value, Integral) else float(value)
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"{name} must be {allowed}, at most {LARGEST} as float32 holds it, got {value!r}.")
     inside = (low <= number if left == "[" else low < number) and (number <= high if right == "]" else number < high)
-    if not (math.isfinite(number) and inside):
+    if not inside:
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
     return number
 
@@ -71,14 +76,25 @@ def boolean(name: str, value: Any) -> bool:
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     """Returns `value` if it is one of `allowed`."""
-    if value not in allowed:
+    if not any(value is known or _is_equal(value, known) for known in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{near(value, allowed)}")
     return value
 
 
-def near(value: Any, allowed: Iterable[Any]) -> str:
+def _is_equal(value: Any, known: Any) -> bool:
+    """Whether two values are equal, which arrays are to nothing here."""
+    equal = value == known
+    return isinstance(equal, bool) and equal
+
+
+def seed(name: str, value: Any) -> Any:
+    """Returns `value` if it is None or an integer that Keras can draw with."""
+    return integer(name, value, 0, 2**32 - 1, optional=True)
+
+
+def near(value: Any, allowed: Iterable[Any], cutoff: float = 0.6) -> str:
     """' Did you mean ...?' for a misspelt string, or an empty string."""
-    matches = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+    matches = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=cutoff)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -70,7 +70,7 @@ class _Seeded(FromSignature, keras.initializers.Initializer):
 
     def __init__(self, seed: Seed = None) -> None:
         if not isinstance(seed, keras.random.SeedGenerator):
-            seed = arguments.integer("seed", seed, optional=True)
+            seed = arguments.seed("seed", seed)
         self.seed = seed
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:

@@ -119,9 +119,9 @@ class _Between(Schedule):
     """A schedule that goes from one value to another in a number of updates."""
 
     def __init__(self, initial: float, steps: int, final: float = 0.0):
-        self.initial = arguments.real("initial", initial)
+        self.initial = arguments.real("initial", initial, 0)
         self.steps = arguments.integer("steps", steps, 1)
-        self.final = arguments.real("final", final)
+        self.final = arguments.real("final", final, 0)
 
 
 @register(
@@ -255,10 +255,10 @@ class Warmup(Schedule):
 
     def __init__(self, schedule: LearningRateSchedule | float, steps: int, start: float = 0.0):
         if not isinstance(schedule, LearningRateSchedule):
-            schedule = arguments.real("schedule", schedule)
+            schedule = arguments.real("schedule", schedule, 0)
         self.schedule = schedule
         self.steps = arguments.integer("steps", steps, 1)
-        self.start = arguments.real("start", start)
+        self.start = arguments.real("start", start, 0)
 
     def _after(self, step: Any) -> Tensor:
         return self.real(self.schedule(step) if callable(self.schedule) else self.schedule)
@@ -333,10 +333,10 @@ class OneCycle(Schedule):
         anneal: str = "cosine",
         three_phase: bool = False,
     ):
-        self.peak = arguments.real("peak", peak)
+        self.peak = arguments.real("peak", peak, 0)
         self.steps = arguments.integer("steps", steps, 2)
-        self.initial = arguments.real("initial", initial, optional=True)
-        self.final = arguments.real("final", final, optional=True)
+        self.initial = arguments.real("initial", initial, 0, optional=True)
+        self.final = arguments.real("final", final, 0, optional=True)
         self.pct_start = arguments.real("pct_start", pct_start, 0, 1, closed="neither")
         self.anneal = arguments.choice("anneal", anneal, tuple(_ANNEAL))
         self.three_phase = arguments.boolean("three_phase", three_phase)

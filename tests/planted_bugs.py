@@ -229,9 +229,9 @@ def _(right):
 
 @bug("sum over micro-batches instead of the mean", "SGD", "accumulation", Optimizer, "_means")
 def _(right):
-    def sums(self, state):
+    def sums(self, state, grads):
         k = self.gradient_accumulation_steps
-        return [None if g is None else g._replace(value=g.value * k) for g in right(self, state)]
+        return [None if g is None else g._replace(value=g.value * k) for g in right(self, state, grads)]
 
     return sums
 
@@ -246,8 +246,8 @@ def _(right):
 
 @bug("what is left at the end is divided by k", "SGD", "accumulation", Optimizer, "_means")
 def _(right):
-    def of_k(self, state):
-        return right(self, state | {"micro": ops.full_like(state["micro"], self.gradient_accumulation_steps)})
+    def of_k(self, state, grads):
+        return right(self, state | {"micro": ops.full_like(state["micro"], self.gradient_accumulation_steps)}, grads)
 
     return of_k
 

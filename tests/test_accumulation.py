@@ -1,5 +1,6 @@
 """Accumulated micro-batches equal large batches, the last and smaller one of an epoch included."""
 
+import functools
 import warnings
 
 import keras
@@ -227,3 +228,138 @@ def test_micro_batches_with_different_masks_count_alike_as_the_guide_says():
     assert trained(1.0, 2, "sum_over_batch_size") == pytest.approx(3.0)
     assert trained(1.0, None, "sum_over_batch_size") == pytest.approx(2.4)
     assert trained(0.1, 2, "sum") == pytest.approx(trained(0.05, None, "sum"))
+
+
+# -- micro-batches with different gradients ---------------------------------------------------------------------------
+
+
+def apply_without_warnings(optimizer, grads, weights):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that gradients are missing
+        optimizer.apply(grads, weights)
+
+
+def traced(function, **how):
+    return tf.function(lambda: function(), autograph=False, **how)
+
+
+def three_parts(k=2, **more):
+    """A momentum optimizer, to see which parameters are updated at all, and its weights."""
+    optimizer = ok.optimizers.SGD(1.0, momentum=0.5, gradient_accumulation_steps=k, **more)
+    weights = problems.variables([np.ones(2), np.ones(2), np.ones((2, 2))])
+    optimizer.build(weights)
+    return optimizer, weights
+
+
+@pytest.mark.parametrize("kind", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("below", [0, 2**16])
+def test_each_micro_batch_may_have_other_gradients(kind, below):
+    optimizer = ok.optimizers.SGD(1.0, momentum=0.5, gradient_accumulation_steps=2)
+    optimizer.pack_below = below
+    weights = problems.variables([np.ones(2), np.ones(2), np.ones(2)])
+    optimizer.build(weights)
+    one = tf.ones(2, "float64")
+
+    def step(*which):
+        call = lambda: apply_without_warnings(optimizer, [2 * one if i in which else None for i in range(3)], weights)  # noqa: E731
+        return call if kind == "eager" else traced(call, jit_compile=kind == "xla")
+
+    first, second, both = step(0), step(1), step(0, 1)
+    first(), second()
+    assert [w.numpy()[0] for w in weights] == [0.0, 0.0, 1.0]
+    both(), first()  # the velocity of the second parameter counts, with half of a gradient
+    assert [w.numpy()[0] for w in weights] == [-2.5, -1.5, 1.0]
+    first(), first()  # and is not touched here
+    second(), second()
+    assert [w.numpy()[0] for w in weights] == [-5.75, -4.25, 1.0]
+    second()
+    optimizer.flush()
+    assert [w.numpy()[0] for w in weights] == [-5.75, -7.625, 1.0]
+
+
+@pytest.mark.parametrize("below", [0, 2**16])
+def test_rows_and_whole_gradients_of_one_table(below):
+    table, others = np.ones((4, 2)), np.ones(2)
+
+    def rows(*indices):
+        return tf.IndexedSlices(tf.ones((len(indices), 2), "float64"), tf.constant(indices), (4, 2))
+
+    def after(*micro_batches, graph):
+        optimizer = ok.optimizers.SGD(1.0, weight_decay=0.5, gradient_accumulation_steps=2)
+        optimizer.pack_below = below
+        weights = problems.variables([table, others])
+        optimizer.build(weights)
+        for grads in micro_batches:
+            call = functools.partial(apply_without_warnings, optimizer, list(grads), weights)
+            traced(call)() if graph else call()
+        return [w.numpy() for w in weights]
+
+    zeros, one = tf.zeros((4, 2), "float64"), tf.ones(2, "float64")
+    for graph in (False, True):
+        got, _ = after((rows(0), one), (None, one), graph=graph)
+        np.testing.assert_array_equal(got[:, 0], [0.0, 1.0, 1.0, 1.0])  # decay too is of this row alone
+        got, _ = after((rows(0), one), (rows(2, 0), None), graph=graph)
+        np.testing.assert_array_equal(got[:, 0], [-0.5, 1.0, 0.0, 1.0])
+        for whole_first in (True, False):  # a whole gradient decays all rows, whatever the other was
+            pair = [(zeros, None), (rows(0), one)]
+            got, vector = after(*(pair if whole_first else pair[::-1]), graph=graph)
+            np.testing.assert_array_equal(got[:, 0], [0.0, 0.5, 0.5, 0.5])
+            np.testing.assert_array_equal(vector, 0.5)
+
+
+def test_a_constraint_leaves_a_parameter_without_gradients_alone():
+    def after(*which):
+        optimizer = ok.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+        weights = problems.variables([np.ones(2), np.ones(2)])
+        weights[1].constraint = keras.constraints.UnitNorm(axis=0)
+        for w in which:
+            grads = [tf.zeros(2, "float64"), tf.zeros(2, "float64") if w else None]
+            apply_without_warnings(optimizer, grads, weights)
+        return float(np.linalg.norm(weights[1].numpy()))
+
+    assert after(0, 0) == pytest.approx(np.sqrt(2))
+    assert after(1, 0) == after(0, 1) == pytest.approx(1)
+
+
+def saved(optimizer):
+    store = {}
+    optimizer.save_own_variables(store)
+    return {name: np.array(value) for name, value in store.items()}
+
+
+def test_the_middle_of_a_cycle_is_saved_with_its_missing_gradients():
+    one = np.ones(2)
+    ends = []
+    for reload, below in ((False, 2**16), (True, 2**16), (True, 0)):
+        optimizer, weights = three_parts(k=3)
+        apply_without_warnings(optimizer, [one, None, None], weights)
+        if reload:
+            store = saved(optimizer)
+            optimizer, weights = ok.optimizers.SGD(1.0, momentum=0.5, gradient_accumulation_steps=3), weights
+            optimizer.pack_below = below
+            optimizer.build(weights)
+            optimizer.load_own_variables(store)
+        apply_without_warnings(optimizer, [None, one, None], weights)
+        optimizer.flush()
+        for _ in range(3):
+            apply_without_warnings(optimizer, [one, one, None], weights)
+        ends.append([w.numpy() for w in weights])
+    assert ends[0][2].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert_close(ends[1], ends[0], rtol=0)
+    assert_close(ends[2], ends[0], rtol=0)
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_files_from_before_missing_gradients_were_saved(micro):
+    optimizer, weights = three_parts()
+    for _ in range(2 - micro):
+        apply_without_warnings(optimizer, [np.ones(2), None, None], weights)
+    store = {name: value for name, value in saved(optimizer).items() if not name.startswith("given")}
+    assert store["micro"] == micro
+    optimizer, weights = three_parts()
+    optimizer.load_own_variables(store)
+    apply_without_warnings(optimizer, [np.ones(2), None, None], weights)
+    optimizer.flush()
+    given = [bool(v) for v in np.concatenate([np.asarray(g) for g in optimizer._held.state["given"]])]
+    assert not any(given)
+    assert [float(w.numpy().flat[0]) for w in weights[1:]] == [1.0, 1.0]  # their mean gradient is 0

@@ -177,3 +177,69 @@ def test_a_schedule_in_the_rule_of_a_group_follows_the_updates():
         optimizer.apply([ops.convert_to_tensor(np.ones(2))] * 2, weights)
     np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), -0.1 - 0.1 - 0.15 - 0.05 + 0.05, rtol=1e-6)
     np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), -0.3, rtol=1e-12)
+
+
+# -- layer_decay when variables join ----------------------------------------------------------------------------------
+
+
+def chain(*layers):
+    """One scalar variable for each layer, by name."""
+    variables = [keras.Variable(0.0, name=layer) for layer in layers]
+    for variable in variables:
+        variable._path = f"net/{variable.name}/kernel"
+    return variables
+
+
+def steps_of(optimizer, variables):
+    """What one update with gradients of 1 subtracts from each variable."""
+    before = [float(ops.convert_to_numpy(v)) for v in variables]
+    optimizer.apply([ops.ones(())] * len(variables), variables)
+    return [b - float(ops.convert_to_numpy(v)) for b, v in zip(before, variables, strict=True)]
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (0, 2, 1)])
+@pytest.mark.parametrize("groups", [None, [ok.Group("body", lr_scale=0.5)]])
+def test_layer_decay_follows_the_variables_that_join(order, groups):
+    layers = chain("stem", "body", "head")
+    optimizer = ok.optimizers.SGD(1.0, layer_decay=0.5, groups=groups, gradient_accumulation_steps=None)
+    for count in (1, 2, 3):
+        here = [v for i, v in enumerate(layers) if i in order[:count]]
+        if groups and not any("body" in v.path for v in here):
+            continue  # a group has to match something
+        expected = [row.learning_rate for row in optimizer.explain(here).rows]
+        assert steps_of(optimizer, here) == pytest.approx(expected)
+    store = {}
+    optimizer.save_own_variables(store)
+    again = ok.optimizers.SGD.from_config(optimizer.get_config())
+    again.build(layers)
+    again.load_own_variables({name: np.array(value) for name, value in store.items()})
+    assert steps_of(again, layers) == pytest.approx([0.25, 0.25 if groups else 0.5, 1.0])
+
+
+def test_variables_of_one_rate_that_come_apart_keep_their_state():
+    """The first two have one rate, by their layers and a group, until a layer between them joins."""
+    layers, grads = chain("a", "b", "c"), [ops.ones(())] * 3
+    how = {"momentum": 0.5, "use_ema": True, "layer_decay": 0.5, "groups": [ok.Group("/c/", lr_scale=0.5)]}
+    joined, late = (ok.optimizers.SGD(1.0, **how) for _ in range(2))
+    joined.build([layers[0], layers[2]])
+    assert len({b.treatment.lr_scale for b in joined._held.buckets}) == 1
+    joined.apply(grads[:2], [layers[0], layers[2]])
+    joined.build(layers)
+    rates = [row.learning_rate for row in joined.explain(layers).rows]
+    assert rates == [0.25, 0.5, 0.5]
+    store = {}
+    joined.save_own_variables(store)
+    others = [keras.Variable(ops.copy(v.value), name=v.name) for v in layers]
+    for other, layer in zip(others, layers, strict=True):
+        other._path = layer.path
+    late.build(others)
+    late.load_own_variables({name: np.array(value) for name, value in store.items()})
+    for _ in range(2):
+        steps = steps_of(joined, layers)
+        assert steps == steps_of(late, others)
+        assert steps[0] > 0.25  # there is a velocity
+    stores: list = [{}, {}]
+    joined.save_own_variables(stores[0])
+    late.save_own_variables(stores[1])
+    for name, value in stores[0].items():
+        np.testing.assert_array_equal(value, stores[1][name])

@@ -1,5 +1,6 @@
 """What is particular about training on JAX, where a step is a pure function that is told of state and gives it back."""
 
+import warnings
 from dataclasses import dataclass
 
 import keras
@@ -234,3 +235,35 @@ def test_too_many_gradients_that_are_not_finite_raise_at_the_end_of_fit():
     with pytest.raises(FloatingPointError, match="3 non-finite gradients in a row"):
         model.fit(np.full_like(x[:48], np.nan), y[:48], batch_size=16, verbose=0)
     assert np.isfinite(model.get_weights()[0]).all()
+
+
+def test_each_micro_batch_may_have_other_gradients():
+    import jax
+
+    optimizer = ok.optimizers.SGD(1.0, momentum=0.5, gradient_accumulation_steps=2)
+    variables = [keras.Variable(np.ones(2, "float32")) for _ in range(3)]
+    optimizer.build(variables)
+    one = np.full(2, 2.0, "float32")
+
+    def step(*which):
+        grads = [one if i in which else None for i in range(3)]
+        return jax.jit(lambda weights, state: optimizer.stateless_apply(state, grads, weights))
+
+    first, second = step(0), step(1)
+    weights, state = [v.value for v in variables], [v.value for v in optimizer.variables]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that gradients are missing
+        for call in (first, second, second, first, first, first):
+            weights, state = call(weights, state)
+    assert [float(w[0]) for w in weights] == [-4.75, -1.5, 1.0]
+
+
+def test_parameters_of_one_shape_are_packed_in_equal_buckets():
+    variables = [keras.Variable(np.ones(shape, "float32")) for shape in [(3,), *[(2, 2)] * 20, (3,)]]
+    optimizer = ok.optimizers.Adam(0.1, decay_mask="all")
+    optimizer.build(variables)
+    assert [b.indices for b in optimizer._held.buckets] == [
+        (0, 17, 18, 19, 20, 21),
+        tuple(range(1, 9)),
+        tuple(range(9, 17)),
+    ]

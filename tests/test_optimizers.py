@@ -371,6 +371,30 @@ def test_pack_sorts_by_dtype_decay_and_size():
     assert [(b.indices, b.form) for b in stacked] == [((0, 2), "stacked"), ((1,), "stacked")]
 
 
+def test_pack_makes_equal_buckets_of_one_shape():
+    shapes = [(2,), (3, 3), (2,), (2,), (3, 3), (2,), (2,), (4,)]
+    buckets = pack(shapes, ["float32"] * 8, [Treatment()] * 8, elementwise=lambda _: True, repeated=2)
+    assert [b.indices for b in buckets] == [(0, 2), (1, 4), (3, 5), (6, 7)]
+    assert {b.form for b in buckets} == {"flat"}
+
+
+@pytest.mark.parametrize(
+    ("how", "compiled"),
+    [
+        ({}, True),  # two loops, over 2**16 elements
+        ({"momentum": 0.9, "use_ema": True}, False),  # three
+        ({"momentum": 0.9, "use_ema": True, "fuse": True}, True),
+        ({"fuse": False}, False),
+    ],
+)
+def test_the_update_is_compiled_where_that_pays(how, compiled):
+    optimizer, weights = ok.optimizers.SGD(0.1, clipnorm=1.0, **how), [keras.Variable(np.zeros((256, 256), "float32"))]
+    optimizer.build(weights)
+    step = tf.function(lambda g: optimizer.apply([g], weights), autograph=False)
+    graph = step.get_concrete_function(tf.TensorSpec((256, 256))).graph.as_graph_def()
+    assert any("_XlaMustCompile" in function.attr for function in graph.library.function) == compiled
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_join_and_split_are_inverse(flat):
     shapes = [(2, 3), (4,), (), (0, 5)] if flat else [(2, 3), (2, 3)]
@@ -519,7 +543,8 @@ def test_keras_adds_no_average_and_no_accumulators_of_its_own():
     optimizer.build(problems.variables(problems.start(), "float32"))
     numbers = sum(np.prod(shape, dtype=int) for shape in problems.SHAPES)
     scalars = 4  # iteration, rate, micro-batches, which weights
-    assert sum(np.prod(v.shape, dtype=int) for v in optimizer.variables) == 2 * numbers + scalars
+    given = len(problems.SHAPES)  # whether each parameter had a gradient in a micro-batch
+    assert sum(np.prod(v.shape, dtype=int) for v in optimizer.variables) == 2 * numbers + scalars + given
     assert (optimizer.use_ema, optimizer.gradient_accumulation_steps) == (True, 2)
 
 

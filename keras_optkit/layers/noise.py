@@ -77,7 +77,7 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
         scheduled = isinstance(rate, LearningRateSchedule)
         if not scheduled:
             rate = arguments.real("rate", rate, 0, 1)
-        seed = arguments.integer("seed", seed, optional=True)
+        seed = arguments.seed("seed", seed)
         super().__init__(0.5 if scheduled else rate, noise_shape, seed, **kwargs)  # any rate but 0 makes a generator
         self.rate = rate
         self.step: Any = None

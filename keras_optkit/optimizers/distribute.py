@@ -23,6 +23,10 @@ State = dict[str, Any]
 
 TENSORFLOW = keras.config.backend() == "tensorflow"
 
+#: How many small parameters of one shape are packed by themselves. XLA compiles each part of a tensor that it is split
+#: into, but equal ones once; so where the whole step is always compiled, buckets are made that equal each other.
+REPEATED = None if TENSORFLOW else 8
+
 if TENSORFLOW:
     import tensorflow as tf
 
@@ -74,9 +78,7 @@ class Step:
     failure: str = ""
 
 
-def run(
-    step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], *, fuse: bool = False, join_inside: int = 0
-) -> None:
+def run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], *, fuse: bool = False) -> None:
     """Runs `step` on the values of the variables in `state` and assigns what has changed.
 
     Args:
@@ -87,19 +89,18 @@ def run(
             there is none.
         fuse: Whether to compile the step with XLA where the function that it is part of is not compiled. Inside a
             replica every device updates its own copies of the variables alike.
-        join_inside: Buckets of more parameters than this are joined and split outside of what is compiled.
     """
     if not TENSORFLOW:
         _run_pure(step, buckets, state, grads)
         return
     if not tf.distribute.has_strategy():
-        _run(step, buckets, state, grads, fuse, join_inside)
+        _run(step, buckets, state, grads, fuse)
         return
     handles = [_handle(v) for v in tree.flatten(state)]
     _refuse_foreign(tree.flatten(state))
 
     def on_device(_: Any, grads: list[Any], handles: list[Any]) -> None:
-        _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse, join_inside)
+        _run(step, buckets, tree.pack_sequence_as(state, handles), grads, fuse)
 
     def across_replicas(strategy: Any, grads: list[Any]) -> None:
         strategy.extended.update(handles[0], on_device, args=(grads, handles), group=False)
@@ -127,10 +128,11 @@ def _run_pure(step: Step, buckets: Sequence[Bucket], state: State, grads: list[A
     _write(buckets, state, before, new)
 
 
-def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool, join_inside: int) -> None:
+def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], fuse: bool) -> None:
     fuse = fuse and not tf.executing_eagerly()
     rows = {b: grad for b, grad in enumerate(grads) if isinstance(grad, Rows)}
-    inside = {b for b, bucket in enumerate(buckets) if bucket.alone or len(bucket.shapes) <= join_inside}
+    # XLA compiles each part of a tensor by itself, so that parameters are joined and split outside of it
+    inside = {b for b, bucket in enumerate(buckets) if bucket.alone}
 
     def together(grads: list[Any], *, here: bool = True) -> list[Any]:
         """The gradients of the buckets, joined unless they are to be joined elsewhere."""
@@ -141,7 +143,7 @@ def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], 
 
     if step.collect is not None:
         grads = together(grads)
-        before = _read(buckets, state, only=("accumulated", "micro"))
+        before = _read(buckets, state, only=("accumulated", "given", "micro"))
         _write(buckets, state, before, step.collect(before, grads))
 
     def update() -> None:
@@ -324,11 +326,57 @@ def is_sparse(gradient: Any) -> bool:
     return TENSORFLOW and isinstance(gradient, tf.IndexedSlices)
 
 
+def as_gradient(gradient: Any) -> Any:
+    """A gradient as a tensor, or as the rows that it is."""
+    if is_sparse(gradient):
+        return gradient
+    return tf.convert_to_tensor(gradient) if TENSORFLOW else ops.convert_to_tensor(gradient)
+
+
+def may_have_shape(gradient: Any, shape: Sequence[int]) -> bool:
+    """Whether a gradient has a shape, as far as that is known; in a graph it may be known in the step alone."""
+    if not TENSORFLOW:
+        return tuple(gradient.shape) == tuple(shape)
+    if not is_sparse(gradient):
+        return gradient.shape.is_compatible_with(shape)
+    rows = gradient.values.shape[:1]
+    return (
+        _shape_of_rows(gradient).is_compatible_with(shape)
+        and gradient.indices.shape.is_compatible_with(rows)
+        and gradient.values.shape.is_compatible_with(rows.concatenate(shape[1:]))
+    )
+
+
+def _shape_of_rows(gradient: Any) -> Any:
+    """The shape that a gradient of some rows is said to be part of."""
+    return gradient.shape if tf.is_tensor(gradient.dense_shape) else tf.TensorShape(gradient.dense_shape)
+
+
+def described_shape(gradient: Any) -> str:
+    """The shape of a gradient, for messages."""
+    if is_sparse(gradient):
+        return f"{_shape_of_rows(gradient)} with rows {gradient.values.shape} at indices {gradient.indices.shape}"
+    return str(tuple(gradient.shape))
+
+
+def add(a: Any, b: Any, shape: Sequence[int]) -> Any:
+    """The sum of two gradients of one variable, either of which may be None."""
+    if a is None or b is None:
+        return a if b is None else b
+    if is_sparse(a) and is_sparse(b):
+        values, indices = (
+            tf.concat([a.values, b.values], 0),
+            tf.concat([a.indices, tf.cast(b.indices, a.indices.dtype)], 0),
+        )
+        return tf.IndexedSlices(values, indices, a.dense_shape)
+    return dense(a, shape) + dense(b, shape)
+
+
 def dense(gradient: Any, shape: Sequence[int]) -> Tensor:
     """A gradient as one tensor; rows that occur twice in a sparse one are summed, which Keras's conversion leaves."""
     if is_sparse(gradient):  # the conversion does not know the shape where `dense_shape` is computed in the graph
         return tf.ensure_shape(tf.math.unsorted_segment_sum(gradient.values, gradient.indices, shape[0]), shape)
-    return tf.convert_to_tensor(gradient) if TENSORFLOW else ops.convert_to_tensor(gradient)
+    return tf.ensure_shape(gradient, shape) if TENSORFLOW else ops.convert_to_tensor(gradient)
 
 
 def cast(gradient: Any, dtype: str) -> Any:
@@ -346,11 +394,12 @@ def touched(gradient: Any, shape: Sequence[int]) -> Tensor:
 
 def nonzero_rows(tensor: Tensor) -> Tensor:
     """True for all numbers of the rows, along the first axis, that hold a number other than 0."""
+    nonzero = ops.not_equal(tensor, 0)
     other_axes = list(range(1, len(tensor.shape)))
-    return ops.broadcast_to(ops.any(ops.not_equal(tensor, 0), axis=other_axes, keepdims=True), tensor.shape)
+    return ops.broadcast_to(ops.any(nonzero, axis=other_axes, keepdims=True), tensor.shape) if other_axes else nonzero
 
 
-def rows(gradient: Any) -> Rows:
+def rows(gradient: Any, row: Sequence[int]) -> Rows:
     """The rows of a sparse gradient, where each occurrence of a row has the sum of all its occurrences.
 
     Nothing here has a shape that depends on how many rows differ, so it can be compiled.
@@ -359,7 +408,7 @@ def rows(gradient: Any) -> Rows:
     indices = tf.gather(gradient.indices, order)
     first = tf.concat([tf.ones_like(indices[:1], "bool"), indices[1:] != indices[:-1]], 0)
     segments = tf.cumsum(tf.cast(first, "int32")) - 1
-    values = tf.gather(gradient.values, order)
+    values = tf.gather(tf.ensure_shape(gradient.values, (None, *row)), order)
     sums = tf.math.unsorted_segment_sum(values, segments, tf.size(segments))
     return Rows(indices, tf.gather(sums, segments), tf.reshape(first, (-1, *[1] * (len(values.shape) - 1))))
 
@@ -419,18 +468,6 @@ def on_host(variable: Any) -> np.ndarray:
 def key(variable: Any) -> int:
     """What identifies a variable, whether it comes as a Keras variable or as the tf.Variable inside of one."""
     return id(_handle(variable) if TENSORFLOW else variable)
-
-
-def is_known(variable: Any) -> bool:
-    """Whether the value of a variable can be read at this moment, which it cannot while a step is traced."""
-    if TENSORFLOW:
-        return bool(tf.executing_eagerly())
-    value = _handle(variable)
-    if keras.config.backend() == "jax":
-        import jax
-
-        return not isinstance(value, jax.core.Tracer)
-    return True
 
 
 def is_lost(variable: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
@@ -18,12 +19,29 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit import arguments
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.distribute import Rows, State
-from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
+from keras_optkit.optimizers.groups import (
+    Explained,
+    Explanation,
+    Group,
+    Treatment,
+    checked_groups,
+    checked_pattern,
+    near_misses,
+    treatments,
+)
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
 from keras_optkit.optimizers.saved import SavedState, is_opening
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
+from keras_optkit.registry import cards
 from keras_optkit.saving import FromSignature, constructor_parameters
+
+#: With `fuse="auto"` the update is compiled if its loops have at least so many elements on average. A loop takes XLA
+#: about 20 ms to compile, and saves about 3 ns for each element.
+COMPILE_ABOVE = 2**15
+
+#: What there is of a parameter's gradient: nothing, some rows, or all of it.
+NONE, ROWS, WHOLE = range(3)
 
 
 class Grad(NamedTuple):
@@ -32,18 +50,12 @@ class Grad(NamedTuple):
     Attributes:
         value: They as one tensor, `(k, *shape)` or `(1, n)`; 0 where there is none.
         mask: True for the numbers to update, in a shape that broadcasts; None: all.
-        present: Places in the bucket of the parameters that have a gradient.
-        sparse: Places of those among them of which only the rows in the gradient are to be updated.
+        given: For each parameter, whether there is a gradient; see `NONE`.
     """
 
     value: Tensor
     mask: Any
-    present: tuple[int, ...]
-    sparse: tuple[int, ...]
-
-
-#: `present` and `sparse` of a `Grad`.
-_Pattern = tuple[tuple[int, ...], ...]
+    given: tuple[int, ...]
 
 
 class Nonfinite(NamedTuple):
@@ -102,14 +114,17 @@ class Optimizer(FromSignature, SavedState):
             count bitwise as before, and the k-th in a row is an error; see `nonfinite`. None: no check.
         decay_mask: `"auto"` spares vectors and scalars (biases, normalisation scales) from weight decay, `"all"`
             decays everything, as Keras and torch do by default.
+        decay_exclude: Regular expressions; variables in whose path one is found are spared from weight decay, too. Each
+            must match a variable. `exclude_from_weight_decay` sets it.
         groups: A list of `keras_optkit.Group`: parameters with rates and decays of their own. See `explain`.
         layer_decay: d in (0, 1]: the learning rate of each layer is d times that of the next one, so that the last
             layer has the full rate; multiplied with the groups' `lr_scale`.
         sparse: What is done with gradients of some rows only, those of embeddings: `"lazy"` updates these rows and
             their state alone, as if the others were not there, decay included; `"dense"` takes the gradients of the
             other rows as zeros. A rule that is not element-wise is always dense.
-        fuse: Whether the update is compiled with XLA where the training step is not: `"auto"` in graphs on CPUs,
-            True in all graphs, False never. Eager steps are never compiled.
+        fuse: Whether the update is compiled with XLA where the training step is not: `"auto"` in graphs on CPUs, unless
+            the model is so small that compiling takes longer than it saves in thousands of steps; True in all graphs,
+            False never. Eager steps are never compiled.
         master_weights: Keeps a float32 copy of float16 and bfloat16 weights, which is what is updated, so that steps
             below the weights' resolution add up. Costs 4 bytes for each number.
         stochastic_rounding: Rounds updated bfloat16 weights up or down at random, with the probabilities that make the
@@ -120,6 +135,8 @@ class Optimizer(FromSignature, SavedState):
             weights; an update is computed in at least float32 anyway. None: what it is computed in. In bfloat16 it
             takes half of the memory, but running means of β > 0.996 stand still, since their steps are below the last
             of 8 bits; give `stochastic_rounding=True` then.
+        loss_scale_factor: A constant > 0 that `scale_loss` multiplies the loss by, as `fit` does, and that the
+            gradients are divided by; None for none.
         name: Name of the optimizer.
 
     Raises:
@@ -130,12 +147,13 @@ class Optimizer(FromSignature, SavedState):
     #: Parameters with fewer numbers than this are packed; see `keras_optkit.optimizers.packing`.
     pack_below = PACK_BELOW
 
-    #: Where the update is compiled by itself, up to so many packed parameters are joined and split inside of it, where
-    #: that costs next to nothing. Hundreds take XLA seconds to compile and longer to run.
-    join_inside = 32
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "update_step" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__}.update_step would never be called: the update is that of a Rule of "
+                "keras_optkit.optimizers, which is given to super().__init__."
+            )
         # help() and editors then list the common keywords instead of "**common"; keyword-only where inherited
         own = list(inspect.signature(cls.__init__).parameters)
         known = constructor_parameters(cls)
@@ -167,6 +185,7 @@ class Optimizer(FromSignature, SavedState):
         ema_momentum: float = 0.99,
         skip_nonfinite: int | None = None,
         decay_mask: str = "auto",
+        decay_exclude: Sequence[str] | None = None,
         groups: Sequence[Group] | None = None,
         layer_decay: float | None = None,
         sparse: str = "lazy",
@@ -174,16 +193,12 @@ class Optimizer(FromSignature, SavedState):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         slot_dtype: str | None = None,
+        loss_scale_factor: float | None = None,
         name: str | None = None,
     ):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a keras_optkit.optimizers.Rule, got {rule!r}.")
         schedule, multiplier = _schedule_and_multiplier(learning_rate)
-        clips = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
-        for clip, value in clips.items():
-            arguments.real(clip, value, 0, closed="neither", optional=True)
-        if sum(value is not None for value in clips.values()) > 1:
-            raise ValueError(f"At most one of {', '.join(clips)} can be given, got {clips}.")
         # Keras's own rate, decay, clipping, accumulation and average stay off: they act in another order (see above)
         super().__init__(learning_rate=lambda: self.learning_rate, name=name)
         # held in a namespace, where Keras's and TensorFlow's attribute tracking does not wrap lists and dicts
@@ -195,7 +210,8 @@ class Optimizer(FromSignature, SavedState):
             state=None,
             names={"iteration"},
             pending=None,
-            seen=None,
+            decay_exclude=None,
+            undecayed=None,
             used=False,
             opened=is_opening(),
             groups=checked_groups(groups),
@@ -205,27 +221,25 @@ class Optimizer(FromSignature, SavedState):
         self._multiplier = self.add_variable(
             (), initializer=_filled(multiplier), dtype=scalar_dtype(), name="learning_rate"
         )
-        self.weight_decay = _checked_decay(weight_decay)
-        self.clipnorm, self.clipvalue, self.global_clipnorm = clipnorm, clipvalue, global_clipnorm
-        self.gradient_accumulation_steps = arguments.integer(
-            "gradient_accumulation_steps", gradient_accumulation_steps, 2, optional=True
-        )
-        self.use_ema = arguments.boolean("use_ema", use_ema)
-        self.ema_momentum = arguments.real("ema_momentum", ema_momentum, 0, 1, closed="left")
-        self.skip_nonfinite = arguments.integer("skip_nonfinite", skip_nonfinite, 1, optional=True)
-        self.decay_mask = arguments.choice("decay_mask", decay_mask, ("auto", "all"))
-        self.layer_decay = arguments.real("layer_decay", layer_decay, 0, 1, closed="right", optional=True)
-        self.sparse = arguments.choice("sparse", sparse, ("lazy", "dense"))
-        self.fuse = arguments.choice("fuse", fuse, ("auto", True, False))
-        self.master_weights = arguments.boolean("master_weights", master_weights)
-        self.stochastic_rounding = arguments.boolean("stochastic_rounding", stochastic_rounding)
-        if master_weights and stochastic_rounding:
-            raise ValueError("At most one of master_weights, stochastic_rounding can be True, got both.")
-        self.slot_dtype = arguments.choice("slot_dtype", slot_dtype, (None, "float32", "bfloat16"))
-        if use_ema and rule.averages:
-            raise ValueError(
-                f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
-            )
+        # what is set as an attribute is checked; see `__setattr__`
+        self.weight_decay = weight_decay
+        self.clipnorm = clipnorm
+        self.clipvalue = clipvalue
+        self.global_clipnorm = global_clipnorm
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.use_ema = use_ema
+        self.ema_momentum = ema_momentum
+        self.skip_nonfinite = skip_nonfinite
+        self.decay_mask = decay_mask
+        self.decay_exclude = decay_exclude  # type: ignore[assignment,misc]
+        self.layer_decay = layer_decay
+        self.sparse = sparse
+        self.fuse = fuse
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.slot_dtype = slot_dtype
+        self.loss_scale_factor = loss_scale_factor
+        self._refuse_second_average(use_ema, rule)
         self.rule = rule
         self.checkpointed = distribute.in_checkpoints(self)
 
@@ -238,12 +252,60 @@ class Optimizer(FromSignature, SavedState):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; hyperparameters and the common keywords are checked as in the constructor."""
         rule = self.__dict__.get("rule")
         if rule is not None and name in _fields(rule):
             name, value = "rule", dataclasses.replace(rule, **{name: value})
-        elif name == "weight_decay":
-            value = _checked_decay(value)
+        elif name in _CHECKS:
+            value = _CHECKS[name](name, value)
+            self._refuse_unless_settable(name, value)
+            if name == "decay_exclude":
+                self._held.decay_exclude, self._held.undecayed = value, None
+                return
+        elif rule is not None and not (name.startswith("_") or hasattr(type(self), name) or name in self.__dict__):
+            self._refuse_misspelt(name, value)
         super().__setattr__(name, value)
+
+    def _refuse_unless_settable(self, name: str, value: Any) -> None:
+        """Raises if a keyword excludes another one that is given, or comes too late."""
+        for names in _EXCLUSIVE:
+            given = {n: value if n == name else self.__dict__.get(n) for n in names}
+            if name in names and sum(v not in (None, False) for v in given.values()) > 1:
+                raise ValueError(f"At most one of {', '.join(names)} can be given, got {given}.")
+        if "rule" not in self.__dict__:
+            return
+        if name == "use_ema":
+            self._refuse_second_average(value, self.rule)
+        old = getattr(self, name, None)
+        counts = name in _COUNTS and None not in (old, value)  # another count needs no other state
+        if name in _BEFORE_BUILD and self.built and value != old and not counts:
+            raise ValueError(
+                f"{name} can only be set before the optimizer is built, got {value!r}; {self.name} was built with "
+                f"{name}={old!r}. Make a new optimizer."
+            )
+
+    def _refuse_second_average(self, use_ema: bool, rule: Rule) -> None:
+        if use_ema and rule.averages:
+            raise ValueError(
+                f"use_ema must be False: {type(self).__name__} has an average of its own, got {use_ema!r}."
+            )
+
+    def _refuse_misspelt(self, name: str, value: Any) -> None:
+        """Raises for an attribute that would do nothing, but is named like a keyword of this or of another optimizer.
+
+        Attributes of other names may be set, as with Keras's optimizers.
+        """
+        own = {*constructor_parameters(type(self)), *_fields(self.rule)}
+        if name in own:  # a subclass stores its argument
+            return
+        makers = [card.make for card in cards("optimizer", package=None) if isinstance(card.make, type)]
+        others = {key for make in makers for key in constructor_parameters(make)}
+        hint = " Did you mean 'learning_rate'?" if name == "lr" else arguments.near(name, own, cutoff=0.8)
+        if hint or name in others:
+            raise AttributeError(
+                f"{type(self).__name__} has no hyperparameter {name!r} (got {name}={value!r}).{hint} "
+                f"Allowed: {', '.join(sorted(own))}."
+            )
 
     @property
     def iterations(self) -> keras.Variable:
@@ -290,6 +352,38 @@ class Optimizer(FromSignature, SavedState):
     def groups(self) -> list[Group] | None:
         """The groups of parameters, in the order in which they are looked through; fixed when the optimizer is made."""
         return self._held.groups
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Spares variables from weight decay, besides those that `decay_mask` spares; sets `decay_exclude`.
+
+        A second call replaces the first.
+
+        Args:
+            var_list: Variables. Those that are not trained do not matter, but one at least must be.
+            var_names: Regular expressions that are looked for in the variables' paths. Each must match a variable.
+
+        Raises:
+            TypeError: For something other than variables or strings.
+            ValueError: If the optimizer is built already; and when it is built, if nothing matches.
+        """
+        if self.built:
+            raise ValueError("exclude_from_weight_decay can only be called before the optimizer is built.")
+        variables = list(var_list or ())
+        for variable in variables:
+            if not hasattr(variable, "shape") or not hasattr(variable, "name"):
+                raise TypeError(f"var_list must be a list of variables, got {variable!r} in it.")
+        names = list(_checked_patterns("var_names", var_names) or ())
+        if variables:
+            names.append("|".join(dict.fromkeys(_pattern_of(_path(v)) for v in variables)))
+        self.decay_exclude = names or None  # type: ignore[misc]
+        self._held.undecayed = {distribute.key(v) for v in variables} if variables else None
+
+    @property
+    def decay_exclude(self) -> list[str] | None:
+        """The patterns of variables that are spared from weight decay; can be set before the optimizer is built."""
+        return self._held.decay_exclude
 
     # -- variables ----------------------------------------------------------------------------------------------------
 
@@ -368,7 +462,7 @@ class Optimizer(FromSignature, SavedState):
             ValueError: If some of the variables that it was built with are missing, if its groups freeze all of them,
                 or under a distribution strategy that is not supported.
         """
-        variables = list(variables)
+        variables = _different(variables)
         if self._held.variables:
             self._extend(variables)
             return
@@ -391,10 +485,10 @@ class Optimizer(FromSignature, SavedState):
 
     def _build_keras(self, variables: list[Any]) -> None:
         """Keras's own part of `build`, but for the average and the accumulators that it would make besides ours."""
-        ours = self.use_ema, self.gradient_accumulation_steps
-        self.use_ema, self.gradient_accumulation_steps = False, None
+        ours = {name: self.__dict__[name] for name in ("use_ema", "gradient_accumulation_steps")}
+        self.__dict__.update(use_ema=False, gradient_accumulation_steps=None)
         super().build(variables)
-        self.use_ema, self.gradient_accumulation_steps = ours
+        self.__dict__.update(ours)
 
     def begin_training(self, variables: Sequence[Any] | None, *, inside: bool = False) -> None:
         """Called by `fit` and `train_on_batch` when they begin: what a step of the backend cannot do, or not in time.
@@ -432,6 +526,8 @@ class Optimizer(FromSignature, SavedState):
             since: For each of `new` the update count at which it joined; the present one if None.
         """
         for variable in new:
+            if not getattr(variable.dtype, "name", str(variable.dtype)).startswith(("float", "bfloat")):
+                raise ValueError(f"{self.name} cannot train {_path(variable)}, which is not made of floats.")
             if getattr(variable, "overwrite_with_gradient", False):  # Keras's float8 scales
                 raise ValueError(f"{self.name} cannot train {variable.path}: float8 training is not supported.")
         if since is None:
@@ -451,8 +547,6 @@ class Optimizer(FromSignature, SavedState):
                 held.state |= {name: held.state[name] + part for name, part in more.items()}
         held.variables = [*held.variables, *new]
         held.buckets = (*held.buckets, *(b.moved(first) for b in buckets))
-        if held.seen is not None:
-            held.seen = [*held.seen, *[None] * len(buckets)]
         order = {distribute.key(v): place for place, v in enumerate(variables)}
         held.places = [order[distribute.key(v)] for v in held.variables]
 
@@ -471,19 +565,44 @@ class Optimizer(FromSignature, SavedState):
             )
         self._add([v for v in variables if distribute.key(v) not in known], variables)
         self._build_keras(variables)
+        self._renew_treatments()
 
     def _in_model_order(self) -> list[Any]:
         held = self._held
         return [v for _, v in sorted(zip(held.places, held.variables, strict=True), key=lambda pair: pair[0])]
 
     def _treatments(self, variables: Sequence[Any]) -> tuple[list[Treatment | None], list[Group | None]]:
-        return treatments(
+        found, groups = treatments(
             [_path(v) for v in variables],
             [len(v.shape) for v in variables],
             self.groups,
             self.layer_decay,
             self.decay_mask,
         )
+        spared = self._spared(variables)
+        return [
+            dataclasses.replace(treatment, decayed=False) if treatment and spare else treatment
+            for treatment, spare in zip(found, spared, strict=True)
+        ], groups
+
+    def _spared(self, variables: Sequence[Any]) -> list[bool]:
+        """Which variables `decay_exclude` spares from decay."""
+        paths, chosen, patterns = [_path(v) for v in variables], self._held.undecayed, self.decay_exclude or []
+        for pattern in patterns:
+            found = [v for v, path in zip(variables, paths, strict=True) if re.search(pattern, path)]
+            if not found:
+                raise ValueError(
+                    f"decay_exclude: the pattern {pattern!r} matches none of the {len(paths)} variables. "
+                    f"Nearest: {', '.join(map(repr, near_misses(pattern, paths)))}."
+                )
+            if chosen is not None and pattern == patterns[-1]:  # those given as variables
+                others = [_path(v) for v in found if distribute.key(v) not in chosen]
+                if others:
+                    raise ValueError(
+                        f"var_list of exclude_from_weight_decay cannot be told by path from {', '.join(others)}, which "
+                        "is not in it. Give the layers different names."
+                    )
+        return [any(re.search(pattern, path) for pattern in patterns) for path in paths]
 
     def _pack(self, new: Sequence[Any], variables: Sequence[Any], since: Sequence[int]) -> tuple[Bucket, ...]:
         if not variables:
@@ -499,21 +618,41 @@ class Optimizer(FromSignature, SavedState):
             below=self.pack_below,
             alone=lambda i: getattr(new[i], "constraint", None) is not None,
             since=since,
+            repeated=distribute.REPEATED,
         )
 
-    def _pack_anew(self, since: list[int]) -> None:
-        """Makes the state anew, for variables that have joined at other update counts than those of here."""
+    def _pack_again(self, since: list[int]) -> None:
+        """Replaces the state, for variables that have joined at other update counts than those of here."""
         held = self._held
         if held.used:
             raise ValueError(
                 f"The saved optimizer state has variables that joined at the updates {sorted(set(since))}; those of "
                 f"{self.name} joined at {sorted(set(self._since()))}. Load it before the first step."
             )
+        self._replace_state(since)
+
+    def _replace_state(self, since: list[int]) -> None:
+        held = self._held
         state = {id(variable) for variable in tree.flatten(held.state)} - {id(self._multiplier)}
         variables, held.own = self._in_model_order(), [v for v in held.own if id(v) not in state]
         held.names = {"iteration", *(variable.name for variable in held.own)}
-        held.variables, held.places, held.buckets, held.state, held.seen = [], [], (), None, None
+        held.variables, held.places, held.buckets, held.state = [], [], (), None
         self._add(variables, variables, since)
+
+    def _renew_treatments(self) -> None:
+        """How the variables are treated now that others have joined: `layer_decay` counts from the last layer."""
+        held = self._held
+        found = self._treatments(self._in_model_order())[0]
+        now = [[found[held.places[i]] for i in bucket.indices] for bucket in held.buckets]
+        if all(len(set(treatments)) == 1 for treatments in now):
+            pairs = zip(held.buckets, now, strict=True)
+            held.buckets = tuple(dataclasses.replace(bucket, treatment=first) for bucket, (first, *_) in pairs)
+            return
+        saved: dict[str, Any] = {}  # some of one bucket are not treated alike any more
+        with distribute.outside_graph():
+            self.save_own_variables(saved)
+            self._replace_state(self._since())
+            self.load_own_variables(saved)
 
     def _since(self) -> list[int]:
         """The update count at which each variable joined, in the model's order."""
@@ -537,6 +676,7 @@ class Optimizer(FromSignature, SavedState):
         }
         if self.gradient_accumulation_steps:
             state["accumulated"] = [like_weights("accumulated", b) for b in buckets]
+            state["given"] = [self.add_variable((len(b.indices),), dtype="int32", name="given") for b in buckets]
         if self.use_ema:
             state["average"] = [like_weights("average", b) for b in buckets]
         if self.master_weights:
@@ -604,7 +744,7 @@ class Optimizer(FromSignature, SavedState):
         Returns:
             A table: its `rows` can be read, and printing it shows it.
         """
-        variables = list(getattr(model, "trainable_variables", model))
+        variables = _different(getattr(model, "trainable_variables", model))
         if not variables:
             raise ValueError(f"model must have trainable variables, got {model!r}. Is it built?")
         found, groups = self._treatments(variables)
@@ -641,13 +781,16 @@ class Optimizer(FromSignature, SavedState):
         """Updates the weights with `grads`, one gradient (or None) for each variable.
 
         Args:
-            grads: Gradients in the order of `trainable_variables`. A variable whose gradient is None keeps its value
-                and its state, and a warning names it.
+            grads: Gradients in the order of `trainable_variables`, each in the shape of its variable. A variable whose
+                gradient is None keeps its value and its state, and a warning names it.
             trainable_variables: The variables; those the optimizer was built with when left out. The first call
-                builds the optimizer. Variables of the optimizer that are not among them keep their values.
+                builds the optimizer. Variables of the optimizer that are not among them keep their values. The
+                gradients of a variable that is given twice are added up.
 
         Raises:
-            ValueError: If the numbers do not match, a variable is unknown, or every gradient is None.
+            TypeError: If a gradient is not made of real numbers.
+            ValueError: If the numbers do not match, a gradient has another shape than its variable, a variable is
+                unknown, or every gradient is None. Nothing has been changed then.
         """
         grads = list(grads)
         if trainable_variables is None:
@@ -656,24 +799,40 @@ class Optimizer(FromSignature, SavedState):
             variables = self._in_model_order()
         else:
             variables = list(trainable_variables)
-            self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(f"grads must match the variables one to one, got {len(grads)} for {len(variables)}.")
+        grads = [_checked_gradient(i, g, v) for i, (g, v) in enumerate(zip(grads, variables, strict=True))]
+        grads, variables = _summed(grads, variables)
+        if trainable_variables is not None:
+            self.build(variables)
         if not variables:  # a frozen model
             return
         self._held.used = True
-        fuse = distribute.on_cpu(self._updates) if self.fuse == "auto" else self.fuse
+        fuse = (
+            distribute.on_cpu(self._updates) and self._is_worth_compiling() if self.fuse == "auto" else bool(self.fuse)
+        )
         bucketed = self._bucketed(self._in_order(grads, variables))
-        if self.gradient_accumulation_steps:  # and so there are no Rows
-            self._held.seen = self._seen_with(bucketed)
         distribute.run(
             self._program(),
             self._held.buckets,
             self._held.state,
             bucketed,
             fuse=fuse,
-            join_inside=self.join_inside,
         )
+
+    def _is_worth_compiling(self) -> bool:
+        """Whether XLA's loops, each of which takes it a while to compile, have enough elements on average."""
+        state, buckets = self._held.state, self._held.buckets
+        loops = sum(1 + len(slots) for slots in state["slots"])
+        each = [
+            self.use_ema,
+            self.gradient_accumulation_steps,
+            self.global_clipnorm,
+            self.clipnorm,
+            self.skip_nonfinite,
+        ]
+        loops += len(buckets) * sum(map(bool, each))
+        return sum(math.prod(shape) for bucket in buckets for shape in bucket.shapes) >= loops * COMPILE_ABOVE
 
     def flush(self) -> None:
         """Updates the weights with the mean gradient of the micro-batches since the last update, if there are any.
@@ -688,19 +847,6 @@ class Optimizer(FromSignature, SavedState):
         nothing = [None] * len(self._held.buckets)
         with distribute.scope_of(self._updates):
             distribute.run(program, self._held.buckets, self._held.state, nothing)
-
-    def _seen_with(self, bucketed: Sequence[Any]) -> list[_Pattern | None]:
-        """Which gradients there are, here or, step by step, in any of the micro-batches since the last update."""
-        here = [None if parts is None else _pattern(parts) for parts in bucketed]
-        before = self._held.seen
-        micro = self._held.state["micro"]
-        if before is None or not distribute.is_known(micro) or not _as_number(micro):
-            return here
-        seen = list(here)
-        for b, (old, new) in enumerate(zip(before, here, strict=True)):
-            if old is not None:
-                seen[b] = old if new is None else tuple(tuple(sorted({*x, *y})) for x, y in zip(old, new, strict=True))
-        return seen
 
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
         """One gradient or None for each variable the optimizer was built with."""
@@ -736,22 +882,24 @@ class Optimizer(FromSignature, SavedState):
             return None
         if not (distribute.is_sparse(parts[0]) and self._can_take_rows(bucket)):
             return parts
-        rows, scale = distribute.rows(parts[0]), self.loss_scale_factor
+        rows, scale = distribute.rows(parts[0], bucket.shapes[0][1:]), self.loss_scale_factor
         return rows if scale is None else rows._replace(values=rows.values / scale)
 
     def _join(self, b: int, parts: list[Any]) -> Grad:
         """The gradient of a bucket, unscaled."""
         bucket, scale = self._held.buckets[b], self.loss_scale_factor
-        present, sparse = _pattern(parts)
-        hits = {place: distribute.touched(parts[place], bucket.shapes[place]) for place in sparse}
+        given = tuple(NONE if g is None else ROWS if distribute.is_sparse(g) else WHOLE for g in parts)
+        hits = {
+            place: distribute.touched(parts[place], bucket.shapes[place]) for place, g in enumerate(given) if g == ROWS
+        }
         joined = bucket.join(
             [
                 ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else distribute.dense(g, shape)
                 for g, shape in zip(parts, bucket.shapes, strict=True)
             ]
         )
-        mask = None if len(present) == len(parts) and not sparse else bucket.mask(present, hits)
-        return Grad(joined if scale is None else joined / scale, mask, present, sparse)
+        mask = None if min(given) == WHOLE else bucket.mask([place for place, g in enumerate(given) if g], hits)
+        return Grad(joined if scale is None else joined / scale, mask, given)
 
     def _can_take_rows(self, bucket: Bucket) -> bool:
         """Whether nothing has to look at the rows without a gradient, or would treat equal rows differently."""
@@ -777,10 +925,10 @@ class Optimizer(FromSignature, SavedState):
             return [h.exact(value) for value in dynamic]
 
         def prepare(state: State, grads: list[Any], read: list[Tensor]) -> _Prepared:
-            return self._prepare(state, self._means(state) if k else grads, dynamic, read)
+            return self._prepare(state, self._means(state, grads) if k else grads, dynamic, read)
 
         def update(state: State, grads: list[Any], prepared: _Prepared) -> State:
-            return self._update(state, self._means(state) if k else grads, dynamic, prepared)
+            return self._update(state, self._means(state, grads) if k else grads, dynamic, prepared)
 
         def update_rows(b: int, take: Any, rows: Rows, prepared: _Prepared) -> dict[str, Tensor]:
             return self._update_rows(b, take, rows, dynamic, prepared)
@@ -788,7 +936,7 @@ class Optimizer(FromSignature, SavedState):
         return distribute.Step(
             join=self._join,
             collect=self._collect if k else None,
-            due=(lambda state: ops.equal(state["micro"], k)) if k else None,
+            due=(lambda state: state["micro"] >= k) if k else None,
             outdated=(lambda state: ops.equal(state["evaluating"], 1)) if self._averages() else None,
             renew=lambda state: self._swapped(state, evaluating=False),
             read=read if dynamic else None,
@@ -802,29 +950,34 @@ class Optimizer(FromSignature, SavedState):
 
     def _collect(self, state: State, grads: list[Grad | None]) -> State:
         """Adds the gradients of one micro-batch to those of the others."""
-        sums = [
-            a if g is None else a + bucket.stored(g.value)
-            for bucket, a, g in zip(self._held.buckets, state["accumulated"], grads, strict=True)
-        ]
-        return state | {"accumulated": sums, "micro": state["micro"] + 1}
+        sums, given = [], []
+        for bucket, a, seen, g in zip(self._held.buckets, state["accumulated"], state["given"], grads, strict=True):
+            sums.append(a if g is None else a + bucket.stored(g.value))
+            given.append(seen if g is None else ops.maximum(seen, np.array(g.given, "int32")))
+        return state | {"accumulated": sums, "given": given, "micro": state["micro"] + 1}
 
-    def _means(self, state: State) -> list[Grad | None]:
-        """The mean gradients of the micro-batches; of a sparse one, rows of zeros count as not there."""
+    def _means(self, state: State, grads: list[Grad | None]) -> list[Grad | None]:
+        """The mean gradients of the micro-batches, the last of which had `grads`."""
         means: list[Grad | None] = []
-        seen = self._held.seen or [(tuple(range(len(b.indices))), ()) for b in self._held.buckets]  # after loading
-        for bucket, a, pattern in zip(self._held.buckets, state["accumulated"], seen, strict=True):
-            if pattern is None:
-                means.append(None)
-                continue
-            (present, sparse), sums = pattern, bucket.view(a)
-            mask = None
-            if sparse:
-                parts = bucket.split(sums)
-                mask = bucket.mask(present, {place: distribute.nonzero_rows(parts[place]) for place in sparse})
-            elif len(present) < len(bucket.indices):
-                mask = bucket.mask(present, {})
-            means.append(Grad(sums / ops.cast(state["micro"], sums.dtype), mask, present, sparse))
+        for bucket, a, given, last in zip(self._held.buckets, state["accumulated"], state["given"], grads, strict=True):
+            sums = bucket.view(a)
+            mask = self._given_mask(bucket, sums, given, last.given if last else (NONE,) * len(bucket.indices))
+            means.append(Grad(sums / ops.cast(state["micro"], sums.dtype), mask, ()))
         return means
+
+    def _given_mask(self, bucket: Bucket, sums: Tensor, given: Tensor, last: tuple[int, ...]) -> Any:
+        """The mask of a mean gradient: of a parameter with gradients of rows only, rows of zeros count as not there.
+
+        Which gradients there have been is known in the step alone; that all of them are in this call, before.
+        """
+        if min(last) == WHOLE:
+            return None
+        hits = {}
+        for place, part in enumerate(bucket.split(sums)):
+            if last[place] != WHOLE:
+                rows = ops.logical_and(ops.equal(given[place], ROWS), distribute.nonzero_rows(part))
+                hits[place] = ops.logical_or(ops.equal(given[place], WHOLE), rows)
+        return bucket.mask(range(len(last)), hits)
 
     def _prepare(self, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> _Prepared:
         """What needs all gradients, or is the same for all of them."""
@@ -833,11 +986,7 @@ class Optimizer(FromSignature, SavedState):
             total = sum(ops.cast(_sum_of_squares(g), scalar_dtype()) for g in grads if g is not None)
             factor = _shrink(total, self.global_clipnorm)
         if self.skip_nonfinite:
-            present = [(b, _values(g)) for b, g in enumerate(grads) if g is not None]
-            flags = ops.stack([ops.all(ops.isfinite(values)) for _, values in present])
-            finite = ops.all(flags)
-            nowhere = ops.zeros((2,), "int32")
-            position = ops.cond(finite, lambda: nowhere, lambda: _first_bad(present, flags))
+            finite, position = _first_bad([(b, _values(g)) for b, g in enumerate(grads) if g is not None])
         scheduled = None if self._schedule is None else read[dynamic.index(self._schedule)]
         multiplier = ops.cast(state["multiplier"], scalar_dtype())
         rate = multiplier if scheduled is None else _scheduled_rate(scheduled, multiplier)
@@ -889,7 +1038,9 @@ class Optimizer(FromSignature, SavedState):
                 p, slots = self._apply_rule(bucket, u, slots, p, h, grads[b].mask)
                 constraint = self._constraint(bucket)
                 if constraint is not None:
-                    p = bucket.join([constraint(bucket.split(p)[0])])
+                    constrained = bucket.join([constraint(bucket.split(p)[0])])
+                    known = not self.gradient_accumulation_steps or grads[b].mask is None
+                    p = constrained if known else ops.where(ops.any(grads[b].mask), constrained, p)
             if self.use_ema:
                 started = ops.cast(state["iterations"] > bucket.since, scalar_dtype())
                 momentum = started * self.ema_momentum  # the first update sets the average
@@ -905,6 +1056,7 @@ class Optimizer(FromSignature, SavedState):
             new = _unless_nonfinite(state, new, prepared)
         if "accumulated" in state:
             new["accumulated"] = [ops.zeros_like(a) for a in state["accumulated"]]
+            new["given"] = [ops.zeros_like(given) for given in state["given"]]
             new["micro"] = ops.zeros_like(state["micro"])
         return new
 
@@ -1118,10 +1270,46 @@ def _fields(rule: Rule) -> set[str]:
     return {field.name for field in dataclasses.fields(rule)}
 
 
-def _pattern(parts: Sequence[Any]) -> _Pattern:
-    """`present` and `sparse` of a `Grad` that is made of these gradients."""
-    present = tuple(place for place, g in enumerate(parts) if g is not None)
-    return present, tuple(place for place in present if distribute.is_sparse(parts[place]))
+def _different(variables: Iterable[Any]) -> list[Any]:
+    """The variables, each once."""
+    return list({distribute.key(v): v for v in variables}.values())
+
+
+def _pattern_of(path: str) -> str:
+    """A pattern for this path alone, also where Keras adds to its beginning or drops that, as it does when loading."""
+    first, _, rest = path.partition("/")
+    dropped = f"({re.escape(first)}/)?{re.escape(rest)}" if "/" in rest else re.escape(path)
+    return f"^{dropped}$|/{re.escape(path)}$"
+
+
+def _checked_gradient(place: int, gradient: Any, variable: Any) -> Any:
+    """A gradient as a tensor or as rows, and raises if it is not one of this variable."""
+    if gradient is None:
+        return None
+    gradient = distribute.as_gradient(gradient)
+    shape, dtype = tuple(variable.shape), getattr(gradient.dtype, "name", str(gradient.dtype))
+    if not dtype.startswith(("float", "bfloat", "int", "uint")):
+        raise TypeError(f"grads[{place}], of {_path(variable)}, must have real numbers, got {dtype}.")
+    if not distribute.may_have_shape(gradient, shape):
+        raise ValueError(
+            f"grads[{place}] must have the shape {shape} of {_path(variable)}, got "
+            f"{distribute.described_shape(gradient)}."
+        )
+    return gradient
+
+
+def _summed(grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
+    """One gradient for each different variable: those of a variable that is given twice are added up."""
+    different = _different(variables)
+    if len(different) == len(variables):
+        return grads, variables
+    sums: dict[int, Any] = {}
+    for gradient, variable in zip(grads, variables, strict=True):
+        key = distribute.key(variable)
+        if gradient is not None:
+            gradient = distribute.cast(gradient, at_least_float32(variable.dtype))
+        sums[key] = distribute.add(sums.get(key), gradient, tuple(variable.shape))
+    return [sums[distribute.key(v)] for v in different], different
 
 
 def _values(grad: Any) -> Tensor:
@@ -1134,14 +1322,21 @@ def _sum_of_squares(grad: Any) -> Tensor:
     return ops.sum(ops.where(grad.first, squares, ops.zeros_like(squares)) if isinstance(grad, Rows) else squares)
 
 
-def _first_bad(grads: Sequence[tuple[int, Tensor]], flags: Tensor) -> Tensor:
-    """(bucket, place in it) of the first number that is not finite, of the first bucket that has one."""
-    # with one number more, since there is no minimum of nothing
-    finite = [ops.pad(ops.cast(ops.isfinite(ops.reshape(values, (-1,))), "int32"), [[0, 1]]) for _, values in grads]
-    places = [ops.argmin(flags) for flags in finite]
-    first = ops.argmin(ops.cast(flags, "int32"))
+def _first_bad(grads: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Whether all gradients are finite, and (bucket, place in it) of the first number that is not.
+
+    One pass, without a condition, since XLA takes seconds to compile both branches for many buckets.
+    """
+    places, sizes = [], [math.prod(values.shape) for _, values in grads]
+    for (_, values), size in zip(grads, sizes, strict=True):
+        flags = ops.isfinite(ops.reshape(values, (-1,)))
+        # there is no minimum of nothing
+        places.append(ops.min(ops.where(flags, size, ops.arange(size, dtype="int32"))) if size else 0)
+    found = ops.stack([ops.cast(place, "int32") for place in places])
+    finite = ops.equal(found, np.array(sizes, "int32"))
+    first = ops.argmin(ops.cast(finite, "int32"))
     numbers = ops.convert_to_tensor([b for b, _ in grads], "int32")
-    return ops.stack([ops.take(numbers, first), ops.cast(ops.take(ops.stack(places), first), "int32")])
+    return ops.all(finite), ops.stack([ops.take(numbers, first), ops.take(found, first)])
 
 
 def _unless_nonfinite(state: State, new: State, prepared: _Prepared) -> State:
@@ -1180,8 +1375,64 @@ def _as_written(variable: keras.Variable) -> Any:
     return float(str(value)) if value.dtype == "float32" else value.item()
 
 
-def _checked_decay(value: Value | None) -> Value | None:
-    return value if is_dynamic(value) else arguments.real("weight_decay", value, 0, optional=True)
+def _checked_decay(name: str, value: Value | None) -> Value | None:
+    return value if is_dynamic(value) else arguments.real(name, value, 0, optional=True)
+
+
+def _positive(name: str, value: Any) -> Any:
+    return arguments.real(name, value, 0, closed="neither", optional=True)
+
+
+def _checked_patterns(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of regular expressions or None, got {value!r}.")
+    return [checked_pattern(name, pattern) for pattern in value]
+
+
+def _refused(name: str, value: Any) -> None:
+    if value is not None:
+        raise ValueError(f"{name} must be None, got {value!r}: the average is put into the model by swap_weights.")
+
+
+#: How each common keyword is checked, whether it is given to the constructor or set as an attribute.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "weight_decay": _checked_decay,
+    "clipnorm": _positive,
+    "clipvalue": _positive,
+    "global_clipnorm": _positive,
+    "gradient_accumulation_steps": lambda name, value: arguments.integer(name, value, 2, optional=True),
+    "use_ema": arguments.boolean,
+    "ema_momentum": lambda name, value: arguments.real(name, value, 0, 1, closed="left"),
+    "ema_overwrite_frequency": _refused,
+    "skip_nonfinite": lambda name, value: arguments.integer(name, value, 1, optional=True),
+    "decay_mask": lambda name, value: arguments.choice(name, value, ("auto", "all")),
+    "decay_exclude": _checked_patterns,
+    "layer_decay": lambda name, value: arguments.real(name, value, 0, 1, closed="right", optional=True),
+    "sparse": lambda name, value: arguments.choice(name, value, ("lazy", "dense")),
+    "fuse": lambda name, value: arguments.choice(name, value, ("auto", True, False)),
+    "master_weights": arguments.boolean,
+    "stochastic_rounding": arguments.boolean,
+    "slot_dtype": lambda name, value: arguments.choice(name, value, (None, "float32", "bfloat16")),
+    "loss_scale_factor": _positive,
+}
+
+#: Keywords of which at most one can be given.
+_EXCLUSIVE = (("clipnorm", "clipvalue", "global_clipnorm"), ("master_weights", "stochastic_rounding"))
+
+#: Keywords that decide about the state there is and the packing.
+_COUNTS = ("gradient_accumulation_steps", "skip_nonfinite")
+_BEFORE_BUILD = {
+    *_COUNTS,
+    "use_ema",
+    "decay_mask",
+    "decay_exclude",
+    "layer_decay",
+    "master_weights",
+    "stochastic_rounding",
+    "slot_dtype",
+}
 
 
 class _Function(Schedule):

@@ -129,11 +129,13 @@ def pack(
     below: int = PACK_BELOW,
     alone: Callable[[int], bool] = lambda _: False,
     since: Sequence[int] | None = None,
+    repeated: int | None = None,
 ) -> tuple[Bucket, ...]:
     """Sorts parameters into buckets of one dtype, treatment and age, in the order of their first members.
 
     Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` share with none.
-    `elementwise` says whether the rule of a treatment is.
+    `elementwise` says whether the rule of a treatment is. If `repeated` is given, so many flat ones of one shape have a
+    bucket of their own, again and again, and what is left of each shape is laid end to end.
     """
     members: dict[Hashable, list[int]] = {}
     forms = {}
@@ -146,6 +148,14 @@ def pack(
         forms[i] = "stacked" if not flat else "bare" if by_itself else "flat"
         key = (dtypes[i], treatment, ages[i], shape if forms[i] == "stacked" else forms[i], i if by_itself else None)
         members.setdefault(key, []).append(i)
+    if repeated is not None:
+        members = {
+            (key, part): found
+            for key, group in members.items()
+            for part, found in enumerate(
+                _in_equal_parts(group, shapes, repeated) if forms[group[0]] == "flat" else [group]
+            )
+        }
     return tuple(
         Bucket(
             tuple(m),
@@ -157,3 +167,13 @@ def pack(
         )
         for m in members.values()
     )
+
+
+def _in_equal_parts(members: Sequence[int], shapes: Sequence[Shape], size: int) -> list[list[int]]:
+    """Lists of `size` members of one shape, and one of those that are left."""
+    of_shape: dict[Shape, list[int]] = {}
+    for i in members:
+        of_shape.setdefault(shapes[i], []).append(i)
+    parts = [same[n : n + size] for same in of_shape.values() for n in range(0, len(same) - size + 1, size)]
+    left = sorted(i for same in of_shape.values() for i in same[len(same) // size * size :])
+    return sorted([*parts, left] if left else parts)

@@ -94,6 +94,12 @@ class SavedState(keras.optimizers.Optimizer):
             entries |= {f"{name}.{bucket.indices[0]}": (v, bucket) for name, v in packed.items()}
         return entries
 
+    def _given(self) -> list[tuple[Any, list[str]]]:
+        """What notes which gradients the micro-batches since the last update had, with names for its parameters."""
+        state, held = self._held.state or {}, self._held
+        names = [[f"given.{held.places[i]}" for i in bucket.indices] for bucket in held.buckets]
+        return list(zip(state["given"], names, strict=True)) if "given" in state else []
+
     def save_own_variables(self, store: Any) -> None:
         """Writes the state, parameter by parameter: a file does not depend on how parameters were packed."""
         if isinstance(self._held.pending, dict):  # loaded, never used
@@ -117,6 +123,9 @@ class SavedState(keras.optimizers.Optimizer):
                 slot = name.rsplit(".", 1)[0]
                 for i, part in zip(bucket.indices, bucket.separate(value), strict=True):
                     store[f"{slot}.{self._held.places[i]}"] = part
+        for flags, names in self._given():
+            for name, flag in zip(names, on_host(flags), strict=True):
+                store[name] = flag
 
     def load_own_variables(self, store: Any) -> None:
         """Restores the state; one of another optimizer or another model is refused.
@@ -179,7 +188,7 @@ class SavedState(keras.optimizers.Optimizer):
         schema = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
         fresh = schema["state"] is None  # it was saved before build
         if not fresh and schema["since"] != self._since():
-            self._pack_anew(schema["since"])
+            self._pack_again(schema["since"])
         entries = self._entries()
         if fresh:
             entries = {name: entries[name] for name in ("iterations", "multiplier")}
@@ -192,6 +201,9 @@ class SavedState(keras.optimizers.Optimizer):
                 slot = name.rsplit(".", 1)[0]
                 parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
                 variable.assign(bucket.stored(bucket.join(parts)))
+        for flags, names in [] if fresh else self._given():
+            # files from before these were written: in the middle of a cycle all gradients count as there
+            flags.assign(np.array([saved.get(name, 2 * (saved["micro"] > 0)) for name in names], "int32"))
 
     def _usable(self, saved: dict[str, np.ndarray], *, waited: bool) -> dict[str, np.ndarray] | None:
         """Of the state in a model's file, that of the variables which are trained now; None if it cannot be told.
