@@ -182,8 +182,10 @@ class LayerTree:
             opened |= models
 
     def _by_pattern(self, pattern: str) -> dict[int, int]:
-        """Layers of which the pattern's groups, or all that it matches, are equal, make a block; so do neighbours
-        without a match that are inside of the same layer."""
+        """Layers make a block for which the pattern's groups, or all that it matches, are equal.
+
+        So do neighbours without a match that are inside of the same layer.
+        """
         around = {id(inner): id(node) for node in [self.root, *self.nodes] for inner in node.first}
         of_node: dict[int, int] = {}
         order: dict[Any, int] = {}
