@@ -193,15 +193,16 @@ def rates(model, **arguments):
     return {row.path: row.learning_rate for row in rows}
 
 
-def tower(name, cls=keras.Sequential):
-    return cls(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(3, use_bias=False, name="low"),
-            keras.layers.Dense(3, use_bias=False, name="high"),
-        ],
-        name=name,
-    )
+def chain(layers, name, size=3):
+    """A functional model, whose variables do not carry its name."""
+    x = inputs = keras.Input((size,))
+    for layer in layers:
+        x = layer(x)
+    return keras.Model(inputs, x, name=name)
+
+
+def tower(name):
+    return chain([keras.layers.Dense(3, use_bias=False, name=n) for n in ("low", "high")], name)
 
 
 def two_towers():
@@ -226,14 +227,13 @@ def test_models_of_one_function_are_different_layers():
 
 
 class Twins(keras.Model):
-    """Layers of one name, one of them in two places, and one that knows the model that it is in."""
+    """Layers of one name, one of them in two places."""
 
     def __init__(self):
         super().__init__(name="twins")
-        self.one, self.two = tower("tower"), tower("tower")
-        self.both = keras.Sequential([self.one, keras.layers.Dense(1, use_bias=False, name="head")], name="both")
-        self.two.around = self.both
-        self.both.around = self.two
+        one = tower("tower")
+        self.both = keras.Sequential([one, keras.layers.Dense(1, use_bias=False, name="head")], name="both")
+        self.one, self.two = one, tower("tower")
         self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
 
     def call(self, x):
@@ -328,7 +328,7 @@ def test_a_factor_that_stops_a_layer_is_warned_of():
 
 def pretrained():
     keras.utils.set_random_seed(0)
-    body = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "tanh", name="stem")], name="body")
+    body = chain([keras.layers.Dense(3, "tanh", name="stem")], "body", size=4)
     return keras.Sequential([keras.Input((4,)), body, keras.layers.Dense(1, name="head")])
 
 

@@ -21,7 +21,7 @@ DEEP = 24
 #: in so many blocks.
 BLOCKS = 12
 
-#: A layer that is shared may have so many paths; those of layers that hold each other would have no end.
+#: A layer that is shared may have so many paths.
 _MOST_PATHS = 16
 
 
@@ -89,7 +89,7 @@ class LayerTree:
         """The tree of a model or a layer."""
         nodes: dict[int, Node] = {}
         root = nodes[id(model)] = Node(model, "")
-        _visit(root, nodes, [])
+        _visit(root, nodes)
         for node in nodes.values():
             theirs = {distribute.key(v) for inner in node.inside for v in inner.layer.weights}
             own = [v for v in node.layer.weights if distribute.key(v) not in theirs]
@@ -203,21 +203,19 @@ class LayerTree:
         return of_node
 
 
-def _visit(node: Node, nodes: dict[int, Node], around: list[Node]) -> None:
+def _visit(node: Node, nodes: dict[int, Node]) -> None:
     layers = [layer for layer in sublayers(node.layer, direct=True) if not isinstance(layer, keras.layers.InputLayer)]
     layers = list({id(layer): layer for layer in layers}.values())
     for layer, name in zip(layers, _unique(layer.name for layer in layers), strict=True):
-        path = f"{node.path}/{name}".lstrip("/")
-        inner = nodes.get(id(layer))
-        if inner is None:
-            inner = nodes[id(layer)] = Node(layer, path)
-            node.first.append(inner)
-            node.inside.append(inner)
-            _visit(inner, nodes, [*around, node])
-        elif inner is not node and inner not in around:  # it is shared
-            if inner not in node.inside:
-                node.inside.append(inner)
-            _add_path(inner, path)
+        paths = [f"{path}/{name}".lstrip("/") for path in node.paths]
+        if id(layer) not in nodes:
+            nodes[id(layer)] = Node(layer, paths[0])
+            node.first.append(nodes[id(layer)])
+        for path in paths:  # more than one where this layer or one around it is shared
+            _add_path(nodes[id(layer)], path)
+        node.inside.append(nodes[id(layer)])
+    for inner in node.first:  # after all of them have got the shorter paths
+        _visit(inner, nodes)
 
 
 def _add_path(node: Node, path: str) -> None:
