@@ -42,31 +42,36 @@ class Unfreeze(Callback):
 
     A pattern is looked for (`re.search`) in the path of each layer that has weights, with and without a slash at its
     end: the names of the layers that it is inside of and its own, as in "encoder/block5/conv" or "head". A layer
-    that matches is unfrozen with all that is inside of it.
+    that matches is unfrozen with all that is inside of it. A layer that is in several places is found under each of its
+    paths, and of two layers with one name in one place the second has the path "name_1". These are the paths of
+    `keras_optkit.Group`, too, where the name of the variable follows.
 
-    - The state that the optimizer has stays as it is, bitwise, and the learning rate's schedule goes on. With the
+    - The state that the optimizer has stays as it is, bitwise, and the learning rate's schedule continues. With the
       optimizers of this package the new weights begin as in an optimizer of their own: with fresh state and, in Adam's
-      bias correction, a count of their own. For learning rates that differ between layers give the optimizer `groups`;
-      those of layers that are frozen at first need `required=False`.
+      bias correction, a count of their own. For learning rates that differ between layers give the optimizer `groups`.
     - Keras's optimizers can only train variables that they were built for. They are therefore built for those of all
       stages when `fit` begins, which takes memory from the start, and count the updates of before in their bias
       correction: Adam's first steps for new weights are larger by up to sqrt(1 - beta_2) / (1 - beta_1), about 3. On
-      JAX they cannot leave variables out, and stages are refused.
+      JAX they cannot leave variables out, and `keras.optimizers.MultiOptimizer` nowhere: stages are refused.
+    - A model may train with several optimizers in a `train_step` of its own. Those of this package make room for their
+      parts of the new variables; those of Keras have to be built for all stages before `fit`.
     - Frozen layers are frozen as Keras does it, by `layer.trainable`: no gradients are computed for them, and
       BatchNormalization uses its moving statistics, and does not update them.
     - The training step is compiled anew at each stage.
 
     The flags are set when `fit` begins and stay as the last stage has set them, also when an exception ends it: they
     are what the optimizer's state belongs to, and what is saved with the model. Another `fit` begins with the stage
-    of its `initial_epoch`, and so freezes layers again that have been trained; with `unit="update"` it goes on.
+    of its `initial_epoch`, and so freezes layers again that have been trained; with `unit="update"` it continues.
 
     When not to use it: where all layers are to be trained from the beginning with rates of their own; that is for
     `groups`.
 
     Args:
         stages: When to pattern, or to a list of patterns, as a dict or a list of pairs. One stage must begin at 0.
-        unit: What stages are counted in: `"epoch"`, or `"update"` of the weights. With `steps_per_execution=k` a stage
-            begins with the first k batches before which its number of updates is reached.
+        unit: What stages are counted in: `"epoch"`, or `"update"` of the weights, which may be more or fewer than
+            batches; of several optimizers those of the one with most updates count. It is looked at before each batch,
+            for which `fit` waits for the step before until the last stage has begun. With `steps_per_execution=k` a
+            stage begins with the first k batches before which its number of updates is reached.
         verbose: 1 prints when a stage begins, 0 is silent.
 
     Attributes:
@@ -75,7 +80,8 @@ class Unfreeze(Callback):
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range; when `fit` begins, for a model that is not built, a pattern that matches
-            no layer, with those that come near it, or an optimizer that cannot train the stages.
+            no layer, with those that come near it, an optimizer that cannot train the stages, or with
+            `unit="update"` a model without an optimizer.
 
     Example:
     ```python
@@ -86,7 +92,7 @@ class Unfreeze(Callback):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")]
     )
-    body = ok.Group("body/", lr_scale=0.1, required=False)  # which is not there in the first stage
+    body = ok.Group("body/", lr_scale=0.1)  # which is frozen in the first stage
     model.compile(ok.optimizers.AdamW(1e-2, groups=[body]), loss="mse")
     unfreeze = ok.callbacks.Unfreeze({0: "head", 2: ".*"}, verbose=1)
     model.fit(x, x[:, :1], epochs=4, callbacks=[unfreeze], verbose=0)
@@ -127,15 +133,16 @@ class Unfreeze(Callback):
     def _make_room(self, model: Any, optimizer: Any) -> None:
         """Builds an optimizer that cannot take more variables later for those of all stages, or refuses it."""
         assert self._layers is not None
-        jax = keras.config.backend() == "jax"
-        alone = innermost(optimizer) == [optimizer]
-        if ours(optimizer) == innermost(optimizer) and (alone or not jax):
+        multi, jax = isinstance(optimizer, keras.optimizers.MultiOptimizer), keras.config.backend() == "jax"
+        around = innermost(optimizer) != [optimizer]
+        if ours(optimizer) == innermost(optimizer) and not (around and (multi or jax)):
             return
         self._layers.train_only(self._patterns(0))
         first = len(model.trainable_variables)
         self._layers.train_only(self._patterns(len(self.stages)))
-        variables = model.trainable_variables
-        why = "updates all of its variables at once on JAX" if jax and first < len(variables) else None
+        variables, why = model.trainable_variables, None
+        if (multi or jax) and first < len(variables):
+            why = f"updates all of its variables at once{' on JAX' if jax else ''}"
         if optimizer is not getattr(model, "optimizer", None):  # it is for a part, and only its owner knows which
             if not optimizer.built:
                 why = "has to be built, for the variables of all stages, before `fit`"
@@ -148,7 +155,7 @@ class Unfreeze(Callback):
         if why is not None:
             raise ValueError(
                 f"stages cannot be trained by this {type(optimizer).__name__}, which {why}. Compile the model with one "
-                "of keras_optkit.optimizers, without another optimizer around it on JAX."
+                "of keras_optkit.optimizers; on JAX without loss scaling."
             )
 
     def _now(self, run: Run) -> int:
