@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import keras
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, Run, number
 from keras_optkit.callbacks.instrument import compile_anew
-from keras_optkit.optimizers.fitting import build_optimizer
+from keras_optkit.optimizers.fitting import build_optimizer, make_room
 from keras_optkit.optimizers.groups import checked_pattern, near_misses
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, update_counter
@@ -198,11 +197,7 @@ class Unfreeze(Callback):
         model = self.model  # asked for it, Keras on JAX fills the variables
         self.stage = stage
         self._layers.train_only(self._patterns(stage))
-        found = [inner for optimizer in optimizers_of(model) for inner in innermost(optimizer)]
-        if len(found) == 1 and ours(found[0]):  # several make room for their parts in their next steps
-            strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
-            with strategy.scope() if strategy else contextlib.nullcontext():
-                found[0].build(model.trainable_variables)
+        make_room(model)
         compile_anew(model)
         if self.verbose:
             print(f"{type(self).__name__}: stage {stage}, {len(model.trainable_variables)} variables are trained.")

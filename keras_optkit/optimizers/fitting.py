@@ -18,7 +18,8 @@ from typing import Any
 import keras
 
 from keras_optkit.callbacks.instrument import compile_anew
-from keras_optkit.optimizers.of_model import ours_of
+from keras_optkit.optimizers import distribute
+from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, ours_of
 
 
 def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,8 +49,8 @@ def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
 def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
     """`compile`, `fit` or `train_on_batch` of `keras.Model`, which shows the model to optimizers of ours.
 
-    From it they know the paths of layers. Where layers were frozen or unfrozen since a step was compiled, a new one is:
-    Keras's would go on to train what was trained then.
+    From it they know the paths of layers. Where layers were frozen or unfrozen since, the optimizer makes room for them
+    before `Resume` restores its state, and a step is compiled again, since the old one trains what was trained then.
     """
 
     @functools.wraps(function)
@@ -58,26 +59,42 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
             result = function(self, *args, **kwargs)
             _show(self)
             return result
-        if _show(self) and self.built:
-            trained = {id(v) for v in self.trainable_variables}
-            if _trained.get(self, trained) != trained and getattr(self, "train_function", None) is not None:
+        if _show(self):
+            if getattr(self, "train_function", None) is not None:
                 compile_anew(self)
-            _trained[self] = trained
+            if distribute.TENSORFLOW:  # elsewhere `begin_training` does, or refuses
+                make_room(self)
         return function(self, *args, **kwargs)
 
     return wrapped
 
 
-#: The variables, by id, that a model trained in its last `fit`.
+#: The variables, by id, that models trained when they were shown last.
 _trained: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 def _show(model: Any) -> bool:
-    """Shows the model to all optimizers of ours; returns whether there are any."""
+    """Shows the model to all optimizers of ours; returns whether there are any and other variables are trained now."""
     found = ours_of(model)
     for optimizer in found:
         optimizer.set_model(model)
-    return bool(found)
+    if not (found and model.built):
+        return False
+    trained = {id(v) for v in model.trainable_variables}
+    before, _trained[model] = _trained.get(model, trained), trained
+    return before != trained
+
+
+def make_room(model: Any) -> None:
+    """Has the optimizer of ours that trains all of a model take the variables that it was not built for.
+
+    Several optimizers make room for their parts in their next steps.
+    """
+    found = [inner for optimizer in optimizers_of(model) for inner in innermost(optimizer)]
+    if len(found) == 1 and ours(found[0]) and found[0].built:
+        strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            found[0].build(model.trainable_variables)
 
 
 def _ours(optimizer: Any) -> Any:
