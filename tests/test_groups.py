@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small import At, boom
 
 import keras_optkit as ok
 from keras_optkit.optimizers.layer_paths import BLOCKS, DEEP, LayerTree
@@ -358,6 +359,31 @@ def test_a_frozen_backbone_is_unfrozen_later(again):
         model.compile(model.optimizer if again == "same" else optimizer(), "mse")
     stem, _ = moved(model, x, y)
     assert stem == pytest.approx(0.001, rel=1e-3)  # Adam's first step is the rate
+
+
+def test_two_phases_are_resumed_where_they_were_interrupted(tmp_path):
+    x, y = problems.regression()
+
+    def script(directory, *others):
+        model = pretrained()
+        model.compile(ok.optimizers.Adam(0.01, groups=[ok.Group("^body/", lr_scale=0.1)], layer_decay=0.5), "mse")
+        train = ok.data.Shuffled(x, y, batch_size=16, seed=1)
+        model.layers[0].trainable = False
+        model.fit(train, verbose=0, callbacks=[ok.callbacks.Resume(directory / "head")])
+        model.layers[0].trainable = True
+        everything = ok.callbacks.Resume(directory / "all", every=1)
+        history = model.fit(train, epochs=2, verbose=0, callbacks=[everything, *others])
+        return history.history, model.get_weights(), problems.state_of(model.optimizer)
+
+    expected = script(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="boom"):
+        script(tmp_path / "interrupted", At(boom, batch=2, epoch=0))
+    for found in (script(tmp_path / "interrupted"), script(tmp_path / "interrupted")):  # and once it has finished
+        assert found[0] == expected[0]
+        for got, wanted in zip(found[1], expected[1], strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        for name, value in expected[2].items():
+            np.testing.assert_array_equal(found[2][name], value, err_msg=name)
 
 
 @pytest.mark.only_on("tensorflow", because="on JAX a step has to update all variables of the optimizer")

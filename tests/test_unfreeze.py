@@ -202,6 +202,14 @@ def test_several_optimizers_are_counted_by_updates_and_make_room_for_their_parts
         fit(model, *data(), Unfreeze({0: "dense", 1: ".*"}))
 
 
+@pytest.mark.only_on("tensorflow", because="on JAX it is refused for another reason")
+def test_what_cannot_leave_variables_out_is_refused():
+    inside = ok.optimizers.SGD(0.05)
+    multi = STOCK.MultiOptimizer(lambda _: inside)
+    with pytest.raises(ValueError, match="by this MultiOptimizer, which updates all of its variables at once"):
+        fit(network(multi), *data(), Unfreeze(STAGES))
+
+
 def test_fewer_updates_than_batches_are_counted():
     model, seen = network(ok.optimizers.SGD(0.05, gradient_accumulation_steps=4)), Trained()
     fit(model, *data(), Unfreeze({0: "head", 2: ".*"}, unit="update"), seen, epochs=2)
