@@ -397,6 +397,17 @@ def test_layers_that_are_frozen_again_stay_as_they_are():
     assert stem == 0.0 < head
 
 
+@pytest.mark.only_on("tensorflow", because="on JAX a step has to update all variables of the optimizer")
+def test_layers_of_a_model_that_the_first_step_has_built_are_frozen():
+    x, y = problems.regression()
+    model = keras.Sequential([keras.layers.Dense(3, name="stem"), keras.layers.Dense(1, name="head")])
+    model.compile(ok.optimizers.SGD(0.1), "mse")
+    model.fit(x, y, verbose=0)
+    model.layers[0].trainable = False
+    stem, head = moved(model, x, y)
+    assert stem == 0.0 < head
+
+
 def test_a_model_that_the_first_step_builds_is_known():
     x, y = problems.regression()
     body = keras.Sequential([keras.layers.Dense(3, name="stem")], name="body")

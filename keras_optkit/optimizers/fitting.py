@@ -59,12 +59,16 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
             result = function(self, *args, **kwargs)
             _show(self)
             return result
+        built = self.built
         if _show(self):
             if getattr(self, "train_function", None) is not None:
                 compile_anew(self)
             if distribute.TENSORFLOW:  # elsewhere `begin_training` does, or refuses
                 make_room(self)
-        return function(self, *args, **kwargs)
+        result = function(self, *args, **kwargs)
+        if not built:
+            _show(self)
+        return result
 
     return wrapped
 

@@ -128,10 +128,9 @@ class LayerTree:
         places = [place for places in self._places.values() for place in places]
         return [f"{path}/{name}".lstrip("/") for node, name in places for path in node.paths]
 
-    def matching(self, pattern: str, *, with_weights: bool = False) -> list[Node]:
-        """The layers whose path a pattern is found in, with and without a slash at its end."""
-        nodes = [node for node in self.nodes if not with_weights or node.size]
-        return [node for node in nodes if any(re.search(pattern, p) or re.search(pattern, f"{p}/") for p in node.paths)]
+    def matching(self, pattern: str) -> list[Node]:
+        """The layers in one of whose paths a pattern is found, with and without a slash at its end."""
+        return [n for n in self.nodes if any(re.search(pattern, p) or re.search(pattern, f"{p}/") for p in n.paths)]
 
     # -- depth --------------------------------------------------------------------------------------------------------
 
@@ -174,9 +173,9 @@ class LayerTree:
         opened = {id(node) for node in self.nodes if node.size > large and _can_be_opened(node)}
         opened.add(id(self.root))
         while True:
-            runs = _runs(self.root, opened)
+            runs = _in_runs(self.root, opened)
             models = {id(n) for run in runs for n in run if isinstance(n.layer, keras.Model) and n.first}
-            more = _runs(self.root, opened | models)
+            more = _in_runs(self.root, opened | models)
             if not models or sum(map(len, more)) > DEEP:
                 return runs
             opened |= models
@@ -246,11 +245,11 @@ def _can_be_opened(node: Node) -> bool:
     return bool(node.first) and not (kerases and len(node.first) > 1)
 
 
-def _runs(node: Node, opened: set[int]) -> list[list[Node]]:
+def _in_runs(node: Node, opened: set[int]) -> list[list[Node]]:
     runs: list[list[Node]] = [[]]
     for inner in node.first:
         if id(inner) in opened and inner.first:
-            runs += [*_runs(inner, opened), []]
+            runs += [*_in_runs(inner, opened), []]
         elif inner.size:
             runs[-1].append(inner)
     return [run for run in runs if run]
