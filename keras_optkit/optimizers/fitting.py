@@ -60,7 +60,7 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
             _show(self)
             return result
         built = self.built
-        if _show(self):
+        if _show(self, again=function.__name__ == "fit"):
             if getattr(self, "train_function", None) is not None:
                 compile_anew(self)
             if distribute.TENSORFLOW:  # elsewhere `begin_training` does, or refuses
@@ -77,13 +77,17 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
 _trained: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
-def _show(model: Any) -> bool:
-    """Shows the model to all optimizers of ours; returns whether there are any and other variables are trained now."""
-    found = ours_of(model)
-    for optimizer in found:
-        optimizer.set_model(model)
-    if not (found and model.built):
-        return False
+def _show(model: Any, *, again: bool = True) -> bool:
+    """Shows the model to all optimizers of ours; returns whether there are any and other variables are trained now.
+
+    Finding them takes milliseconds in a model of hundreds of layers, so `train_on_batch` does it once.
+    """
+    if again or model not in _trained:
+        found = ours_of(model)
+        for optimizer in found:
+            optimizer.set_model(model)
+        if not (found and model.built):
+            return False
     trained = {id(v) for v in model.trainable_variables}
     before, _trained[model] = _trained.get(model, trained), trained
     return before != trained
