@@ -11,7 +11,7 @@ import keras
 
 from keras_optkit import arguments
 from keras_optkit.precision import at_least_float32
-from keras_optkit.private import current_layer
+from keras_optkit.private import current_layer, sublayers
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
 
@@ -29,7 +29,7 @@ class KernelAxes(NamedTuple):
     """Which axes of a kernel a unit's inputs, and an input's outputs, run over.
 
     A convolution's window is in both; an axis in neither (the channels of a depthwise kernel) numbers separate maps.
-    `groups` splits the last axis into that many separate maps.
+    `groups` splits the last axis into that many separate maps, those of a grouped convolution or of gates.
     """
 
     inputs: tuple[int, ...]
@@ -49,7 +49,10 @@ def _by_shape(rank: int) -> KernelAxes:
 
 
 def _in_layer(layer: Any, shape: tuple[int, ...]) -> KernelAxes | None:
-    """The axes of `layer`'s convolution kernel of this shape, or None where the layer has no such kernel."""
+    """The axes of `layer`'s kernel of this shape, or None where there is nothing to know but the shape."""
+    units = getattr(layer, "units", None) or getattr(layer, "filters", None)
+    if units and hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size") and shape[-1] % units == 0:
+        return _by_shape(len(shape))._replace(groups=shape[-1] // units)  # a recurrent cell, its gates side by side
     if len(shape) < 3 or getattr(layer, "kernel_size", None) != shape[:-2]:
         return None
     layers, window, last = keras.layers, tuple(range(len(shape) - 2)), len(shape) - 1
@@ -218,7 +221,10 @@ class _Kernel(_Seeded, keras.initializers.VarianceScaling):
             )
         # A subclassed model makes its variables only after its layers have been called symbolically. The layer is to be
         # seen in that call, which asks for placeholder values, and no longer when the variable is made.
-        found = _in_layer(current_layer(), shape)
+        layer = current_layer()
+        found = _in_layer(layer, shape)
+        if found is None and isinstance(layer, keras.layers.Layer) and not sublayers(layer):
+            found = _by_shape(len(shape))  # it is not one around the layer that asks
         if found is not None:
             self._seen[shape] = found
         return self._seen.get(shape) or _by_shape(len(shape))
@@ -447,7 +453,8 @@ class Orthogonal(_Kernel):
 
     The kernel is read as a matrix W, with the side of its last axis (the outputs, in a kernel (*window, in, out)) as
     columns: W^T W = gain² I for a tall matrix, W W^T = gain² I for a wide one. A depthwise or grouped kernel holds one
-    such matrix for each channel or group. The matrices are drawn uniformly (Haar measure).
+    such matrix for each channel or group, and that of an LSTM, GRU or ConvLSTM one for each gate, where Keras's
+    `Orthogonal` makes one matrix of all gates. The matrices are drawn uniformly (Haar measure).
 
     When not to use it: for very wide kernels, where the decomposition takes long (a 4096 x 4096 kernel: seconds). A
     convolution with such a kernel does not keep the norm of an image, only of each window.

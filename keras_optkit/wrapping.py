@@ -5,7 +5,12 @@ from __future__ import annotations
 import keras
 
 from keras_optkit.callbacks.callback import ON_FAILURE, telling_callbacks
-from keras_optkit.optimizers.fitting import refusing_stock_averages, telling_of_files, telling_optimizers
+from keras_optkit.optimizers.fitting import (
+    refusing_stock_averages,
+    showing_model,
+    telling_of_files,
+    telling_optimizers,
+)
 
 
 def wrap_keras() -> None:
@@ -16,8 +21,11 @@ def wrap_keras() -> None:
     """
     if hasattr(keras.Model, "_keras_optkit"):
         return
+    # on the class that has it: Keras does not compile a loaded model whose class has another `compile`
+    owner = next(base for base in keras.Model.__mro__ if "compile" in vars(base))
+    owner.compile = showing_model(owner.compile)
     for method in ("fit", "train_on_batch"):
-        setattr(keras.Model, method, telling_optimizers(getattr(keras.Model, method)))
+        setattr(keras.Model, method, showing_model(telling_optimizers(getattr(keras.Model, method))))
     for method in ("fit", "evaluate", "predict"):
         setattr(keras.Model, method, refusing_stock_averages(getattr(keras.Model, method)))
     keras.Model.compile_from_config = telling_of_files(keras.Model.compile_from_config)

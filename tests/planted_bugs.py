@@ -38,7 +38,7 @@ from keras_optkit.data import EpochDataset
 from keras_optkit.optimizers import adaptive, distribute, optimizer, packing, wrappers
 from keras_optkit.optimizers.adam import AdamRule
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper
+from keras_optkit.optimizers.rule import Hyper, is_dynamic
 from keras_optkit.registry import KINDS
 from keras_optkit.saving import FromSignature
 from keras_optkit.testing.conformance import Check, checks_for
@@ -111,6 +111,34 @@ def _(right):
 @bug("no bias correction", "Adam", "twin", Hyper, "bias_correction")
 def _(right):
     return lambda self, beta: ops.ones_like(right(self, beta))
+
+
+@bug(
+    "a hyperparameter is read as it was given, also where that is a schedule",
+    "AdamW",
+    "hyperparameters",
+    AdamRule,
+    "update",
+)
+def _(right):
+    class AsGiven(Hyper):
+        def __call__(self, value):
+            return value
+
+    def update(self, u, slots, p, h):
+        raw = copy.copy(h)
+        raw.__class__ = AsGiven
+        return right(self, u, slots, p, raw)
+
+    return update
+
+
+@bug("a schedule of momentum is read at 0", "SGD", "hyperparameters", Hyper, "exact")
+def _(right):
+    def exact(self, value):
+        return value if not is_dynamic(value) else ops.cast(value(0), "float64")
+
+    return exact
 
 
 @bug("epsilon outside of the root where it belongs inside", "RMSprop", "twin", adaptive, "_root")

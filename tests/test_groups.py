@@ -6,9 +6,10 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small import At, boom
 
 import keras_optkit as ok
-from keras_optkit.optimizers.groups import depths
+from keras_optkit.optimizers.layer_paths import BLOCKS, DEEP, LayerTree
 from keras_optkit.testing import problems
 
 
@@ -28,7 +29,7 @@ def test_explain_shows_what_training_does():
     model = network()
     shown = optimizer.explain(model)
     assert not optimizer.built
-    rows = {row.path.split("/", 1)[1]: row for row in shown.rows}
+    rows = {row.path: row for row in shown.rows}
     assert rows["head/kernel"][2:6] == ("head/", "AdamRule", 0.02, 0.0)
     assert rows["body/kernel"][2:6] == ("", "AdamRule", 0.01, 0.1)
     assert rows["body/bias"][2:6] == ("", "AdamRule", 0.01, 0.0)  # spared by decay_mask
@@ -96,6 +97,11 @@ def test_layer_decay_counts_layers_from_the_last():
             ok.optimizers.SGD(layer_decay=wrong)
 
 
+def depths(paths):
+    depth = LayerTree.of_paths(paths).depths()
+    return [depth[i] for i in range(len(paths))]
+
+
 def test_depths_do_not_depend_on_the_name_of_the_model():
     blocks = ["block_0/dense/kernel", "block_0/norm/gamma", "block_1/dense/kernel", "head/kernel"]
     assert depths(blocks) == [0, 0, 1, 2]
@@ -147,7 +153,7 @@ def test_a_group_with_a_rule_of_its_own_is_shown_and_survives_the_config():
     again = type(optimizer).from_config(json.loads(json.dumps(optimizer.get_config())))
     assert again.groups == groups
     model = network()
-    rows = {row.path.split("/", 1)[1]: row for row in again.explain(model).rows}
+    rows = {row.path: row for row in again.explain(model).rows}
     shown = [rows[f"{layer}/kernel"].rule for layer in ("stem", "body", "head")]
     assert shown == ["SGDRule", "AdamRule", "RMSpropRule"]
     assert rows["stem/kernel"].state_bytes == 4 * 4 * 5
@@ -182,7 +188,7 @@ def test_a_schedule_in_the_rule_of_a_group_follows_the_updates():
 # -- layer_decay when variables join ----------------------------------------------------------------------------------
 
 
-def chain(*layers):
+def scalars(*layers):
     """One scalar variable for each layer, by name."""
     variables = [keras.Variable(0.0, name=layer) for layer in layers]
     for variable in variables:
@@ -200,7 +206,7 @@ def steps_of(optimizer, variables):
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (0, 2, 1)])
 @pytest.mark.parametrize("groups", [None, [ok.Group("body", lr_scale=0.5)]])
 def test_layer_decay_follows_the_variables_that_join(order, groups):
-    layers = chain("stem", "body", "head")
+    layers = scalars("stem", "body", "head")
     optimizer = ok.optimizers.SGD(1.0, layer_decay=0.5, groups=groups, gradient_accumulation_steps=None)
     for count in (1, 2, 3):
         here = [v for i, v in enumerate(layers) if i in order[:count]]
@@ -218,7 +224,7 @@ def test_layer_decay_follows_the_variables_that_join(order, groups):
 
 def test_variables_of_one_rate_that_come_apart_keep_their_state():
     """The first two have one rate, by their layers and a group, until a layer between them joins."""
-    layers, grads = chain("a", "b", "c"), [ops.ones(())] * 3
+    layers, grads = scalars("a", "b", "c"), [ops.ones(())] * 3
     how = {"momentum": 0.5, "use_ema": True, "layer_decay": 0.5, "groups": [ok.Group("/c/", lr_scale=0.5)]}
     joined, late = (ok.optimizers.SGD(1.0, **how) for _ in range(2))
     joined.build([layers[0], layers[2]])
@@ -243,3 +249,302 @@ def test_variables_of_one_rate_that_come_apart_keep_their_state():
     late.save_own_variables(stores[1])
     for name, value in stores[0].items():
         np.testing.assert_array_equal(value, stores[1][name])
+
+
+# -- layers of models in models ---------------------------------------------------------------------------------------
+
+
+def rates(model, **arguments):
+    """The rate of each variable by its path, with a rate of 1 for the whole."""
+    rows = ok.optimizers.SGD(1.0, **arguments).explain(model).rows
+    return {row.path: row.learning_rate for row in rows}
+
+
+def chain(layers, name, size=3):
+    """A functional model, whose variables do not carry its name."""
+    x = inputs = keras.Input((size,))
+    for layer in layers:
+        x = layer(x)
+    return keras.Model(inputs, x, name=name)
+
+
+def tower(name):
+    return chain([keras.layers.Dense(3, use_bias=False, name=n) for n in ("low", "high")], name)
+
+
+def two_towers():
+    """Two models of one function, whose variables have the same paths in Keras."""
+    inputs = keras.Input((3,))
+    joined = keras.layers.Concatenate()([tower("left")(inputs), tower("right")(inputs)])
+    return keras.Model(inputs, keras.layers.Dense(1, use_bias=False, name="head")(joined))
+
+
+def test_models_of_one_function_are_different_layers():
+    model = two_towers()
+    assert len({v.path for v in model.trainable_variables}) == 3
+    found = rates(model, groups=[ok.Group("left/", lr_scale=0.5), ok.Group("^right/high", lr_scale=0.25)])
+    assert found == {
+        "left/low/kernel": 0.5,
+        "left/high/kernel": 0.5,
+        "right/low/kernel": 1.0,
+        "right/high/kernel": 0.25,
+        "head/kernel": 1.0,
+    }
+    assert sorted(rates(model, layer_decay=0.5).values()) == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
+
+
+class Twins(keras.Model):
+    """Layers of one name, one of them in two places."""
+
+    def __init__(self):
+        super().__init__(name="twins")
+        one = tower("tower")
+        self.both = keras.Sequential([one, keras.layers.Dense(1, use_bias=False, name="head")], name="both")
+        self.one, self.two = one, tower("tower")
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+    def call(self, x):
+        return self.scale * self.both(self.two(x))
+
+
+def test_each_layer_has_a_path_of_its_own_and_is_found_under_all():
+    model = Twins()
+    model(np.zeros((1, 3), "float32"))
+    found = rates(model, groups=[ok.Group("^both/", lr_scale=0.5), ok.Group("tower_1/", lr_scale=0.25)])
+    assert found.pop("scale") == 1.0
+    assert len(found) == 5
+    assert found["both/head/kernel"] == 0.5
+    assert found["tower/low/kernel"] == found["tower/high/kernel"] == 0.5
+    assert found["tower_1/low/kernel"] == found["tower_1/high/kernel"] == 0.25
+
+
+class Backbone(keras.layers.Layer):
+    """Several layers in a layer, one of which has two."""
+
+    def __init__(self, count=3, **arguments):
+        super().__init__(**arguments)
+        self.parts = [keras.layers.Dense(3, use_bias=False, name=f"part_{i}") for i in range(count)]
+        self.wrapped = keras.layers.Bidirectional(keras.layers.SimpleRNN(2, use_bias=False), name="wrapped")
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return self.wrapped(x)
+
+
+def test_a_backbone_in_one_layer_has_the_depth_of_its_parts():
+    model = keras.Sequential([keras.Input((2, 3)), Backbone(name="backbone"), keras.layers.Dense(1, name="head")])
+    found = rates(model, layer_decay=0.5)
+    assert [found[f"backbone/part_{i}/kernel"] for i in range(3)] == [1 / 16, 1 / 8, 1 / 4]
+    assert {rate for path, rate in found.items() if path.startswith("backbone/wrapped/")} == {1 / 2}
+    assert found["head/kernel"] == found["head/bias"] == 1.0
+
+
+def deep(count, nested=True):
+    layers = [keras.layers.Dense(2, use_bias=False, name=f"stage{i // 9}_dense{i}") for i in range(count)]
+    head = keras.layers.Dense(1, use_bias=False, name="head")
+    body = [keras.Sequential([keras.Input((2,)), *layers], name="body")] if nested else layers
+    return keras.Sequential([keras.Input((2,)), *body, head])
+
+
+def test_a_deep_model_is_counted_in_blocks():
+    found = list(rates(deep(36), layer_decay=0.75).values())
+    assert found == [0.75 ** (BLOCKS - i // 3) for i in range(36)] + [1.0]
+    assert len(set(rates(deep(DEEP - 1), layer_decay=0.75).values())) == DEEP
+    flat = rates(deep(36, nested=False), layer_decay=0.75)
+    assert len(set(flat.values())) == BLOCKS
+
+
+def test_what_is_a_block_can_be_said():
+    found = list(rates(deep(36), layer_decay=0.5, layer_blocks=2).values())
+    assert found == [0.25] * 18 + [0.5] * 18 + [1.0]
+    found = list(rates(deep(36), layer_decay=0.5, layer_blocks="stage([12])_").values())
+    assert found == [0.5**4] * 9 + [0.5**3] * 9 + [0.5**2] * 9 + [0.5] * 9 + [1.0]  # stages 0 and 3 have no match
+    optimizer = ok.optimizers.SGD(layer_decay=0.5, layer_blocks="stage(.)_")
+    assert type(optimizer).from_config(optimizer.get_config()).layer_blocks == "stage(.)_"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layer_blocks": 3}, ValueError, "layer_blocks .* must be None without it, got 3"),
+        ({"layer_decay": 0.5, "layer_blocks": 0}, ValueError, "layer_blocks must be an integer at least 1, got 0"),
+        ({"layer_decay": 0.5, "layer_blocks": 2.5}, TypeError, "an integer at least 1, a regular expression or None"),
+        ({"layer_decay": 0.5, "layer_blocks": "("}, ValueError, r"layer_blocks must be a regular expression.*'\('"),
+        (
+            {"layer_decay": 0.5, "layer_blocks": "bodi"},
+            ValueError,
+            "layer_blocks: the pattern 'bodi' matches none of the 3 layers. Nearest: 'body'",
+        ),
+    ],
+)
+def test_blocks_that_are_none_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        rates(network(), **arguments)
+
+
+def test_a_factor_that_stops_a_layer_is_warned_of():
+    with pytest.warns(UserWarning, match=r"layer_decay=0.02 .* 'stem/kernel' by 0.0004.*layer_blocks"):
+        rates(network(), layer_decay=0.02)
+    rates(network(), layer_decay=0.04)
+    rates(network(), layer_decay=0.02, layer_blocks=1)
+
+
+# -- which model it is ------------------------------------------------------------------------------------------------
+
+
+def pretrained():
+    keras.utils.set_random_seed(0)
+    body = chain([keras.layers.Dense(3, "tanh", name="stem")], "body", size=4)
+    return keras.Sequential([keras.Input((4,)), body, keras.layers.Dense(1, name="head")])
+
+
+def moved(model, x, y):
+    """By how much the first weight of each layer is changed by one step of `fit`."""
+    before = model.get_weights()
+    model.fit(x, y, batch_size=64, verbose=0)
+    return [np.max(np.abs(a - b)) for a, b in zip(before, model.get_weights(), strict=True)][::2]
+
+
+@pytest.mark.parametrize("again", [None, "same", "new"], ids=["not compiled", "compiled", "new optimizer"])
+def test_a_frozen_backbone_is_unfrozen_later(again):
+    """Its group matches nothing that is trained when the optimizer is built."""
+
+    def optimizer():
+        return ok.optimizers.Adam(0.01, epsilon=1e-12, groups=[ok.Group("^body/", lr_scale=0.1)])
+
+    x, y = problems.regression()
+    model = pretrained()
+    model.layers[0].trainable = False
+    model.compile(optimizer(), "mse")
+    stem, head = moved(model, x, y)
+    assert stem == 0.0
+    assert head == pytest.approx(0.01, rel=1e-3)
+    model.layers[0].trainable = True
+    if again:
+        model.compile(model.optimizer if again == "same" else optimizer(), "mse")
+    stem, _ = moved(model, x, y)
+    assert stem == pytest.approx(0.001, rel=1e-3)  # Adam's first step is the rate
+
+
+def test_two_phases_are_resumed_where_they_were_interrupted(tmp_path):
+    x, y = problems.regression()
+
+    def script(directory, *others):
+        model = pretrained()
+        model.compile(ok.optimizers.Adam(0.01, groups=[ok.Group("^body/", lr_scale=0.1)], layer_decay=0.5), "mse")
+        train = ok.data.Shuffled(x, y, batch_size=16, seed=1)
+        model.layers[0].trainable = False
+        model.fit(train, verbose=0, callbacks=[ok.callbacks.Resume(directory / "head")])
+        model.layers[0].trainable = True
+        everything = ok.callbacks.Resume(directory / "all", every=1)
+        history = model.fit(train, epochs=2, verbose=0, callbacks=[everything, *others])
+        return history.history, model.get_weights(), problems.state_of(model.optimizer)
+
+    expected = script(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="boom"):
+        script(tmp_path / "interrupted", At(boom, batch=2, epoch=0))
+    for found in (script(tmp_path / "interrupted"), script(tmp_path / "interrupted")):  # and once it has finished
+        assert found[0] == expected[0]
+        for got, wanted in zip(found[1], expected[1], strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        for name, value in expected[2].items():
+            np.testing.assert_array_equal(found[2][name], value, err_msg=name)
+
+
+@pytest.mark.only_on("tensorflow", because="on JAX a step has to update all variables of the optimizer")
+def test_layers_that_are_frozen_again_stay_as_they_are():
+    x, y = problems.regression()
+    model = pretrained()
+    model.compile(ok.optimizers.SGD(0.1, momentum=0.5), "mse")
+    assert min(moved(model, x, y)) > 0
+    model.layers[0].trainable = False
+    stem, head = moved(model, x, y)
+    assert stem == 0.0 < head
+
+
+@pytest.mark.only_on("tensorflow", because="on JAX a step has to update all variables of the optimizer")
+def test_layers_of_a_model_that_the_first_step_has_built_are_frozen():
+    x, y = problems.regression()
+    model = keras.Sequential([keras.layers.Dense(3, name="stem"), keras.layers.Dense(1, name="head")])
+    model.compile(ok.optimizers.SGD(0.1), "mse")
+    model.fit(x, y, verbose=0)
+    model.layers[0].trainable = False
+    stem, head = moved(model, x, y)
+    assert stem == 0.0 < head
+
+
+def test_a_model_that_the_first_step_builds_is_known():
+    x, y = problems.regression()
+    body = keras.Sequential([keras.layers.Dense(3, name="stem")], name="body")
+    model = keras.Sequential([body, keras.layers.Dense(1, name="head")])
+    model.compile(ok.optimizers.SGD(0.1, groups=[ok.Group("body/stem/kernel", trainable=False)]), "mse")
+    model.fit(x, y, verbose=0)
+    kernel = body.layers[0].kernel
+    after = ops.convert_to_numpy(kernel)
+    model.fit(x, y, verbose=0)
+    np.testing.assert_array_equal(ops.convert_to_numpy(kernel), after)
+
+
+def test_a_file_is_loaded_with_the_groups_of_models_in_it(tmp_path):
+    x, y = problems.regression()
+    model = pretrained()
+    groups = [ok.Group("^body/stem/", lr_scale=0.5)]
+    model.compile(ok.optimizers.SGD(0.1, momentum=0.9, groups=groups, layer_decay=0.5), "mse")
+    model.fit(x, y, shuffle=False, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.explain(loaded) == model.optimizer.explain(model)
+    for each in (model, loaded):
+        each.fit(x, y, shuffle=False, verbose=0)
+    for got, expected in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_in_a_loop_of_ones_own_the_model_is_told():
+    model = pretrained()
+    gradients = [ops.ones(v.shape) for v in model.trainable_variables]
+    groups = [ok.Group("^body/", trainable=False)]
+    with pytest.raises(ValueError, match=r"'\^body/' matches none of the 4 variables.*call optimizer\.build\(model\)"):
+        ok.optimizers.SGD(0.1, groups=groups).apply(gradients, model.trainable_variables)
+    optimizer = ok.optimizers.SGD(0.1, groups=groups)
+    optimizer.build(model)
+    before = model.get_weights()
+    optimizer.apply(gradients, model.trainable_variables)
+    for place, (old, new) in enumerate(zip(before, model.get_weights(), strict=True)):
+        np.testing.assert_allclose(new, old - (0.1 if place >= 2 else 0.0), rtol=1e-6)
+
+
+class Pair(keras.Model):
+    """Two models with an optimizer each, and one that is compiled and never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = tower("one"), tower("two")
+
+    def compile(self, first, second):
+        super().compile()
+        self.first, self.second = first, second
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        for part, optimizer in ((self.one, self.first), (self.two, self.second)):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(part(data))
+            optimizer.apply(tape.gradient(loss, part.trainable_variables), part.trainable_variables)
+        return {"loss": loss}
+
+
+@pytest.mark.only_on("tensorflow", because="a train_step with several optimizers")
+def test_each_of_several_optimizers_has_its_groups():
+    model = Pair()
+    model.compile(
+        ok.optimizers.SGD(0.1, groups=[ok.Group("^one/low", trainable=False)]),
+        ok.optimizers.SGD(0.1, groups=[ok.Group("^two/high", trainable=False)]),
+    )
+    model.build((None, 3))
+    before = model.get_weights()
+    model.fit(np.ones((4, 3), "float32"), verbose=0)
+    same = [bool(np.all(a == b)) for a, b in zip(before, model.get_weights(), strict=True)]
+    assert same == [True, False, False, True]

@@ -192,6 +192,78 @@ def test_axes_can_be_given():
     assert np.sum(vector**2) == pytest.approx(1, abs=1e-12)
 
 
+def conv_lstm(rank, **arguments):
+    cls = (layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)[rank - 1]
+    return cls(40 // rank, 2, **arguments), (None, 3, *[4] * rank, 12 // rank), 4
+
+
+RECURRENT = {
+    "LSTM": lambda **a: (layers.LSTM(40, **a), (None, 3, 30), 4),
+    "GRU": lambda **a: (layers.GRU(40, **a), (None, 3, 30), 3),
+    "GRU, reset before": lambda **a: (layers.GRU(40, reset_after=False, **a), (None, 3, 30), 3),
+    "SimpleRNN": lambda **a: (layers.SimpleRNN(60, **a), (None, 3, 50), 1),
+    "RNN(cell)": lambda **a: (layers.RNN(layers.LSTMCell(40, **a)), (None, 3, 30), 4),
+    "RNN([cells])": lambda **a: (layers.RNN([layers.GRUCell(30, **a), layers.GRUCell(40, **a)]), (None, 3, 30), 3),
+    "Bidirectional": lambda **a: (layers.Bidirectional(layers.LSTM(40, **a)), (None, 3, 30), 4),
+    "ConvLSTM1D": lambda **a: conv_lstm(1, **a),
+    "ConvLSTM2D": lambda **a: conv_lstm(2, **a),
+    "ConvLSTM3D": lambda **a: conv_lstm(3, **a),
+}
+
+
+def gates(name, initializer):
+    """Each gate of each kernel of a recurrent layer as a matrix, with its window."""
+    layer, shape, count = RECURRENT[name](kernel_initializer=initializer, recurrent_initializer=initializer)
+    layer.build(shape)
+    kernels = [np.asarray(keras.ops.convert_to_numpy(v), "float64") for v in layer.weights if "kernel" in v.name]
+    assert len(kernels) >= 2
+    return [
+        (gate.reshape(-1, gate.shape[-1]), math.prod(kernel.shape[:-2]))
+        for kernel in kernels
+        for gate in np.split(kernel, count, axis=-1)
+    ]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_each_gate_is_a_map_of_its_own(name):
+    for matrix, _ in gates(name, Orthogonal(gain=2.0)):
+        short = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+        np.testing.assert_allclose(short @ short.T, 4 * np.eye(len(short)), atol=1e-5)
+    for initializer, variance in ((XavierUniform(), xavier), (XavierNormal(), xavier), (HeUniform(), he)):
+        for matrix, window in gates(name, initializer):
+            claimed = variance(matrix.shape[0], window * matrix.shape[1]) ** 2
+            assert abs(matrix.var() / claimed - 1) < 5 * math.sqrt(2 / matrix.size)
+
+
+def test_one_instance_serves_gates_and_what_looks_like_them():
+    shared = Orthogonal()
+    lstm, dense = layers.LSTM(5, kernel_initializer=shared), layers.Dense(20, kernel_initializer=shared)
+    lstm.build((None, 3, 10))
+    dense.build((None, 10))
+    matrix = kernel(dense)
+    assert tuple(lstm.cell.kernel.shape) == matrix.shape
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(10), atol=1e-5)  # all 20 columns are one map
+    lazily = layers.LSTM(5, kernel_initializer=shared)
+    Lazy(lazily)(np.zeros((1, 3, 10), "float32"))
+    for gate in np.split(kernel(lazily.cell), 4, axis=1):
+        np.testing.assert_allclose(gate.T @ gate, np.eye(5), atol=1e-5)
+
+
+def test_a_cell_of_ones_own_has_gates_where_it_says_so():
+    class Minimal(layers.Layer):
+        def __init__(self, units, recurrent_initializer, **arguments):
+            super().__init__(**arguments)
+            self.units = self.state_size = units
+            self.recurrent_initializer = recurrent_initializer
+
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(self.units, 2 * self.units), initializer=self.recurrent_initializer)
+
+    cell = Minimal(30, XavierUniform())
+    cell.build((None, 7))
+    assert abs(kernel(cell).var() * 30 - 1) < 5 * math.sqrt(2 / 1800)
+
+
 # -- orthogonality ----------------------------------------------------------------------------------------------------
 
 

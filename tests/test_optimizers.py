@@ -180,6 +180,10 @@ KERAS = {
         lambda: ok.optimizers.AdamW(RATE, epsilon=1e-3, epsilon_hat=True, weight_decay=0.1, decay_mask="all"),
         lambda: keras.optimizers.AdamW(RATE, epsilon=1e-3, weight_decay=0.1),
     ),
+    "AdamW as Keras has it": (
+        lambda: ok.optimizers.AdamW(RATE, epsilon=1e-7, epsilon_hat=True, weight_decay=0.004, decay_mask="all"),
+        lambda: keras.optimizers.AdamW(RATE),
+    ),
 }
 
 

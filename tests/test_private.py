@@ -47,6 +47,8 @@ def test_layers_at_any_depth_are_found():
     assert hasattr(model, "_flatten_layers")
     found = {id(layer) for layer in sublayers(model)}
     assert {id(inner), id(wrapped), id(wrapped.forward_layer)} <= found
+    direct = sublayers(wrapped, direct=True)
+    assert {id(layer) for layer in direct} == {id(wrapped.forward_layer), id(wrapped.backward_layer)}
 
 
 def test_a_trace_is_forgotten_and_others_are_not():

@@ -10,6 +10,7 @@ from small import At, Snapshots, assert_weights, boom, fit, interrupted, regress
 
 import keras_optkit as ok
 from keras_optkit.callbacks import AveragedWeights, Checkpoint, TrainingMonitor, Unfreeze
+from keras_optkit.optimizers.of_model import ours_of
 from keras_optkit.testing import problems
 from keras_optkit.testing.problems import two_replicas
 
@@ -123,6 +124,104 @@ def test_a_layer_inside_does_not_take_the_weights_of_the_one_around_with_it():
     assert [v.name for v in model.trainable_variables] == ["scale", "kernel"]
 
 
+class Twins(keras.Model):
+    """Two layers of one name, the first of which is in another one as well, and a weight of the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.twin, self.other = Block(name="block"), Block(name="block")
+        self.around = keras.Sequential([self.twin, keras.layers.Dense(1, name="head")], name="around")
+        self.offset = self.add_weight(shape=(), initializer="zeros", name="offset")
+
+    def call(self, x):
+        return self.around(self.other(x)) + self.offset
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("^block$", ["block/inside/kernel", "block/scale"]),
+        ("block_1", ["block_1/inside/kernel", "block_1/scale"]),
+        ("^around/block/inside", ["block/inside/kernel"]),
+        ("around/head", ["around/head/bias", "around/head/kernel"]),
+        ("around$", ["around/head/bias", "around/head/kernel", "block/inside/kernel", "block/scale"]),
+        ("^offset", ["offset"]),
+    ],
+)
+def test_layers_are_known_by_their_place(pattern, expected):
+    model = Twins()
+    model(np.zeros((1, 3), "float32"))
+    model.compile(ok.optimizers.SGD(0.05), "mse")
+    fit(model, *data(), Unfreeze({0: pattern}), epochs=1, batch_size=24)
+    assert sorted(row.path for row in model.optimizer.explain(model).rows) == expected
+
+
+class Alternating(keras.Model):
+    """Two parts with an optimizer each, of which the second makes several updates in a batch."""
+
+    def __init__(self, updates):
+        super().__init__()
+        self.one = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, name="low"), keras.layers.Dense(1)])
+        self.two = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, name="low"), keras.layers.Dense(1)])
+        self.updates = updates
+
+    def compile(self, first, second):
+        super().compile(optimizer=None)
+        self.optimizers = {"one": [first], "two": second}
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        parts = [(self.one, self.optimizers["one"][0]), *[(self.two, self.optimizers["two"])] * self.updates]
+        for part, optimizer in parts:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(part(x) - y))
+            optimizer.apply(tape.gradient(loss, part.trainable_variables), part.trainable_variables)
+        return {"loss": loss}
+
+
+@pytest.mark.only_on("tensorflow", because="a train_step with several optimizers")
+def test_several_optimizers_are_counted_by_updates_and_make_room_for_their_parts():
+    model, counts = Alternating(3), []
+    model.build((None, 3))
+    model.compile(ok.optimizers.SGD(0.05), ok.optimizers.SGD(0.05))
+
+    class Count(keras.callbacks.Callback):
+        stateless = True
+
+        def on_train_batch_end(self, batch, logs=None):
+            counts.append(len(self.model.trainable_variables))
+
+    fit(model, *data(), Unfreeze({0: "dense", 4: ".*"}, unit="update"), Count(), epochs=1)
+    assert counts == [4, 4, 8, 8, 8, 8]  # the second has made 3 updates before the second batch, and 6 before the third
+    assert [len(o.explain(m).rows) for o, m in zip(ours_of(model), (model.one, model.two), strict=True)] == [4, 4]
+    assert [int(o.iterations) for o in ours_of(model)] == [6, 18]
+    model.compile(ok.optimizers.SGD(0.05), STOCK.SGD(0.05))
+    with pytest.raises(ValueError, match="by this SGD, which has to be built, for the variables of all stages"):
+        fit(model, *data(), Unfreeze({0: "dense", 1: ".*"}))
+
+
+@pytest.mark.only_on("tensorflow", because="on JAX it is refused for another reason")
+def test_what_cannot_leave_variables_out_is_refused():
+    inside = ok.optimizers.SGD(0.05)
+    multi = STOCK.MultiOptimizer(lambda _: inside)
+    with pytest.raises(ValueError, match="by this MultiOptimizer, which updates all of its variables at once"):
+        fit(network(multi), *data(), Unfreeze(STAGES))
+
+
+def test_fewer_updates_than_batches_are_counted():
+    model, seen = network(ok.optimizers.SGD(0.05, gradient_accumulation_steps=4)), Trained()
+    fit(model, *data(), Unfreeze({0: "head", 2: ".*"}, unit="update"), seen, epochs=2)
+    assert "".join(seen.seen) == "h" * 6 + "fhmn" * 6  # an update after 4 batches, and one at the end of the epoch
+
+
+def test_updates_cannot_be_counted_without_an_optimizer():
+    model = network(None)
+    with pytest.raises(ValueError, match=r"unit must be 'epoch' for 'sequential.*no optimizer"):
+        fit(model, *data(), Unfreeze({0: "head"}, unit="update"))
+
+
 def test_normalisation_in_a_frozen_layer_keeps_its_statistics():
     model, seen = network(ok.optimizers.SGD(0.05)), Snapshots()
     start = model.get_weights()[4:6]
@@ -142,7 +241,7 @@ OPTIMIZERS = {
     ),
     "accumulating": lambda: ok.optimizers.Adam(0.05, gradient_accumulation_steps=4),
     "groups": lambda: ok.optimizers.Adam(
-        0.05, groups=[ok.Group("first/", lr_scale=0.5, required=False), ok.Group("bias", trainable=False)]
+        0.05, groups=[ok.Group("base/first/", lr_scale=0.5), ok.Group("bias", trainable=False)]
     ),
 }
 
@@ -175,7 +274,7 @@ def test_it_is_a_fit_for_each_stage_with_the_flags_set_by_hand(make):
 def test_a_group_of_layers_that_join_later_trains_them_at_its_rate(tmp_path):
     weights = {}
     for scale in (0.0, 1.0):
-        group = ok.Group("first/", lr_scale=scale, required=False)
+        group = ok.Group("base/first/", lr_scale=scale)  # which nothing is in that is trained at first
         model = network(ok.optimizers.SGD(0.05, groups=[group]))
         start = model.layers[0].get_weights()[0]
         checkpoint = Checkpoint(tmp_path / str(scale), top_k=0)
@@ -186,8 +285,8 @@ def test_a_group_of_layers_that_join_later_trains_them_at_its_rate(tmp_path):
         weights[scale] = model.layers[0].get_weights()[0]
     np.testing.assert_array_equal(weights[0.0], start)
     assert np.all(weights[1.0] != start)
-    model = network(ok.optimizers.SGD(0.05, groups=[ok.Group("first/")]))
-    with pytest.raises(ValueError, match=r"groups: the pattern 'first/' matches none of the 2 variables"):
+    model = network(ok.optimizers.SGD(0.05, groups=[ok.Group("frist/")]))
+    with pytest.raises(ValueError, match=r"groups: the pattern 'frist/' matches none of the 10 variables.*base/first"):
         fit(model, *data(), Unfreeze({0: "head", 1: ".*"}))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,10 +11,11 @@ import keras
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, Run, number
 from keras_optkit.callbacks.instrument import compile_anew
-from keras_optkit.optimizers import Optimizer
-from keras_optkit.optimizers.fitting import build_optimizer
+from keras_optkit.optimizers.fitting import build_optimizer, make_room
 from keras_optkit.optimizers.groups import checked_pattern, near_misses
-from keras_optkit.private import known_variables, sublayers
+from keras_optkit.optimizers.layer_paths import LayerTree
+from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, update_counter
+from keras_optkit.private import known_variables
 from keras_optkit.registry import register
 
 Stages = Mapping[int, str | Sequence[str]] | Sequence[tuple[int, str | Sequence[str]]]
@@ -42,31 +41,36 @@ class Unfreeze(Callback):
 
     A pattern is looked for (`re.search`) in the path of each layer that has weights, with and without a slash at its
     end: the names of the layers that it is inside of and its own, as in "encoder/block5/conv" or "head". A layer
-    that matches is unfrozen with all that is inside of it.
+    that matches is unfrozen with all that is inside of it. A layer that is in several places is found under each of its
+    paths, and of two layers with one name in one place the second has the path "name_1". These are the paths of
+    `keras_optkit.Group`, too, where the name of the variable follows.
 
-    - The state that the optimizer has stays as it is, bitwise, and the learning rate's schedule goes on. With the
+    - The state that the optimizer has stays as it is, bitwise, and the learning rate's schedule continues. With the
       optimizers of this package the new weights begin as in an optimizer of their own: with fresh state and, in Adam's
-      bias correction, a count of their own. For learning rates that differ between layers give the optimizer `groups`;
-      those of layers that are frozen at first need `required=False`.
+      bias correction, a count of their own. For learning rates that differ between layers give the optimizer `groups`.
     - Keras's optimizers can only train variables that they were built for. They are therefore built for those of all
       stages when `fit` begins, which takes memory from the start, and count the updates of before in their bias
       correction: Adam's first steps for new weights are larger by up to sqrt(1 - beta_2) / (1 - beta_1), about 3. On
-      JAX they cannot leave variables out, and stages are refused.
+      JAX they cannot leave variables out, and `keras.optimizers.MultiOptimizer` nowhere: stages are refused.
+    - A model may train with several optimizers in a `train_step` of its own. Those of this package make room for their
+      parts of the new variables; those of Keras have to be built for all stages before `fit`.
     - Frozen layers are frozen as Keras does it, by `layer.trainable`: no gradients are computed for them, and
       BatchNormalization uses its moving statistics, and does not update them.
     - The training step is compiled anew at each stage.
 
     The flags are set when `fit` begins and stay as the last stage has set them, also when an exception ends it: they
     are what the optimizer's state belongs to, and what is saved with the model. Another `fit` begins with the stage
-    of its `initial_epoch`, and so freezes layers again that have been trained; with `unit="update"` it goes on.
+    of its `initial_epoch`, and so freezes layers again that have been trained; with `unit="update"` it continues.
 
     When not to use it: where all layers are to be trained from the beginning with rates of their own; that is for
     `groups`.
 
     Args:
         stages: When to pattern, or to a list of patterns, as a dict or a list of pairs. One stage must begin at 0.
-        unit: What stages are counted in: `"epoch"`, or `"update"` of the weights. With `steps_per_execution=k` a stage
-            begins with the first k batches before which its number of updates is reached.
+        unit: What stages are counted in: `"epoch"`, or `"update"` of the weights, which may be more or fewer than
+            batches; of several optimizers those of the one with most updates count. It is looked at before each batch,
+            for which `fit` waits for the step before until the last stage has begun. With `steps_per_execution=k` a
+            stage begins with the first k batches before which its number of updates is reached.
         verbose: 1 prints when a stage begins, 0 is silent.
 
     Attributes:
@@ -75,7 +79,8 @@ class Unfreeze(Callback):
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range; when `fit` begins, for a model that is not built, a pattern that matches
-            no layer, with those that come near it, or an optimizer that cannot train the stages.
+            no layer, with those that come near it, an optimizer that cannot train the stages, or with
+            `unit="update"` a model without an optimizer.
 
     Example:
     ```python
@@ -86,7 +91,7 @@ class Unfreeze(Callback):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")]
     )
-    body = ok.Group("body/", lr_scale=0.1, required=False)  # which is not there in the first stage
+    body = ok.Group("body/", lr_scale=0.1)  # which is frozen in the first stage
     model.compile(ok.optimizers.AdamW(1e-2, groups=[body]), loss="mse")
     unfreeze = ok.callbacks.Unfreeze({0: "head", 2: ".*"}, verbose=1)
     model.fit(x, x[:, :1], epochs=4, callbacks=[unfreeze], verbose=0)
@@ -103,46 +108,58 @@ class Unfreeze(Callback):
 
     def prepare_fit(self, run: Run) -> None:
         """Called when `fit` begins, before the optimizer is built: sets the flags of the first stage."""
-        model, optimizer = run.model, getattr(run.model, "optimizer", None)
-        if optimizer is None:
-            return  # Keras says it
+        model = run.model
+        if not getattr(model, "compiled", False):
+            return  # let Keras report it
         if not model.built:
             raise ValueError(
                 f"Unfreeze needs a model that is built, got {model.name!r}. Give it an Input, or call it on a batch."
             )
+        optimizers = optimizers_of(model)
+        if self.unit == "update" and not optimizers:
+            raise ValueError(f"unit must be 'epoch' for {model.name!r}, which has no optimizer that counts updates.")
         layers = _Layers(model)
         for pattern in self._patterns(len(self.stages)):
             layers.refuse_unless_matched(pattern)
         self._layers = layers
-        begun = optimizer.built
-        if not isinstance(_inner(optimizer), Optimizer) or _on_jax_inside(optimizer):
-            self._build_for_all_stages(model)
+        begun = any(optimizer.built for optimizer in optimizers)
+        for optimizer in optimizers:
+            self._make_room(model, optimizer)
         # a new optimizer begins with the variables of the first stage, also where Resume is to restore a later one
         self.stage = self._stage_at(self._now(run) if begun else 0)
         layers.train_only(self._patterns(self.stage))
 
-    def _build_for_all_stages(self, model: Any) -> None:
-        """What an optimizer needs that cannot take more variables later."""
+    def _make_room(self, model: Any, optimizer: Any) -> None:
+        """Builds an optimizer that cannot take more variables later for those of all stages, or refuses it."""
         assert self._layers is not None
+        multi, jax = isinstance(optimizer, keras.optimizers.MultiOptimizer), keras.config.backend() == "jax"
+        around = innermost(optimizer) != [optimizer]
+        if ours(optimizer) == innermost(optimizer) and not (around and (multi or jax)):
+            return
         self._layers.train_only(self._patterns(0))
         first = len(model.trainable_variables)
         self._layers.train_only(self._patterns(len(self.stages)))
-        variables = model.trainable_variables
-        build_optimizer(model)
-        known = known_variables(_inner(model.optimizer))
-        unknown = known is not None and {id(v) for v in variables} - {id(v) for v in known}
-        if unknown or (keras.config.backend() == "jax" and first < len(variables)):
+        variables, why = model.trainable_variables, None
+        if (multi or jax) and first < len(variables):
+            why = f"updates all of its variables at once{' on JAX' if jax else ''}"
+        if optimizer is not getattr(model, "optimizer", None):  # it is for a part, and only its owner knows which
+            if not optimizer.built:
+                why = "has to be built, for the variables of all stages, before `fit`"
+        else:
+            build_optimizer(model)
+            known = [known_variables(inner) for inner in innermost(optimizer)]
+            theirs = {id(v) for each in known for v in each or ()}
+            if len(optimizers_of(model)) == 1 and None not in known and {id(v) for v in variables} - theirs:
+                why = "was built for fewer variables"
+        if why is not None:
             raise ValueError(
-                f"stages cannot be trained by this {type(model.optimizer).__name__}, which "
-                + ("was built for fewer variables" if unknown else "updates all of its variables at once on JAX")
-                + ". Compile the model with one of keras_optkit.optimizers, without loss scaling on JAX."
+                f"stages cannot be trained by this {type(optimizer).__name__}, which {why}. Compile the model with one "
+                "of keras_optkit.optimizers; on JAX without loss scaling."
             )
 
     def _now(self, run: Run) -> int:
         """Where training stands when `fit` begins, in the unit of the stages."""
-        return (
-            number(run.model.optimizer.iterations) if self.unit == "update" else run.arguments.get("initial_epoch", 0)
-        )
+        return number(update_counter(run.model)) if self.unit == "update" else run.arguments.get("initial_epoch", 0)
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         if self._layers is None:
@@ -152,15 +169,13 @@ class Unfreeze(Callback):
         compile_anew(self.model)  # the step of an earlier fit trains what was trained then
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        self._look_at: float = 0  # a batch makes at most one update, so that before this one no stage can begin
         if self.unit == "epoch":
             self._enter(self._stage_at(epoch))
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        if self.unit == "update" and batch >= self._look_at:
-            updates = self._updates()
-            self._enter(self._stage_at(updates))
-            self._look_at = batch + self._next() - updates
+        # a batch may make no update, or several, so that the count is looked at before each until the last stage
+        if self.unit == "update" and self.stage != len(self.stages) - 1:
+            self._enter(self._stage_at(self._updates()))
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._layers = None
@@ -170,10 +185,6 @@ class Unfreeze(Callback):
 
     def _stage_at(self, now: int) -> int:
         return sum(when <= now for when in self.stages) - 1
-
-    def _next(self) -> float:
-        assert self.stage is not None
-        return [*self.stages, math.inf][self.stage + 1]
 
     def _patterns(self, stage: int) -> list[str]:
         """Those of all stages up to this one."""
@@ -186,11 +197,7 @@ class Unfreeze(Callback):
         model = self.model  # asked for it, Keras on JAX fills the variables
         self.stage = stage
         self._layers.train_only(self._patterns(stage))
-        inner = _inner(model.optimizer)
-        if isinstance(inner, Optimizer):
-            strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
-            with strategy.scope() if strategy else contextlib.nullcontext():
-                inner.build(model.trainable_variables)
+        make_room(model)
         compile_anew(model)
         if self.verbose:
             print(f"{type(self).__name__}: stage {stage}, {len(model.trainable_variables)} variables are trained.")
@@ -214,57 +221,56 @@ class Unfreeze(Callback):
 
 
 class _Layers:
-    """The layers of a model that have weights, at any depth, by path."""
+    """The layers of a model that have weights, at any depth."""
 
     def __init__(self, model: Any):
         self._model = model
-        layers = [layer for layer in sublayers(model) if layer.weights]  # each before those inside of it
-        self._inside = {id(layer): [inner for inner in sublayers(layer) if inner.weights] for layer in layers}
-        self._paths: list[tuple[Any, str]] = []
-        for layer in layers:
-            around = [outer.name for outer in layers if any(layer is inner for inner in self._inside[id(outer)])]
-            self._paths.append((layer, "/".join([*around, layer.name])))
+        self._tree = LayerTree.of(model)
+        nodes = [node for node in self._tree.nodes if node.layer.weights]
+        self._inside = {id(node): [n for n in node.all_inside().values() if n.layer.weights] for node in nodes}
+        # outer ones first, also of layers that are in several places: a layer's flag decides about all inside of it
+        self._nodes = sorted(nodes, key=lambda node: -len(self._inside[id(node)]))
+        self._own = [v for v in model.weights if self._tree.layer_of(v) is self._tree.root]
 
     def refuse_unless_matched(self, pattern: str) -> None:
         """Raises if a pattern matches nothing."""
-        paths = [path for _, path in self._paths]
-        if not any(_matches(pattern, path) for path in paths):
+        if not self._matching(pattern) and not any(self._matches_own(pattern, v) for v in self._own):
+            paths = [path for node in self._nodes for path in node.paths]
             raise ValueError(
-                f"stages: the pattern {pattern!r} matches none of the {len(paths)} layers with weights. "
+                f"stages: the pattern {pattern!r} matches none of the {len(self._nodes)} layers with weights. "
                 f"Nearest: {', '.join(map(repr, near_misses(pattern, paths)))}."
             )
+
+    def _matching(self, pattern: str) -> list[Any]:
+        return [node for node in self._tree.matching(pattern) if id(node) in self._inside]
+
+    def _matches_own(self, pattern: str, variable: Any) -> bool:
+        """Whether a pattern matches a weight of the model that is in none of its layers."""
+        return any(re.search(pattern, path) for path in self._tree.paths_of(variable))
 
     def train_only(self, patterns: Iterable[str]) -> None:
         """Makes the layers that match trainable, with all inside of them, and no others."""
         patterns = list(patterns)
-        chosen = set()
-        for layer, path in self._paths:
-            if any(_matches(pattern, path) for pattern in patterns):
-                chosen |= {id(layer), *(id(inner) for inner in self._inside[id(layer)])}
-        self._model.trainable = True  # that of a layer decides about all that is inside of it
-        for layer, _ in self._paths:
-            inside = self._inside[id(layer)]
-            trainable = id(layer) in chosen or any(id(inner) in chosen for inner in inside)
-            # the other one first: on TensorFlow, a flag that is set to what it is does not reach the weights
-            layer.trainable = not trainable
-            layer.trainable = trainable
-            if trainable and id(layer) not in chosen:  # only because of a layer inside
-                theirs = {id(v) for inner in inside for v in inner.weights}
+        matching = [node for pattern in patterns for node in self._matching(pattern)]
+        chosen = {id(each) for node in matching for each in [node, *self._inside[id(node)]]}
+        _set_trainable(self._model, True)
+        for variable in self._own:
+            if variable.trainable:
+                variable.trainable = any(self._matches_own(pattern, variable) for pattern in patterns)
+        for node in self._nodes:
+            inside, layer = self._inside[id(node)], node.layer
+            trainable = id(node) in chosen or any(id(inner) in chosen for inner in inside)
+            _set_trainable(layer, trainable)
+            if trainable and id(node) not in chosen:  # only because of a layer inside
+                theirs = {id(v) for inner in inside for v in inner.layer.weights}
                 for variable in layer.trainable_variables:
                     variable.trainable = id(variable) in theirs
 
 
-def _matches(pattern: str, path: str) -> bool:
-    return bool(re.search(pattern, path) or re.search(pattern, f"{path}/"))
-
-
-def _inner(optimizer: Any) -> Any:
-    """The optimizer inside of one for loss scaling, or itself."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
-
-
-def _on_jax_inside(optimizer: Any) -> bool:
-    return keras.config.backend() == "jax" and _inner(optimizer) is not optimizer
+def _set_trainable(layer: Any, trainable: bool) -> None:
+    # the other one first: on TensorFlow, a flag that is set to what it is does not reach the weights
+    layer.trainable = not trainable
+    layer.trainable = trainable
 
 
 def _checked_stages(stages: Any) -> dict[int, list[str]]:

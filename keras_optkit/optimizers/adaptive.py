@@ -23,7 +23,7 @@ class AdagradRule(Rule):
     """`G ← G + g²; θ ← θ - η g / √(G + ε)`."""
 
     elementwise = True
-    initial_accumulator_value: float = number(0.0)
+    initial_accumulator_value: float = number(0.0, fixed=True)
     epsilon: Value = number(1e-8)
     epsilon_inside: bool = flag(True)
 

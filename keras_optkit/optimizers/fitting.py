@@ -12,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
+from keras_optkit.callbacks.instrument import compile_anew
 from keras_optkit.optimizers import distribute
-from keras_optkit.optimizers.of_model import ours, ours_of
+from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, ours_of
 from keras_optkit.optimizers.saved import opening
 
 
@@ -62,6 +64,65 @@ def _begin_training(model: Any, optimizer: Any) -> None:
     optimizer.begin_training(variables, inside=not grows)
     if hasattr(outer, "make_room") and outer.built and not distribute.TENSORFLOW:
         outer.make_room(variables)
+
+
+def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compile`, `fit` or `train_on_batch` of `keras.Model`, which shows the model to optimizers of ours.
+
+    From it they know the paths of layers. Where layers were frozen or unfrozen since, the optimizer makes room for them
+    before `Resume` restores its state, and a step is compiled again, since the old one trains what was trained then.
+    """
+
+    @functools.wraps(function)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if function.__name__ == "compile":
+            result = function(self, *args, **kwargs)
+            _show(self)
+            return result
+        built = self.built
+        if _show(self, again=function.__name__ == "fit"):
+            if getattr(self, "train_function", None) is not None:
+                compile_anew(self)
+            if distribute.TENSORFLOW:  # elsewhere `begin_training` does, or refuses
+                make_room(self)
+        result = function(self, *args, **kwargs)
+        if not built:
+            _show(self)
+        return result
+
+    return wrapped
+
+
+#: The variables, by id, that models trained when they were shown last.
+_trained: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+
+
+def _show(model: Any, *, again: bool = True) -> bool:
+    """Shows the model to all optimizers of ours; returns whether there are any and other variables are trained now.
+
+    Finding them takes milliseconds in a model of hundreds of layers, so `train_on_batch` does it once.
+    """
+    if again or model not in _trained:
+        found = ours_of(model)
+        for optimizer in found:
+            optimizer.set_model(model)
+        if not (found and model.built):
+            return False
+    trained = {id(v) for v in model.trainable_variables}
+    before, _trained[model] = _trained.get(model, trained), trained
+    return before != trained
+
+
+def make_room(model: Any) -> None:
+    """Has the optimizer of ours that trains all of a model take the variables that it was not built for.
+
+    Several optimizers make room for their parts in their next steps.
+    """
+    found = [inner for optimizer in optimizers_of(model) for inner in innermost(optimizer)]
+    if len(found) == 1 and ours(found[0]) and found[0].built:
+        strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            found[0].build(model.trainable_variables)
 
 
 def refusing_stock_averages(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,12 +24,15 @@ from keras_optkit.optimizers.groups import (
     Explained,
     Explanation,
     Group,
+    Places,
     Treatment,
+    checked_blocks,
     checked_groups,
     checked_pattern,
     near_misses,
     treatments,
 )
+from keras_optkit.optimizers.groups import keras_path as _path
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
 from keras_optkit.optimizers.saved import SavedState, is_opening
@@ -118,7 +122,10 @@ class Optimizer(FromSignature, SavedState):
             must match a variable. `exclude_from_weight_decay` sets it.
         groups: A list of `keras_optkit.Group`: parameters with rates and decays of their own. See `explain`.
         layer_decay: d in (0, 1]: the learning rate of each layer is d times that of the next one, so that the last
-            layer has the full rate; multiplied with the groups' `lr_scale`.
+            layer that is trained has the full rate; multiplied with the groups' `lr_scale`. See `layer_blocks`.
+        layer_blocks: What `layer_decay` counts as one layer. None: each layer that the model is made of, blocks as one;
+            deep models of plain layers are counted in 12 blocks. n >= 1: as many blocks of about as many layers. A
+            pattern, such as `"block_([0-9]+)"`: layers in whose paths its groups find the same are one block.
         sparse: What is done with gradients of some rows only, those of embeddings: `"lazy"` updates these rows and
             their state alone, as if the others were not there, decay included; `"dense"` takes the gradients of the
             other rows as zeros. A rule that is not element-wise is always dense.
@@ -188,6 +195,7 @@ class Optimizer(FromSignature, SavedState):
         decay_exclude: Sequence[str] | None = None,
         groups: Sequence[Group] | None = None,
         layer_decay: float | None = None,
+        layer_blocks: int | str | None = None,
         sparse: str = "lazy",
         fuse: bool | str = "auto",
         master_weights: bool = False,
@@ -214,6 +222,7 @@ class Optimizer(FromSignature, SavedState):
             undecayed=None,
             used=False,
             opened=is_opening(),
+            model=None,
             groups=checked_groups(groups),
         )
         self._updates = super().iterations
@@ -233,6 +242,7 @@ class Optimizer(FromSignature, SavedState):
         self.decay_mask = decay_mask
         self.decay_exclude = decay_exclude  # type: ignore[assignment,misc]
         self.layer_decay = layer_decay
+        self.layer_blocks = layer_blocks
         self.sparse = sparse
         self.fuse = fuse
         self.master_weights = master_weights
@@ -262,6 +272,9 @@ class Optimizer(FromSignature, SavedState):
             if name == "decay_exclude":
                 self._held.decay_exclude, self._held.undecayed = value, None
                 return
+        elif name == "layer_blocks":
+            value = checked_blocks(value, self.__dict__.get("layer_decay"))
+            self._refuse_unless_settable(name, value)
         elif rule is not None and not (name.startswith("_") or hasattr(type(self), name) or name in self.__dict__):
             self._refuse_misspelt(name, value)
         super().__setattr__(name, value)
@@ -450,8 +463,17 @@ class Optimizer(FromSignature, SavedState):
         for variable, value in zip(variables, weights, strict=True):
             variable.assign(value)
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def set_model(self, model: Any) -> None:
+        """Tells the optimizer which model it trains, whose layers' paths groups and `layer_decay` go by.
+
+        `compile`, `fit` and `train_on_batch` call it. The model is not kept alive.
+        """
+        self._held.model = weakref.ref(model)
+
+    def build(self, variables: Any) -> None:
         """Creates the state for `variables`, the weights to be trained, in this order.
+
+        They are a list, or, in a loop of one's own, the model, whose layers' paths the groups then go by.
 
         An optimizer that is built already keeps the state that it has: `variables` may hold more than those it was
         built with, such as layers that are no longer frozen, and the new ones start afresh. This happens by itself, on
@@ -462,6 +484,9 @@ class Optimizer(FromSignature, SavedState):
             ValueError: If some of the variables that it was built with are missing, if its groups freeze all of them,
                 or under a distribution strategy that is not supported.
         """
+        if hasattr(variables, "trainable_variables"):
+            self.set_model(variables)
+            variables = variables.trainable_variables
         variables = _different(variables)
         if self._held.variables:
             self._extend(variables)
@@ -571,38 +596,49 @@ class Optimizer(FromSignature, SavedState):
         held = self._held
         return [v for _, v in sorted(zip(held.places, held.variables, strict=True), key=lambda pair: pair[0])]
 
-    def _treatments(self, variables: Sequence[Any]) -> tuple[list[Treatment | None], list[Group | None]]:
+    def _places(self, variables: Sequence[Any], model: Any = None) -> Places:
+        if model is None and self._held.model is not None:
+            model = self._held.model()
+        return Places(variables, model)
+
+    def _treatments(
+        self, variables: Sequence[Any], places: Places | None = None
+    ) -> tuple[list[Treatment | None], list[Group | None]]:
+        places = self._places(variables) if places is None else places
         found, groups = treatments(
-            [_path(v) for v in variables],
+            places,
             [len(v.shape) for v in variables],
             self.groups,
             self.layer_decay,
+            self.layer_blocks,
             self.decay_mask,
         )
-        spared = self._spared(variables)
+        spared = self._spared(variables, places)
         return [
             dataclasses.replace(treatment, decayed=False) if treatment and spare else treatment
             for treatment, spare in zip(found, spared, strict=True)
         ], groups
 
-    def _spared(self, variables: Sequence[Any]) -> list[bool]:
-        """Which variables `decay_exclude` spares from decay."""
-        paths, chosen, patterns = [_path(v) for v in variables], self._held.undecayed, self.decay_exclude or []
+    def _spared(self, variables: Sequence[Any], places: Places) -> list[bool]:
+        """Which variables `decay_exclude` spares from decay, by the paths of their layers or by Keras's."""
+        patterns, chosen = self.decay_exclude or [], self._held.undecayed
+        paths = [(*layers, _path(v)) for v, layers in zip(variables, places.paths, strict=True)]
+        known = list(dict.fromkeys([*places.known, *map(_path, variables)]))
         for pattern in patterns:
-            found = [v for v, path in zip(variables, paths, strict=True) if re.search(pattern, path)]
-            if not found:
+            if not any(re.search(pattern, path) for path in known):
                 raise ValueError(
-                    f"decay_exclude: the pattern {pattern!r} matches none of the {len(paths)} variables. "
-                    f"Nearest: {', '.join(map(repr, near_misses(pattern, paths)))}."
+                    f"decay_exclude: the pattern {pattern!r} matches none of the {len(variables)} variables. "
+                    f"Nearest: {', '.join(map(repr, near_misses(pattern, known)))}.{places.hint}"
                 )
             if chosen is not None and pattern == patterns[-1]:  # those given as variables
+                found = [v for v in variables if re.search(pattern, _path(v))]
                 others = [_path(v) for v in found if distribute.key(v) not in chosen]
                 if others:
                     raise ValueError(
                         f"var_list of exclude_from_weight_decay cannot be told by path from {', '.join(others)}, which "
                         "is not in it. Give the layers different names."
                     )
-        return [any(re.search(pattern, path) for pattern in patterns) for path in paths]
+        return [any(re.search(pattern, path) for pattern in patterns for path in theirs) for theirs in paths]
 
     def _pack(self, new: Sequence[Any], variables: Sequence[Any], since: Sequence[int]) -> tuple[Bucket, ...]:
         if not variables:
@@ -747,10 +783,11 @@ class Optimizer(FromSignature, SavedState):
         variables = _different(getattr(model, "trainable_variables", model))
         if not variables:
             raise ValueError(f"model must have trainable variables, got {model!r}. Is it built?")
-        found, groups = self._treatments(variables)
+        places = self._places(variables, model if hasattr(model, "trainable_variables") else None)
+        found, groups = self._treatments(variables, places)
         rate, decay = _as_number(self.learning_rate), _as_number(self._present(self.weight_decay) or 0.0)
         rows = []
-        for variable, treatment, group in zip(variables, found, groups, strict=True):
+        for variable, paths, treatment, group in zip(variables, places.paths, found, groups, strict=True):
             rule = self._rules[treatment.rule] if treatment else None
             dtypes = [self._slot_dtype(variable.dtype, initial) for initial in rule.slots().values()] if rule else []
             copies = self.use_ema + bool(self.gradient_accumulation_steps)
@@ -760,7 +797,7 @@ class Optimizer(FromSignature, SavedState):
             lr_scale, own = (treatment.lr_scale, treatment.weight_decay) if treatment else (0.0, 0.0)
             rows.append(
                 Explained(
-                    _path(variable),
+                    paths[0],
                     tuple(variable.shape),
                     "" if group is None else group.match,
                     type(rule).__name__ if rule else "frozen",
@@ -1257,10 +1294,6 @@ def _filled(value: float) -> Callable[..., Tensor]:
     return lambda shape, dtype: ops.full(shape, value, dtype)
 
 
-def _path(variable: Any) -> str:
-    return getattr(variable, "path", variable.name)
-
-
 def _of_rule(number: int, name: str) -> str:
     """The name in the optimizer's state of a scalar of one of its rules."""
     return name if number == 0 else f"{number}.{name}"
@@ -1428,6 +1461,7 @@ _BEFORE_BUILD = {
     "use_ema",
     "decay_mask",
     "decay_exclude",
+    "layer_blocks",
     "layer_decay",
     "master_weights",
     "stochastic_rounding",

@@ -35,11 +35,16 @@ def is_dynamic(value: Value) -> bool:
     return isinstance(value, Schedule | keras.Variable)
 
 
-def number(default: float, low: float = 0.0, high: float = float("inf"), closed: str = "both") -> Any:
-    """Declares a field that holds a real number in an interval, a schedule of it, or a scalar variable."""
+def number(
+    default: float, low: float = 0.0, high: float = float("inf"), closed: str = "both", *, fixed: bool = False
+) -> Any:
+    """Declares a field that holds a real number in an interval, a schedule of it, or a scalar variable.
+
+    With `fixed` it holds a number alone: one that state begins with, or that weights are recovered with.
+    """
 
     def check(name: str, value: Value) -> Value:
-        return value if is_dynamic(value) else arguments.real(name, value, low, high, closed=closed)
+        return value if is_dynamic(value) and not fixed else arguments.real(name, value, low, high, closed=closed)
 
     return dataclasses.field(default=default, metadata={"check": check})
 

@@ -20,12 +20,6 @@ from keras_optkit.saving import constructor_parameters
 from keras_optkit.tuning.space import Choice, Float
 
 
-def _constant(default: float, low: float, high: float = float("inf"), closed: str = "both") -> Any:
-    """Declares a field that holds one real number, which the weights to evaluate at are recovered with."""
-    check = lambda name, value: arguments.real(name, value, low, high, closed=closed)  # noqa: E731
-    return dataclasses.field(default=default, metadata={"check": check})
-
-
 def _count(default: int, low: int) -> Any:
     """Declares a field that holds a whole number."""
     return dataclasses.field(
@@ -99,8 +93,8 @@ class _ScheduleFree(Rule):
     averages = True
     handles_decay = True
     warmup_steps: int = _count(0, 0)
-    r: float = _constant(0.0, 0)
-    weight_lr_power: float = _constant(2.0, 0)
+    r: float = number(0.0, 0, fixed=True)
+    weight_lr_power: float = number(2.0, 0, fixed=True)
 
     def inner(self) -> Rule:
         """The rule whose steps move z."""
@@ -153,7 +147,7 @@ class ScheduleFreeRule(_ScheduleFree):
     """Schedule-Free around any rule."""
 
     inner_rule: Rule = _inner_rule()
-    momentum: float = _constant(0.9, 0, 1, closed="neither")
+    momentum: float = number(0.9, 0, 1, closed="neither", fixed=True)
 
     def inner(self) -> Rule:
         return self.inner_rule
@@ -166,7 +160,7 @@ class ScheduleFreeRule(_ScheduleFree):
 class ScheduleFreeSGDRule(_ScheduleFree):
     """Schedule-Free with `s = η g`."""
 
-    momentum: float = _constant(0.9, 0, 1, closed="neither")
+    momentum: float = number(0.9, 0, 1, closed="neither", fixed=True)
 
     def inner(self) -> Rule:
         return SGDRule()
@@ -196,7 +190,7 @@ class SecondMomentRule(Rule):
 class ScheduleFreeAdamWRule(_ScheduleFree):
     """Schedule-Free with `s = η g / (√v̂ + ε)`."""
 
-    beta_1: float = _constant(0.9, 0, 1, closed="neither")
+    beta_1: float = number(0.9, 0, 1, closed="neither", fixed=True)
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-8)
 

@@ -49,6 +49,11 @@ def _by_channel(k: np.ndarray) -> np.ndarray:
     return channels.reshape(len(channels), -1, k.shape[-1])
 
 
+def _by_gate(gates: int) -> Callable[[np.ndarray], np.ndarray]:
+    """(*window, in, gates * units) -> (gates, window * in, units)."""
+    return lambda k: np.moveaxis(k.reshape(math.prod(k.shape[:-1]), gates, -1), 1, 0)
+
+
 # One unit of a depthwise layer sees one channel's window; an input of a grouped one feeds only its group's outputs.
 KERNELS: dict[str, Kernel] = {
     "Dense": Kernel(lambda i: layers.Dense(200, kernel_initializer=i), ((None, 300),), 300, 200, _flat(300)),
@@ -99,6 +104,30 @@ KERNELS: dict[str, Kernel] = {
         128,
         _flat(400),
         lambda layer: layer.pointwise_kernel,
+    ),
+    "LSTM, kernel": Kernel(
+        lambda i: layers.LSTM(60, kernel_initializer=i),
+        ((None, 9, 150),),
+        150,
+        60,
+        _by_gate(4),
+        lambda layer: layer.cell.kernel,
+    ),
+    "GRU, recurrent kernel": Kernel(
+        lambda i: layers.GRU(100, recurrent_initializer=i),
+        ((None, 9, 7),),
+        100,
+        100,
+        _by_gate(3),
+        lambda layer: layer.cell.recurrent_kernel,
+    ),
+    "ConvLSTM2D, recurrent kernel": Kernel(
+        lambda i: layers.ConvLSTM2D(32, 3, recurrent_initializer=i),
+        ((None, 5, 9, 9, 2),),
+        9 * 32,
+        9 * 32,
+        _by_gate(4),
+        lambda layer: layer.cell.recurrent_kernel,
     ),
     "Embedding": Kernel(
         lambda i: layers.Embedding(500, 100, embeddings_initializer=i),

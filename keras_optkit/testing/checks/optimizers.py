@@ -5,11 +5,12 @@ The twin of an optimizer's card is a generator; see `keras_optkit.testing.refere
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,60 @@ def check_twin(card: Card) -> None:
             applied = decay if decay and _decayed(optimizer, p.shape) else 0.0
             expected = list(twin(p, [g[i] for g in grads], weight_decay=applied, **arguments))
             _close([step[i] for step in trajectory], expected, what=f"{case} decay {decay}, parameter {i}, at")
+
+
+@check("optimizer")
+@float64()
+def check_hyperparameters(card: Card) -> None:
+    """Every number of the rule, and the weight decay, can be a schedule or a variable: as if it were set in between."""
+    done = set()
+    for case in card.cases:
+        rule = _make(card, case).rule
+        given = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+        for name, value in {**given, "weight_decay": 0.5}.items():
+            pair = None if name in done else _two_values(rule, name, value)
+            if pair is not None:
+                done.add(name)
+                _drive(card, case, name, pair)
+
+
+def _two_values(rule: Any, name: str, value: Any) -> tuple[float, float] | None:
+    """The number of a field and another one that it may be, in digits that float32 has; None if there are none.
+
+    A number of 0 may switch state off, and then cannot be driven.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value:
+        return None
+    pair = float(np.float32(value)), float(np.float32(0.75 * value))
+    if name == "weight_decay":
+        return pair
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], list(pair))
+    try:
+        rules = [dataclasses.replace(rule, **{name: each}) for each in (*pair, schedule)]
+    except (TypeError, ValueError):  # it is declared to be no schedule, or to be a whole number
+        return None
+    return pair if len({tuple(each.slots()) for each in rules}) == 1 else None
+
+
+def _drive(card: Card, case: Mapping[str, Any], name: str, pair: tuple[float, float]) -> None:
+    """Four updates, the first two with the one value, the others with the other."""
+    shapes = ((2, 3), (4,))
+    grads = problems.gradients(4, shapes)
+
+    def trained(value: Any, change: Callable[[Any], None]) -> list[np.ndarray]:
+        optimizer, weights = _make(card, case), problems.variables(problems.start(shapes))
+        setattr(optimizer, name, value)
+        for place, arrays in enumerate(grads):
+            if place == 2:
+                change(optimizer)
+            optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
+        return [numbers(w) for w in weights]
+
+    expected = trained(pair[0], lambda optimizer: setattr(optimizer, name, pair[1]))
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], list(pair))
+    _close(trained(schedule, lambda _: None), expected, what=f"{case}: {name} from a schedule,")
+    variable = keras.Variable(pair[0], dtype="float64", trainable=False)
+    _close(trained(variable, lambda _: variable.assign(pair[1])), expected, what=f"{case}: {name} from a variable,")
 
 
 @check("optimizer")
