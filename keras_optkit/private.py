@@ -45,16 +45,16 @@ def current_layer() -> Any:
     return scopes[-1].caller if scopes else None
 
 
-def sublayers(layer: Any) -> list[Any]:
-    """All layers inside of a layer or model, at any depth.
+def sublayers(layer: Any, *, direct: bool = False) -> list[Any]:
+    """All layers inside of a layer or model, at any depth, or only those directly inside of it.
 
     Keras lists only those that a model was put together from. Fall-back: the lists of all models in the lists.
     """
     flatten = getattr(layer, "_flatten_layers", None)
     if flatten is not None:
-        return list(flatten(include_self=False))
-    direct = list(getattr(layer, "layers", ()))
-    return direct + [below for child in direct for below in sublayers(child)]
+        return list(flatten(include_self=False, recursive=not direct))
+    found = list(getattr(layer, "layers", ()))
+    return found if direct else found + [below for child in found for below in sublayers(child)]
 
 
 def known_variables(optimizer: Any) -> list[Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_optkit.callbacks.callback import ON_FAILURE, telling_callbacks
-from keras_optkit.optimizers.fitting import telling_optimizers
+from keras_optkit.optimizers.fitting import showing_model, telling_optimizers
 
 
 def wrap_keras() -> None:
@@ -16,8 +16,11 @@ def wrap_keras() -> None:
     """
     if hasattr(keras.Model, "_keras_optkit"):
         return
+    # on the class that has it: Keras does not compile a loaded model whose class has another `compile`
+    owner = next(base for base in keras.Model.__mro__ if "compile" in vars(base))
+    owner.compile = showing_model(owner.compile)
     for method in ("fit", "train_on_batch"):
-        setattr(keras.Model, method, telling_optimizers(getattr(keras.Model, method)))
+        setattr(keras.Model, method, showing_model(telling_optimizers(getattr(keras.Model, method))))
     for method in ON_FAILURE:  # around the others, so that optimizers see what `prepare_fit` has made of the model
         setattr(keras.Model, method, telling_callbacks(getattr(keras.Model, method)))
     keras.Model._keras_optkit = True

@@ -11,10 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import keras
+
+from keras_optkit.callbacks.instrument import compile_anew
+from keras_optkit.optimizers.of_model import ours_of
 
 
 def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,6 +43,41 @@ def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(self, *args, **kwargs)
 
     return wrapped
+
+
+def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compile`, `fit` or `train_on_batch` of `keras.Model`, which shows the model to optimizers of ours.
+
+    From it they know the paths of layers. Where layers were frozen or unfrozen since a step was compiled, a new one is:
+    Keras's would go on to train what was trained then.
+    """
+
+    @functools.wraps(function)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if function.__name__ == "compile":
+            result = function(self, *args, **kwargs)
+            _show(self)
+            return result
+        if _show(self) and self.built:
+            trained = {id(v) for v in self.trainable_variables}
+            if _trained.get(self, trained) != trained and getattr(self, "train_function", None) is not None:
+                compile_anew(self)
+            _trained[self] = trained
+        return function(self, *args, **kwargs)
+
+    return wrapped
+
+
+#: The variables, by id, that a model trained in its last `fit`.
+_trained: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+
+
+def _show(model: Any) -> bool:
+    """Shows the model to all optimizers of ours; returns whether there are any."""
+    found = ours_of(model)
+    for optimizer in found:
+        optimizer.set_model(model)
+    return bool(found)
 
 
 def _ours(optimizer: Any) -> Any:

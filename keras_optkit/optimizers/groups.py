@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,10 +12,20 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_optkit import arguments
+from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared
+from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.rule import Rule
 from keras_optkit.registry import PACKAGE
 from keras_optkit.saving import FromSignature, constructor_parameters
+
+#: A factor of `layer_decay` below this is worth a warning.
+SMALL = 1e-3
+
+_UNKNOWN = (
+    " These are Keras's paths, since the optimizer does not know the model; in a loop of your own, call "
+    "optimizer.build(model) first."
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +50,14 @@ class Group(FromSignature):
     """Parameters whose paths match a pattern, and what is different for them.
 
     A parameter belongs to the first group of `groups=[...]` that matches its path; those that no group matches are
-    trained as usual. A pattern is looked for anywhere in the path (`re.search`), since Keras changes the beginning of
-    paths when a model is saved and loaded: "sequential/dense/kernel" becomes "dense/kernel". `optimizer.explain(model)`
-    shows which parameter is in which group.
+    trained as usual. The path is that of its layer, as in `keras_optkit.callbacks.Unfreeze`, and its name: the names of
+    the layers, nested models included, that it is inside of, without that of the whole model, as in
+    "backbone/block5/conv/kernel". A pattern is looked for anywhere in it (`re.search`). A layer that is in several
+    places is found under each of its paths. `optimizer.explain(model)` shows which parameter is in which group.
+
+    A group may be for layers that are frozen, and join when they are unfrozen. The model is known from `compile` on. In
+    a loop of your own call `optimizer.build(model)` before the first step; the paths are those of Keras's variables
+    otherwise, which lack the names of nested models.
 
     A group may have another update rule, given as an optimizer. Only the rule of that optimizer is used, with its own
     hyperparameters: learning rate, clipping, accumulation and all other common keywords are those of the optimizer that
@@ -50,16 +66,16 @@ class Group(FromSignature):
     When not to use it: to freeze whole layers for good; `layer.trainable = False` also saves their gradients' time.
 
     Args:
-        match: A regular expression that is looked for in the variable's path, such as `"encoder/"` or `"bias$"`.
+        match: A regular expression that is looked for in the variable's path, such as `"^encoder/"` or `"bias$"`.
         lr_scale: Factor >= 0 on the learning rate, which decay is multiplied by, too.
-        weight_decay: A decay λ >= 0 for this group in the place of the optimizer's; None for the optimizer's. What
+        weight_decay: A decay λ >= 0 for this group instead of the optimizer's; None for the optimizer's. What
             `decay_mask` spares stays spared.
         trainable: False freezes the group: no update, no state, and its gradients do not count when clipping.
         rule: An optimizer of this package that has not been used yet, its name (`"SGD"`) or its config, whose rule
             these parameters are updated with; None for the rule of the others. Its common keywords must be left at
             their defaults, and the rule must not average by itself.
-        required: Whether it is an error if no variable matches. False is for those that join later, as with
-            `keras_optkit.callbacks.Unfreeze`.
+        required: Whether it is an error if no variable of the model matches, frozen ones included. False is for a
+            pattern that some models have no layers for.
 
     Raises:
         TypeError: For a value of a wrong type.
@@ -134,6 +150,23 @@ def checked_pattern(name: str, pattern: Any) -> str:
     return pattern
 
 
+def checked_blocks(blocks: Any, layer_decay: float | None) -> int | str | None:
+    """Returns the argument `layer_blocks` if it is a number of blocks or a pattern, and there is something to decay."""
+    if blocks is None:
+        return None
+    if layer_decay is None:
+        raise ValueError(f"layer_blocks says what layer_decay counts, and must be None without it, got {blocks!r}.")
+    if isinstance(blocks, str):
+        return checked_pattern("layer_blocks", blocks)
+    try:
+        return arguments.integer("layer_blocks", blocks, 1)
+    except TypeError:
+        raise TypeError(
+            f"layer_blocks must be an integer at least 1, a regular expression or None, got {blocks!r} of type "
+            f"{type(blocks).__name__}."
+        ) from None
+
+
 def checked_groups(groups: Any) -> list[Group] | None:
     """Returns the argument `groups` as a list, and raises if it is not one of Groups."""
     if groups is None:
@@ -143,19 +176,27 @@ def checked_groups(groups: Any) -> list[Group] | None:
     return list(groups)
 
 
-def assign_groups(groups: Sequence[Group], paths: Sequence[str]) -> list[Group | None]:
-    """The first group that matches, for each path.
+def assign_groups(
+    groups: Sequence[Group], paths: Sequence[Sequence[str]], known: Sequence[str], hint: str = ""
+) -> list[Group | None]:
+    """The first group that matches, for each variable.
+
+    Args:
+        groups: The groups.
+        paths: The paths of each variable.
+        known: Those of all variables that there are, also of such that are not trained now.
+        hint: What the error says besides.
 
     Raises:
-        ValueError: If a pattern matches no path at all and is required to, with the paths that come near it.
+        ValueError: If a pattern matches none of the known paths and is required to, with those that come near it.
     """
     for group in groups:
-        if group.required and not any(re.search(group.match, path) for path in paths):
+        if group.required and not any(re.search(group.match, path) for path in known):
             raise ValueError(
-                f"groups: the pattern {group.match!r} matches none of the {len(paths)} variables. "
-                f"Nearest: {', '.join(map(repr, near_misses(group.match, paths)))}."
+                f"groups: the pattern {group.match!r} matches none of the {len(known)} variables. "
+                f"Nearest: {', '.join(map(repr, near_misses(group.match, known)))}.{hint}"
             )
-    return [next((g for g in groups if re.search(g.match, path)), None) for path in paths]
+    return [next((g for g in groups if any(re.search(g.match, path) for path in theirs)), None) for theirs in paths]
 
 
 def near_misses(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]:
@@ -169,33 +210,67 @@ def near_misses(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]
     return sorted(paths, key=likeness, reverse=True)[:count]
 
 
-def depths(paths: Sequence[str]) -> list[int]:
-    """For each path the position of its layer, counted from 0 in the order in which layers first appear.
+class Places:
+    """Where variables are in the model that an optimizer trains, or, where it does not know one, by Keras's own paths.
 
-    The layer is the first part of the path after the beginning that all paths share, so that in a model made of blocks
-    a block is a layer, and a model's own name makes no difference.
+    Attributes:
+        paths: The paths of each variable, the one to show first.
+        known: The paths of all variables of the model.
     """
-    split = [path.split("/")[:-1] for path in paths]
-    shared = 0
-    while all(len(parts) > shared + 1 for parts in split) and len({parts[shared] for parts in split}) == 1:
-        shared += 1
-    order: dict[str, int] = {}
-    return [order.setdefault("".join(parts[shared : shared + 1]), len(order)) for parts in split]
+
+    def __init__(self, variables: Sequence[Any], model: Any):
+        by_keras = [keras_path(v) for v in variables]
+        tree = None if model is None else LayerTree.of(model)
+        found = [[] if tree is None else tree.paths_of(v) for v in variables]
+        self.paths = [paths or [other] for paths, other in zip(found, by_keras, strict=True)]
+        if tree is not None and any(found):
+            self._tree, self._keys, self.hint = tree, [distribute.key(v) for v in variables], ""
+        else:  # no model, or another one
+            self._tree, self._keys, self.hint = LayerTree.of_paths(by_keras), list(range(len(by_keras))), _UNKNOWN
+        self.known = list(dict.fromkeys([*self._tree.all_paths(), *(path for paths in self.paths for path in paths)]))
+
+    def scales(self, layer_decay: float, blocks: int | str | None) -> list[float]:
+        """The factor of each variable, 1 for the last block that one of them is in.
+
+        Raises:
+            ValueError: If `blocks` is a pattern that matches no layer.
+        """
+        layers = [node.path for node in self._tree.nodes if node.own]
+        if isinstance(blocks, str) and not any(re.search(blocks, f"{path}/") for path in layers):
+            raise ValueError(
+                f"layer_blocks: the pattern {blocks!r} matches none of the {len(layers)} layers. "
+                f"Nearest: {', '.join(map(repr, near_misses(blocks, layers)))}.{self.hint}"
+            )
+        depth = self._tree.depths(blocks)
+        found = [depth.get(key, max(depth.values())) for key in self._keys]  # those outside of the model decay nothing
+        scales = [layer_decay ** (max(found, default=0) - mine) for mine in found]
+        small = min(scales, default=1.0)
+        if small < SMALL:
+            warnings.warn(
+                f"layer_decay={layer_decay} multiplies the learning rate of {self.paths[scales.index(small)][0]!r} by "
+                f"{small:.1g}, which hardly trains it. Count fewer blocks with layer_blocks, or decay less; "
+                "optimizer.explain(model) shows all rates.",
+                stacklevel=2,
+            )
+        return scales
+
+
+def keras_path(variable: Any) -> str:
+    """The path that Keras gives a variable."""
+    return getattr(variable, "path", variable.name)
 
 
 def treatments(
-    paths: Sequence[str],
+    places: Places,
     ranks: Sequence[int],
     groups: Sequence[Group] | None,
     layer_decay: float | None,
+    layer_blocks: int | str | None,
     decay_mask: str,
 ) -> tuple[list[Treatment | None], list[Group | None]]:
     """How each parameter is treated, None for frozen ones, and which group it is in."""
-    found = assign_groups(groups or (), paths)
-    scales = [1.0] * len(paths)
-    if layer_decay is not None:
-        layers = depths(paths)
-        scales = [layer_decay ** (max(layers, default=0) - layer) for layer in layers]
+    found = assign_groups(groups or (), places.paths, places.known, places.hint)
+    scales = [1.0] * len(ranks) if layer_decay is None else places.scales(layer_decay, layer_blocks)
     rules = {id(g): place for place, g in enumerate(groups or (), 1) if g.own_rule is not None}
     result: list[Treatment | None] = []
     for group, scale, rank in zip(found, scales, ranks, strict=True):

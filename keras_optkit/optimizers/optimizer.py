@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,7 +19,17 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit import arguments
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.distribute import Rows, State
-from keras_optkit.optimizers.groups import Explained, Explanation, Group, Treatment, checked_groups, treatments
+from keras_optkit.optimizers.groups import (
+    Explained,
+    Explanation,
+    Group,
+    Places,
+    Treatment,
+    checked_blocks,
+    checked_groups,
+    treatments,
+)
+from keras_optkit.optimizers.groups import keras_path as _path
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
 from keras_optkit.optimizers.saved import SavedState
@@ -103,7 +114,10 @@ class Optimizer(FromSignature, SavedState):
             decays everything, as Keras and torch do by default.
         groups: A list of `keras_optkit.Group`: parameters with rates and decays of their own. See `explain`.
         layer_decay: d in (0, 1]: the learning rate of each layer is d times that of the next one, so that the last
-            layer has the full rate; multiplied with the groups' `lr_scale`.
+            layer that is trained has the full rate; multiplied with the groups' `lr_scale`. See `layer_blocks`.
+        layer_blocks: What `layer_decay` counts as one layer. None: each layer that the model is made of, blocks as one;
+            deep models of plain layers are counted in 12 blocks. n >= 1: as many blocks of about as many layers. A
+            pattern, such as `"block_([0-9]+)"`: layers in whose paths its groups find the same are one block.
         sparse: What is done with gradients of some rows only, those of embeddings: `"lazy"` updates these rows and
             their state alone, as if the others were not there, decay included; `"dense"` takes the gradients of the
             other rows as zeros. A rule that is not element-wise is always dense.
@@ -168,6 +182,7 @@ class Optimizer(FromSignature, SavedState):
         decay_mask: str = "auto",
         groups: Sequence[Group] | None = None,
         layer_decay: float | None = None,
+        layer_blocks: int | str | None = None,
         sparse: str = "lazy",
         fuse: bool | str = "auto",
         master_weights: bool = False,
@@ -195,6 +210,7 @@ class Optimizer(FromSignature, SavedState):
             pending=None,
             seen=None,
             used=False,
+            model=None,
             groups=checked_groups(groups),
         )
         self._updates = super().iterations
@@ -212,6 +228,7 @@ class Optimizer(FromSignature, SavedState):
         self.skip_nonfinite = arguments.integer("skip_nonfinite", skip_nonfinite, 1, optional=True)
         self.decay_mask = arguments.choice("decay_mask", decay_mask, ("auto", "all"))
         self.layer_decay = arguments.real("layer_decay", layer_decay, 0, 1, closed="right", optional=True)
+        self.layer_blocks = checked_blocks(layer_blocks, layer_decay)
         self.sparse = arguments.choice("sparse", sparse, ("lazy", "dense"))
         self.fuse = arguments.choice("fuse", fuse, ("auto", True, False))
         self.master_weights = arguments.boolean("master_weights", master_weights)
@@ -333,8 +350,17 @@ class Optimizer(FromSignature, SavedState):
         for variable, value in zip(self.variables, weights, strict=True):
             variable.assign(value)
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def set_model(self, model: Any) -> None:
+        """Tells the optimizer which model it trains, whose layers' paths groups and `layer_decay` go by.
+
+        `compile`, `fit` and `train_on_batch` call it. The model is not kept alive.
+        """
+        self._held.model = weakref.ref(model)
+
+    def build(self, variables: Any) -> None:
         """Creates the state for `variables`, the weights to be trained, in this order.
+
+        They are a list, or, in a loop of one's own, the model, whose layers' paths the groups then go by.
 
         An optimizer that is built already goes on with the state that it has: `variables` may hold more than those it
         was built with, such as layers that are no longer frozen, and the new ones start afresh. This happens by itself,
@@ -344,6 +370,9 @@ class Optimizer(FromSignature, SavedState):
             ValueError: If there are no variables, if some of those it was built with are missing, or under a
                 distribution strategy that is not supported.
         """
+        if hasattr(variables, "trainable_variables"):
+            self.set_model(variables)
+            variables = variables.trainable_variables
         variables = list(variables)
         if self.built:
             self._extend(variables)
@@ -442,12 +471,20 @@ class Optimizer(FromSignature, SavedState):
         held = self._held
         return [v for _, v in sorted(zip(held.places, held.variables, strict=True), key=lambda pair: pair[0])]
 
-    def _treatments(self, variables: Sequence[Any]) -> tuple[list[Treatment | None], list[Group | None]]:
+    def _places(self, variables: Sequence[Any], model: Any = None) -> Places:
+        if model is None and self._held.model is not None:
+            model = self._held.model()
+        return Places(variables, model)
+
+    def _treatments(
+        self, variables: Sequence[Any], places: Places | None = None
+    ) -> tuple[list[Treatment | None], list[Group | None]]:
         return treatments(
-            [_path(v) for v in variables],
+            self._places(variables) if places is None else places,
             [len(v.shape) for v in variables],
             self.groups,
             self.layer_decay,
+            self.layer_blocks,
             self.decay_mask,
         )
 
@@ -561,10 +598,11 @@ class Optimizer(FromSignature, SavedState):
         variables = list(getattr(model, "trainable_variables", model))
         if not variables:
             raise ValueError(f"model must have trainable variables, got {model!r}. Is it built?")
-        found, groups = self._treatments(variables)
+        places = self._places(variables, model if hasattr(model, "trainable_variables") else None)
+        found, groups = self._treatments(variables, places)
         rate, decay = _as_number(self.learning_rate), _as_number(self._present(self.weight_decay) or 0.0)
         rows = []
-        for variable, treatment, group in zip(variables, found, groups, strict=True):
+        for variable, paths, treatment, group in zip(variables, places.paths, found, groups, strict=True):
             rule = self._rules[treatment.rule] if treatment else None
             dtypes = [self._slot_dtype(variable.dtype, initial) for initial in rule.slots().values()] if rule else []
             copies = self.use_ema + bool(self.gradient_accumulation_steps)
@@ -574,7 +612,7 @@ class Optimizer(FromSignature, SavedState):
             lr_scale, own = (treatment.lr_scale, treatment.weight_decay) if treatment else (0.0, 0.0)
             rows.append(
                 Explained(
-                    _path(variable),
+                    paths[0],
                     tuple(variable.shape),
                     "" if group is None else group.match,
                     type(rule).__name__ if rule else "frozen",
@@ -1036,10 +1074,6 @@ class Optimizer(FromSignature, SavedState):
 def _filled(value: float) -> Callable[..., Tensor]:
     """An initializer with a constant in full precision; Keras's goes through float32."""
     return lambda shape, dtype: ops.full(shape, value, dtype)
-
-
-def _path(variable: Any) -> str:
-    return getattr(variable, "path", variable.name)
 
 
 def _of_rule(number: int, name: str) -> str:
