@@ -519,7 +519,7 @@ def test_it_works_beside_the_others_wherever_it_stands(last, tmp_path):
     x, y = data()
     guard = quiet(every=4)
     others = [
-        ok.callbacks.TrainingMonitor(tmp_path),
+        ok.callbacks.TrainingMonitor(tmp_path, every=1),
         ok.callbacks.AveragedWeights(start=1),
         ok.callbacks.EarlyStopping("val_loss", patience=9, restore_best_weights=True),
         keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=9.0),

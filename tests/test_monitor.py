@@ -72,7 +72,7 @@ def test_values_are_those_of_each_single_batch(room, execution, tmp_path):
     x, y = regression(dtype="float32")
     rate = Linear(0.05, 12, final=0.01)
     model = linear_model(room.SGD(rate), dtype="float32", **EXECUTION[execution])
-    fit(model, x, y, TrainingMonitor(tmp_path), validation_data=(x, y))
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), validation_data=(x, y))
     found = events(tmp_path)
     expected = numpy_run(x, y, [twin_of(rate)(t) for t in range(12)])
     for column, tag in enumerate(("train/learning_rate", "train/loss", "train/gradient_norm")):
@@ -95,7 +95,7 @@ def test_loss_has_the_regularisation_and_sample_weights_of_its_batch(tmp_path):
     )
     model.compile(optimizer=STOCK.SGD(0.0), loss="mse")
     weight = np.array([1, 3, 2, 2], "float32")
-    fit(model, x, 0 * x, TrainingMonitor(tmp_path), batch_size=2, epochs=1, sample_weight=weight)
+    fit(model, x, 0 * x, TrainingMonitor(tmp_path, every=1), batch_size=2, epochs=1, sample_weight=weight)
     expected = [(1 * 1 + 3 * 4) / 2 + 0.5, (2 * 9 + 2 * 16) / 2 + 0.5]
     assert [v for _, v in events(tmp_path)["train/loss"]] == pytest.approx(expected, rel=1e-6)
 
@@ -105,7 +105,7 @@ def test_mixed_precision_norm_is_unscaled_and_a_skipped_update_has_no_step(room,
     keras.config.set_dtype_policy("mixed_float16")
     model = counting_model(room.SGD(0.125))
     x = np.array([1, -1.5, np.inf, 0.5, 0.25], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/gradient_norm"] == [(1, 1.0), (2, 1.5), (3, 0.5), (4, 0.25)]
     assert found["train/loss"][0] == (1, 1.0)
@@ -119,7 +119,7 @@ def test_keras_multi_optimizer_is_monitored_and_cannot_be_driven(tmp_path):
     model = linear_model(STOCK.MultiOptimizer(optimizers), dtype="float32")
     with pytest.raises(ValueError, match=r"MultiOptimizer has no hyperparameter 'learning_rate'.*Allowed: none"):
         fit(model, x, y, ScheduleHyperparameters({"learning_rate": RATE}))
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     found = events(tmp_path)
     assert steps_of(found, "train/gradient_norm") == list(range(1, 7))
     assert "train/learning_rate" not in found
@@ -128,7 +128,7 @@ def test_keras_multi_optimizer_is_monitored_and_cannot_be_driven(tmp_path):
 def test_fixed_loss_scale_is_taken_out(tmp_path):
     model = counting_model(STOCK.SGD(0.125, loss_scale_factor=1024.0))
     x = np.array([1, -2], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/gradient_norm"] == [(1, 1.0), (2, 2.0)]
     assert found["train/loss"] == [(1, 1.0), (2, -1.75)]
@@ -137,8 +137,8 @@ def test_fixed_loss_scale_is_taken_out(tmp_path):
 def test_the_loss_scale_is_written_also_when_every_update_fails(tmp_path):
     model = counting_model(ok.optimizers.LossScale(STOCK.SGD(0.125), initial_scale=8.0, dynamic_growth_steps=2))
     x = np.array([1, np.inf, 1, 1, 1], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
-    fit(model, np.full_like(x, np.inf), x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
+    fit(model, np.full_like(x, np.inf), x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/loss_scale"] == [(1, 8.0), (2, 4.0), (3, 4.0), (4, 8.0)]
     assert [scale for _, scale in found["epoch/loss_scale"]] == [8.0, 1.0]
@@ -150,7 +150,7 @@ def test_rows_that_occur_twice_in_a_sparse_gradient_are_summed(tmp_path):
     model = keras.Sequential(layers)
     model.compile(optimizer=STOCK.SGD(0.0), loss=lambda _, p: ops.mean(p))
     ids = np.array([[1, 1], [1, 3]])
-    fit(model, ids, np.zeros((2, 1)), TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, ids, np.zeros((2, 1)), TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     assert [v for _, v in events(tmp_path)["train/gradient_norm"]] == pytest.approx([2.0, math.sqrt(2)], rel=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_every(every, steps_per_execution, expected, tmp_path):
 def test_accumulation_counts_updates(room, tmp_path):
     model = counting_model(room.SGD(0.1, gradient_accumulation_steps=3))
     x = np.array([1, 2, 3, 0, 0, 3, 2, 4], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     # ours makes an update of the two that are left at the end of the epoch
     assert found_pairs(tmp_path) == [(1, 3.0), (2, 3.0), (3, 4.0)][: 3 if room is ok.optimizers else 2]
 
@@ -202,15 +202,15 @@ def test_a_restored_optimizer_keeps_its_own_count(tmp_path):
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
     fit(model, x, y, epochs=1)  # without the monitor, which must not matter later
     model.optimizer.iterations.assign(1000)
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     assert steps_of(events(tmp_path), "train/loss") == list(range(1001, 1013))
 
 
 def test_failure_leaves_everything_written(tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
-    monitor = TrainingMonitor(tmp_path)
+    monitor = TrainingMonitor(tmp_path, every=1)
     with pytest.raises(RuntimeError, match="boom"):
         fit(model, x, y, monitor, At(boom, batch=4))
     assert steps_of(events(tmp_path), "train/loss") == [1, 2, 3, 4, 5]
@@ -225,7 +225,7 @@ def test_two_monitors_and_two_functions_share_one_step(tmp_path):
     model = linear_model(STOCK.SGD(0.7, momentum=0.1), dtype="float32")
     functions = {"learning_rate": lambda step: 0.01 * (step + 1), "momentum": lambda step: 0.05 * step}
     driven = [ScheduleHyperparameters({name: function}) for name, function in functions.items()]
-    fit(model, x, y, TrainingMonitor(tmp_path / "a"), *driven, TrainingMonitor(tmp_path / "b", every=5))
+    fit(model, x, y, TrainingMonitor(tmp_path / "a", every=1), *driven, TrainingMonitor(tmp_path / "b", every=5))
     expected = numpy_sgd(x, y, 12, *functions.values(), lambda _: 0.0)
     np.testing.assert_allclose(model.get_weights()[0], expected[-1], rtol=1e-4)
     found = {name: events(tmp_path / name)["train/learning_rate"] for name in "ab"}
@@ -241,7 +241,7 @@ def test_the_three_work_together_in_any_order(order, tmp_path):
     model = linear_model(STOCK.SGD(0.7, momentum=0.1))
     three = [
         ScheduleHyperparameters(SGD_SCHEDULES),
-        TrainingMonitor(tmp_path),
+        TrainingMonitor(tmp_path, every=1),
         EarlyStopping("val_loss", patience=9, mode="max", restore_best_weights=True),
     ]
     fit(model, x, y, *(three[i] for i in order), validation_data=(x, y), epochs=3)
@@ -260,7 +260,7 @@ def test_two_replicas_are_driven_and_monitored_as_one(room, tmp_path):
     x, y = regression()
     with two_replicas().scope():
         model = linear_model(STOCK.LossScaleOptimizer(room.SGD(0.7, momentum=0.1), initial_scale=16.0))
-    fit(model, x, y, TrainingMonitor(tmp_path), ScheduleHyperparameters(SGD_SCHEDULES))
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), ScheduleHyperparameters(SGD_SCHEDULES))
     w = numpy_sgd(x, y, 12, twin_of(RATE), twin_of(MOMENTUM), twin_of(DECAY))
     np.testing.assert_allclose(model.get_weights()[0], w[-1], rtol=1e-10)
     losses, norms = [], []
@@ -415,7 +415,7 @@ def test_the_gradient_under_accumulation_is_the_micro_batch_s_and_the_change_tha
     """Also in the update of the two micro-batches that an epoch ends with."""
     model = counting_model(ok.optimizers.SGD(0.5, gradient_accumulation_steps=3, global_clipnorm=1e-3))
     x = np.array([1, 2, 6, 2, 4], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/gradient_norm"] == [(1, 6.0), (2, 4.0)]
     assert found["train/update_ratio"] == [
@@ -432,7 +432,7 @@ def test_the_gradient_under_accumulation_is_the_micro_batch_s_and_the_change_tha
 def test_clip_rate(room, limit, tmp_path):
     model = counting_model(room.SGD(0.125, **limit))
     x = np.array([1, 3, -2.5, 1.5], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == pytest.approx([0, 1 / 2, 2 / 3, 1 / 2])
 
 
@@ -443,7 +443,7 @@ def test_clip_rate_on_replicas_is_that_of_what_is_clipped(room, expected, tmp_pa
     x = np.array([1.5, 0.5, 2, 0], "float32")[:, None]  # the loss of each replica is not divided by two
     with two_replicas().scope():
         model = counting_model(room.SGD(0.125, global_clipnorm=1.8))
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=2, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=2, epochs=1)
     assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == expected
 
 
@@ -451,7 +451,7 @@ def test_numbers_that_are_not_finite_are_counted_by_layer(tmp_path):
     x, y = images(8)
     model, weights = network(STOCK.SGD(0.01)), Weights()
     x[4, 0, 0, 0] = np.nan
-    fit(model, x, y, TrainingMonitor(tmp_path), weights, epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), weights, epochs=1)
     found = events(tmp_path)
     counts = [np.sum(~np.isfinite(g)) for g in gradient_at(model, weights.noted[1], x[4:], y[4:])]
     assert found["train/nonfinite"] == [(1, 0), (2, sum(counts))]
@@ -465,7 +465,7 @@ def test_numbers_that_are_not_finite_are_counted_by_layer(tmp_path):
 def test_updates_that_were_left_out_are_counted(tmp_path):
     model = counting_model(ok.optimizers.SGD(0.125, skip_nonfinite=3))
     x = np.array([1, np.inf, 1, np.nan, np.inf, 1], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     assert events(tmp_path)["train/skipped"] == [(1, 0), (2, 1), (3, 3)]
 
 
@@ -526,7 +526,7 @@ def test_activations(execution, tmp_path):
 def test_noise_scale_is_that_of_the_two_norms(tmp_path):
     x, y = images()
     model, weights = network(STOCK.SGD(0.01)), Weights()
-    fit(model, x, y, TrainingMonitor(tmp_path, noise_scale=True), weights, batch_size=8)
+    fit(model, x, y, TrainingMonitor(tmp_path, noise_scale=True, every=1), weights, batch_size=8)
     norm = noise = None
     found = dict(events(tmp_path)["train/noise_scale"])
     for step in range(1, 7):
@@ -547,7 +547,7 @@ def test_noise_scale_of_a_known_distribution(tmp_path):
     x = (0.2 + np.random.default_rng(0).normal(size=(6400, 100))).astype("float32")
     model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(1, use_bias=False)])
     model.compile(STOCK.SGD(0.0), loss=lambda _, p: ops.mean(p))
-    fit(model, x, x[:, :1], TrainingMonitor(tmp_path, noise_scale=True), batch_size=64, epochs=1)
+    fit(model, x, x[:, :1], TrainingMonitor(tmp_path, noise_scale=True, every=1), batch_size=64, epochs=1)
     values = [value for step, value in events(tmp_path)["train/noise_scale"] if step > 20]
     assert np.mean(values) == pytest.approx(25, rel=0.2)
 
@@ -563,7 +563,7 @@ def test_what_jax_cannot_give_is_refused(asked, tmp_path):
 def test_histograms_of_weights(tmp_path):
     x, y = images(16)
     model = network(STOCK.SGD(0.01))
-    fit(model, x, y, TrainingMonitor(tmp_path, histograms=2), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, histograms=2, every=1), epochs=1)
     from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
     from tensorboard.util import tensor_util
 
@@ -630,12 +630,12 @@ def test_lines_hold_what_tensorboard_shows(tmp_path):
 def test_a_torn_last_line_is_cut_off_and_a_foreign_one_refused(tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     file = tmp_path / "monitor.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + b'{"step": 7, "epo')
     assert ok.callbacks.read_monitor(tmp_path)["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     assert file.read_bytes().startswith(whole)
     assert ok.callbacks.read_monitor(tmp_path)["train/loss"].steps.tolist() == list(range(1, 13))
     file.write_bytes(b"something else\n" + whole)
@@ -646,10 +646,10 @@ def test_a_torn_last_line_is_cut_off_and_a_foreign_one_refused(tmp_path):
 def test_a_torn_event_file_is_continued(tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     (file,) = tmp_path.glob("events*")
     file.write_bytes(file.read_bytes()[:-7])  # of the epoch's values
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     found = events(tmp_path)
     assert steps_of(found, "train/loss") == list(range(1, 13))
     assert steps_of(found, "epoch/loss") == [12]
@@ -662,7 +662,7 @@ def test_nothing_to_read_or_plot_raises(tmp_path):
 
 def test_plot_draws_the_charts_of_the_layout(tmp_path):
     x, y = images(16)
-    fit(network(STOCK.SGD(0.01)), x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(network(STOCK.SGD(0.01)), x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     figure = ok.callbacks.plot_monitor(tmp_path)
     charts = {axes.get_title(): axes for axes in figure.axes}
     assert "training: loss" in charts
@@ -695,7 +695,7 @@ def test_layout_and_hparams_are_written_once(hparams, tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(ok.optimizers.SGD(Linear(0.01, 9), momentum=0.5), dtype="float32")
     for _ in range(2):
-        fit(model, x, y, TrainingMonitor(tmp_path, hparams=hparams))
+        fit(model, x, y, TrainingMonitor(tmp_path, hparams=hparams, every=1))
     (layout,) = summaries(tmp_path, "custom_scalars")
     charts = [
         pattern
@@ -780,9 +780,9 @@ def test_every_tag_rises_strictly(tmp_path):
     """Over fits, new callbacks, a new optimizer, and epochs without an update."""
     x = np.array([1, np.inf, 1, 1], "float32")[:, None]
     model = counting_model(ok.optimizers.LossScale(STOCK.SGD(0.125), initial_scale=8.0))
-    monitor = TrainingMonitor(tmp_path)
+    monitor = TrainingMonitor(tmp_path, every=1)
     bad = np.full_like(x, np.inf)
-    later = TrainingMonitor(tmp_path)
+    later = TrainingMonitor(tmp_path, every=1)
     for data, callback in ((x, monitor), (bad, monitor), (x, monitor), (bad, later)):
         fit(model, data, x, callback, batch_size=1)
     model.compile(STOCK.SGD(0.125), loss=lambda _, p: ops.mean(p))
@@ -817,7 +817,7 @@ def test_what_cannot_be_had_is_refused_when_training_begins(tmp_path):
     with pytest.raises(
         ValueError, match=r"activations must match the path of a layer, got 'relu'\. The layers are dense"
     ):
-        fit(model, x, y, TrainingMonitor(tmp_path, activations="relu"))
+        fit(model, x, y, TrainingMonitor(tmp_path, activations="relu", every=1))
 
     class Own(keras.Sequential):
         def train_step(self, data):
@@ -826,7 +826,7 @@ def test_what_cannot_be_had_is_refused_when_training_begins(tmp_path):
     own = Own(model.layers)
     own.compile("sgd", loss="mse")
     with pytest.raises(ValueError, match="noise_scale must be False for Own, which has a train_step of its own"):
-        fit(own, x, y, TrainingMonitor(tmp_path, noise_scale=True))
+        fit(own, x, y, TrainingMonitor(tmp_path, noise_scale=True, every=1))
     assert not {"train_step", "make_train_function"} & set(vars(own))
 
 
