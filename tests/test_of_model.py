@@ -46,6 +46,22 @@ def test_optimizers_are_found_wherever_a_model_holds_them(hold):
     assert of_model.optimizers_of(model) == [a, b]
 
 
+def test_names_are_those_of_the_attributes():
+    a, b, c, d = sgd(), sgd(), sgd(), sgd()
+    model = Holder(inner=Holder(mine=c), both={"critics": [b]})
+    model.compile(a, "mse")
+    model.inner._name = "optimizer"
+    model.inner.compile(d, "mse")
+    assert of_model.named_optimizers_of(model) == {
+        "optimizer": a,
+        "both/critics/0": b,
+        "optimizer/mine": c,
+        "optimizer/optimizer": d,
+    }
+    scaled = keras.optimizers.LossScaleOptimizer(a)
+    assert of_model.unscaled(scaled) is of_model.unscaled(a) is a
+
+
 def test_optimizers_of_models_inside_are_found():
     a, b = sgd(), sgd()
     inner = Holder(mine=a)

@@ -57,7 +57,7 @@ class Failure:
         epoch: Its epoch, counted from 0.
         batch: Its batch in this epoch, counted from 0.
         kind: What was wrong: `"loss"` (not finite), `"spike"`, `"gradient"` or `"weight"` (not finite).
-        loss: The loss of this batch.
+        loss: The loss of this batch; NaN also where the training step does not show it.
         limit: The loss above which it would have been a spike; infinity if there was no limit yet.
         layer: Path of the first layer that was bad, or None if none was, or none was found.
         in_data: Whether the batch itself was found to hold numbers that are not finite.
@@ -74,11 +74,12 @@ class Failure:
     where: str
 
     def __str__(self) -> str:
+        at = "" if math.isnan(self.loss) else f", at a loss of {self.loss:g}"
         what = {
             "loss": f"the loss is {self.loss:g}",
             "spike": f"the loss is {self.loss:g}, a spike above {self.limit:g}",
-            "gradient": f"gradients are not finite, at a loss of {self.loss:g}",
-            "weight": f"the update has made weights that are not finite, at a loss of {self.loss:g}",
+            "gradient": f"gradients are not finite{at}",
+            "weight": f"the update has made weights that are not finite{at}",
         }[self.kind]
         return f"{what}, in batch {self.batch + 1} of epoch {self.epoch + 1}; {self.where}"
 

@@ -35,7 +35,8 @@ def named_optimizers_of(model: Any) -> dict[str, Any]:
     compiled = getattr(model, "optimizer", None)
     held = [] if compiled is None else [("optimizer", compiled)]
     for part in [model, *sublayers(model)]:
-        held += _in(vars(part), "" if part is model else f"{part.name}/")
+        own = {name: value for name, value in vars(part).items() if not name.startswith("_self_")}  # TensorFlow's notes
+        held += _in(own, "" if part is model else f"{part.name}/")
     wrapped = {id(inner) for _, outer in held for inner in _wrapped(outer)}
     names: dict[int, str] = {}
     found: dict[str, Any] = {}

@@ -155,6 +155,7 @@ class TrainingMonitor(Callback):
         self._offset = 0  # of the axis from the optimizer's count
         self._due = 0  # the step from which on there is something to write
         self._most = 1.0  # updates that a batch has made, or more
+        self._counted = 0, 0  # updates and batches, when they were last known
         self._epoch_step = -1  # the step at the end of the last epoch
         self._writes = 0
         self._clips: dict[str, list[float]] = {}
@@ -189,7 +190,7 @@ class TrainingMonitor(Callback):
         self._due = self._next_due()
         self._stopwatch, self._batches = Stopwatch(), 0
         self._looked, self._batch = False, None
-        self._counted = self._step, 0  # updates and batches, when they were last known
+        self._counted = self._step, 0
         self._wait = self._until_due()
 
     def _refuse_what_cannot_be_had(self) -> None:

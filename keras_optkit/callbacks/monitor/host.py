@@ -156,7 +156,8 @@ def default_hparams(model: Any, params: Mapping[str, Any]) -> dict[str, Any]:
         optimizer = unscaled(outer)
         path = f"{of_model}/" if len(optimizers) > 1 else ""
         found[path + "optimizer"] = type(optimizer).__name__
-        for name, value in optimizer.get_config().items():
+        inside = isinstance(optimizer, keras.optimizers.MultiOptimizer)  # whose config holds functions
+        for name, value in () if inside else optimizer.get_config().items():
             if isinstance(value, dict):  # a schedule, say
                 value = value.get("class_name")
             if isinstance(value, bool | int | float | str) and name != "name":

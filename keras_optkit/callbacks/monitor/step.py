@@ -18,7 +18,7 @@ from keras_optkit.optimizers import Optimizer, distribute
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours_of, unscaled
 from keras_optkit.precision import at_least_float32
-from keras_optkit.private import known_variables, sublayers
+from keras_optkit.private import in_stateless_scope, known_variables, sublayers
 
 Tensor = Any
 
@@ -380,7 +380,7 @@ class Probe(Instrument):
         @contextlib.contextmanager
         def see_call(*args: Any, **kwargs: Any) -> Iterator[Callable[[Any], None]]:
             def see_result(outputs: Any) -> None:
-                if self._looking:
+                if self._looking and not in_stateless_scope():  # when a layer around is built
                     call = on_tensorflow.Call(tree.flatten(outputs)[0], tree.flatten((args, kwargs)))
                     self._thread.calls.setdefault(id(layer), []).append(call)
 
