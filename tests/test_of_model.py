@@ -50,13 +50,12 @@ def test_names_are_those_of_the_attributes():
     a, b, c, d = sgd(), sgd(), sgd(), sgd()
     model = Holder(inner=Holder(mine=c), both={"critics": [b]})
     model.compile(a, "mse")
-    model.inner._name = "optimizer"
     model.inner.compile(d, "mse")
     assert of_model.named_optimizers_of(model) == {
         "optimizer": a,
         "both/critics/0": b,
-        "optimizer/mine": c,
-        "optimizer/optimizer": d,
+        f"{model.inner.name}/mine": c,
+        f"{model.inner.name}/optimizer": d,
     }
     scaled = keras.optimizers.LossScaleOptimizer(a)
     assert of_model.unscaled(scaled) is of_model.unscaled(a) is a

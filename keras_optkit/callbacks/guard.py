@@ -19,7 +19,15 @@ from keras import ops, tree
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
-from keras_optkit.callbacks.instrument import Hook, Instrument, around, attach, detach, is_built
+from keras_optkit.callbacks.instrument import (
+    Hook,
+    Instrument,
+    around,
+    attach,
+    build_as_the_first_step,
+    detach,
+    is_built,
+)
 from keras_optkit.callbacks.state import Copies, TrainingState
 from keras_optkit.optimizers import Optimizer, distribute
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
@@ -277,7 +285,7 @@ class NonFiniteGuard(Callback):
         _refuse_what_is_not_finite(self._weights)
         self._train_function: Any = None
         self._sensor = attach(model, "NonFiniteGuard", lambda: _Sensor(model))
-        self._sensor.begin_fit(self.find_layer, None if is_built(model) else self._take_first_copy)
+        self._sensor.begin_fit(self.find_layer, None if self._can_be_copied() else self._take_first_copy)
         self._look_anew()
 
     def _refuse_what_cannot_be_lowered(self) -> None:
@@ -324,11 +332,15 @@ class NonFiniteGuard(Callback):
         self._epoch = epoch
         self._first_of_epoch = True
         self._reset_metrics = False
-        if self._good is None and (is_built(self._watched) or self._updates()):
+        if self._can_be_copied():
             self._take_first_copy()
 
+    def _can_be_copied(self) -> bool:
+        """Whether there are weights already; on TensorFlow the first step may make them."""
+        return keras.config.backend() == "jax" or is_built(self._watched) or self._updates() > 0
+
     def _take_first_copy(self) -> None:
-        """The state that training begins with, of a model that is built by its first step while that is traced."""
+        """The state that training begins with."""
         if self._good is None:
             self._parts = [part for optimizer in optimizers_of(self._watched) for part in innermost(optimizer)]
             self._weights = list(self._watched.trainable_variables)
@@ -382,7 +394,7 @@ class NonFiniteGuard(Callback):
 
     def _go_on_from_good(self, batch: int) -> None:
         model, good = self.model, self._good
-        if good is None:  # an eager step has built the model and changed it before anybody could look
+        if good is None:  # an eager step that cannot be traced has built the model, and changed it
             raise RuntimeError(
                 f"NonFiniteGuard has no good state to go back to: model {model.name!r} was built by batch {batch + 1}, "
                 "which was bad. Build it before `fit`, for example by calling it on a batch."
@@ -577,7 +589,7 @@ class _Sensor(Instrument):
         self._when_built: Callable[[], None] | None = None
 
     def begin_fit(self, holds: bool, when_built: Callable[[], None] | None) -> None:
-        """Says whether batches are held, and what to call when a step is traced and the model thereby built."""
+        """Says whether batches are held, and what to call when a model that is not built will be."""
         self.holds, self._when_built = holds, when_built
 
     def release(self) -> None:
@@ -600,14 +612,17 @@ class _Sensor(Instrument):
         return hooks
 
     def feed(self, iterator: Any) -> Any:
-        """Keeps a reference to the batch, where it is at hand."""
-        if not self.holds:
-            return iterator
+        """Keeps a reference to the batch, where it is at hand; has a model that is not built be, on TensorFlow."""
         if keras.config.backend() == "jax":
-            return _Remembering(iterator, self)
+            return _Remembering(iterator, self) if self.holds else iterator
         import tensorflow as tf
 
-        if self.model.steps_per_execution > 1 or not isinstance(iterator, tf.data.Iterator):
+        if self._when_built is not None:
+            when_built, self._when_built = self._when_built, None
+            with contextlib.suppress(Exception) if self.model.run_eagerly else contextlib.nullcontext():
+                build_as_the_first_step(self.model, iterator)
+                when_built()
+        if not self.holds or self.model.steps_per_execution > 1 or not isinstance(iterator, tf.data.Iterator):
             return iterator  # it is taken inside of the graph, or is one of several replicas
         self.batch = next(iterator)
         return [self.batch]  # as `train_on_batch` hands it over
@@ -688,9 +703,6 @@ class _Sensor(Instrument):
         self["behind"] = ops.where(failed, self["behind"] + 1, 0.0)
         self["bad"] = ops.where(fine, self["bad"], 1.0)
         self["seen"] = ops.where(ops.logical_or(first, failed), math.nan, loss)
-        if self._when_built is not None and not self.model.run_eagerly:
-            with distribute.outside_graph():
-                self._when_built()
 
 
 def _bad(tensors: Sequence[Tensor]) -> Tensor:

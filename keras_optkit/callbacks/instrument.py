@@ -97,6 +97,18 @@ def is_built(model: Any) -> bool:
     return bool(model.weights) and all(layer.built for layer in sublayers(model))
 
 
+def build_as_the_first_step(model: Any, iterator: Any) -> None:
+    """Has a TensorFlow model and its optimizers make all variables that its step makes, by tracing that for nothing."""
+    import tensorflow as tf
+
+    def without_optional(spec: Any) -> Any:
+        return None if isinstance(spec, tf.OptionalSpec) else spec
+
+    if isinstance(iterator, tf.data.Iterator):
+        spec = keras.tree.map_structure(without_optional, iterator.element_spec)
+        tf.function(model.train_step, autograph=False).get_concrete_function(spec)
+
+
 # -- instruments ------------------------------------------------------------------------------------------------------
 
 
