@@ -121,7 +121,8 @@ class _Driven:
     @contextlib.contextmanager
     def with_tensors(self, sources: Mapping[str, Source], dtype: str) -> Iterator[None]:
         """Around `apply`."""
-        optimizer, attributes = self.optimizer, {}
+        optimizer = self.optimizer
+        attributes: dict[str, Any] = {}
         if not self._inside:
             self._read = set()
         for name in self.names:

@@ -58,6 +58,7 @@ class EventFile:
     def __init__(self, directory: str, known: Any = None):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        self.last: dict[bool, int]
         self.last, self._there = ({**known[1]}, {_LAYOUT, _HPARAMS}) if known else self._read(directory)
         self._writer = EventFileWriter(directory)
 
@@ -66,7 +67,7 @@ class EventFile:
         """The last steps, and which of layout and hyperparameters are there."""
         from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
-        last = {True: -1, False: -1}
+        last: dict[bool, int] = {True: -1, False: -1}
         if not Path(directory).is_dir():
             return last, set()
         events = EventAccumulator(directory, size_guidance={TENSORS: 1})  # keeps the last value of each tag
@@ -104,11 +105,12 @@ class EventFile:
         if _LAYOUT in self._there:
             return
         categories: dict[str, list[Any]] = {}
-        for category, title, patterns in CHARTS:
-            if absent and patterns[0].startswith(absent):
+        for category, title, all_patterns in CHARTS:
+            if absent and all_patterns[0].startswith(absent):
                 continue
+            patterns: list[str] = list(all_patterns)
             if patterns[0].startswith(LOGARITHMIC):
-                title, patterns = f"{title}, log10", tuple(_LOG10 + pattern for pattern in patterns)
+                title, patterns = f"{title}, log10", [_LOG10 + pattern for pattern in patterns]
             tags = layout_pb2.MultilineChartContent(tag=[f"^{pattern}$" for pattern in patterns])
             categories.setdefault(category, []).append(layout_pb2.Chart(title=title, multiline=tags))
         layout = layout_pb2.Layout(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,7 +117,8 @@ class Probe(Instrument):
             return
         names = layer_names(self.model)
         for optimizer in optimizers_of(self.model):
-            update = self._update(optimizer, self.model.trainable_variables, names)
+            head = [*_rates(optimizer), *(["loss_scale"] * _scales(optimizer)), *(["clipped"] * clips(optimizer))]
+            update = self._update(optimizer, self.model.trainable_variables, names, head)
             self.set(update.name, np.zeros(_size(update), "float32"))
             self.set(f"loss/{id(optimizer)}", 0.0, "sum")
         for name, aggregation in _SCALARS.items():
@@ -279,22 +280,19 @@ class Probe(Instrument):
         """What the optimizer is about to use, and the scale of the loss."""
         scale = _scaled_by(optimizer)(ops.ones((), "float32"))
         scalars = {name: ops.convert_to_tensor(rate) for name, rate in _rates(optimizer).items()}
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if _scales(optimizer):
             scalars["loss_scale"] = scale
         return scalars, scale
 
-    def _update(self, optimizer: Any, variables: Sequence[Any], names: Mapping[int, str]) -> Update:
+    def _update(
+        self, optimizer: Any, variables: Sequence[Any], names: Mapping[int, str], scalars: Iterable[str]
+    ) -> Update:
         """What is known of this update, now or from an earlier trace."""
         key = id(optimizer), tuple(map(distribute.key, variables))
         layers: dict[str, frozenset[int]] = {}
         for variable in variables:
             if (weight := distribute.key(variable)) in names:  # and not of a model that is trained beside this one
                 layers[names[weight]] = layers.get(names[weight], frozenset()) | {weight}
-        scalars = list(_rates(optimizer))
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            scalars.append("loss_scale")
-        if clips(optimizer):
-            scalars.append("clipped")
         name = self._updates[key].name if key in self._updates else f"update/{len(self._updates)}"
         self._updates[key] = Update(optimizer, name, tuple(scalars), layers)
         return self._updates[key]
@@ -311,7 +309,6 @@ class Probe(Instrument):
     ) -> None:
         names = layer_names(self.model)
         self._order = list(dict.fromkeys(names.values()))
-        update = self._update(optimizer, variables, names)
         own = _dense(grads, variables)
         whole = distribute.sum_over_replicas(own)
         squares = [_squares(g) / ops.square(scale) for g in whole]
@@ -321,9 +318,10 @@ class Probe(Instrument):
             [_squares(ops.subtract(_wide(a), _wide(b))) for a, b in zip(after, before, strict=True)],
             [_nonfinite(g) for g in whole],
         ]
-        if "clipped" in update.scalars:
+        if clips(optimizer):
             scalars["clipped"] = self._clipped(unscaled(optimizer), own, whole, squares, scale)
-        head = [self["execution"], *(scalars[name] for name in update.scalars)]
+        update = self._update(optimizer, variables, names, scalars)
+        head = [self["execution"], *scalars.values()]
         by_layer = [value for row in rows for value in _by_layer(row, variables, names, update.layers)]
         self._hold(update.name, ops.stack([ops.cast(value, "float32") for value in [*head, *by_layer]]))
         half = getattr(self._thread, "half", None)
@@ -413,6 +411,10 @@ def _size(update: Update) -> int:
 
 def _scaled_by(optimizer: Any) -> Callable[[Tensor], Tensor]:
     return lambda loss: type(optimizer).scale_loss(optimizer, loss)  # the class's own, which nobody watches
+
+
+def _scales(optimizer: Any) -> bool:
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
 
 def _rates(optimizer: Any) -> dict[str, Any]:
