@@ -165,7 +165,7 @@ class NonFiniteGuard(Callback):
     4. the n-th bad batch in a row, or in all, ends the training with `TrainingDivergedError`, which says which layer
        and batch were bad. "In a row" means without a new good state in between.
 
-    A copy is made every `every` batches, after the first good batch of each epoch, and where layers are thawed; it
+    A copy is made every `every` batches, after the first good batch of each epoch, and where layers are unfrozen; it
     counts as good once the next batch is. It takes as much of the host's memory as model and optimizer, for a moment
     twice that. While all is well nothing else happens: weights and metrics are those of a training without the guard.
 
@@ -177,6 +177,12 @@ class NonFiniteGuard(Callback):
     *The learning rate* is lowered by the multiplier of our optimizers, also below a schedule. Keras's optimizers must
     have a number: with a schedule only `rate_factor=1` works. A rate that another callback has set since the copy, such
     as `ReduceLROnPlateau`, is kept.
+
+    *Several optimizers*, as in a GAN: the gradients of each count, and the rates of all are lowered. A training step
+    that does not show its loss is guarded by gradients and weights alone.
+
+    *A model that its first step builds* is built before it, on TensorFlow by tracing the step once more, so that there
+    is a first state to go back to.
 
     *Together with others*: gradients that are not finite are no failure where somebody else leaves such updates out,
     that is, with a `LossScaleOptimizer` (so overflows under mixed precision are none) and with our `skip_nonfinite`;
@@ -211,7 +217,7 @@ class NonFiniteGuard(Callback):
             below 1 and the rate cannot be lowered.
         RuntimeError: While training, on another backend than TensorFlow and JAX, or with a `train_step` that goes
             through neither `optimizer.scale_loss` (on JAX: the metric "loss") nor `optimizer.apply` (on JAX:
-            `optimizer.stateless_apply`).
+            `optimizer.stateless_apply`); or where an eager step that cannot be traced builds the model, and is bad.
         TrainingDivergedError: While training, when the guard gives up.
 
     Example:

@@ -279,6 +279,9 @@ class ScheduleHyperparameters(Callback):
     `learning_rate` raises. Clipping thresholds must stay above 0. On JAX, `clipvalue` and the
     `l1_regularization_strength` of Ftrl cannot be driven.
 
+    Of several optimizers that a model holds, those are driven that have the hyperparameter, each by its own updates.
+    `keras.optimizers.MultiOptimizer` cannot be driven.
+
     When not to use it: for the learning rate alone; `optimizer = Adam(schedule)` is simpler and is saved with the
     model. Not together with another callback that sets the same hyperparameter, e.g. ReduceLROnPlateau.
 

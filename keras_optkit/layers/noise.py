@@ -40,6 +40,9 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
 
     Shapes: the output has the shape, dtype and mask of the input.
 
+    A call with `training=True` is one in training, wherever it is made: Monte-Carlo predictions by
+    `model(x, training=True)` advance the step, too. Put it back after them: `layer.step.assign(before)`.
+
     When not to use it: with a constant rate, where Keras's own layer does, or in a layer that is called several times
     in one training step (shared, or recomputed by `keras.remat`), since each call counts as a step.
 

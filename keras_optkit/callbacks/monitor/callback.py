@@ -47,7 +47,7 @@ NOISE_DECAY = 0.9
     cases=({"log_dir": "logs", "every": 3},),
 )
 class TrainingMonitor(Callback):
-    """Writes what happens in training to TensorBoard and to lines of JSON, every `every` updates.
+    """Writes what happens in training to TensorBoard and to lines of JSON, every `every` updates and at 1, 2, 4, 8, ...
 
     | tag | value |
     |---|---|
@@ -67,19 +67,24 @@ class TrainingMonitor(Callback):
     | `activation_zeros/<layer>` | the share of outputs that are 0 |
     | `activation_dead/<layer>` | the share of units that are 0 in the whole batch |
     | `weights/<variable>` | with `histograms`, a histogram of the weights |
+    | `log10_update_ratio/<layer>`, ... | in TensorBoard only, logarithms of the three values of each layer |
     | `hyperparameters/<name>` | the optimizer's other numbers in this update: `momentum`, `weight_decay`, ... |
     | `throughput/updates`, `throughput/examples` | a second, since the last write, without validation |
     | `memory/process`, `memory/process_peak`, `memory/accelerator`, `memory/accelerator_peak` | in MiB |
     | `epoch/<name>` | every epoch, everything in the epoch's logs: `epoch/loss`, `epoch/val_accuracy`, ... |
     | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped |
 
-    `<layer>` is the path of the layer without the model's name. The loss is the batch's own, whereas Keras's logs hold
+    `<layer>` is the path of the layer in the model. With several optimizers, `train/learning_rate`, `train/loss`,
+    `train/loss_scale`, `train/clip_rate` and `hyperparameters/` have the name of the attribute that holds the optimizer
+    in them, as in `train/learning_rate/d_optimizer`. What in the logs of an epoch is no number is left out, with one
+    warning. The loss is the batch's own, whereas Keras's logs hold
     the mean since the epoch began. The values are computed inside the training step, with any optimizer, in graph
     mode, with XLA, in mixed precision and on replicas, and are read only when they are written. Training itself is not
     changed.
 
     The training step is compiled twice: as it is, and with the computations, for the updates that are to be written. So
-    all other updates cost nothing, and the first one that is written waits for the compiler.
+    all other updates cost nothing, and the first one that is written waits for the compiler. The model keeps both for
+    the next `fit`.
 
     The gradient noise scale follows from the squared norms of the gradients of the batch, of B examples, and of its
     first half, of b: `‖G‖² ≈ (B ‖g_B‖² - b ‖g_b‖²) / (B - b)` and `tr(Σ) ≈ (‖g_b‖² - ‖g_B‖²) / (1/b - 1/B)`, running
@@ -101,7 +106,7 @@ class TrainingMonitor(Callback):
 
     Args:
         log_dir: Directory of the files, a string or a path; made when it does not exist.
-        every: Number of updates between two values, at least 1.
+        every: Number of updates between two values, at least 1. The first updates are written at the powers of 2 below.
         activations: A regular expression that is looked for in the paths of layers, those inside of others included;
             the first output of the matching ones is measured. On TensorFlow only. None: none.
         histograms: Writes histograms of all weights with every k-th write, k >= 1. None: never.
