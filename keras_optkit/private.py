@@ -45,6 +45,14 @@ def current_layer() -> Any:
     return scopes[-1].caller if scopes else None
 
 
+def in_stateless_scope() -> bool:
+    """Whether layers are called for the shapes of their outputs, while a model is built.
+
+    Fall-back: False.
+    """
+    return _global_attribute("stateless_scope") is not None
+
+
 def sublayers(layer: Any, *, direct: bool = False) -> list[Any]:
     """All layers inside of a layer or model, at any depth, or only those directly inside of it.
 

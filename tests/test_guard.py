@@ -460,6 +460,106 @@ def test_arguments_are_checked(arguments, error):
         NonFiniteGuard(**arguments)
 
 
+# -- models that the first step builds, and several optimizers --------------------------------------------------------
+
+ON_TAPES = "the training steps here use tapes of TensorFlow"
+
+
+def unbuilt():
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.layers.Dense(4, "tanh"), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+
+
+@pytest.mark.parametrize("make", [keras.optimizers.Adam, ok.optimizers.Adam], ids=["keras", "ours"])
+def test_a_model_that_the_first_step_builds_goes_back_to_its_first_state(make):
+    x, y = data(batches=4)
+    weights = {}
+    for name, given in {"guarded": (x, bad_targets(y, 0)), "clean": (without(x, [0]), without(y, [0]))}.items():
+        model, guard = unbuilt(), quiet(every=2, rate_factor=1.0)
+        model.compile(make(0.01), loss="mse")
+        fit(model, *given, guard)
+        assert [f.batch for f in guard.failures] == ([0] if name == "guarded" else [])
+        weights[name] = everything(model)
+    same(weights["guarded"], weights["clean"])
+
+
+@pytest.mark.only_on("tensorflow", because="fit builds models before, on JAX")
+@pytest.mark.parametrize("can_be_traced", [True, False])
+def test_eager_steps_that_build_the_model(can_be_traced):
+    class Looks(keras.Sequential):
+        def train_step(self, batch):
+            if not can_be_traced:
+                batch[0].numpy()
+            return super().train_step(batch)
+
+    x, y = data(batches=4)
+    for bad in (0, 2):
+        model, guard = Looks(unbuilt().layers), quiet()
+        model.compile("sgd", loss="mse", run_eagerly=True)
+        if bad == 0 and not can_be_traced:
+            with pytest.raises(RuntimeError, match=r"no good state to go back to: model .* was built by batch 1"):
+                fit(model, x, bad_targets(y, bad), guard)
+        else:
+            fit(model, x, bad_targets(y, bad), guard)
+            assert [f.batch for f in guard.failures] == [bad]
+            assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
+class Reconstructs(keras.Model):
+    """Without `call`, and in two parts that an optimizer each trains, if there are two."""
+
+    def __init__(self, optimizers=()):
+        super().__init__()
+        self.encoder, self.decoder = keras.layers.Dense(2, name="encoder"), keras.layers.Dense(4, name="decoder")
+        self.parts = list(optimizers)
+
+    def train_step(self, batch):
+        import tensorflow as tf
+
+        x = batch[0] if isinstance(batch, tuple) else batch
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.decoder(self.encoder(x)) - x))
+        of_layers = [self.encoder.trainable_variables, self.decoder.trainable_variables]
+        grads = tape.gradient(loss, of_layers)
+        if self.parts:
+            for optimizer, g, v in zip(self.parts, grads, of_layers, strict=True):
+                optimizer.apply(g, v)
+        else:
+            self.optimizer.apply(grads[0] + grads[1], of_layers[0] + of_layers[1])
+        return {"distance": loss}
+
+
+@pytest.mark.only_on("tensorflow", because=ON_TAPES)
+def test_a_model_without_call_is_guarded_by_its_gradients():
+    x, _ = data(batches=6)
+    x[8] = np.nan
+    model, guard = Reconstructs(), quiet(every=2)
+    model.compile(ok.optimizers.SGD(0.01))
+    fit(model, x, None, guard)
+    fit(model, x, None, guard)
+    failure = guard.failures[0]
+    assert [(f.batch, f.kind) for f in guard.failures] == [(1, "gradient")]
+    assert np.isnan(failure.loss)
+    assert "inputs of the batch" in str(failure)
+    assert "loss" not in str(failure)
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
+@pytest.mark.only_on("tensorflow", because=ON_TAPES)
+def test_gradients_of_every_optimizer_count_and_every_rate_is_lowered():
+    x, _ = data(batches=6)
+    x[16:24] *= 1e30
+    parts = [keras.optimizers.SGD(0.5**5), ok.optimizers.SGD(0.5**6)]
+    model, guard = Reconstructs(parts), quiet(every=2, recover_after=None)
+    model.encoder.build((None, 4))
+    model.decoder.build((None, 2))
+    model.compile()  # with an optimizer that is not used
+    fit(model, x, None, guard)
+    assert [(f.batch, f.kind) for f in guard.failures] == [(2, "gradient")]
+    assert [float(part.learning_rate.numpy()) for part in parts] == [0.5**6, 0.5**7]
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
 # -- ways to train ----------------------------------------------------------------------------------------------------
 
 
@@ -519,7 +619,7 @@ def test_it_works_beside_the_others_wherever_it_stands(last, tmp_path):
     x, y = data()
     guard = quiet(every=4)
     others = [
-        ok.callbacks.TrainingMonitor(tmp_path),
+        ok.callbacks.TrainingMonitor(tmp_path, every=1),
         ok.callbacks.AveragedWeights(start=1),
         ok.callbacks.EarlyStopping("val_loss", patience=9, restore_best_weights=True),
         keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=9.0),

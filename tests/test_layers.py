@@ -1,6 +1,7 @@
 """Layers: formulas against NumPy, identities with Keras's. The conformance suite has what all of them promise."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -374,3 +375,22 @@ def test_the_suite_finds_planted_bugs():
     for name in ("config_round_trip", "saving", "inference"):
         with pytest.raises(AssertionError):
             checks[name](card)
+
+
+@pytest.mark.only_on("tensorflow", because="its graph runs a step in part when data end")
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_data_of_unknown_length_add_no_step(dtype):
+    """Where they end, TensorFlow runs what does not need the batch that is missing."""
+    import tensorflow as tf
+
+    x = np.ones((6, 3), "float32")
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(2).filter(lambda *_: True)
+    rate = PolynomialDecay(0.0, 6, end_learning_rate=0.6)
+    layers = [ok.layers.ScheduledDropout(rate, noise_shape=noise, seed=1, dtype=dtype) for noise in (None, (None, 1))]
+    model = keras.Sequential([keras.Input((3,)), *layers, keras.layers.Dense(1)])
+    model.compile("sgd", loss="mse", jit_compile=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Your input ran out of data")
+        model.fit(data, epochs=3, shuffle=False, verbose=0)
+    assert [int(layer.step) for layer in layers] == [9, 9]
+    assert [int(layer.seed_generator.state[1]) for layer in layers] == [9, 9]

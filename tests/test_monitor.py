@@ -37,6 +37,8 @@ from keras_optkit.callbacks.monitor.step import Probe
 from keras_optkit.schedules import Linear
 from keras_optkit.testing.problems import two_replicas
 
+on_tensorflow = pytest.mark.only_on("tensorflow", because="tapes, or what does not come out of what JAX differentiates")
+
 
 def events(directory):
     """Tag of a scalar to a list of (step, value), in the order written, as TensorBoard reads them."""
@@ -72,7 +74,7 @@ def test_values_are_those_of_each_single_batch(room, execution, tmp_path):
     x, y = regression(dtype="float32")
     rate = Linear(0.05, 12, final=0.01)
     model = linear_model(room.SGD(rate), dtype="float32", **EXECUTION[execution])
-    fit(model, x, y, TrainingMonitor(tmp_path), validation_data=(x, y))
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), validation_data=(x, y))
     found = events(tmp_path)
     expected = numpy_run(x, y, [twin_of(rate)(t) for t in range(12)])
     for column, tag in enumerate(("train/learning_rate", "train/loss", "train/gradient_norm")):
@@ -95,7 +97,7 @@ def test_loss_has_the_regularisation_and_sample_weights_of_its_batch(tmp_path):
     )
     model.compile(optimizer=STOCK.SGD(0.0), loss="mse")
     weight = np.array([1, 3, 2, 2], "float32")
-    fit(model, x, 0 * x, TrainingMonitor(tmp_path), batch_size=2, epochs=1, sample_weight=weight)
+    fit(model, x, 0 * x, TrainingMonitor(tmp_path, every=1), batch_size=2, epochs=1, sample_weight=weight)
     expected = [(1 * 1 + 3 * 4) / 2 + 0.5, (2 * 9 + 2 * 16) / 2 + 0.5]
     assert [v for _, v in events(tmp_path)["train/loss"]] == pytest.approx(expected, rel=1e-6)
 
@@ -105,7 +107,7 @@ def test_mixed_precision_norm_is_unscaled_and_a_skipped_update_has_no_step(room,
     keras.config.set_dtype_policy("mixed_float16")
     model = counting_model(room.SGD(0.125))
     x = np.array([1, -1.5, np.inf, 0.5, 0.25], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/gradient_norm"] == [(1, 1.0), (2, 1.5), (3, 0.5), (4, 0.25)]
     assert found["train/loss"][0] == (1, 1.0)
@@ -119,7 +121,7 @@ def test_keras_multi_optimizer_is_monitored_and_cannot_be_driven(tmp_path):
     model = linear_model(STOCK.MultiOptimizer(optimizers), dtype="float32")
     with pytest.raises(ValueError, match=r"MultiOptimizer has no hyperparameter 'learning_rate'.*Allowed: none"):
         fit(model, x, y, ScheduleHyperparameters({"learning_rate": RATE}))
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     found = events(tmp_path)
     assert steps_of(found, "train/gradient_norm") == list(range(1, 7))
     assert "train/learning_rate" not in found
@@ -128,7 +130,7 @@ def test_keras_multi_optimizer_is_monitored_and_cannot_be_driven(tmp_path):
 def test_fixed_loss_scale_is_taken_out(tmp_path):
     model = counting_model(STOCK.SGD(0.125, loss_scale_factor=1024.0))
     x = np.array([1, -2], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/gradient_norm"] == [(1, 1.0), (2, 2.0)]
     assert found["train/loss"] == [(1, 1.0), (2, -1.75)]
@@ -137,8 +139,8 @@ def test_fixed_loss_scale_is_taken_out(tmp_path):
 def test_the_loss_scale_is_written_also_when_every_update_fails(tmp_path):
     model = counting_model(ok.optimizers.LossScale(STOCK.SGD(0.125), initial_scale=8.0, dynamic_growth_steps=2))
     x = np.array([1, np.inf, 1, 1, 1], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
-    fit(model, np.full_like(x, np.inf), x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
+    fit(model, np.full_like(x, np.inf), x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/loss_scale"] == [(1, 8.0), (2, 4.0), (3, 4.0), (4, 8.0)]
     assert [scale for _, scale in found["epoch/loss_scale"]] == [8.0, 1.0]
@@ -150,20 +152,27 @@ def test_rows_that_occur_twice_in_a_sparse_gradient_are_summed(tmp_path):
     model = keras.Sequential(layers)
     model.compile(optimizer=STOCK.SGD(0.0), loss=lambda _, p: ops.mean(p))
     ids = np.array([[1, 1], [1, 3]])
-    fit(model, ids, np.zeros((2, 1)), TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, ids, np.zeros((2, 1)), TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     assert [v for _, v in events(tmp_path)["train/gradient_norm"]] == pytest.approx([2.0, math.sqrt(2)], rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("every", "steps_per_execution", "expected"),
-    [(1, 1, range(1, 13)), (5, 1, [5, 10]), (1, 3, [3, 6, 9, 12]), (4, 3, [6, 9, 12]), (100, 1, [])],
+    [
+        (1, 1, range(1, 13)),
+        (5, 1, [1, 2, 4, 5, 10]),
+        (1, 3, [3, 6, 9, 12]),
+        (4, 3, [3, 6, 9, 12]),
+        (100, 1, [1, 2, 4, 8]),
+    ],
 )
 def test_every(every, steps_per_execution, expected, tmp_path):
+    """And the first updates, at powers of two: what explodes does so early."""
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32", steps_per_execution=steps_per_execution)
     fit(model, x, y, TrainingMonitor(tmp_path, every=every))
     found = events(tmp_path)
-    assert steps_of({"train/loss": []} | found, "train/loss") == list(expected)
+    assert steps_of(found, "train/loss") == list(expected)
     assert steps_of(found, "epoch/loss") == [6, 12]
 
 
@@ -171,7 +180,7 @@ def test_every(every, steps_per_execution, expected, tmp_path):
 def test_accumulation_counts_updates(room, tmp_path):
     model = counting_model(room.SGD(0.1, gradient_accumulation_steps=3))
     x = np.array([1, 2, 3, 0, 0, 3, 2, 4], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     # ours makes an update of the two that are left at the end of the epoch
     assert found_pairs(tmp_path) == [(1, 3.0), (2, 3.0), (3, 4.0)][: 3 if room is ok.optimizers else 2]
 
@@ -186,14 +195,14 @@ def test_the_step_axis_goes_on(tmp_path):
     model, monitor = linear_model(STOCK.SGD(0.01), dtype="float32"), TrainingMonitor(tmp_path, every=2)
     fit(model, x, y, monitor)
     fit(model, x, y, monitor, epochs=1)
-    assert steps_of(events(tmp_path), "train/loss") == list(range(2, 19, 2))
+    assert steps_of(events(tmp_path), "train/loss") == [1, *range(2, 19, 2)]
     model.compile(optimizer=STOCK.SGD(0.01), loss="mse")  # begins at 0 again
     fit(model, x, y, monitor, epochs=1)
-    assert steps_of(events(tmp_path), "train/loss") == list(range(2, 25, 2))
+    assert steps_of(events(tmp_path), "train/loss") == [1, *range(2, 25, 2)]
     fresh = linear_model(STOCK.SGD(0.01), dtype="float32")
     fit(fresh, x, y, TrainingMonitor(str(tmp_path), every=2), epochs=1)
     found = events(tmp_path)
-    assert steps_of(found, "train/loss") == list(range(2, 31, 2))
+    assert steps_of(found, "train/loss") == [1, *range(2, 31, 2)]
     assert steps_of(found, "epoch/loss") == [6, 12, 18, 24, 30]
 
 
@@ -202,15 +211,15 @@ def test_a_restored_optimizer_keeps_its_own_count(tmp_path):
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
     fit(model, x, y, epochs=1)  # without the monitor, which must not matter later
     model.optimizer.iterations.assign(1000)
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     assert steps_of(events(tmp_path), "train/loss") == list(range(1001, 1013))
 
 
 def test_failure_leaves_everything_written(tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
-    monitor = TrainingMonitor(tmp_path)
+    monitor = TrainingMonitor(tmp_path, every=1)
     with pytest.raises(RuntimeError, match="boom"):
         fit(model, x, y, monitor, At(boom, batch=4))
     assert steps_of(events(tmp_path), "train/loss") == [1, 2, 3, 4, 5]
@@ -225,12 +234,12 @@ def test_two_monitors_and_two_functions_share_one_step(tmp_path):
     model = linear_model(STOCK.SGD(0.7, momentum=0.1), dtype="float32")
     functions = {"learning_rate": lambda step: 0.01 * (step + 1), "momentum": lambda step: 0.05 * step}
     driven = [ScheduleHyperparameters({name: function}) for name, function in functions.items()]
-    fit(model, x, y, TrainingMonitor(tmp_path / "a"), *driven, TrainingMonitor(tmp_path / "b", every=5))
+    fit(model, x, y, TrainingMonitor(tmp_path / "a", every=1), *driven, TrainingMonitor(tmp_path / "b", every=5))
     expected = numpy_sgd(x, y, 12, *functions.values(), lambda _: 0.0)
     np.testing.assert_allclose(model.get_weights()[0], expected[-1], rtol=1e-4)
     found = {name: events(tmp_path / name)["train/learning_rate"] for name in "ab"}
     np.testing.assert_allclose([rate for _, rate in found["a"]], 0.01 * np.arange(1, 13), rtol=1e-6)
-    assert found["b"] == [found["a"][4], found["a"][9]]
+    assert found["b"] == [found["a"][step - 1] for step in (1, 2, 4, 5, 10)]
     assert not {"train_step", "make_train_function"} & set(vars(model))
 
 
@@ -241,7 +250,7 @@ def test_the_three_work_together_in_any_order(order, tmp_path):
     model = linear_model(STOCK.SGD(0.7, momentum=0.1))
     three = [
         ScheduleHyperparameters(SGD_SCHEDULES),
-        TrainingMonitor(tmp_path),
+        TrainingMonitor(tmp_path, every=1),
         EarlyStopping("val_loss", patience=9, mode="max", restore_best_weights=True),
     ]
     fit(model, x, y, *(three[i] for i in order), validation_data=(x, y), epochs=3)
@@ -260,7 +269,7 @@ def test_two_replicas_are_driven_and_monitored_as_one(room, tmp_path):
     x, y = regression()
     with two_replicas().scope():
         model = linear_model(STOCK.LossScaleOptimizer(room.SGD(0.7, momentum=0.1), initial_scale=16.0))
-    fit(model, x, y, TrainingMonitor(tmp_path), ScheduleHyperparameters(SGD_SCHEDULES))
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), ScheduleHyperparameters(SGD_SCHEDULES))
     w = numpy_sgd(x, y, 12, twin_of(RATE), twin_of(MOMENTUM), twin_of(DECAY))
     np.testing.assert_allclose(model.get_weights()[0], w[-1], rtol=1e-10)
     losses, norms = [], []
@@ -325,7 +334,15 @@ def of_layers(arrays, model):
     return {name: math.sqrt(value) for name, value in sums.items()}
 
 
-def gradient_at(model, values, x, y):
+def norm_of(arrays):
+    return math.sqrt(sum(np.sum(np.asarray(array, "float64") ** 2) for array in arrays))
+
+
+def mean_square(y, prediction):
+    return ops.mean(ops.square(ops.cast(prediction, "float32") - y))
+
+
+def gradient_at(model, values, x, y, loss_of=mean_square):
     """The gradient of one batch at noted weights, by a tape or by JAX, outside of any training step."""
     for variable, value in zip(model.variables, values, strict=True):
         variable.assign(value)
@@ -336,13 +353,13 @@ def gradient_at(model, values, x, y):
 
         def loss(weights):
             prediction, _ = model.stateless_call(weights, held, x, training=True)
-            return ops.mean(ops.square(prediction - y))
+            return loss_of(y, prediction)
 
         return [np.asarray(g) for g in jax.grad(loss)([v.value for v in model.trainable_variables])]
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
-        loss = tf.reduce_mean(tf.square(tf.cast(model(x, training=True), "float32") - y))
+        loss = loss_of(y, model(x, training=True))
     return [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, [v.value for v in model.trainable_variables])]
 
 
@@ -373,9 +390,9 @@ def test_layers_have_the_norms_that_a_tape_gives(room, execution, tmp_path):
     fit(model, x, y, TrainingMonitor(tmp_path, every=2), weights)
     found = events(tmp_path)
     assert {tag.split("/")[1] for tag in found if tag.startswith("update_ratio/")} == set(LAYERS)
-    assert steps_of(found, "update_ratio/conv") == [2, 4, 6, 8, 10, 12]
+    assert steps_of(found, "update_ratio/conv") == [1, 2, 4, 6, 8, 10, 12]
     assert_values_of_layers(found, model, weights.noted, x, y, [2, 4, 12])
-    assert [value for _, value in found["train/nonfinite"]] == [0] * 6
+    assert [value for _, value in found["train/nonfinite"]] == [0] * 7
 
 
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
@@ -415,13 +432,252 @@ def test_the_gradient_under_accumulation_is_the_micro_batch_s_and_the_change_tha
     """Also in the update of the two micro-batches that an epoch ends with."""
     model = counting_model(ok.optimizers.SGD(0.5, gradient_accumulation_steps=3, global_clipnorm=1e-3))
     x = np.array([1, 2, 6, 2, 4], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     found = events(tmp_path)
     assert found["train/gradient_norm"] == [(1, 6.0), (2, 4.0)]
     assert found["train/update_ratio"] == [
         (step, pytest.approx(5e-4 / (1.0005 - 5e-4 * step), rel=1e-3)) for step in (1, 2)
     ]
     assert "train/clip_rate" not in found
+
+
+# -- models that the first step builds, and layers that are unfrozen --------------------------------------------------
+
+
+def test_the_first_example_of_the_readme_logs_true_norms(tmp_path, request):
+    """Its model has no Input, and is built by the first step."""
+    readme = (request.config.rootpath / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    for old, new in {
+        '"runs/readme"': "log_dir",
+        "epochs=20": "epochs=1, shuffle=False",
+        "[stop, watch]": "[stop, watch, weights]",
+        "verbose=2": "verbose=0",
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    names = {"log_dir": tmp_path, "weights": Weights()}
+    exec(code, names)
+    found, model, x, y = (ok.callbacks.read_monitor(tmp_path), *(names[name] for name in ("model", "x", "y")))
+    noted = names["weights"].noted
+    loss = keras.losses.BinaryCrossentropy()
+    assert found["train/loss"].steps.tolist() == [1, 2, 4, 8, 10]
+    for step in (2, 8, 10):
+        batch = slice(32 * (step - 1), 32 * step)
+        before, after = noted[step - 1], noted[step]
+        grads = gradient_at(model, before, x[batch], y[batch][:, None], loss)
+        trained = [i for i, v in enumerate(model.variables) if v.trainable]
+        norms = {}
+        for name, places in {names["hidden"].name: trained[:2], names["output"].name: trained[2:]}.items():
+            norms[f"weight_norm/{name}"] = norm_of(before[i] for i in places)
+            change = norm_of(after[i] - before[i] for i in places)
+            norms[f"update_ratio/{name}"] = change / norms[f"weight_norm/{name}"]
+            norms[f"gradient_norm/{name}"] = norm_of(grads[trained.index(i)] for i in places)
+        norms["train/gradient_norm"], norms["train/weight_norm"] = norm_of(grads), norm_of(before[i] for i in trained)
+        for tag, value in norms.items():
+            curve = found[tag]
+            assert curve.values[curve.steps == step] == pytest.approx(value, rel=1e-4), (tag, step)
+
+
+class Subclassed(keras.Model):
+    """Without `build`; the first call makes the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = keras.Sequential(
+            [keras.layers.Dense(4, "relu", name="inner"), keras.layers.Dense(3, name="inner_1")]
+        )
+        self.head = keras.layers.Dense(1, name="head")
+
+    def call(self, x):
+        return self.head(self.block(x))
+
+
+class BuildsItself(keras.Model):
+    def build(self, shape):
+        self.only = keras.layers.Dense(1, name="only")
+        self.only.build(shape)
+
+    def call(self, x):
+        return self.only(x)
+
+
+@pytest.mark.parametrize("execution", ["graph", "eager"])
+@pytest.mark.parametrize("make", [Subclassed, BuildsItself])
+def test_layers_of_a_model_that_the_first_step_builds(make, execution, tmp_path):
+    x, y = regression(dtype="float32")
+    model, weights = make(), Weights()
+    model.compile(ok.optimizers.SGD(0.01, global_clipnorm=1e6), loss="mse", **EXECUTION[execution])
+    fit(model, x, y, TrainingMonitor(tmp_path, every=2), weights, epochs=1)
+    found = ok.callbacks.read_monitor(tmp_path)
+    layers = {"BuildsItself": {"only"}, "Subclassed": {"head", "sequential/inner", "sequential/inner_1"}}[make.__name__]
+    shown = {
+        re.sub("sequential_[0-9]+", "sequential", tag.split("/", 1)[1])
+        for tag in found
+        if "update_ratio/" in tag and tag != "train/update_ratio"
+    }
+    assert shown == layers
+    for step in (2, 4, 6):
+        trained = [a for a, v in zip(weights.noted[step - 1], model.variables, strict=True) if v.trainable]
+        curve = found["train/weight_norm"]
+        assert curve.values[curve.steps == step] == pytest.approx(norm_of(trained), rel=1e-5)
+    assert found["train/clip_rate"].values.tolist() == [0] * 4
+
+
+@on_tensorflow
+def test_activations_of_a_model_that_the_first_step_builds(tmp_path):
+    x, y = regression(4, dtype="float32")
+    model = Subclassed()
+    model.compile(STOCK.SGD(0.0), loss="mse")
+    fit(model, x, y, TrainingMonitor(tmp_path, activations="inner$"), epochs=1)
+    (name,) = {tag.split("/", 1)[1] for tag in events(tmp_path) if tag.startswith("activation_mean")}
+    expected = ops.convert_to_numpy(model.block.layers[0](x)).mean()
+    assert events(tmp_path)[f"activation_mean/{name}"] == [(1, pytest.approx(expected, rel=1e-5))]
+    other = Subclassed()
+    other.compile(STOCK.SGD(0.0), loss="mse")
+    with pytest.raises(ValueError, match="activations must match the path of a layer, got 'nothing'"):
+        fit(other, x, y, TrainingMonitor(tmp_path, activations="nothing"))
+
+
+@pytest.mark.parametrize("by", ["Unfreeze", "a second fit"])
+def test_layers_that_are_unfrozen_are_shown_from_then_on(by, tmp_path):
+    x, y = regression(8, dtype="float32")
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4, name="body"), keras.layers.Dense(1, name="head")]
+    )
+    optimizer, monitor = ok.optimizers.SGD(0.01), TrainingMonitor(tmp_path, every=1)
+    if by == "Unfreeze":
+        model.compile(optimizer, loss="mse")
+        fit(model, x, y, ok.callbacks.Unfreeze({0: "head", 1: ".*"}), monitor)
+    else:
+        model.get_layer("body").trainable = False
+        model.compile(optimizer, loss="mse")
+        fit(model, x, y, monitor, epochs=1)
+        model.get_layer("body").trainable = True
+        fit(model, x, y, monitor, epochs=1)
+    found = events(tmp_path)
+    assert steps_of(found, "weight_norm/head") == [1, 2, 3, 4]
+    assert steps_of(found, "weight_norm/body") == [3, 4]
+    body, head = (dict(found[f"weight_norm/{name}"]) for name in ("body", "head"))
+    assert dict(found["train/weight_norm"]) == {
+        step: pytest.approx(math.hypot(head[step], body.get(step, 0.0)), rel=1e-5) for step in head
+    }
+
+
+# -- several optimizers, and none -------------------------------------------------------------------------------------
+
+
+class Duel(keras.Model):
+    """Two parts of one weight with an optimizer each, where a batch makes several updates, or one of the two only.
+
+    The gradient of each part is the mean of the inputs.
+    """
+
+    def __init__(self, held, updates=lambda _: ("left", "right")):
+        super().__init__()
+        self.left, self.right = (keras.layers.Dense(1, use_bias=False, kernel_initializer="ones") for _ in range(2))
+        self.held, self.updates = held, updates
+        self.batches = 0
+        self.build((None, 1))
+
+    def build(self, shape):
+        self.left.build(shape)
+        self.right.build(shape)
+        self.built = True
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x = data[0] if isinstance(data, tuple) else data
+        self.batches += 1
+        for name in self.updates(self.batches):
+            part, optimizer = getattr(self, name), self.held[name]
+            with tf.GradientTape() as tape:
+                loss = optimizer.scale_loss(tf.reduce_mean(part(x)))
+            optimizer.apply_gradients([(tape.gradient(loss, part.kernel), part.kernel)])
+        return {"done": tf.reduce_mean(x)}
+
+
+ONES = np.array([1, 2, 3, 4], "float32")[:, None]
+
+
+@on_tensorflow
+@pytest.mark.parametrize("compiled", [{}, {"optimizer": None}], ids=["unused default", "None"])
+def test_each_of_two_optimizers_has_its_rate_and_its_layers(compiled, tmp_path):
+    held = {"left": ok.optimizers.SGD(0.5, momentum=0.5, global_clipnorm=1.5), "right": STOCK.SGD(0.25)}
+    model = Duel(held)
+    model.compile(**compiled)
+    fit(model, ONES, None, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
+    found = events(tmp_path)
+    assert [rate for _, rate in found["train/learning_rate/held/left"]] == [0.5] * 4
+    assert [rate for _, rate in found["train/learning_rate/held/right"]] == [0.25] * 4
+    assert "train/learning_rate" not in found
+    assert found["hyperparameters/held/left/momentum"][0] == (1, 0.5)
+    assert [rate for _, rate in found["train/clip_rate/held/left"]] == [0, 1 / 2, pytest.approx(2 / 3), 3 / 4]
+    names = [f"weight_norm/{layer.name}" for layer in (model.left, model.right)]
+    weights = 1 - 0.25 * np.array([0, 1, 3, 6])
+    assert [value for _, value in found[names[1]]] == pytest.approx(abs(weights))
+    assert found["train/gradient_norm"] == [(step, pytest.approx(step * math.sqrt(2))) for step in (1, 2, 3, 4)]
+    assert steps_of(found, names[0]) == [1, 2, 3, 4]
+    assert found["train/loss/held/right"][0] == (1, 1.0)
+
+
+@on_tensorflow
+def test_an_optimizer_that_rests_has_no_values(tmp_path):
+    """Eagerly, where the conditions are Python's."""
+    held = {"left": STOCK.SGD(0.5), "right": STOCK.SGD(0.25)}
+    model = Duel(held, updates=lambda batch: ("left", "right") if batch % 2 == 0 else ("left",))
+    model.compile(run_eagerly=True)
+    fit(model, ONES, None, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
+    found = events(tmp_path)
+    assert steps_of(found, f"gradient_norm/{model.left.name}") == [1, 2, 3, 4]
+    assert found[f"gradient_norm/{model.right.name}"] == [(2, 2.0), (4, 4.0)]
+    assert steps_of(found, "train/learning_rate/held/right") == [2, 4]
+
+
+@on_tensorflow
+def test_updates_are_counted_where_a_batch_makes_several(tmp_path):
+    held = {"left": STOCK.SGD(0.01), "right": STOCK.SGD(0.01)}
+    model = Duel(held, updates=lambda _: ("left", "left", "right"))
+    model.compile(optimizer=None)
+    fit(model, np.tile(ONES, (3, 1)), None, TrainingMonitor(tmp_path, every=6), batch_size=1, epochs=1)
+    assert steps_of(events(tmp_path), "train/gradient_norm") == [2, 4, 6, 12, 18, 24]
+
+
+def test_an_epoch_without_an_update_is_written_also_the_first_one(tmp_path):
+    model = counting_model(ok.optimizers.SGD(0.1, skip_nonfinite=9))
+    x = np.array([np.nan, np.nan], "float32")[:, None]
+    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1)
+    fit(model, ONES, ONES, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    assert steps_of(events(tmp_path), "epoch/loss") == [0, 1, 5]
+
+
+def test_rates_inside_of_keras_s_multi_optimizer(tmp_path):
+    x, y = regression(8, dtype="float32")
+    parts = {"kernel": STOCK.SGD(0.1), "bias": STOCK.SGD(0.2)}
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, name="dense")])
+    model.compile(STOCK.MultiOptimizer(lambda v: parts[v.path.split("/")[-1]]), loss="mse")
+    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    found = events(tmp_path)
+    rates = {tag: pairs[0] for tag, pairs in found.items() if tag.startswith("train/learning_rate")}
+    assert sorted(rates.values()) == [(1, pytest.approx(0.1)), (1, pytest.approx(0.2))]
+    assert set(rates) == {"train/learning_rate/0", "train/learning_rate/1"}
+
+
+def test_what_is_no_number_in_the_logs_is_left_out_with_one_warning(tmp_path):
+    values = {"array": np.ones(3), "text": "warm-up", "nothing": None, "scalar": np.array([2.0]), "flag": True}
+
+    class Own(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs.update(values)
+
+    x, y = regression(4, dtype="float32")
+    with pytest.warns(UserWarning, match=r"'array' \(ndarray\), 'text' \(str\), 'nothing' \(NoneType\)") as caught:
+        fit(linear_model("sgd", dtype="float32"), x, y, Own(), TrainingMonitor(tmp_path), epochs=3)
+    assert len([w for w in caught if "TrainingMonitor" in str(w.message)]) == 1
+    found = events(tmp_path)
+    assert {tag for tag in found if tag.startswith("epoch/")} == {"epoch/loss", "epoch/scalar", "epoch/flag"}
+    assert [value for _, value in found["epoch/scalar"]] == [2.0] * 3
 
 
 # -- single values ----------------------------------------------------------------------------------------------------
@@ -432,7 +688,7 @@ def test_the_gradient_under_accumulation_is_the_micro_batch_s_and_the_change_tha
 def test_clip_rate(room, limit, tmp_path):
     model = counting_model(room.SGD(0.125, **limit))
     x = np.array([1, 3, -2.5, 1.5], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == pytest.approx([0, 1 / 2, 2 / 3, 1 / 2])
 
 
@@ -443,7 +699,7 @@ def test_clip_rate_on_replicas_is_that_of_what_is_clipped(room, expected, tmp_pa
     x = np.array([1.5, 0.5, 2, 0], "float32")[:, None]  # the loss of each replica is not divided by two
     with two_replicas().scope():
         model = counting_model(room.SGD(0.125, global_clipnorm=1.8))
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=2, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=2, epochs=1)
     assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == expected
 
 
@@ -451,7 +707,7 @@ def test_numbers_that_are_not_finite_are_counted_by_layer(tmp_path):
     x, y = images(8)
     model, weights = network(STOCK.SGD(0.01)), Weights()
     x[4, 0, 0, 0] = np.nan
-    fit(model, x, y, TrainingMonitor(tmp_path), weights, epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), weights, epochs=1)
     found = events(tmp_path)
     counts = [np.sum(~np.isfinite(g)) for g in gradient_at(model, weights.noted[1], x[4:], y[4:])]
     assert found["train/nonfinite"] == [(1, 0), (2, sum(counts))]
@@ -465,7 +721,7 @@ def test_numbers_that_are_not_finite_are_counted_by_layer(tmp_path):
 def test_updates_that_were_left_out_are_counted(tmp_path):
     model = counting_model(ok.optimizers.SGD(0.125, skip_nonfinite=3))
     x = np.array([1, np.inf, 1, np.nan, np.inf, 1], "float32")[:, None]
-    fit(model, x, x, TrainingMonitor(tmp_path), batch_size=1, epochs=1)
+    fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
     assert events(tmp_path)["train/skipped"] == [(1, 0), (2, 1), (3, 3)]
 
 
@@ -478,7 +734,7 @@ def test_hyperparameters_are_those_of_the_update(driven, tmp_path):
     callbacks = [ScheduleHyperparameters(schedules)] if driven else []
     fit(linear_model(optimizer, dtype="float32"), x, y, *callbacks, TrainingMonitor(tmp_path, every=2), epochs=1)
     found = events(tmp_path)
-    expected = [(step, pytest.approx(twin_of(momentum)(step - 1))) for step in (2, 4, 6)]
+    expected = [(step, pytest.approx(twin_of(momentum)(step - 1))) for step in (1, 2, 4, 6)]
     assert found["hyperparameters/momentum"] == expected
     assert "hyperparameters/weight_decay" not in found  # a function of the user's is not called once more
     assert "hyperparameters/learning_rate" not in found
@@ -491,14 +747,12 @@ def test_throughput_counts_batches_and_memory_is_there(tmp_path, monkeypatch):
     fit(linear_model(STOCK.SGD(0.01), dtype="float32"), x, y, TrainingMonitor(tmp_path, every=2), epochs=1)
     found = events(tmp_path)
     updates, examples = dict(found["throughput/updates"]), dict(found["throughput/examples"])
-    assert list(updates) == [4, 6]
+    assert list(updates) == [2, 4, 6]
     assert examples == {step: pytest.approx(4 * rate) for step, rate in updates.items()}
     assert 10 < found["memory/process"][0][1] <= found["memory/process_peak"][0][1] + 1 < 1e6
 
 
 # -- on request -------------------------------------------------------------------------------------------------------
-
-on_tensorflow = pytest.mark.only_on("tensorflow", because="nothing comes out of what JAX differentiates")
 
 
 @on_tensorflow
@@ -518,15 +772,27 @@ def test_activations(execution, tmp_path):
     found = events(tmp_path)
     expected = {"mean": relu.mean(), "std": relu.std(), "zeros": np.mean(relu == 0), "dead": 1 / 3}
     for kind, value in expected.items():
-        assert found[f"activation_{kind}/relu"] == [(2, pytest.approx(value, rel=1e-4))], kind
-    assert found["activation_dead/hidden"] == [(2, 0)]
+        assert dict(found[f"activation_{kind}/relu"])[2] == pytest.approx(value, rel=1e-4), kind
+    assert found["activation_dead/hidden"] == [(1, 0), (2, 0)]
+
+
+@on_tensorflow
+def test_units_are_not_dead_for_nan(tmp_path):
+    """A ReLU makes 0 of NaN, on CPUs."""
+    x, y = images(4)
+    model = network(STOCK.SGD(0.1))
+    model.get_layer("conv").kernel.assign(np.full((3, 3, 2, 3), np.nan))
+    fit(model, x, y, TrainingMonitor(tmp_path, activations="conv|relu|out"), epochs=1)
+    found = events(tmp_path)
+    for tag in ("activation_dead/relu", "activation_zeros/relu", "activation_mean/conv", "activation_dead/out"):
+        assert math.isnan(found[tag][0][1]), tag
 
 
 @on_tensorflow
 def test_noise_scale_is_that_of_the_two_norms(tmp_path):
     x, y = images()
     model, weights = network(STOCK.SGD(0.01)), Weights()
-    fit(model, x, y, TrainingMonitor(tmp_path, noise_scale=True), weights, batch_size=8)
+    fit(model, x, y, TrainingMonitor(tmp_path, noise_scale=True, every=1), weights, batch_size=8)
     norm = noise = None
     found = dict(events(tmp_path)["train/noise_scale"])
     for step in range(1, 7):
@@ -547,7 +813,7 @@ def test_noise_scale_of_a_known_distribution(tmp_path):
     x = (0.2 + np.random.default_rng(0).normal(size=(6400, 100))).astype("float32")
     model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(1, use_bias=False)])
     model.compile(STOCK.SGD(0.0), loss=lambda _, p: ops.mean(p))
-    fit(model, x, x[:, :1], TrainingMonitor(tmp_path, noise_scale=True), batch_size=64, epochs=1)
+    fit(model, x, x[:, :1], TrainingMonitor(tmp_path, noise_scale=True, every=1), batch_size=64, epochs=1)
     values = [value for step, value in events(tmp_path)["train/noise_scale"] if step > 20]
     assert np.mean(values) == pytest.approx(25, rel=0.2)
 
@@ -563,7 +829,7 @@ def test_what_jax_cannot_give_is_refused(asked, tmp_path):
 def test_histograms_of_weights(tmp_path):
     x, y = images(16)
     model = network(STOCK.SGD(0.01))
-    fit(model, x, y, TrainingMonitor(tmp_path, histograms=2), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, histograms=2, every=1), epochs=1)
     from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
     from tensorboard.util import tensor_util
 
@@ -605,8 +871,8 @@ def test_only_steps_that_are_written_compute(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Probe, "_see_update", counted)
     fit(linear_model(STOCK.SGD(0.01), dtype="float32", run_eagerly=True), x, y, TrainingMonitor(tmp_path, every=3))
-    assert len(computed) == 4
-    assert steps_of(events(tmp_path), "train/loss") == [3, 6, 9, 12]
+    assert len(computed) == 6
+    assert steps_of(events(tmp_path), "train/loss") == [1, 2, 3, 6, 9, 12]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -620,8 +886,9 @@ def test_lines_hold_what_tensorboard_shows(tmp_path):
     x, y = regression(dtype="float32")
     fit(linear_model(STOCK.SGD(0.01), dtype="float32"), x, y, TrainingMonitor(tmp_path, every=4))
     found, read = events(tmp_path), ok.callbacks.read_monitor(tmp_path)
-    assert [(line["step"], line["epoch"]) for line in lines(tmp_path)] == [(4, 0), (6, 0), (8, 1), (12, 1), (12, 1)]
-    assert set(read) == set(found)
+    steps = [(line["step"], line["epoch"]) for line in lines(tmp_path)]
+    assert steps == [(1, 0), (2, 0), (4, 0), (6, 0), (8, 1), (12, 1), (12, 1)]
+    assert set(read) == {tag for tag in found if not tag.startswith("log10_")}
     for tag, curve in read.items():
         assert curve.steps.tolist() == steps_of(found, tag)
         np.testing.assert_allclose(curve.values, [value for _, value in found[tag]], rtol=1e-6)
@@ -630,12 +897,12 @@ def test_lines_hold_what_tensorboard_shows(tmp_path):
 def test_a_torn_last_line_is_cut_off_and_a_foreign_one_refused(tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     file = tmp_path / "monitor.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + b'{"step": 7, "epo')
     assert ok.callbacks.read_monitor(tmp_path)["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     assert file.read_bytes().startswith(whole)
     assert ok.callbacks.read_monitor(tmp_path)["train/loss"].steps.tolist() == list(range(1, 13))
     file.write_bytes(b"something else\n" + whole)
@@ -646,10 +913,10 @@ def test_a_torn_last_line_is_cut_off_and_a_foreign_one_refused(tmp_path):
 def test_a_torn_event_file_is_continued(tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     (file,) = tmp_path.glob("events*")
     file.write_bytes(file.read_bytes()[:-7])  # of the epoch's values
-    fit(model, x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     found = events(tmp_path)
     assert steps_of(found, "train/loss") == list(range(1, 13))
     assert steps_of(found, "epoch/loss") == [12]
@@ -660,9 +927,23 @@ def test_nothing_to_read_or_plot_raises(tmp_path):
         ok.callbacks.read_monitor(tmp_path)
 
 
+def test_layers_are_charted_by_their_logarithms(tmp_path):
+    """Of 0 there is none."""
+    x, y = images(8)
+    model = network(STOCK.SGD(0.01))
+    model.get_layer("out").kernel.assign(np.zeros((4, 1)))
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    found = events(tmp_path)
+    assert dict(found["gradient_norm/conv"])[1] == 0
+    assert found["log10_gradient_norm/conv"] == [
+        (2, pytest.approx(math.log10(found["gradient_norm/conv"][1][1]), rel=1e-5))
+    ]
+    assert "log10_gradient_norm/conv" not in ok.callbacks.read_monitor(tmp_path)
+
+
 def test_plot_draws_the_charts_of_the_layout(tmp_path):
     x, y = images(16)
-    fit(network(STOCK.SGD(0.01)), x, y, TrainingMonitor(tmp_path), epochs=1)
+    fit(network(STOCK.SGD(0.01)), x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     figure = ok.callbacks.plot_monitor(tmp_path)
     charts = {axes.get_title(): axes for axes in figure.axes}
     assert "training: loss" in charts
@@ -671,6 +952,9 @@ def test_plot_draws_the_charts_of_the_layout(tmp_path):
         line.get_label(): line.get_ydata() for line in charts["layers: update-to-weight ratio by layer"].get_lines()
     }
     assert set(drawn) == {f"update_ratio/{name}" for name in LAYERS}
+    chart = charts["layers: update-to-weight ratio by layer"]
+    assert chart.get_yscale() == "log"
+    assert [text.get_text() for text in chart.get_legend().get_texts()] == list(drawn)
     assert drawn["update_ratio/out"].tolist() == ok.callbacks.read_monitor(tmp_path)["update_ratio/out"].values.tolist()
 
 
@@ -695,7 +979,7 @@ def test_layout_and_hparams_are_written_once(hparams, tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(ok.optimizers.SGD(Linear(0.01, 9), momentum=0.5), dtype="float32")
     for _ in range(2):
-        fit(model, x, y, TrainingMonitor(tmp_path, hparams=hparams))
+        fit(model, x, y, TrainingMonitor(tmp_path, hparams=hparams, every=1))
     (layout,) = summaries(tmp_path, "custom_scalars")
     charts = [
         pattern
@@ -703,7 +987,8 @@ def test_layout_and_hparams_are_written_once(hparams, tmp_path):
         for chart in category.chart
         for pattern in chart.multiline.tag
     ]
-    shown = [tag for tag in events(tmp_path) if not tag.startswith("hyperparameters/")]
+    not_shown = ("hyperparameters/", "update_ratio/", "gradient_norm/", "weight_norm/")  # but their logarithms
+    shown = [tag for tag in events(tmp_path) if not tag.startswith(not_shown)]
     assert all(any(re.match(pattern, tag) for pattern in charts) for tag in shown)
     written = summaries(tmp_path, "hparams")
     if hparams is None:
@@ -780,9 +1065,9 @@ def test_every_tag_rises_strictly(tmp_path):
     """Over fits, new callbacks, a new optimizer, and epochs without an update."""
     x = np.array([1, np.inf, 1, 1], "float32")[:, None]
     model = counting_model(ok.optimizers.LossScale(STOCK.SGD(0.125), initial_scale=8.0))
-    monitor = TrainingMonitor(tmp_path)
+    monitor = TrainingMonitor(tmp_path, every=1)
     bad = np.full_like(x, np.inf)
-    later = TrainingMonitor(tmp_path)
+    later = TrainingMonitor(tmp_path, every=1)
     for data, callback in ((x, monitor), (bad, monitor), (x, monitor), (bad, later)):
         fit(model, data, x, callback, batch_size=1)
     model.compile(STOCK.SGD(0.125), loss=lambda _, p: ops.mean(p))
@@ -817,7 +1102,7 @@ def test_what_cannot_be_had_is_refused_when_training_begins(tmp_path):
     with pytest.raises(
         ValueError, match=r"activations must match the path of a layer, got 'relu'\. The layers are dense"
     ):
-        fit(model, x, y, TrainingMonitor(tmp_path, activations="relu"))
+        fit(model, x, y, TrainingMonitor(tmp_path, activations="relu", every=1))
 
     class Own(keras.Sequential):
         def train_step(self, data):
@@ -826,7 +1111,7 @@ def test_what_cannot_be_had_is_refused_when_training_begins(tmp_path):
     own = Own(model.layers)
     own.compile("sgd", loss="mse")
     with pytest.raises(ValueError, match="noise_scale must be False for Own, which has a train_step of its own"):
-        fit(own, x, y, TrainingMonitor(tmp_path, noise_scale=True))
+        fit(own, x, y, TrainingMonitor(tmp_path, noise_scale=True, every=1))
     assert not {"train_step", "make_train_function"} & set(vars(own))
 
 

@@ -46,6 +46,21 @@ def test_optimizers_are_found_wherever_a_model_holds_them(hold):
     assert of_model.optimizers_of(model) == [a, b]
 
 
+def test_names_are_those_of_the_attributes():
+    a, b, c, d = sgd(), sgd(), sgd(), sgd()
+    model = Holder(inner=Holder(mine=c), both={"critics": [b]})
+    model.compile(a, "mse")
+    model.inner.compile(d, "mse")
+    assert of_model.named_optimizers_of(model) == {
+        "optimizer": a,
+        "both/critics/0": b,
+        f"{model.inner.name}/mine": c,
+        f"{model.inner.name}/optimizer": d,
+    }
+    scaled = keras.optimizers.LossScaleOptimizer(a)
+    assert of_model.unscaled(scaled) is of_model.unscaled(a) is a
+
+
 def test_optimizers_of_models_inside_are_found():
     a, b = sgd(), sgd()
     inner = Holder(mine=a)
@@ -83,3 +98,17 @@ def test_updates_are_counted_by_the_optimizer_that_is_used():
     model.compile(optimizer=None)
     assert of_model.update_counter(model) is used.iterations
     assert of_model.update_counter(keras.Sequential([])) is None
+
+
+def test_callbacks_count_the_updates_of_the_optimizer_that_is_used():
+    callback, used = ok.callbacks.EarlyStopping("loss"), sgd()
+    model = Holder(mine=used)
+    callback.set_model(model)
+    model.compile(optimizer=None)
+    model(keras.ops.ones((1, 3)))
+    used.apply([keras.ops.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    assert callback._updates() == 1
+    other = Holder()
+    other.compile(optimizer=None)
+    callback.set_model(other)
+    assert callback._updates() == 0

@@ -10,6 +10,7 @@ from keras_optkit.private import (
     current_layer,
     forget_trace,
     global_seed,
+    in_stateless_scope,
     known_variables,
     op_determinism,
     schedule_of,
@@ -38,6 +39,20 @@ def test_the_layer_at_work_is_known():
     layer.build((None, 3))
     assert seen == [layer]
     assert current_layer() is None
+
+
+def test_calls_for_shapes_are_told_from_others():
+    seen = []
+
+    class Spy(layers.Layer):
+        def call(self, x):
+            seen.append(in_stateless_scope())
+            return x
+
+    spy = Spy()
+    spy(keras.ops.ones((1, 2)))
+    spy(keras.Input((2,)))
+    assert seen == [False, True]
 
 
 def test_layers_at_any_depth_are_found():

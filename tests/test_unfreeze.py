@@ -379,7 +379,7 @@ def test_it_goes_together_with_what_reaches_into_the_step(tmp_path):
     fit(
         model,
         *data(),
-        TrainingMonitor(tmp_path / "logs"),
+        TrainingMonitor(tmp_path / "logs", every=1),
         AveragedWeights(),
         Unfreeze(STAGES),
         checkpoint,

@@ -19,11 +19,19 @@ from keras import ops, tree
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
-from keras_optkit.callbacks.instrument import around, compile_anew, shared
+from keras_optkit.callbacks.instrument import (
+    Hook,
+    Instrument,
+    around,
+    attach,
+    build_as_the_first_step,
+    detach,
+    is_built,
+)
 from keras_optkit.callbacks.state import Copies, TrainingState
-from keras_optkit.optimizers import Optimizer
-from keras_optkit.optimizers.distribute import is_sparse
-from keras_optkit.private import sublayers
+from keras_optkit.optimizers import Optimizer, distribute
+from keras_optkit.optimizers.of_model import innermost, optimizers_of
+from keras_optkit.private import known_variables, sublayers
 from keras_optkit.registry import register
 
 Tensor = Any
@@ -57,7 +65,7 @@ class Failure:
         epoch: Its epoch, counted from 0.
         batch: Its batch in this epoch, counted from 0.
         kind: What was wrong: `"loss"` (not finite), `"spike"`, `"gradient"` or `"weight"` (not finite).
-        loss: The loss of this batch.
+        loss: The loss of this batch; NaN also where the training step does not show it.
         limit: The loss above which it would have been a spike; infinity if there was no limit yet.
         layer: Path of the first layer that was bad, or None if none was, or none was found.
         in_data: Whether the batch itself was found to hold numbers that are not finite.
@@ -74,11 +82,12 @@ class Failure:
     where: str
 
     def __str__(self) -> str:
+        at = "" if math.isnan(self.loss) else f", at a loss of {self.loss:g}"
         what = {
             "loss": f"the loss is {self.loss:g}",
             "spike": f"the loss is {self.loss:g}, a spike above {self.limit:g}",
-            "gradient": f"gradients are not finite, at a loss of {self.loss:g}",
-            "weight": f"the update has made weights that are not finite, at a loss of {self.loss:g}",
+            "gradient": f"gradients are not finite{at}",
+            "weight": f"the update has made weights that are not finite{at}",
         }[self.kind]
         return f"{what}, in batch {self.batch + 1} of epoch {self.epoch + 1}; {self.where}"
 
@@ -89,6 +98,7 @@ class _Found(NamedTuple):
     where: str
     layer: str | None = None
     in_data: bool = False
+    failed: bool = False  # whether the search has
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -155,7 +165,7 @@ class NonFiniteGuard(Callback):
     4. the n-th bad batch in a row, or in all, ends the training with `TrainingDivergedError`, which says which layer
        and batch were bad. "In a row" means without a new good state in between.
 
-    A copy is made every `every` batches, after the first good batch of each epoch, and where layers are thawed; it
+    A copy is made every `every` batches, after the first good batch of each epoch, and where layers are unfrozen; it
     counts as good once the next batch is. It takes as much of the host's memory as model and optimizer, for a moment
     twice that. While all is well nothing else happens: weights and metrics are those of a training without the guard.
 
@@ -167,6 +177,12 @@ class NonFiniteGuard(Callback):
     *The learning rate* is lowered by the multiplier of our optimizers, also below a schedule. Keras's optimizers must
     have a number: with a schedule only `rate_factor=1` works. A rate that another callback has set since the copy, such
     as `ReduceLROnPlateau`, is kept.
+
+    *Several optimizers*, as in a GAN: the gradients of each count, and the rates of all are lowered. A training step
+    that does not show its loss is guarded by gradients and weights alone.
+
+    *A model that its first step builds* is built before it, on TensorFlow by tracing the step once more, so that there
+    is a first state to go back to.
 
     *Together with others*: gradients that are not finite are no failure where somebody else leaves such updates out,
     that is, with a `LossScaleOptimizer` (so overflows under mixed precision are none) and with our `skip_nonfinite`;
@@ -201,7 +217,7 @@ class NonFiniteGuard(Callback):
             below 1 and the rate cannot be lowered.
         RuntimeError: While training, on another backend than TensorFlow and JAX, or with a `train_step` that goes
             through neither `optimizer.scale_loss` (on JAX: the metric "loss") nor `optimizer.apply` (on JAX:
-            `optimizer.stateless_apply`).
+            `optimizer.stateless_apply`); or where an eager step that cannot be traced builds the model, and is bad.
         TrainingDivergedError: While training, when the guard gives up.
 
     Example:
@@ -244,7 +260,7 @@ class NonFiniteGuard(Callback):
         self.max_total = arguments.integer("max_total", max_total, 1, optional=True)
         self.find_layer = arguments.boolean("find_layer", find_layer)
         self.verbose = arguments.choice("verbose", verbose, (0, 1))
-        self._detach: list[Callable[[], None]] = []
+        self._sensor: Any = None
         self._reset()
 
     def _reset(self) -> None:
@@ -269,31 +285,14 @@ class NonFiniteGuard(Callback):
         self._reset()
         model = self.model
         self._watched = model  # on JAX, asking for self.model ends the epoch's quick way from step to step
-        self._optimizer = model.optimizer
-        self._rates = _rates(model.optimizer)
+        self._parts = [part for optimizer in optimizers_of(model) for part in innermost(optimizer)]
         self._refuse_what_cannot_be_lowered()
         self._weights = list(model.trainable_variables)
         _refuse_what_is_not_finite(self._weights)
-        self._judged = False  # whether the step that was traced does what it should
-        self._batch: Any = None
         self._train_function: Any = None
-        self._values = shared(model, _SCALARS, "float32")
-        self._detach = [self._values.close, *self._hooks()]
+        self._sensor = attach(model, "NonFiniteGuard", lambda: _Sensor(model))
+        self._sensor.begin_fit(self.find_layer, None if self._can_be_copied() else self._take_first_copy)
         self._look_anew()
-        compile_anew(model)
-
-    def _hooks(self) -> list[Callable[[], None]]:
-        """Around the same methods as those of `TrainingMonitor`, for the same reasons."""
-        if keras.config.backend() == "tensorflow":
-            return [
-                around(self._optimizer, "scale_loss", self._see_loss),
-                around(self._optimizer, "apply", self._see_update),
-            ]
-        losses = [m for m in self._watched.metrics if m.name == "loss"]
-        return [
-            *(around(metric, "update_state", self._see_loss_last) for metric in losses),
-            around(self._optimizer, "stateless_apply", self._see_stateless),
-        ]
 
     def _refuse_what_cannot_be_lowered(self) -> None:
         if self.rate_factor == 1:
@@ -305,11 +304,12 @@ class NonFiniteGuard(Callback):
                     "rate_factor must be 1 if ScheduleHyperparameters drives the learning rate, "
                     f"got {self.rate_factor!r}."
                 )
-        if any(rate is None for rate in self._rates):
-            raise ValueError(
-                f"rate_factor must be 1 for {self._optimizer!r}, whose learning rate is no number that could be "
-                f"lowered, got {self.rate_factor!r}. Our optimizers can be lowered below a schedule."
-            )
+        for part, rate in zip(self._parts, self._rates, strict=True):
+            if rate is None:
+                raise ValueError(
+                    f"rate_factor must be 1 for {part!r}, whose learning rate is no number that could be "
+                    f"lowered, got {self.rate_factor!r}. Our optimizers can be lowered below a schedule."
+                )
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end()
@@ -318,64 +318,19 @@ class NonFiniteGuard(Callback):
         self._end()
 
     def _end(self) -> None:
-        for detach in self._detach:
-            detach()
-        if self._detach:
-            self._detach = []
-            compile_anew(self.model)
-        self._good = self._candidate = self._batch = None
+        """Lets go of everything but the failures."""
+        if self._sensor is not None:
+            detach(self._sensor)
+        self._sensor = self._watched = self._train_function = None
+        self._parts, self._weights = [], []
+        self._good = self._candidate = None
         self._spare = Copies()
 
-    # -- inside the training step -------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _see_loss(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
-        self._values["loss"] = loss
-        yield
-
-    @contextlib.contextmanager
-    def _see_update(self, grads: Sequence[Tensor | None], *_: Any, **__: Any) -> Iterator[None]:
-        self._hold_gradients(grads)
-        yield
-        self._hold_weights([ops.convert_to_tensor(weight) for weight in self._weights])
-        self._judge()
-
-    @contextlib.contextmanager
-    def _see_stateless(
-        self, _: Sequence[Tensor], grads: Sequence[Tensor], *__: Any, **___: Any
-    ) -> Iterator[Callable[[Any], None]]:
-        self._hold_gradients(grads)
-        yield lambda result: self._hold_weights(result[0])
-
-    @contextlib.contextmanager
-    def _see_loss_last(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
-        if self._values.in_step:  # and not in the validation
-            self._values["loss"] = loss
-            self._judge()
-        yield
-
-    def _hold_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        if not _leaves_bad_updates_out(self._optimizer):
-            values = [g.values if is_sparse(g) else g for g in grads if g is not None]
-            places = [place for place, g in enumerate(grads, 1) if g is not None]
-            self._values["gradient"] = _last_bad(_over_replicas(_bad(values)), places)
-
-    def _hold_weights(self, weights: Sequence[Tensor]) -> None:
-        self._values["weight"] = _last_bad(_bad(weights), range(1, len(weights) + 1))
-
-    def _judge(self) -> None:
-        """Keeps what the first bad step since the host has looked was like."""
-        values = self._values
-        loss, failed = values["loss"], values["bad"] > 0
-        fine = ops.logical_and(ops.isfinite(loss), loss <= values["limit"])
-        fine = ops.logical_and(fine, values["gradient"] + values["weight"] == 0)
-        first = ops.logical_not(ops.logical_or(fine, failed))
-        for name in ("loss", "gradient", "weight"):
-            values[f"bad_{name}"] = ops.where(first, values[name], values[f"bad_{name}"])
-        values["behind"] = ops.where(failed, values["behind"] + 1, 0.0)
-        values["bad"] = ops.where(fine, values["bad"], 1.0)
-        values["seen"] = ops.where(ops.logical_or(first, failed), math.nan, loss)
-        self._judged = True
+    @property
+    def _rates(self) -> list[keras.Variable | None]:
+        """For each optimizer the variable that its rate is proportional to; None for a schedule of Keras's."""
+        rates = [p._multiplier if isinstance(p, Optimizer) else getattr(p, "learning_rate", None) for p in self._parts]
+        return [rate if isinstance(rate, keras.Variable) else None for rate in rates]
 
     # -- batch by batch -----------------------------------------------------------------------------------------------
 
@@ -383,7 +338,19 @@ class NonFiniteGuard(Callback):
         self._epoch = epoch
         self._first_of_epoch = True
         self._reset_metrics = False
+        if self._can_be_copied():
+            self._take_first_copy()
+
+    def _can_be_copied(self) -> bool:
+        """Whether there are weights already; on TensorFlow the first step may make them."""
+        return keras.config.backend() == "jax" or is_built(self._watched) or self._updates() > 0
+
+    def _take_first_copy(self) -> None:
+        """The state that training begins with."""
         if self._good is None:
+            self._parts = [part for optimizer in optimizers_of(self._watched) for part in innermost(optimizer)]
+            self._weights = list(self._watched.trainable_variables)
+            _refuse_what_is_not_finite(self._weights)
             self._good = _Copy.of(self.model, -1, Copies())
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
@@ -391,31 +358,29 @@ class NonFiniteGuard(Callback):
         if self._reset_metrics:
             self.model.reset_metrics()
             self._reset_metrics = False
-        if self._watched.train_function is not self._train_function:  # somebody has made it anew
+        if self._watched.train_function is not self._train_function:  # somebody has had it made again
             self._look_at_what_is_trained()
-            if self.find_layer:
-                self._watched.train_function = self._holding_the_batch(self._watched.train_function)
             self._train_function = self._watched.train_function
 
     def _look_at_what_is_trained(self) -> None:
-        """The state from before a layer was thawed cannot be set any more; that of now is no worse."""
+        """The state from before a layer was unfrozen cannot be set any more; that of now is no worse."""
         before, self._weights = self._weights, list(self._watched.trainable_variables)
         if before and [id(weight) for weight in before] != [id(weight) for weight in self._weights]:
             self._good = _Copy.of(self.model, -1 if self._first_of_epoch else self._epoch, Copies())
             self._candidate = None
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        if not self._judged:
+        if not self._sensor.sees:
             raise RuntimeError(
                 "NonFiniteGuard sees neither loss nor gradients of a train_step that does not go through "
                 "optimizer.scale_loss and optimizer.apply (on JAX: the metric 'loss' and optimizer.stateless_apply)."
             )
-        seen = number(self._values["seen"])
+        seen = number(self._sensor["seen"])
         if math.isnan(seen):
             self._go_on_from_good(batch)
         else:
             self._take_as_good(seen, batch + 1 - self._begun_at)
-        self._batch = None
+        self._sensor.batch = None
 
     def _take_as_good(self, loss: float, batches: int) -> None:
         if self._candidate is not None:
@@ -435,7 +400,11 @@ class NonFiniteGuard(Callback):
 
     def _go_on_from_good(self, batch: int) -> None:
         model, good = self.model, self._good
-        assert good is not None
+        if good is None:  # an eager step that cannot be traced has built the model, and changed it
+            raise RuntimeError(
+                f"NonFiniteGuard has no good state to go back to: model {model.name!r} was built by batch {batch + 1}, "
+                "which was bad. Build it before `fit`, for example by calling it on a batch."
+            )
         # what goes on: the generators of random numbers, and the rate that somebody may have set meanwhile
         state = dataclasses.replace(good.state, generators=TrainingState.of(model).generators)
         rates = [number(rate) for rate in self._rates if rate is not None]
@@ -477,13 +446,13 @@ class NonFiniteGuard(Callback):
             if not self._level:
                 self._level = abs(statistics.median(self._losses))
             self._limit = _limit(self._losses, self.spike, self._level)
-            self._values["limit"] = self._limit
+            self._sensor["limit"] = self._limit
 
     def _look_anew(self) -> None:
         """Sets what the step keeps to what it is before the first step."""
         for name in _SCALARS:
-            self._values[name] = 0.0
-        self._values["limit"] = self._limit
+            self._sensor[name] = 0.0
+        self._sensor["limit"] = self._limit
 
     # -- the learning rate --------------------------------------------------------------------------------------------
 
@@ -505,31 +474,13 @@ class NonFiniteGuard(Callback):
 
     # -- where it was -------------------------------------------------------------------------------------------------
 
-    def _holding_the_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Keras's `train_function`, with a reference to the batch that it works on."""
-
-        def on_jax(state: Any, iterator: Iterator[Any]) -> Any:
-            return function(state, _Remembering(iterator, self))
-
-        def on_tensorflow(iterator: Iterator[Any]) -> Any:
-            import tensorflow as tf
-
-            if self._watched.steps_per_execution > 1 or not isinstance(iterator, tf.data.Iterator):
-                return function(iterator)  # it is taken inside of the graph, or is one of several replicas
-            self._batch = next(iterator)
-            return function([self._batch])  # as `train_on_batch` hands it over
-
-        return on_jax if keras.config.backend() == "jax" else on_tensorflow
-
-    def remember(self, batch: Any) -> None:
-        """Holds a batch until its step is judged."""
-        self._batch = batch
-
     def _failure(self, batch: int) -> Failure:
-        values = {name: number(self._values[name]) for name in ("bad_loss", "bad_gradient", "bad_weight", "behind")}
+        sensor = self._sensor
+        values = {name: number(sensor[name]) for name in ("bad_loss", "bad_gradient", "bad_weight", "behind")}
         loss, behind = values["bad_loss"], int(values["behind"])
         gradient, weight = (
-            self._weights[int(place) - 1] if place else None for place in (values["bad_gradient"], values["bad_weight"])
+            sensor.variables[int(place) - 1] if place else None
+            for place in (values["bad_gradient"], values["bad_weight"])
         )
         if not math.isfinite(loss):
             kind = "loss"
@@ -537,10 +488,13 @@ class NonFiniteGuard(Callback):
             kind = "spike"
         else:
             kind = "weight" if gradient is None else "gradient"
+        if not sensor.sees_loss:
+            loss = math.nan
         found = None
-        if self._batch is not None and behind == 0 and kind != "spike":
-            found = _look_at(self._watched, self._batch)
-        found = found or self._seen_in_step(gradient, weight)
+        if sensor.batch is not None and behind == 0 and kind != "spike":
+            found = _look_at(self._watched, sensor.batch)
+        if found is None or (found.failed and (gradient is not None or weight is not None)):
+            found = self._seen_in_step(gradient, weight)
         return Failure(self._epoch, batch - behind, kind, loss, self._limit, found.layer, found.in_data, found.where)
 
     def _seen_in_step(self, gradient: Any, weight: Any) -> _Found:
@@ -591,15 +545,14 @@ class NonFiniteGuard(Callback):
 
 
 class _Remembering:
-    """An iterator that tells a guard what it has given."""
+    """An iterator that tells a sensor what it has given."""
 
-    def __init__(self, iterator: Iterator[Any], guard: NonFiniteGuard):
-        self._iterator, self._guard = iterator, guard
+    def __init__(self, iterator: Iterator[Any], sensor: _Sensor):
+        self._iterator, self._sensor = iterator, sensor
 
     def __next__(self) -> Any:
-        batch = next(self._iterator)
-        self._guard.remember(batch)
-        return batch
+        self._sensor.batch = next(self._iterator)
+        return self._sensor.batch
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -620,6 +573,142 @@ def _limit(losses: Sequence[float] | deque[float], z: float, level: float) -> fl
 
 
 # -- inside of the step -----------------------------------------------------------------------------------------------
+
+
+class _Sensor(Instrument):
+    """Judges every step, after it: whether its loss, gradients and weights are finite, and the loss is no spike.
+
+    Attributes:
+        variables: Those of which gradients or weights were seen; the values "gradient" and "weight" are places here,
+            counted from 1.
+        sees: Whether the step that was traced has shown anything.
+        sees_loss: Whether it has shown its loss.
+        batch: The batch that the last step has worked on, if it is to be held.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__(model, _SCALARS)
+        self.variables: list[Any] = []
+        self._places: dict[int, int] = {}
+        self.sees = self.sees_loss = self.holds = False
+        self.batch: Any = None
+        self._when_built: Callable[[], None] | None = None
+
+    def begin_fit(self, holds: bool, when_built: Callable[[], None] | None) -> None:
+        """Says whether batches are held, and what to call when a model that is not built will be."""
+        self.holds, self._when_built = holds, when_built
+
+    def release(self) -> None:
+        """Lets go of the batch and of the callback."""
+        self.batch = self._when_built = None
+
+    def hooks(self) -> list[Callable[[], None]]:
+        """Around the same methods as those of `TrainingMonitor`, for the same reasons."""
+        hooks = []
+        on_tensorflow = keras.config.backend() == "tensorflow"
+        if not on_tensorflow:
+            losses = [metric for metric in self.model.metrics if metric.name == "loss"]
+            hooks += [around(metric, "update_state", self._see_loss) for metric in losses]
+        for optimizer in optimizers_of(self.model):
+            if on_tensorflow:
+                hooks.append(around(optimizer, "scale_loss", self._see_loss))
+                hooks.append(around(optimizer, "apply", self._see_apply(optimizer)))
+            else:
+                hooks.append(around(optimizer, "stateless_apply", self._see_stateless_apply(optimizer)))
+        return hooks
+
+    def feed(self, iterator: Any) -> Any:
+        """Keeps a reference to the batch, where it is at hand; has a model that is not built be, on TensorFlow."""
+        if keras.config.backend() == "jax":
+            return _Remembering(iterator, self) if self.holds else iterator
+        import tensorflow as tf
+
+        if self._when_built is not None:
+            when_built, self._when_built = self._when_built, None
+            with contextlib.suppress(Exception) if self.model.run_eagerly else contextlib.nullcontext():
+                build_as_the_first_step(self.model, iterator)
+                when_built()
+        if not self.holds or self.model.steps_per_execution > 1 or not isinstance(iterator, tf.data.Iterator):
+            return iterator  # it is taken inside of the graph, or is one of several replicas
+        self.batch = next(iterator)
+        return [self.batch]  # as `train_on_batch` hands it over
+
+    # -- inside of the step -------------------------------------------------------------------------------------------
+
+    def begin(self, *_: Any) -> None:
+        """Nothing bad has been seen in this step."""
+        for name in ("loss", "gradient", "weight"):
+            self[name] = ops.zeros((), "float32")
+        self._thread.losses = []
+
+    @contextlib.contextmanager
+    def _see_loss(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
+        if self.in_step:  # and not in a validation
+            self._thread.losses.append(ops.cast(loss, "float32"))
+        yield
+
+    def _see_apply(self, optimizer: Any) -> Hook:
+        @contextlib.contextmanager
+        def see_apply(
+            grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None
+        ) -> Iterator[None]:
+            variables = list(trainable_variables or known_variables(optimizer) or self.model.trainable_variables)
+            self._see_gradients(optimizer, grads, variables)
+            yield
+            self._see_weights([ops.convert_to_tensor(variable) for variable in variables], variables)
+
+        return see_apply
+
+    def _see_stateless_apply(self, optimizer: Any) -> Hook:
+        @contextlib.contextmanager
+        def see_stateless_apply(
+            _: Sequence[Tensor], grads: Sequence[Tensor], *__: Any, **___: Any
+        ) -> Iterator[Callable[[Any], None]]:
+            variables = list(known_variables(optimizer) or self.model.trainable_variables)
+            self._see_gradients(optimizer, grads, variables)
+            yield lambda result: self._see_weights(result[0], variables)
+
+        return see_stateless_apply
+
+    def _see_gradients(self, optimizer: Any, grads: Sequence[Tensor | None], variables: Sequence[Any]) -> None:
+        self.sees = True
+        if not _leaves_bad_updates_out(optimizer):
+            present = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
+            values = [g.values if distribute.is_sparse(g) else g for g, _ in present]
+            self._hold("gradient", _over_replicas(_bad(values)), [v for _, v in present])
+
+    def _see_weights(self, values: Sequence[Tensor], variables: Sequence[Any]) -> None:
+        self._hold("weight", _bad(values), variables)
+
+    def _hold(self, name: str, bad: Tensor, variables: Sequence[Any]) -> None:
+        """The place of the last bad one, if there is any."""
+        place = _last_bad(bad, [self._place(variable) for variable in variables])
+        self[name] = ops.where(place > 0, place, self[name])
+
+    def _place(self, variable: Any) -> int:
+        key = distribute.key(variable)
+        if key not in self._places:
+            self.variables.append(variable)
+            self._places[key] = len(self.variables)
+        return self._places[key]
+
+    def end(self) -> None:
+        """Keeps what the first bad step since the host has looked was like."""
+        losses = [loss for loss in self._thread.losses if distribute.is_here(loss)]
+        self._thread.losses = []
+        self.sees_loss |= bool(losses)
+        self.sees |= bool(losses)
+        if losses:
+            self["loss"] = sum(losses[1:], losses[0])
+        loss, failed = self["loss"], self["bad"] > 0
+        fine = ops.logical_and(ops.isfinite(loss), loss <= self["limit"])
+        fine = ops.logical_and(fine, self["gradient"] + self["weight"] == 0)
+        first = ops.logical_not(ops.logical_or(fine, failed))
+        for name in ("loss", "gradient", "weight"):
+            self[f"bad_{name}"] = ops.where(first, self[name], self[f"bad_{name}"])
+        self["behind"] = ops.where(failed, self["behind"] + 1, 0.0)
+        self["bad"] = ops.where(fine, self["bad"], 1.0)
+        self["seen"] = ops.where(ops.logical_or(first, failed), math.nan, loss)
 
 
 def _bad(tensors: Sequence[Tensor]) -> Tensor:
@@ -645,21 +734,6 @@ def _over_replicas(flags: Tensor) -> Tensor:
 
 
 # -- optimizers -------------------------------------------------------------------------------------------------------
-
-
-def _parts(optimizer: Any) -> list[Any]:
-    """An optimizer, or those inside of loss scaling or of a `keras.optimizers.MultiOptimizer`."""
-    inner = getattr(optimizer, "inner_optimizer", None)
-    inside = [inner] if inner is not None else getattr(optimizer, "optimizers", None)
-    return [part for each in inside for part in _parts(each)] if inside else [optimizer]
-
-
-def _rates(optimizer: Any) -> list[keras.Variable | None]:
-    """For each part the variable that its rate is proportional to; None for a schedule of Keras's optimizers."""
-    rates = [
-        p._multiplier if isinstance(p, Optimizer) else getattr(p, "learning_rate", None) for p in _parts(optimizer)
-    ]
-    return [rate if isinstance(rate, keras.Variable) else None for rate in rates]
 
 
 def _leaves_bad_updates_out(optimizer: Any) -> bool:
@@ -701,7 +775,7 @@ def _look_at(model: Any, batch: Any) -> _Found | None:
     try:
         loss = _watched_loss(model, layers, x, y, sample_weight)
     except Exception as error:  # this is a second run, of what went through; the failure is what has to be told
-        return _Found(f"the search of the layer failed with {error!r}")
+        return _Found(f"the search of the layer failed with {error!r}", failed=True)
     if layers:
         return _Found(f"the output of layer {layers[0]!r} is the first that is not finite", layers[0])
     return None if _finite(loss) else _Found("all layers are finite, but not the loss function of what they give")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,13 +16,17 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
-from keras_optkit.callbacks.instrument import Shared, around, compile_anew, shared
+from keras_optkit.callbacks.instrument import Hook, Instrument, around, attach, detach, frozen, renew
 from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.of_model import optimizers_of, unscaled
 from keras_optkit.precision import scalar_dtype
+from keras_optkit.private import known_variables
 from keras_optkit.registry import register
 from keras_optkit.schedules import Cosine, Linear, Schedule
 
 Tensor = Any
+#: A schedule, or what stands in for a function.
+Source = Callable[[Any], Any]
 
 #: Numbers that Keras hands to `jnp.clip`, which takes no tensor in disguise (`Driven`).
 _NUMBERS_ON_JAX = {"clipvalue", "l1_regularization_strength"}
@@ -104,17 +108,146 @@ def _add_arithmetic() -> None:
 _add_arithmetic()
 
 
+class _Driven:
+    """One optimizer whose hyperparameters are tensors inside of `apply`, while the step is traced."""
+
+    def __init__(self, optimizer: Any, names: Iterable[str]):
+        self.optimizer, self.names = optimizer, sorted(names)
+        self.attributes = [name for name in self.names if name != "learning_rate"]  # which is a variable in all Keras
+        self._inside = 0
+        self._read: set[str] = set()
+        self._numbers: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def with_tensors(self, sources: Mapping[str, Source], dtype: str) -> Iterator[None]:
+        """Around `apply`."""
+        optimizer = self.optimizer
+        attributes: dict[str, Any] = {}
+        if not self._inside:
+            self._read = set()
+        for name in self.names:
+            source = sources[name]
+            value = Schedule.real(source(optimizer.iterations))
+            if name == "learning_rate":
+                optimizer.learning_rate.assign(ops.cast(value, optimizer.learning_rate.dtype))
+            elif isinstance(optimizer, Optimizer):  # ours read schedules themselves
+                attributes[name] = source
+                self._read.add(name)
+            else:
+                attributes[name] = Driven(name, value, dtype, self._read.add)
+        if not self._inside:
+            self._numbers = {name: getattr(optimizer, name) for name in attributes}
+        self._inside += 1  # the replicas of a strategy are traced in turns, and so enter before others have left
+        _set(optimizer, attributes)
+        try:
+            yield
+        except Exception as error:
+            if self._numbers.get("momentum") == 0:
+                raise ValueError(
+                    f"momentum cannot be driven: this {type(optimizer).__name__} was built with momentum=0 and keeps "
+                    "no velocity. Make it with a momentum above 0."
+                ) from error
+            raise
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                _set(optimizer, self._numbers)
+        unread = attributes.keys() - self._read
+        if unread and not self._inside:
+            raise ValueError(
+                f"{', '.join(sorted(unread))} cannot be driven: {type(optimizer).__name__}, as it is configured, does "
+                "not read it in its update."
+            )
+
+    def put_back(self) -> None:
+        """An exception in one replica leaves the others where they were."""
+        if self._inside:
+            self._inside = 0
+            _set(self.optimizer, self._numbers)
+
+
 class _FromHost(LearningRateSchedule):
-    """A Python function of the update count, called before every batch; the compiled step reads what it returned."""
+    """What a function of the update count has returned on the host, in the step."""
 
-    def __init__(self, name: str, function: Callable[[int], float], held: Shared):
-        self._name, self._function, self._held = name, function, held
-
-    def call_for(self, step: int) -> None:
-        self._held[self._name] = arguments.real(f"the value of {self._name} at update {step}", self._function(step))
+    def __init__(self, name: str, drive: _Drive):
+        self._name, self._drive = name, drive
 
     def __call__(self, step: Any) -> Tensor:  # noqa: ARG002
-        return self._held[self._name]
+        return self._drive[self._name]
+
+
+class _Drive(Instrument):
+    """Has schedules evaluated inside of the training step.
+
+    Attributes:
+        sources: Name of a hyperparameter to schedule; for a function, what the host has set under the name.
+    """
+
+    def __init__(self, model: Any, schedules: Mapping[str, Any], optimizers: Iterable[Any]):
+        functions = [name for name, value in schedules.items() if not _is_schedule(value)]
+        super().__init__(model, dict.fromkeys(functions, "only_first_replica"), scalar_dtype())
+        self.sources = {name: _FromHost(name, self) if name in functions else s for name, s in schedules.items()}
+        self._driven = [_Driven(o, [name for name in schedules if name in drivable(o)]) for o in optimizers]
+        self._tried = False
+
+    def hooks(self) -> list[Callable[[], None]]:
+        """Around `apply`. On JAX, Keras's loss scaling does not call its own, but that of the optimizer inside."""
+        found = {id(unscaled(outer)): outer for outer in optimizers_of(self.model)}
+        on_jax = keras.config.backend() == "jax"
+        return [
+            around(each.optimizer if on_jax else found[id(each.optimizer)], "apply", self._hook(each), first=True)
+            for each in self._driven
+        ]
+
+    def _hook(self, each: _Driven) -> Hook:
+        def hook(*_: Any, **__: Any) -> contextlib.AbstractContextManager[Any]:
+            # numbers keep their precision until they meet a tensor, as Python's do; this is for meeting none
+            double = "float64" in {v.dtype for v in self.model.trainable_variables}
+            return each.with_tensors(self.sources, "float64" if double else "float32")
+
+        return hook
+
+    def driven(self) -> dict[Any, set[str]]:
+        """A step does not depend on the numbers that are replaced in it."""
+        return {each.optimizer: set(each.attributes) for each in self._driven}
+
+    def try_out(self) -> None:
+        """Traces an update for what it may raise: in the training step, Keras on JAX would lose all variables by it."""
+        if self._tried or keras.config.backend() != "jax":
+            return
+        import jax
+
+        for each in self._driven:
+            if not each.optimizer.built:
+                continue
+
+            def update(grads: list[Tensor], each: _Driven = each) -> None:
+                with keras.StatelessScope(), self._hook(each)():
+                    each.optimizer.apply(grads)
+
+            known = known_variables(each.optimizer) or self.model.trainable_variables
+            jax.eval_shape(update, [v.value for v in known])
+        self._tried = True
+
+    def iterations(self) -> list[int]:
+        """How many updates each optimizer has made."""
+        return [number(each.optimizer.iterations) for each in self._driven]
+
+    def numbers(self) -> list[list[Any]]:
+        """The attributes of each optimizer that the schedules stand in for."""
+        return [[getattr(each.optimizer, name) for name in each.attributes] for each in self._driven]
+
+    def leave_numbers(self, begun_at: Sequence[int]) -> None:
+        """Sets the attributes to the numbers of the last update, if there was one since."""
+        for each, begun, reached in zip(self._driven, begun_at, self.iterations(), strict=True):
+            if reached > begun:
+                for name in each.attributes:
+                    setattr(each.optimizer, name, number(self.sources[name](reached - 1)))
+
+    def release(self) -> None:
+        """Leaves the optimizers as they were."""
+        for each in self._driven:
+            each.put_back()
 
 
 @register(
@@ -145,6 +278,9 @@ class ScheduleHyperparameters(Callback):
     driven. An optimizer that was made with a schedule as its learning rate has one already, so that driving
     `learning_rate` raises. Clipping thresholds must stay above 0. On JAX, `clipvalue` and the
     `l1_regularization_strength` of Ftrl cannot be driven.
+
+    Of several optimizers that a model holds, those are driven that have the hyperparameter, each by its own updates.
+    `keras.optimizers.MultiOptimizer` cannot be driven.
 
     When not to use it: for the learning rate alone; `optimizer = Adam(schedule)` is simpler and is saved with the
     model. Not together with another callback that sets the same hyperparameter, e.g. ReduceLROnPlateau.
@@ -191,63 +327,58 @@ class ScheduleHyperparameters(Callback):
                     f"got {value!r}."
                 )
         self.schedules = dict(schedules)
-        self._detach: list[Callable[[], None]] = []
+        self._drive: Any = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end()
-        whole = self.model.optimizer
-        scaled = isinstance(whole, keras.optimizers.LossScaleOptimizer)
-        self._optimizer = whole.inner_optimizer if scaled else whole
-        self._refuse_what_cannot_be_driven()
-        self._begun_at = self._updates()
-        self._inside = 0
-        self._sources = self._make_sources()
+        model = self.model
+        optimizers = self._optimizers()
+        begun_at = self._updates()
+        self._check_values(begun_at)
+        key = ("ScheduleHyperparameters", frozen(self._traced()), tuple(map(frozen, optimizers)))
+        self._drive = attach(model, key, lambda: _Drive(model, self.schedules, optimizers))
+        self._begun_at, self._found = self._drive.iterations(), self._drive.numbers()
         self._call_functions()
-        for name, source in self._sources.items():
-            value = np.asarray(ops.convert_to_numpy(source(self._begun_at)))
+        self._drive.try_out()
+
+    def _traced(self) -> dict[str, Any]:
+        """The schedules; of a function only that there is one, since the host calls it."""
+        return {name: value if _is_schedule(value) else None for name, value in self.schedules.items()}
+
+    def _check_values(self, step: int) -> None:
+        for name, schedule in self.schedules.items():
+            if not _is_schedule(schedule):
+                continue
+            value = np.asarray(ops.convert_to_numpy(schedule(step)))
             if value.shape != ():
                 raise ValueError(f"schedules[{name!r}] must return a scalar, got one of shape {value.shape}.")
-            arguments.real(f"the value of {name} at update {self._begun_at}", value.item())
-        # numbers keep their precision until they meet a tensor, as Python's do; this is for meeting none
-        self._dtype = "float64" if "float64" in {v.dtype for v in self.model.trainable_variables} else "float32"
-        # on JAX, Keras's loss scaling does not call its own `apply`, but that of the optimizer inside
-        applied = self._optimizer if keras.config.backend() == "jax" else whole
-        self._detach.append(around(applied, "apply", self._drive, first=True))
-        self._try_out()
-        compile_anew(self.model)
+            arguments.real(f"the value of {name} at update {step}", value.item())
 
-    def _try_out(self) -> None:
-        """Traces an update for what it may raise: in the training step, Keras on JAX would lose all variables by it."""
-        if keras.config.backend() != "jax" or not self._optimizer.built:
-            return
-        import jax
+    def _optimizers(self) -> list[Any]:
+        """The optimizers that are driven: of several, those that have one of the hyperparameters.
 
-        def update(grads: list[Tensor]) -> None:
-            with keras.StatelessScope():
-                self._optimizer.apply(grads)
-
-        jax.eval_shape(update, [v.value for v in self.model.trainable_variables])
-
-    def _make_sources(self) -> dict[str, LearningRateSchedule]:
-        functions = {name: "only_first_replica" for name, value in self.schedules.items() if not _is_schedule(value)}
-        if not functions:
-            return dict(self.schedules)
-        held = shared(self.model, functions, scalar_dtype())
-        self._detach.append(held.close)
-        return {
-            name: _FromHost(name, value, held) if name in functions else value for name, value in self.schedules.items()
-        }
-
-    def _refuse_what_cannot_be_driven(self) -> None:
-        optimizer = self._optimizer
-        known = drivable(optimizer)
+        Raises:
+            ValueError: If there is none, or for what cannot be driven.
+        """
+        found = [unscaled(optimizer) for optimizer in optimizers_of(self.model)]
+        if not found:
+            raise ValueError(f"schedules need an optimizer to drive, and model {self.model.name!r} holds none.")
+        known = {name: None for optimizer in found for name in drivable(optimizer)}
         for name in self.schedules:
             if name not in known:
+                kinds = " or ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in found))
                 raise ValueError(
-                    f"schedules: {type(optimizer).__name__} has no hyperparameter {name!r} that can be driven. "
+                    f"schedules: {kinds} has no hyperparameter {name!r} that can be driven. "
                     f"Allowed: {', '.join(known) or 'none'}.{arguments.near(name, known)}"
                 )
-            if name in _NUMBERS_ON_JAX and keras.config.backend() == "jax" and not isinstance(optimizer, Optimizer):
+        driven = [optimizer for optimizer in found if set(drivable(optimizer)) & set(self.schedules)]
+        for optimizer in driven:
+            self._refuse_what_cannot_be_driven(optimizer)
+        return driven
+
+    def _refuse_what_cannot_be_driven(self, optimizer: Any) -> None:
+        for name in sorted(_NUMBERS_ON_JAX & set(self.schedules) & set(drivable(optimizer))):
+            if keras.config.backend() == "jax" and not isinstance(optimizer, Optimizer):
                 raise ValueError(
                     f"{name} cannot be driven on the JAX backend, where {type(optimizer).__name__} needs it to be a "
                     "Python number."
@@ -258,51 +389,12 @@ class ScheduleHyperparameters(Callback):
                 "learning rate and follows that. Make it with a number."
             )
 
-    @contextlib.contextmanager
-    def _drive(self, *_: Any, **__: Any) -> Iterator[None]:
-        """Around `optimizer.apply`, while the step is traced: the hyperparameters are tensors in there."""
-        optimizer, attributes = self._optimizer, {}
-        if not self._inside:
-            self._read = set()
-        for name, source in self._sources.items():
-            value = Schedule.real(source(optimizer.iterations))
-            if name == "learning_rate":  # a variable everywhere in Keras
-                optimizer.learning_rate.assign(ops.cast(value, optimizer.learning_rate.dtype))
-            elif isinstance(optimizer, Optimizer):  # ours read schedules themselves
-                attributes[name] = source
-                self._read.add(name)
-            else:
-                attributes[name] = Driven(name, value, self._dtype, self._read.add)
-        if not self._inside:
-            self._numbers = {name: getattr(optimizer, name) for name in attributes}
-        self._inside += 1  # the replicas of a strategy are traced in turns, and so enter before others have left
-        _set(optimizer, attributes)
-        try:
-            yield
-        except Exception as error:
-            if self._numbers.get("momentum") == 0:
-                raise ValueError(
-                    f"momentum cannot be driven: this {type(optimizer).__name__} was built with momentum=0 and keeps "
-                    "no velocity. Make it with a momentum above 0."
-                ) from error
-            raise
-        finally:
-            self._inside -= 1
-            if not self._inside:
-                _set(optimizer, self._numbers)
-        unread = attributes.keys() - self._read
-        if unread and not self._inside:
-            raise ValueError(
-                f"{', '.join(sorted(unread))} cannot be driven: {type(optimizer).__name__}, as it is configured, does "
-                "not read it in its update."
-            )
-
     def _call_functions(self) -> None:
-        functions = [source for source in self._sources.values() if isinstance(source, _FromHost)]
+        functions = {name: value for name, value in self.schedules.items() if not _is_schedule(value)}
         if functions:
             step = self._updates()
-            for function in functions:
-                function.call_for(step)
+            for name, function in functions.items():
+                self._drive[name] = arguments.real(f"the value of {name} at update {step}", function(step))
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._call_functions()
@@ -317,22 +409,16 @@ class ScheduleHyperparameters(Callback):
         self._end()
 
     def _leave_numbers(self) -> None:
-        """Sets the attributes to the numbers of the last update; the learning rate's variable has its own already."""
-        last = self._updates() - 1
-        if last >= self._begun_at:
-            for name, source in self._sources.items():
-                if name != "learning_rate":
-                    setattr(self._optimizer, name, number(source(last)))
+        _ = self.model  # on JAX, has Keras fill the variables
+        self._drive.leave_numbers(self._begun_at)
 
     def _end(self) -> None:
-        if self._detach:
-            for detach in self._detach:
-                detach()
-            self._detach = []
-            if self._inside:  # an exception in one replica leaves the others where they were
-                _set(self._optimizer, self._numbers)
-            compile_anew(self.model)
-            self._leave_numbers()
+        if self._drive is not None:
+            model, drive, self._drive = self.model, self._drive, None
+            detach(drive)
+            drive.leave_numbers(self._begun_at)
+            if drive.numbers() != self._found:
+                renew(model)
 
 
 def drivable(optimizer: Any) -> list[str]:

@@ -9,6 +9,7 @@ import keras
 from keras.optimizers.schedules import LearningRateSchedule, PolynomialDecay
 
 from keras_optkit import arguments
+from keras_optkit.optimizers import distribute
 from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
@@ -38,6 +39,9 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
     any rate can be met (bfloat16 draws know 128 rates only, which is what Keras and a number have).
 
     Shapes: the output has the shape, dtype and mask of the input.
+
+    A call with `training=True` is one in training, wherever it is made: Monte-Carlo predictions by
+    `model(x, training=True)` advance the step, too. Put it back after them: `layer.step.assign(before)`.
 
     When not to use it: with a constant rate, where Keras's own layer does, or in a layer that is called several times
     in one training step (shared, or recomputed by `keras.remat`), since each call counts as a step.
@@ -112,10 +116,11 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
             return super().call(inputs, training=training)
         ops, dtype = keras.ops, at_least_float32(inputs.dtype)
         rate = ops.cast(self.current_rate, dtype)
-        self.step.assign_add(1)
         sizes = ops.shape(inputs)
         shape = [sizes[i] if n is None else n for i, n in enumerate(self.noise_shape or (None,) * len(sizes))]
-        keep = keras.random.uniform(shape, dtype=dtype, seed=self.seed_generator) >= rate
+        with distribute.after(inputs):
+            self.step.assign_add(1)
+            keep = keras.random.uniform(shape, dtype=dtype, seed=self.seed_generator) >= rate
         scale = ops.cast(ops.divide_no_nan(1.0, 1.0 - rate), inputs.dtype)  # at rate 1 nothing is kept
         return ops.where(keep, inputs * scale, ops.zeros_like(inputs))
 

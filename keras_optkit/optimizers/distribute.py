@@ -514,3 +514,16 @@ def scope_of(variable: Any) -> contextlib.AbstractContextManager[Any]:
 def outside_graph() -> contextlib.AbstractContextManager[None]:
     """A scope in which variables can be made and read, also from inside a user's `tf.function`."""
     return tf.init_scope() if TENSORFLOW else contextlib.nullcontext()
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to the computation that is traced or runs at present, and not to one inside of it."""
+    return not TENSORFLOW or tf.executing_eagerly() or tensor.graph is tf.compat.v1.get_default_graph()
+
+
+def after(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A scope in which variables are assigned only once the tensor is there.
+
+    Where data end, TensorFlow runs a step up to what needs the batch that is missing.
+    """
+    return tf.control_dependencies([tensor]) if TENSORFLOW else contextlib.nullcontext()

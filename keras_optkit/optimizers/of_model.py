@@ -6,7 +6,8 @@ parts of a model (`keras.optimizers.MultiOptimizer`). Whatever acts on "the opti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -23,17 +24,45 @@ def optimizers_of(model: Any) -> list[Any]:
     They are found in attributes, also in lists, tuples, sets and dicts there. Those that are inside of another one are
     not listed; see `innermost`.
     """
+    return list(named_optimizers_of(model).values())
+
+
+def named_optimizers_of(model: Any) -> dict[str, Any]:
+    """The same by name, which is that of the attribute: "optimizer", "d_optimizer", "optimizers/0", "critic/optimizer".
+
+    Keras's own names of optimizers are numbered through in a process.
+    """
     compiled = getattr(model, "optimizer", None)
-    held = [compiled, *(found for part in [model, *sublayers(model)] for found in _in(list(vars(part).values())))]
-    found = list({id(optimizer): optimizer for optimizer in held if optimizer is not None}.values())
-    wrapped = {id(inner) for outer in found for inner in _wrapped(outer)}
-    return [optimizer for optimizer in found if id(optimizer) not in wrapped]
+    held = [] if compiled is None else [("optimizer", compiled)]
+    for part in [model, *sublayers(model)]:
+        own = {name: value for name, value in vars(part).items() if not name.startswith("_self_")}  # TensorFlow's notes
+        held += _in(own, "" if part is model else f"{part.name}/")
+    wrapped = {id(inner) for _, outer in held for inner in _wrapped(outer)}
+    names: dict[int, str] = {}
+    found: dict[str, Any] = {}
+    for name, optimizer in held:
+        if id(optimizer) not in names and id(optimizer) not in wrapped:
+            names[id(optimizer)] = unique = next(n for n in _numbered(name) if n not in found)
+            found[unique] = optimizer
+    return found
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    for number in itertools.count(1):
+        yield f"{name}_{number}"
 
 
 def innermost(optimizer: Any) -> list[Any]:
     """The optimizers that update weights: `optimizer` itself, or those inside of it."""
     inside = directly_inside(optimizer)
     return [found for inner in inside for found in innermost(inner)] if inside else [optimizer]
+
+
+def unscaled(optimizer: Any) -> Any:
+    """The optimizer inside of loss scaling, if there is any."""
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    return unscaled(optimizer.inner_optimizer) if scales else optimizer
 
 
 def directly_inside(optimizer: Any) -> list[Any]:
@@ -77,12 +106,11 @@ def _wrapped(optimizer: Any) -> Iterator[Any]:
         yield from _wrapped(inner)
 
 
-def _in(value: Any) -> Iterator[Any]:
-    if isinstance(value, keras.optimizers.Optimizer):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _in(list(value.values()))
-    elif isinstance(value, list | tuple | set | frozenset):
-        parts: Iterable[Any] = value
-        for part in parts:
-            yield from _in(part)
+def _in(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, keras.optimizers.Optimizer):
+            yield f"{path}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _in(dict(value), f"{path}{name}/")
+        elif isinstance(value, list | tuple | set | frozenset):
+            yield from _in(dict(enumerate(value)), f"{path}{name}/")

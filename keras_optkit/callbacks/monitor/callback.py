@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,22 @@ import numpy as np
 from keras import ops
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import Callback
-from keras_optkit.callbacks.instrument import compile_anew
+from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.callbacks.instrument import attach, detach, is_built
 from keras_optkit.callbacks.monitor.files import EventFile, LineFile
-from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
-from keras_optkit.callbacks.monitor.step import ACTIVATION, CHANGE, GRADIENT, NONFINITE, WEIGHT, Probe, clips, short
+from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped, used
+from keras_optkit.callbacks.monitor.step import (
+    CHANGE,
+    GRADIENT,
+    NONFINITE,
+    WEIGHT,
+    Probe,
+    Reading,
+    clips,
+    matching_layers,
+)
+from keras_optkit.optimizers.layer_paths import LayerTree
+from keras_optkit.optimizers.of_model import optimizers_of
 from keras_optkit.registry import register
 
 #: The clip rate is that of so many updates, the last ones that were written.
@@ -35,7 +47,7 @@ NOISE_DECAY = 0.9
     cases=({"log_dir": "logs", "every": 3},),
 )
 class TrainingMonitor(Callback):
-    """Writes what happens in training to TensorBoard and to lines of JSON, every `every` updates.
+    """Writes what happens in training to TensorBoard and to lines of JSON, every `every` updates and at 1, 2, 4, 8, ...
 
     | tag | value |
     |---|---|
@@ -55,19 +67,24 @@ class TrainingMonitor(Callback):
     | `activation_zeros/<layer>` | the share of outputs that are 0 |
     | `activation_dead/<layer>` | the share of units that are 0 in the whole batch |
     | `weights/<variable>` | with `histograms`, a histogram of the weights |
+    | `log10_update_ratio/<layer>`, ... | in TensorBoard only, logarithms of the three values of each layer |
     | `hyperparameters/<name>` | the optimizer's other numbers in this update: `momentum`, `weight_decay`, ... |
     | `throughput/updates`, `throughput/examples` | a second, since the last write, without validation |
     | `memory/process`, `memory/process_peak`, `memory/accelerator`, `memory/accelerator_peak` | in MiB |
     | `epoch/<name>` | every epoch, everything in the epoch's logs: `epoch/loss`, `epoch/val_accuracy`, ... |
     | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped |
 
-    `<layer>` is the path of the layer without the model's name. The loss is the batch's own, whereas Keras's logs hold
+    `<layer>` is the path of the layer in the model. With several optimizers, `train/learning_rate`, `train/loss`,
+    `train/loss_scale`, `train/clip_rate` and `hyperparameters/` have the name of the attribute that holds the optimizer
+    in them, as in `train/learning_rate/d_optimizer`. What in the logs of an epoch is no number is left out, with one
+    warning. The loss is the batch's own, whereas Keras's logs hold
     the mean since the epoch began. The values are computed inside the training step, with any optimizer, in graph
     mode, with XLA, in mixed precision and on replicas, and are read only when they are written. Training itself is not
     changed.
 
     The training step is compiled twice: as it is, and with the computations, for the updates that are to be written. So
-    all other updates cost nothing, and the first one that is written waits for the compiler.
+    all other updates cost nothing, and the first one that is written waits for the compiler. The model keeps both for
+    the next `fit`.
 
     The gradient noise scale follows from the squared norms of the gradients of the batch, of B examples, and of its
     first half, of b: `‖G‖² ≈ (B ‖g_B‖² - b ‖g_b‖²) / (B - b)` and `tr(Σ) ≈ (‖g_b‖² - ‖g_B‖²) / (1/b - 1/B)`, running
@@ -89,7 +106,7 @@ class TrainingMonitor(Callback):
 
     Args:
         log_dir: Directory of the files, a string or a path; made when it does not exist.
-        every: Number of updates between two values, at least 1.
+        every: Number of updates between two values, at least 1. The first updates are written at the powers of 2 below.
         activations: A regular expression that is looked for in the paths of layers, those inside of others included;
             the first output of the matching ones is measured. On TensorFlow only. None: none.
         histograms: Writes histograms of all weights with every k-th write, k >= 1. None: never.
@@ -126,7 +143,7 @@ class TrainingMonitor(Callback):
     def __init__(
         self,
         log_dir: str | os.PathLike[str],
-        every: int = 1,
+        every: int = 10,
         activations: str | None = None,
         histograms: int | None = None,
         noise_scale: bool = False,
@@ -142,38 +159,44 @@ class TrainingMonitor(Callback):
         self._step = -1  # where the axis has got to; -1: not known yet
         self._offset = 0  # of the axis from the optimizer's count
         self._due = 0  # the step from which on there is something to write
+        self._most = 1.0  # updates that a batch has made, or more
+        self._counted = 0, 0  # updates and batches, when they were last known
         self._epoch_step = -1  # the step at the end of the last epoch
         self._writes = 0
-        self._clips: list[float] = []
+        self._clips: dict[str, list[float]] = {}
         self._noise: list[float] = []
         self._epoch = 0
         self._looked = False  # whether a step has computed values since the last write
         self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
         self._probe: Any = None
         self._files: Any = ()
+        self._left_out: set[str] = set()  # what was in the logs of an epoch and is no number
+        self._last_of_files: Any = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end()
         self._refuse_what_cannot_be_had()
         begun_at = self._updates()
-        self._probe = Probe(self.model, self.activations, self.noise_scale)
-        lines = LineFile(self.log_dir)  # first, since it may be refused
-        events = EventFile(self.log_dir)
+        lines = LineFile(self.log_dir, self._last_of_files)  # first, since it may be refused
+        events = EventFile(self.log_dir, self._last_of_files if lines.known else None)
         self._files = events, lines
+        key = "TrainingMonitor", self.activations, self.noise_scale
+        self._probe = attach(self.model, key, lambda: Probe(self.model, self.activations, self.noise_scale))
+        self._probe.begin_fit()
         events.write_layout(self._absent_tags())
         if self.hparams is not None:
             auto = self.hparams == "auto"
             events.write_hparams(default_hparams(self.model, self.params) if auto else self.hparams, self.log_dir)
         if self._step < 0:
-            self._step = max(*events.last.values(), *lines.last.values())
-            self._epoch_step = max(events.last[True], lines.last[True]) or -1
+            self._step = max(0, *events.last.values(), *lines.last.values())
+            self._epoch_step = max(events.last[True], lines.last[True])
         self._offset = max(0, self._step - begun_at)  # every step written from now on is a new one
         self._step = self._offset + begun_at
         self._due = self._next_due()
         self._stopwatch, self._batches = Stopwatch(), 0
         self._looked, self._batch = False, None
+        self._counted = self._step, 0
         self._wait = self._until_due()
-        compile_anew(self.model)
 
     def _refuse_what_cannot_be_had(self) -> None:
         on_request = {"activations": self.activations is not None, "noise_scale": self.noise_scale}
@@ -188,12 +211,15 @@ class TrainingMonitor(Callback):
                 f"noise_scale must be False for {type(self.model).__name__}, which has a train_step of its own: the "
                 "gradient of half a batch is computed as Keras's does."
             )
+        if self.activations is not None and is_built(self.model):  # or the first step builds layers that may match
+            matching_layers(self.model, self.activations)
 
     def _absent_tags(self) -> tuple[str, ...]:
         """How the tags begin that this training has no values of."""
+        optimizers = optimizers_of(self.model)
         present = {
-            "train/loss_scale": isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer),
-            "train/clip_rate": clips(self.model.optimizer),
+            "train/loss_scale": any(isinstance(o, keras.optimizers.LossScaleOptimizer) for o in optimizers),
+            "train/clip_rate": any(map(clips, optimizers)),
             "train/noise_scale": self.noise_scale,
             "activation_": self.activations is not None,
         }
@@ -236,10 +262,11 @@ class TrainingMonitor(Callback):
             self._offset += 1
             self._step += 1
         self._epoch_step = self._step
-        values = {f"epoch/{name}": _number(value) for name, value in (logs or {}).items()}
-        optimizer = self.model.optimizer
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            values["epoch/loss_scale"] = _number(optimizer.dynamic_scale)
+        values = {f"epoch/{name}": value for name, value in self._numbers(logs or {}).items()}
+        optimizers = used(self.model)
+        for name, optimizer in optimizers.items():
+            if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+                values[_tag("epoch/loss_scale", name, optimizers)] = number(optimizer.dynamic_scale)
         self._write(values, of_epoch=True)
         for file in self._files:
             file.flush()
@@ -265,7 +292,7 @@ class TrainingMonitor(Callback):
             "due": self._due,
             "epoch_step": self._epoch_step,
             "writes": self._writes,
-            "clips": list(self._clips),
+            "clips": {tag: list(window) for tag, window in self._clips.items()},
             "noise": list(self._noise),
         }
 
@@ -273,15 +300,19 @@ class TrainingMonitor(Callback):
         """Goes on from `state_dict()`; what is in the files already is then computed, but not written again."""
         self._step, self._offset, self._due = state["step"], state["offset"], state["due"]
         self._epoch_step, self._writes = state["epoch_step"], state["writes"]
-        self._clips, self._noise = list(state["clips"]), list(state["noise"])
+        self._clips = {tag: list(window) for tag, window in state["clips"].items()}
+        self._noise = list(state["noise"])
         self._wait, self._batch, self._looked = self._until_due(), None, False
+        self._counted = self._step, self._batches
 
     def _next_due(self) -> int:
-        return (self._step // self.every + 1) * self.every
+        power = 1 << self._step.bit_length()
+        regular = (self._step // self.every + 1) * self.every
+        return min(power, regular) if power < self.every else regular
 
     def _until_due(self) -> int:
-        """The batches from the next one on until something may be due; each makes at most one update."""
-        return max(1, self._due - self._step)
+        """The batches from the next one on until something may be due, if none makes more updates than any before."""
+        return max(1, math.ceil((self._due - self._step) / self._most))
 
     def _finish_batch(self) -> None:
         """Counts the batches of the step that was begun last, where no other step is known to begin."""
@@ -292,6 +323,9 @@ class TrainingMonitor(Callback):
 
     def _write_if_due(self) -> None:
         self._step = self._offset + self._updates()
+        updates, batches = self._step - self._counted[0], self._batches - self._counted[1]
+        if batches > 0:
+            self._most, self._counted = max(self._most, updates / batches), (self._step, self._batches)
         if self._step >= self._due and self._looked:
             new = self._write(self._values(), of_epoch=False)
             self._writes += 1
@@ -306,33 +340,46 @@ class TrainingMonitor(Callback):
     def _values(self) -> dict[str, float]:
         """All values of the last update, by tag."""
         read = self._probe.read()
-        single = ("learning_rate", "loss", "loss_scale")
-        values = {f"train/{name}": float(read[name]) for name in single if name in read}
-        if "layers" in read:
-            values |= self._of_layers(read["layers"])
-        if "clipped" in read:
-            self._clips = [*self._clips, float(read["clipped"])][-CLIP_WINDOW:]
-            values["train/clip_rate"] = sum(self._clips) / len(self._clips)
-        if "half_squares" in read:
+        values = self._of_optimizers(read)
+        if "loss" in read.scalars:
+            values["train/loss"] = read.scalars["loss"]
+        if read.layers:
+            values |= self._of_layers(read.layers)
+        if "half_squares" in read.scalars:
             values |= self._of_halves(read)
-        for row, kind in zip(read.get("activations", ()), ACTIVATION, strict=False):
-            values |= {f"activation_{kind}/{n}": float(v) for n, v in zip(self._probe.watched, row, strict=True)}
-        count = skipped(self.model.optimizer)
+        for kind, by_layer in read.activations.items():
+            values |= {f"activation_{kind}/{layer}": value for layer, value in by_layer.items()}
+        count = skipped(self.model)
         if count is not None:
             values["train/skipped"] = count
         values |= hyperparameters(self.model)
-        examples = float(read["examples"]) if "examples" in read else None
-        return values | self._stopwatch.rates(self._step, self._batches, examples) | memory()
+        return values | self._stopwatch.rates(self._step, self._batches, read.scalars.get("examples")) | memory()
 
-    def _of_layers(self, layers: np.ndarray) -> dict[str, float]:
-        totals = layers.sum(axis=1)
+    def _of_optimizers(self, read: Reading) -> dict[str, float]:
+        """What there is for each optimizer that has made an update; its name is in the tag where there are several."""
+        optimizers = used(self.model)
+        names = {id(optimizer): name for name, optimizer in optimizers.items()}
+        values = {}
+        for optimizer, scalars in read.updates:
+            for scalar, value in scalars.items():
+                what, *place = scalar.split("/")
+                tag = "/".join([_tag(f"train/{what}", names.get(id(optimizer), ""), optimizers), *place])
+                if what == "clipped":
+                    tag = tag.replace("clipped", "clip_rate", 1)
+                    self._clips[tag] = [*self._clips.get(tag, []), value][-CLIP_WINDOW:]
+                    value = sum(self._clips[tag]) / len(self._clips[tag])
+                values[tag] = value
+        return values
+
+    def _of_layers(self, layers: Mapping[str, np.ndarray]) -> dict[str, float]:
+        totals = np.sum(list(layers.values()), axis=0)
         values = {
             "train/gradient_norm": math.sqrt(totals[GRADIENT]),
             "train/weight_norm": math.sqrt(totals[WEIGHT]),
             "train/update_ratio": _ratio(totals),
             "train/nonfinite": totals[NONFINITE],
         }
-        for name, column in zip(self._probe.layers, layers.T, strict=True):
+        for name, column in layers.items():
             values[f"gradient_norm/{name}"] = math.sqrt(column[GRADIENT])
             values[f"weight_norm/{name}"] = math.sqrt(column[WEIGHT])
             values[f"update_ratio/{name}"] = _ratio(column)
@@ -340,12 +387,12 @@ class TrainingMonitor(Callback):
                 values[f"nonfinite/{name}"] = column[NONFINITE]
         return values
 
-    def _of_halves(self, read: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def _of_halves(self, read: Reading) -> dict[str, float]:
         """The gradient noise scale, from running means of the two quantities that it is the ratio of."""
-        big, small = float(read["examples"]), float(read["half_examples"])
+        big, small = read.scalars["examples"], read.scalars["half_examples"]
         if small < 1:
             return {}
-        of_big, of_small = float(read["layers"][GRADIENT].sum()), float(read["half_squares"])
+        of_big, of_small = sum(column[GRADIENT] for column in read.layers.values()), read.scalars["half_squares"]
         squared_norm = (big * of_big - small * of_small) / (big - small)
         variance = (of_small - of_big) / (1 / small - 1 / big)
         if not math.isfinite(squared_norm + variance):
@@ -365,22 +412,53 @@ class TrainingMonitor(Callback):
         return events.write(values, self._step, of_epoch=of_epoch)
 
     def _write_histograms(self) -> None:
-        variables = self.model.trainable_variables
-        weights = {f"weights/{short(v.path, self.model)}": ops.convert_to_numpy(v) for v in variables}
+        paths = LayerTree.of(self.model).paths_of
+        weights = {
+            f"weights/{next(iter(paths(v)), v.name)}": ops.convert_to_numpy(v) for v in self.model.trainable_variables
+        }
         self._files[0].write_histograms(weights, self._step)
+
+    def _numbers(self, logs: Mapping[str, Any]) -> dict[str, float]:
+        """What in the logs is a number; of everything else one warning says that it is left out."""
+        found, others = {}, []
+        for name, value in logs.items():
+            scalar = _scalar(value)
+            if scalar is not None:
+                found[name] = scalar
+            elif name not in self._left_out:
+                others.append(f"{name!r} ({type(value).__name__})")
+                self._left_out.add(name)
+        if others:
+            warnings.warn(
+                f"TrainingMonitor writes numbers, and leaves out what else is in the logs: {', '.join(others)}.",
+                stacklevel=2,
+            )
+        return found
 
     def _end(self) -> None:
         if self._probe is not None:
-            self._probe.close()
+            detach(self._probe)
             self._probe = None
-            compile_anew(self.model)
-        for file in self._files:
-            file.close()
+        if self._files:
+            events, lines = self._files
+            events.close()
+            self._last_of_files = lines.close(), events.last
         self._files = ()
 
 
-def _number(value: Any) -> float:
-    return float(ops.convert_to_numpy(value))
+def _tag(tag: str, name: str, optimizers: Mapping[str, Any]) -> str:
+    return f"{tag}/{name}" if len(optimizers) > 1 else tag
+
+
+def _scalar(value: Any) -> float | None:
+    """A number, also as a tensor or an array with one element; None for everything else."""
+    if value is None or isinstance(value, str | bytes | Mapping | list | tuple):
+        return None
+    try:
+        array = np.asarray(ops.convert_to_numpy(value))
+        return float(array.item()) if array.size == 1 and array.dtype.kind in "biuf" else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _ratio(column: np.ndarray) -> float:

@@ -18,13 +18,13 @@ LINES = "monitor.jsonl"
 
 #: The groups of tags in the order of the charts: category, title of the chart, patterns of the tags in it.
 CHARTS = (
-    ("training", "loss", ("train/loss", "epoch/(val_)?loss")),
-    ("training", "learning rate", ("train/learning_rate",)),
+    ("training", "loss", ("train/loss(/.*)?", "epoch/(val_)?loss")),
+    ("training", "learning rate", ("train/learning_rate(/.*)?",)),
     ("training", "norm of gradient and weights", ("train/gradient_norm", "train/weight_norm")),
     ("training", "update-to-weight ratio", ("train/update_ratio",)),
-    ("training", "clip rate", ("train/clip_rate",)),
+    ("training", "clip rate", ("train/clip_rate(/.*)?",)),
     ("training", "non-finite numbers and skipped updates", ("train/nonfinite", "train/skipped", "nonfinite/.*")),
-    ("training", "loss scale", ("train/loss_scale",)),
+    ("training", "loss scale", ("train/loss_scale(/.*)?",)),
     ("training", "gradient noise scale", ("train/noise_scale",)),
     ("layers", "update-to-weight ratio by layer", ("update_ratio/.*",)),
     ("layers", "norm of the gradient by layer", ("gradient_norm/.*",)),
@@ -38,6 +38,11 @@ CHARTS = (
     ("resources", "memory, MiB", ("memory/.*",)),
 )
 
+#: The tags whose curves lie orders of magnitude apart, so that their logarithms are charted, in TensorBoard under tags
+#: with this at the beginning.
+LOGARITHMIC = ("update_ratio/", "gradient_norm/", "weight_norm/")
+_LOG10 = "log10_"
+
 _EPOCH = "epoch/"
 _OURS = {pattern.split("/")[0] for *_, patterns in CHARTS for pattern in patterns} | {"hyperparameters", "epoch"}
 _LAYOUT, _HPARAMS = "custom_scalars__config__", "_hparams_/session_start_info"
@@ -47,13 +52,14 @@ class EventFile:
     """TensorBoard's event files in a directory.
 
     Attributes:
-        last: The last step of the values of updates, and of those of epochs, in the files; 0 if there are none.
+        last: The last step of the values of updates, and of those of epochs, in the files; -1 if there are none.
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, known: Any = None):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.last, self._there = self._read(directory)
+        self.last: dict[bool, int]
+        self.last, self._there = ({**known[1]}, {_LAYOUT, _HPARAMS}) if known else self._read(directory)
         self._writer = EventFileWriter(directory)
 
     @staticmethod
@@ -61,7 +67,7 @@ class EventFile:
         """The last steps, and which of layout and hyperparameters are there."""
         from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
-        last = {True: 0, False: 0}
+        last: dict[bool, int] = {True: -1, False: -1}
         if not Path(directory).is_dir():
             return last, set()
         events = EventAccumulator(directory, size_guidance={TENSORS: 1})  # keeps the last value of each tag
@@ -72,14 +78,14 @@ class EventFile:
                 last[of_epoch] = max(last[of_epoch], events.Tensors(tag)[-1].step)
         return last, {tag for tag in (_LAYOUT, _HPARAMS) if tag in events.summary_metadata}
 
-    def write(self, values: Mapping[str, float], step: int, *, of_epoch: bool) -> bool:
+    def write(self, values: dict[str, float], step: int, *, of_epoch: bool) -> bool:
         """Writes scalars, unless there are some of this step or a later one already; returns whether it has."""
         from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
         if step <= self.last[of_epoch]:
             return False
         self.last[of_epoch] = step
-        self._add([scalar_pb(tag, value) for tag, value in values.items()], step)
+        self._add([scalar_pb(tag, value) for tag, value in (values | _logarithms(values)).items()], step)
         return True
 
     def write_histograms(self, values: Mapping[str, np.ndarray], step: int) -> None:
@@ -99,9 +105,12 @@ class EventFile:
         if _LAYOUT in self._there:
             return
         categories: dict[str, list[Any]] = {}
-        for category, title, patterns in CHARTS:
-            if absent and patterns[0].startswith(absent):
+        for category, title, all_patterns in CHARTS:
+            if absent and all_patterns[0].startswith(absent):
                 continue
+            patterns: list[str] = list(all_patterns)
+            if patterns[0].startswith(LOGARITHMIC):
+                title, patterns = f"{title}, log10", [_LOG10 + pattern for pattern in patterns]
             tags = layout_pb2.MultilineChartContent(tag=[f"^{pattern}$" for pattern in patterns])
             categories.setdefault(category, []).append(layout_pb2.Chart(title=title, multiline=tags))
         layout = layout_pb2.Layout(
@@ -141,18 +150,25 @@ class LineFile:
 
     What a killed process has left of its last line is cut off.
 
+    Args:
+        directory: The directory.
+        known: What `close` has returned and the last steps of the event files, if somebody has written there before.
+
     Attributes:
         last: As in `EventFile`.
+        known: Whether nobody else has written since.
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, known: Any = None):
         path = Path(directory) / LINES
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.last = {True: 0, False: 0}
-        for record in records(path):
+        self.known = known is not None and path.exists() and path.stat().st_size == known[0]["size"]
+        self.last = {**known[0]["last"]} if self.known else {True: -1, False: -1}
+        for record in () if self.known else records(path):
             self.last[_of_epoch(record)] = max(self.last[_of_epoch(record)], record["step"])
         self._file = path.open("ab")
-        self._file.truncate(_whole(path))
+        if not self.known:
+            self._file.truncate(_whole(path))
 
     def write(self, values: Mapping[str, float], step: int, epoch: int, *, of_epoch: bool) -> None:
         """Writes a line, unless there is one of this step or a later one already."""
@@ -168,9 +184,17 @@ class LineFile:
         """Has what was written on disk, whatever happens to the machine."""
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Ends the writing."""
+    def close(self) -> dict[str, Any]:
+        """Ends the writing; returns what there is now."""
+        size = self._file.tell()
         self._file.close()
+        return {"size": size, "last": self.last}
+
+
+def _logarithms(values: Mapping[str, float]) -> dict[str, float]:
+    """Those that are charted, by tag; 0 has none."""
+    charted = {tag: value for tag, value in values.items() if tag.startswith(LOGARITHMIC) and value != 0}
+    return {_LOG10 + tag: math.log10(value) for tag, value in charted.items()}
 
 
 def _whole(path: Path) -> int:

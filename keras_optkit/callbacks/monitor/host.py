@@ -15,8 +15,8 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit.callbacks.callback import number, running_fit
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters, drivable
-from keras_optkit.callbacks.monitor.step import inner_optimizer
 from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.of_model import innermost, named_optimizers_of, optimizers_of, ours_of, unscaled
 
 _MIB = 2.0**20
 
@@ -90,15 +90,35 @@ def _accelerator_memory() -> dict[str, float]:
     return {tag: value / _MIB for tag, value in found.items() if value is not None}
 
 
+def used(model: Any) -> dict[str, Any]:
+    """The optimizers of a model by name, without the one that `compile` has made if only others make updates."""
+    found = named_optimizers_of(model)
+    compiled = getattr(model, "optimizer", None)
+    if len(found) > 1 and compiled is not None and number(compiled.iterations) == 0:
+        found = {name: optimizer for name, optimizer in found.items() if optimizer is not compiled}
+    return found
+
+
 def hyperparameters(model: Any) -> dict[str, float]:
-    """The numbers of the optimizer that the last update used, but for the learning rate."""
-    optimizer = inner_optimizer(model.optimizer)
-    before = number(optimizer.iterations) - 1  # schedules count the updates that were made before
+    """The numbers of the optimizers that the last update used, but for the learning rate."""
     run = running_fit(model)
     driven: dict[str, Any] = {}
     for callback in run.callbacks if run else ():
         if isinstance(callback, ScheduleHyperparameters):
             driven |= callback.schedules
+    optimizers = used(model)
+    found = {}
+    for outer, optimizer in optimizers.items():
+        inside = innermost(optimizer)
+        for place, inner in enumerate(inside):
+            path = [outer] * (len(optimizers) > 1) + [str(place)] * (len(inside) > 1)
+            for name, value in _of_last_update(inner, driven).items():
+                found["/".join(["hyperparameters", *path, name])] = value
+    return found
+
+
+def _of_last_update(optimizer: Any, driven: Mapping[str, Any]) -> dict[str, float]:
+    before = max(0, number(optimizer.iterations) - 1)  # schedules count the updates that were made before
     found = {}
     for name in _names(optimizer):
         value = driven.get(name, getattr(optimizer, name, None))
@@ -107,7 +127,7 @@ def hyperparameters(model: Any) -> dict[str, float]:
         elif callable(value):
             continue  # a function is the user's, who counts on when it is called
         if isinstance(value, Real | keras.Variable) or keras.ops.is_tensor(value):
-            found[f"hyperparameters/{name}"] = float(keras.ops.convert_to_numpy(value))
+            found[name] = float(keras.ops.convert_to_numpy(value))
     return found
 
 
@@ -119,25 +139,28 @@ def _names(optimizer: Any) -> list[str]:
     return [name for name in drivable(optimizer) if name != "learning_rate"]
 
 
-def skipped(optimizer: Any) -> int | None:
+def skipped(model: Any) -> int | None:
     """How many updates have been left out because of gradients that were not finite; None if nobody counts."""
-    inner = inner_optimizer(optimizer)
-    counts = [getattr(optimizer, "skipped", None)]
-    if isinstance(inner, Optimizer) and inner.skip_nonfinite:
-        counts.append(inner.nonfinite.skipped)
+    counts = [getattr(optimizer, "skipped", None) for optimizer in optimizers_of(model)]
+    counts += [inner.nonfinite.skipped for inner in ours_of(model) if inner.skip_nonfinite]
     known = [count for count in counts if count is not None]
     return sum(known) if known else None
 
 
 def default_hparams(model: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the optimizer that TensorBoard's table can show, and those of `fit`."""
-    optimizer = inner_optimizer(model.optimizer)
+    """The arguments of the optimizers that TensorBoard's table can show, and those of `fit`."""
     run = running_fit(model)
-    found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
-    for name, value in optimizer.get_config().items():
-        if isinstance(value, dict):  # a schedule, say
-            value = value.get("class_name")
-        if isinstance(value, bool | int | float | str) and name != "name":
-            found[name] = value
+    optimizers = used(model)
+    found: dict[str, Any] = {}
+    for of_model, outer in optimizers.items():
+        optimizer = unscaled(outer)
+        path = f"{of_model}/" if len(optimizers) > 1 else ""
+        found[path + "optimizer"] = type(optimizer).__name__
+        inside = isinstance(optimizer, keras.optimizers.MultiOptimizer)  # whose config holds functions
+        for name, value in () if inside else optimizer.get_config().items():
+            if isinstance(value, dict):  # a schedule, say
+                value = value.get("class_name")
+            if isinstance(value, bool | int | float | str) and name != "name":
+                found[path + name] = value
     size = run.arguments.get("batch_size") if run else None
     return found | ({} if size is None else {"batch_size": size}) | {"epochs": params.get("epochs", 1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops, tree
@@ -13,26 +13,38 @@ from keras_optkit.optimizers import distribute
 Tensor = Any
 
 
-def is_here(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to the computation that is traced or runs at present, and not to one inside of it."""
-    import tensorflow as tf
+class Call(NamedTuple):
+    """A call of a layer: its first output, and what it was given, tensors and others."""
 
-    return tf.executing_eagerly() or tensor.graph is tf.compat.v1.get_default_graph()
+    output: Tensor
+    given: Sequence[Any]
 
 
-def moments(outputs: Sequence[Tensor], unit_axis: int) -> Tensor:
+def moments(calls: Sequence[Call], weights: Sequence[Any], unit_axis: int) -> Tensor:
     """Mean, standard deviation, share of zeros and share of dead units of what a layer has returned, in all replicas.
 
-    A unit is dead if it is 0 in the whole batch.
+    A unit is dead if it is 0 in the whole batch. All are NaN where the layer was given NaN or infinity, or has such
+    weights: a ReLU makes 0 of NaN.
     """
-    by_unit = [_by_unit(ops.cast(ops.stop_gradient(x), "float32"), unit_axis) for x in outputs]
+    by_unit = [_by_unit(ops.cast(ops.stop_gradient(call.output), "float32"), unit_axis) for call in calls]
     values = ops.concatenate(by_unit, 0)  # (anything, units)
     active = ops.sum(ops.cast(ops.not_equal(values, 0), "float32"), 0)
-    size, total, active = distribute.sum_over_replicas([ops.cast(ops.size(values), "float32"), ops.sum(values), active])
+    sources = [*weights, *(part for call in calls for part in call.given)]
+    bad = sum((_nonfinite(part) for part in sources), ops.zeros((), "float32"))
+    local = [ops.cast(ops.size(values), "float32"), ops.sum(values), active, bad]
+    size, total, active, bad = distribute.sum_over_replicas(local)
     mean = total / size
     (deviations,) = distribute.sum_over_replicas([ops.sum(ops.square(values - mean))])
     dead = ops.mean(ops.cast(ops.equal(active, 0), "float32"))
-    return ops.stack([mean, ops.sqrt(deviations / size), 1 - ops.sum(active) / size, dead])
+    found = ops.stack([mean, ops.sqrt(deviations / size), 1 - ops.sum(active) / size, dead])
+    return ops.where(bad > 0, float("nan"), found)
+
+
+def _nonfinite(part: Any) -> Tensor:
+    """1 if a tensor holds elements that are not finite."""
+    if not hasattr(part, "dtype") or "float" not in keras.backend.standardize_dtype(part.dtype):
+        return ops.zeros((), "float32")
+    return ops.cast(ops.logical_not(ops.all(ops.isfinite(ops.convert_to_tensor(part)))), "float32")
 
 
 def _by_unit(output: Tensor, unit_axis: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_optkit.callbacks.monitor.files import CHARTS, LINES, records
+from keras_optkit.callbacks.monitor.files import CHARTS, LINES, LOGARITHMIC, records
 
 
 class Curve(NamedTuple):
@@ -99,6 +99,7 @@ def plot_monitor(log_dir: str | os.PathLike[str], columns: int = 3) -> Any:
         ok.callbacks.plot_monitor(logs).savefig("monitor.png")
     ```
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     curves = read_monitor(log_dir)
@@ -111,8 +112,11 @@ def plot_monitor(log_dir: str | os.PathLike[str], columns: int = 3) -> Any:
     figure = Figure(figsize=(5 * columns, 3 * max(rows, 1)), layout="constrained")
     for place, (title, tags) in enumerate(charts, 1):
         axes = figure.add_subplot(rows, columns, place, title=title, xlabel="updates")
-        for tag in tags:
-            axes.plot(*curves[tag], marker=".", label=tag)
-        if len(tags) <= 8:
-            axes.legend(fontsize="small")
+        colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(tags))) if len(tags) > 10 else [None] * len(tags)
+        for tag, color in zip(tags, colors, strict=True):
+            axes.plot(*curves[tag], marker=".", label=tag, color=color)
+        if tags[0].startswith(LOGARITHMIC):
+            axes.set_yscale("log", nonpositive="mask")
+        # beside the chart, however many there are
+        axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(tags) // 24))
     return figure

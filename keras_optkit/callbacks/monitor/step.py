@@ -3,141 +3,218 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from keras_optkit.callbacks.callback import number
-from keras_optkit.callbacks.instrument import around, shared
+from keras_optkit.callbacks.instrument import Hook, Instrument, around
 from keras_optkit.callbacks.monitor import on_tensorflow
 from keras_optkit.optimizers import Optimizer, distribute
+from keras_optkit.optimizers.layer_paths import LayerTree
+from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours_of, unscaled
 from keras_optkit.precision import at_least_float32
-from keras_optkit.private import sublayers
+from keras_optkit.private import in_stateless_scope, known_variables, sublayers
 
 Tensor = Any
 
-#: The numbers that a step computes once, and how the replicas of a strategy make one of theirs.
-_SCALARS = {
-    "learning_rate": "only_first_replica",
-    "loss": "sum",  # each replica has its part of the global batch's mean
-    "loss_scale": "only_first_replica",
-    "clipped": "only_first_replica",
-    "examples": "sum",
-    "half_examples": "sum",
-    "half_squares": "only_first_replica",
-}
+#: Values that a step sets once, and how the replicas of a strategy make one of theirs.
+_SCALARS = {"loss": "sum", "examples": "sum", "half_examples": "sum", "half_squares": "only_first_replica"}
 
 _LIMITS = ("clipnorm", "clipvalue", "global_clipnorm")
 
-#: The rows of "layers"; the first three are sums of squares.
+#: The rows of what is computed by layer; the first three are sums of squares.
 GRADIENT, WEIGHT, CHANGE, NONFINITE = range(4)
 
 #: The rows of "activations".
 ACTIVATION = ("mean", "std", "zeros", "dead")
 
 
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer that updates the weights, without the one that scales the loss."""
-    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    return optimizer.inner_optimizer if scaled else optimizer
-
-
 def clips(optimizer: Any) -> bool:
     """Whether an optimizer clips, and what it clips can be seen: not where that is the mean of several gradients."""
-    inner = inner_optimizer(optimizer)
+    inner = unscaled(optimizer)
     limits = (getattr(inner, name, None) for name in _LIMITS)
     return any(limit is not None for limit in limits) and not getattr(inner, "gradient_accumulation_steps", None)
 
 
-def short(path: str, model: Any) -> str:
-    """A path without the name of the model, which comes and goes when a model is saved and loaded."""
-    return path.removeprefix(f"{model.name}/")
+def layer_names(model: Any) -> dict[int, str]:
+    """For each weight that is trained, by its key, the path of its layer in the model."""
+    tree = LayerTree.of(model)
+    found = {distribute.key(v): tree.layer_of(v) for v in model.trainable_variables}
+    return {key: node.path if node is not None and node.path else model.name for key, node in found.items()}
 
 
-def layer_of(variable: Any, model: Any) -> str:
-    """The path of the layer that a variable belongs to."""
-    layer, _, _ = short(getattr(variable, "path", variable.name), model).rpartition("/")
-    return layer or model.name
-
-
-class Probe:
-    """Around one model while it trains: computes in the steps that are wanted, and hands the numbers to the host.
+class Update(NamedTuple):
+    """An update as the step was traced with it.
 
     Attributes:
-        layers: The layers with weights that are trained, in the model's order: the columns of "layers".
-        watched: Those whose activations are measured: the columns of "activations".
+        optimizer: The optimizer that makes it.
+        name: Name of the value that holds what is computed in it.
+        scalars: Names of the scalars at its beginning, before the rows by layer.
+        layers: The layers that it changes, and which of their weights, by their keys.
+    """
+
+    optimizer: Any
+    name: str
+    scalars: tuple[str, ...]
+    layers: dict[str, frozenset[int]]
+
+
+@dataclass
+class Reading:
+    """What a step has computed.
+
+    Attributes:
+        layers: Layer to its column of the rows `GRADIENT` to `NONFINITE`, in the model's order.
+        updates: Each optimizer that has made an update, and its scalars by name.
+        scalars: Those that there is one of.
+        activations: Kind to layer to value.
+    """
+
+    layers: dict[str, np.ndarray] = field(default_factory=dict)
+    updates: list[tuple[Any, dict[str, float]]] = field(default_factory=list)
+    scalars: dict[str, float] = field(default_factory=dict)
+    activations: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Probe(Instrument):
+    """Computes in the steps that are wanted, and hands the results to the host.
+
+    A step may make several updates, also under conditions. Each has a value of its own, which begins with the number of
+    the execution that it was computed in; by that the host knows which updates were made in the last one.
     """
 
     def __init__(self, model: Any, activations: str | None, noise_scale: bool):
-        self._model, self._optimizer = model, model.optimizer
-        self._inner = inner_optimizer(model.optimizer)
-        self.layers = list(dict.fromkeys(layer_of(v, model) for v in model.trainable_variables))
-        found = {} if activations is None else matching_layers(model, activations)
-        self.watched = list(found)
-        self._units = {name: _unit_axis(layer) for name, layer in found.items()}
-        self._held: set[str] = set()
-        self._flushed: np.ndarray | None = None
-        self._thread = threading.local()  # the replicas of a strategy are traced in threads of their own
-        shapes = {"layers": (4, len(self.layers)), "activations": (len(ACTIVATION), len(found))}
-        aggregations = _SCALARS | dict.fromkeys(shapes, "only_first_replica")
-        self._values = shared(model, aggregations, "float32", shapes=shapes, on_demand=True)
-        self._detach = [
-            self._values.close,
-            *(around(metric, "update_state", self._see_metric) for metric in model.metrics if metric.name == "loss"),
-            *(around(layer, "call", self._see_call(name)) for name, layer in found.items()),
-            *self._around_update(),
-        ]
-        if noise_scale:
-            self._detach.append(around(model, "train_step", self._see_step))
+        super().__init__(model, {"execution": "only_first_replica"})
+        self._pattern, self._noise_scale = activations, noise_scale
+        self._execution = 0
+        self._updates: dict[Any, Update] = {}
+        self._held: set[str] = set()  # names of values that steps have set
+        self._order: list[str] = []  # all layers with weights that are trained
+        self._watched: list[str] = []
+        self._flushed: dict[str, np.ndarray] = {}
+        self._flushes: list[Callable[[], None]] = []
 
-    def _around_update(self) -> list[Callable[[], None]]:
-        hooks = [around(self._inner, "flush", self._see_flush)] if isinstance(self._inner, Optimizer) else []
-        if keras.config.backend() == "tensorflow":
-            loss = around(self._optimizer, "scale_loss", self._see_loss)
-            return [*hooks, loss, around(self._optimizer, "apply", self._see_apply)]
-        # On JAX `scale_loss` is called inside of what is differentiated and `apply`, with loss scaling, inside of a
-        # condition. No value can come out of either; it can from around them.
-        return [*hooks, around(self._optimizer, "stateless_apply", self._see_stateless_apply)]
+    def begin_fit(self) -> None:
+        """Has the updates seen that end an epoch, outside of any step."""
+        self.wanted, self._flushed = False, {}
+        self._flushes = [around(optimizer, "flush", self._see_flush(optimizer)) for optimizer in ours_of(self.model)]
 
-    def close(self) -> None:
-        """Leaves the model as it was; the step has to be compiled anew then."""
-        for detach in self._detach:
+    def release(self) -> None:
+        """Leaves the optimizers alone."""
+        for detach in self._flushes:
             detach()
+        self._flushes = []
+
+    def prepare(self) -> None:
+        """Makes the variables for replicas, where they cannot be made inside of the step; `fit` has built the model."""
+        strategy = getattr(self.model, "distribute_strategy", None)
+        if strategy is None or strategy.num_replicas_in_sync == 1:
+            return
+        names = layer_names(self.model)
+        for optimizer in optimizers_of(self.model):
+            head = [*_rates(optimizer), *(["loss_scale"] * _scales(optimizer)), *(["clipped"] * clips(optimizer))]
+            update = self._update(optimizer, self.model.trainable_variables, names, head)
+            self.set(update.name, np.zeros(_size(update), "float32"))
+            self.set(f"loss/{id(optimizer)}", 0.0, "sum")
+        for name, aggregation in _SCALARS.items():
+            self.set(name, 0.0, aggregation)
+        if self._pattern is not None:
+            found = matching_layers(self.model, self._pattern)
+            self.set("activations", np.zeros((len(ACTIVATION), len(found)), "float32"))
+
+    def hooks(self) -> list[Callable[[], None]]:
+        """Around what the step that begins may call."""
+        model = self.model
+        hooks = [around(metric, "update_state", self._see_metric) for metric in model.metrics if metric.name == "loss"]
+        if self._pattern is not None:  # which of the layers match, is known when all are built
+            hooks += [around(layer, "call", self._see_call(layer)) for layer in sublayers(model)]
+        for optimizer in optimizers_of(model):
+            if keras.config.backend() == "tensorflow":
+                hooks.append(around(optimizer, "scale_loss", self._see_loss(optimizer)))
+                hooks.append(around(optimizer, "apply", self._see_apply(optimizer)))
+            else:
+                # On JAX `scale_loss` is called inside of what is differentiated and `apply`, with loss scaling, inside
+                # of a condition. No value can come out of either; it can from around them.
+                hooks.append(around(optimizer, "stateless_apply", self._see_stateless_apply(optimizer)))
+        return hooks
 
     # -- for the host -------------------------------------------------------------------------------------------------
 
     def want(self, wanted: bool) -> None:
         """Says whether the steps that begin from now on compute."""
-        self._values.wanted = wanted
-        self._flushed = None
+        self.wanted, self._flushed = wanted, {}
+        if wanted:
+            self._execution += 1
+            self["execution"] = self._execution
 
-    def read(self) -> dict[str, np.ndarray]:
-        """What the last step that was wanted has computed, by name; waits for it."""
-        values = {name: np.array(ops.convert_to_numpy(self._values[name]), "float64") for name in self._held}
-        if self._flushed is not None and "layers" in values:
-            values["layers"][[WEIGHT, CHANGE]] = self._flushed
-        return values
+    def read(self) -> Reading:
+        """What the last step that was wanted has computed; waits for it."""
+        read = Reading(scalars={name: float(self._on_host(name)) for name in _SCALARS if name in self._held})
+        found: dict[str, dict[frozenset[int], np.ndarray]] = {}
+        for update in self._updates.values():
+            values = self._on_host(update.name) if update.name in self._held else np.zeros(1)
+            if values[0] != self._execution:
+                continue
+            scalars = dict(zip(update.scalars, map(float, values[1:]), strict=False))
+            if (loss := f"loss/{id(update.optimizer)}") in self._held:
+                scalars["loss"] = float(self._on_host(loss))
+            read.updates.append((update.optimizer, scalars))
+            columns = values[1 + len(update.scalars) :].reshape(4, -1).T
+            for (layer, weights), column in zip(update.layers.items(), columns, strict=True):
+                # of the same weights it is a later update; of other weights of the layer, a part of the same
+                others = {w: c for w, c in found.get(layer, {}).items() if not w & weights}
+                found[layer] = others | {weights: column}
+        for layer in self._order:
+            if layer in found:
+                read.layers[layer] = np.sum(list(found[layer].values()), axis=0)
+                if layer in self._flushed:
+                    read.layers[layer][[WEIGHT, CHANGE]] = self._flushed[layer]
+        if "activations" in self._held:
+            rows = self._on_host("activations")
+            read.activations = {
+                kind: dict(zip(self._watched, map(float, row), strict=True))
+                for kind, row in zip(ACTIVATION, rows, strict=True)
+            }
+        return read
+
+    def _on_host(self, name: str) -> np.ndarray:
+        return np.array(ops.convert_to_numpy(self[name]), "float64")
 
     # -- inside the step ----------------------------------------------------------------------------------------------
 
+    def begin(self, data: Any, *_: Any) -> None:
+        """On request, computes the gradient of half of the batch first."""
+        self._thread.calls = {}
+        if self._noise_scale:
+            (optimizer,) = optimizers_of(self.model)
+            self._thread.aside = True
+            try:
+                self._thread.half, examples = on_tensorflow.half_gradient(self.model, _scaled_by(optimizer), data)
+            finally:
+                self._thread.aside = False
+            self._hold("half_examples", ops.cast(examples, "float32"))
+
     @property
     def _looking(self) -> bool:
-        return self._values.in_step and not getattr(self._thread, "aside", False)
+        return self.in_step and not getattr(self._thread, "aside", False)
 
     def _hold(self, name: str, value: Tensor) -> None:
-        self._values[name] = value
+        self.set(name, value, "sum" if name.startswith("loss/") else _SCALARS.get(name, "only_first_replica"))
         self._held.add(name)
 
-    @contextlib.contextmanager
-    def _see_loss(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
-        if self._looking:
-            self._hold("loss", loss)
-        yield
+    def _see_loss(self, optimizer: Any) -> Hook:
+        @contextlib.contextmanager
+        def see_loss(loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
+            if self._looking:  # each replica has its part of the global batch's mean
+                self._hold(f"loss/{id(optimizer)}", ops.cast(loss, "float32"))
+            yield
+
+        return see_loss
 
     @contextlib.contextmanager
     def _see_metric(self, loss: Tensor, sample_weight: Any = None) -> Iterator[None]:
@@ -149,65 +226,89 @@ class Probe:
                 self._hold("examples", ops.cast(sample_weight, "float32"))
         yield
 
-    @contextlib.contextmanager
-    def _see_apply(
-        self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None
-    ) -> Iterator[None]:
-        if not self._looking:
+    def _see_apply(self, optimizer: Any) -> Hook:
+        @contextlib.contextmanager
+        def see_apply(
+            grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None
+        ) -> Iterator[None]:
+            if not self._looking:
+                yield
+                return
+            variables = self._variables(optimizer, trainable_variables)
+            if not optimizer.built:
+                with distribute.outside_graph():
+                    optimizer.build(variables)
+            before = [ops.copy(v) for v in variables]
+            scalars, scale = self._scalars(optimizer)
             yield
-            return
-        variables = list(trainable_variables or self._model.trainable_variables)
-        before = [ops.copy(v) for v in variables]
-        scale = self._see_scalars()
-        yield
-        self._see_update(grads, variables, before, [ops.convert_to_tensor(v) for v in variables], scale)
-        self._see_activations()
+            after = [ops.convert_to_tensor(v) for v in variables]
+            self._see_update(optimizer, grads, variables, before, after, scalars, scale)
 
-    @contextlib.contextmanager
-    def _see_stateless_apply(
-        self, state: Sequence[Tensor], grads: Sequence[Tensor | None], weights: Sequence[Tensor]
-    ) -> Iterator[Callable[[Any], None] | None]:
-        if not self._looking:
-            yield None
-            return
+        return see_apply
 
-        def holding(values: Sequence[Tensor]) -> Any:
-            return keras.StatelessScope(list(zip(self._optimizer.variables, values, strict=True)))
+    def _see_stateless_apply(self, optimizer: Any) -> Hook:
+        @contextlib.contextmanager
+        def see_stateless_apply(
+            state: Sequence[Tensor], grads: Sequence[Tensor | None], weights: Sequence[Tensor]
+        ) -> Iterator[Callable[[Any], None] | None]:
+            if not self._looking:
+                yield None
+                return
 
-        def see_result(result: tuple[Sequence[Tensor], Sequence[Tensor]]) -> None:
-            after, new_state = result
-            with holding(new_state):
-                if isinstance(self._rate(), keras.Variable):  # ScheduleHyperparameters sets it in there
-                    self._hold("learning_rate", self._rate())
-            self._see_update(grads, self._model.trainable_variables, weights, after, scale)
+            def holding(values: Sequence[Tensor]) -> Any:
+                return keras.StatelessScope(list(zip(optimizer.variables, values, strict=True)))
 
-        with holding(state):
-            scale = self._see_scalars()
-        yield see_result
+            def see_result(result: tuple[Sequence[Tensor], Sequence[Tensor]]) -> None:
+                after, new_state = result
+                with holding(new_state):  # ScheduleHyperparameters sets rates that are variables in there
+                    for name, rate in _rates(optimizer).items():
+                        if isinstance(rate, keras.Variable):
+                            scalars[name] = ops.convert_to_tensor(rate)
+                self._see_update(optimizer, grads, self._variables(optimizer), weights, after, scalars, scale)
 
-    def _rate(self) -> Any:
-        return getattr(self._optimizer, "learning_rate", None)  # Keras's MultiOptimizer has none
+            with holding(state):
+                scalars, scale = self._scalars(optimizer)
+            yield see_result
 
-    def _see_scalars(self) -> Tensor:
-        """Holds what the optimizer is about to use, and returns the scale of the loss."""
-        if self._rate() is not None:
-            self._hold("learning_rate", self._rate())
-        scale = self._scaled(ops.ones((), "float32"))
-        if isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
-            self._hold("loss_scale", scale)
-        return scale
+        return see_stateless_apply
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return type(self._optimizer).scale_loss(self._optimizer, loss)  # the class's own, which nobody watches
+    def _variables(self, optimizer: Any, given: Sequence[Any] | None = None) -> list[Any]:
+        """The variables that an optimizer updates: those given, or those it was built for."""
+        return list(given or known_variables(optimizer) or self.model.trainable_variables)
+
+    def _scalars(self, optimizer: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """What the optimizer is about to use, and the scale of the loss."""
+        scale = _scaled_by(optimizer)(ops.ones((), "float32"))
+        scalars = {name: ops.convert_to_tensor(rate) for name, rate in _rates(optimizer).items()}
+        if _scales(optimizer):
+            scalars["loss_scale"] = scale
+        return scalars, scale
+
+    def _update(
+        self, optimizer: Any, variables: Sequence[Any], names: Mapping[int, str], scalars: Iterable[str]
+    ) -> Update:
+        """What is known of this update, now or from an earlier trace."""
+        key = id(optimizer), tuple(map(distribute.key, variables))
+        layers: dict[str, frozenset[int]] = {}
+        for variable in variables:
+            if (weight := distribute.key(variable)) in names:  # and not of a model that is trained beside this one
+                layers[names[weight]] = layers.get(names[weight], frozenset()) | {weight}
+        name = self._updates[key].name if key in self._updates else f"update/{len(self._updates)}"
+        self._updates[key] = Update(optimizer, name, tuple(scalars), layers)
+        return self._updates[key]
 
     def _see_update(
         self,
+        optimizer: Any,
         grads: Sequence[Any],
         variables: Sequence[Any],
         before: Sequence[Tensor],
         after: Sequence[Tensor],
+        scalars: dict[str, Tensor],
         scale: Tensor,
     ) -> None:
+        names = layer_names(self.model)
+        self._order = list(dict.fromkeys(names.values()))
         own = _dense(grads, variables)
         whole = distribute.sum_over_replicas(own)
         squares = [_squares(g) / ops.square(scale) for g in whole]
@@ -217,28 +318,27 @@ class Probe:
             [_squares(ops.subtract(_wide(a), _wide(b))) for a, b in zip(after, before, strict=True)],
             [_nonfinite(g) for g in whole],
         ]
-        self._hold("layers", ops.stack([self._by_layer(row, variables) for row in rows]))
-        if clips(self._optimizer):
-            self._hold("clipped", self._clipped(own, whole, squares, scale))
+        if clips(optimizer):
+            scalars["clipped"] = self._clipped(unscaled(optimizer), own, whole, squares, scale)
+        update = self._update(optimizer, variables, names, scalars)
+        head = [self["execution"], *scalars.values()]
+        by_layer = [value for row in rows for value in _by_layer(row, variables, names, update.layers)]
+        self._hold(update.name, ops.stack([ops.cast(value, "float32") for value in [*head, *by_layer]]))
         half = getattr(self._thread, "half", None)
         if half is not None:
             self._thread.half = None
-            half = distribute.sum_over_replicas(_dense(half, self._model.trainable_variables))
+            half = distribute.sum_over_replicas(_dense(half, self.model.trainable_variables))
             self._hold("half_squares", sum(_squares(g) for g in half) / ops.square(scale))
 
-    def _by_layer(self, values: Sequence[Tensor], variables: Sequence[Any]) -> Tensor:
-        sums = dict.fromkeys(self.layers, ops.zeros((), "float32"))
-        for value, variable in zip(values, variables, strict=True):
-            layer = layer_of(variable, self._model)
-            if layer in sums:  # and not in a model that the step trains beside this one
-                sums[layer] = sums[layer] + value
-        return ops.stack(list(sums.values()))
-
     def _clipped(
-        self, own: Sequence[Tensor | None], whole: Sequence[Tensor | None], squares: Sequence[Tensor], scale: Tensor
+        self,
+        inner: Any,
+        own: Sequence[Tensor | None],
+        whole: Sequence[Tensor | None],
+        squares: Sequence[Tensor],
+        scale: Tensor,
     ) -> Tensor:
         """Whether clipping changes the gradient, in any replica."""
-        inner = self._inner
         if not isinstance(inner, Optimizer):  # Keras's clip in each replica, before the sum
             whole, squares = own, [_squares(g) / ops.square(scale) for g in own]
         if inner.global_clipnorm is not None:
@@ -251,65 +351,88 @@ class Probe:
         unchanged = distribute.in_all_replicas(ops.less_equal(size, ops.cast(limit, "float32")))
         return ops.cast(ops.logical_not(unchanged), "float32")
 
-    @contextlib.contextmanager
-    def _see_flush(self) -> Iterator[Callable[[Any], None]]:
-        """An update at the end of an epoch from the micro-batches that are left, outside of any compiled step."""
-        variables, begun_at = self._model.trainable_variables, number(self._inner.iterations)
-        before = [ops.copy(v) for v in variables] if self._values.wanted else []
+    def _see_flush(self, optimizer: Any) -> Hook:
+        @contextlib.contextmanager
+        def see_flush() -> Iterator[Callable[[Any], None]]:
+            """An update at the end of an epoch from the micro-batches that are left."""
+            begun_at = number(optimizer.iterations)
+            names = layer_names(self.model) if self.wanted else {}
+            variables = [v for v in self._variables(optimizer) if distribute.key(v) in names]
+            before = [ops.copy(v) for v in variables]
 
-        def see_result(_: Any) -> None:
-            if before and number(self._inner.iterations) > begun_at:
+            def see_result(_: Any) -> None:
+                if not variables or number(optimizer.iterations) == begun_at:
+                    return
+                layers = dict.fromkeys(names[distribute.key(v)] for v in variables)
                 changes = [_squares(ops.subtract(_wide(v), _wide(b))) for v, b in zip(variables, before, strict=True)]
-                rows = [self._by_layer(row, variables) for row in ([_squares(b) for b in before], changes)]
-                self._flushed = np.array(ops.convert_to_numpy(ops.stack(rows)))
+                rows = [_by_layer(row, variables, names, layers) for row in ([_squares(b) for b in before], changes)]
+                self._flushed |= dict(zip(layers, np.array(ops.convert_to_numpy(ops.stack(rows))).T, strict=True))
 
-        yield see_result
+            yield see_result
+
+        return see_flush
 
     # -- on request, on TensorFlow ------------------------------------------------------------------------------------
 
-    def _see_call(self, name: str) -> Callable[..., contextlib.AbstractContextManager[Any]]:
+    def _see_call(self, layer: Any) -> Hook:
         @contextlib.contextmanager
-        def see_call(*_: Any, **__: Any) -> Iterator[Callable[[Any], None]]:
-            yield see_result
+        def see_call(*args: Any, **kwargs: Any) -> Iterator[Callable[[Any], None]]:
+            def see_result(outputs: Any) -> None:
+                if self._looking and not in_stateless_scope():  # when a layer around is built
+                    call = on_tensorflow.Call(tree.flatten(outputs)[0], tree.flatten((args, kwargs)))
+                    self._thread.calls.setdefault(id(layer), []).append(call)
 
-        def see_result(outputs: Any) -> None:
-            if self._looking:
-                self._calls.setdefault(name, []).append(tree.flatten(outputs)[0])
+            yield see_result
 
         return see_call
 
-    @property
-    def _calls(self) -> dict[str, list[Tensor]]:
-        """What the watched layers have returned in this step, in this replica."""
-        if not hasattr(self._thread, "calls"):
-            self._thread.calls = {}
-        return self._thread.calls
-
-    def _see_activations(self) -> None:
-        if not self.watched:
+    def end(self) -> None:
+        """On request, measures what the layers have returned."""
+        if self._pattern is None:
             return
-        calls, self._thread.calls = self._calls, {}
+        calls, self._thread.calls = self._thread.calls, {}
+        found = matching_layers(self.model, self._pattern)
         columns = []
-        for name in self.watched:
-            outputs = calls.get(name, [])
-            if not outputs or not all(map(on_tensorflow.is_here, outputs)):
+        for name, layer in found.items():
+            seen = calls.get(id(layer), [])
+            if not seen or not all(distribute.is_here(call.output) for call in seen):
                 raise ValueError(
                     f"activations: the layer {name!r} is not called in the training step itself, but "
-                    f"{'inside of a loop or a function in it' if outputs else 'nowhere'}. Choose other layers."
+                    f"{'inside of a loop or a function in it' if seen else 'nowhere'}. Choose other layers."
                 )
-            columns.append(on_tensorflow.moments(outputs, self._units[name]))
+            columns.append(on_tensorflow.moments(seen, layer.weights, _unit_axis(layer)))
+        self._watched = list(found)
         self._hold("activations", ops.transpose(ops.stack(columns)))
 
-    @contextlib.contextmanager
-    def _see_step(self, data: Any) -> Iterator[None]:
-        if self._looking:
-            self._thread.aside = True
-            try:
-                self._thread.half, examples = on_tensorflow.half_gradient(self._model, self._scaled, data)
-            finally:
-                self._thread.aside = False
-            self._hold("half_examples", ops.cast(examples, "float32"))
-        yield
+
+def _size(update: Update) -> int:
+    return 1 + len(update.scalars) + 4 * len(update.layers)
+
+
+def _scaled_by(optimizer: Any) -> Callable[[Tensor], Tensor]:
+    return lambda loss: type(optimizer).scale_loss(optimizer, loss)  # the class's own, which nobody watches
+
+
+def _scales(optimizer: Any) -> bool:
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def _rates(optimizer: Any) -> dict[str, Any]:
+    """The learning rate; of an optimizer of several, which has none, those of the ones inside, by their place."""
+    if hasattr(optimizer, "learning_rate"):
+        return {"learning_rate": optimizer.learning_rate}
+    inside = enumerate(innermost(optimizer))
+    return {f"learning_rate/{i}": part.learning_rate for i, part in inside if hasattr(part, "learning_rate")}
+
+
+def _by_layer(
+    values: Sequence[Tensor], variables: Sequence[Any], names: Mapping[int, str], layers: Mapping[str, Any]
+) -> list[Tensor]:
+    sums = dict.fromkeys(layers, ops.zeros((), "float32"))
+    for value, variable in zip(values, variables, strict=True):
+        if (weight := distribute.key(variable)) in names:
+            sums[names[weight]] = sums[names[weight]] + value
+    return list(sums.values())
 
 
 def _dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor | None]:
@@ -343,11 +466,9 @@ def matching_layers(model: Any, pattern: str) -> dict[str, Any]:
     Raises:
         ValueError: If there are none.
     """
-    called = [layer for layer in sublayers(model) if not isinstance(layer, keras.layers.InputLayer)]
-    layers = {short(layer.path or layer.name, model): layer for layer in called}
-    found = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
+    layers = LayerTree.of(model)
+    found = {node.path: node.layer for node in layers.matching(pattern)}
     if not found:
-        raise ValueError(
-            f"activations must match the path of a layer, got {pattern!r}. The layers are {', '.join(layers)}."
-        )
+        paths = ", ".join(node.path for node in layers.nodes)
+        raise ValueError(f"activations must match the path of a layer, got {pattern!r}. The layers are {paths}.")
     return found
