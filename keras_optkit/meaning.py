@@ -29,6 +29,8 @@ _LIBRARIES = {"keras", "keras_optkit", "keras_tuner", "tensorflow", "jax", "jaxl
 #: Names that Keras makes up, with a number that depends on what was built before.
 COUNTER = re.compile(r"_\d+$")
 
+_ABSENT = object()
+
 _CHUNK = 1 << 24  # bytes of an array that are copied at a time, if they have to be
 
 
@@ -181,10 +183,11 @@ def _referred_to(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[Any
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF") and instruction.argval in names:
             value = names[instruction.argval]
             for following in instructions[i + 1 :]:
-                holds = getattr(value, "__dict__", {})
-                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD") or following.argval not in holds:
+                taken = inspect.getattr_static(value, str(following.argval), _ABSENT)
+                computed = hasattr(type(taken), "__get__") and not isinstance(value, types.ModuleType)
+                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD") or taken is _ABSENT or computed:
                     break
-                value = holds[following.argval]
+                value = taken
             yield value
 
 

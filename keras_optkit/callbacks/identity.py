@@ -38,8 +38,9 @@ _WHERE = ("directory", "log_dir", "filepath", "filename", "path", "verbose", "mo
 
 #: What `compile` and `fit` set on a model.
 _SET_BY_KERAS = {
-    "build", "built", "compiled", "history", "jit_compile", "loss", "name", "optimizer", "predict_function", "quantize",
-    "run_eagerly", "steps_per_execution", "stop_training", "test_function", "train_function",
+    "build", "built", "compiled", "history", "input_names", "jit_compile", "loss", "name", "optimizer", "output_names",
+    "predict_function", "quantize", "run_eagerly", "steps_per_execution", "stop_training", "test_function",
+    "train_function",
 }  # fmt: skip
 
 
@@ -152,14 +153,21 @@ def _attributes(model: Any) -> dict[str, Any]:
     for i, part in enumerate([model, *sublayers(model)]):
         if type(part).__module__.split(".")[0] in ("keras", "keras_optkit"):
             continue
+        arguments = {
+            f"_{name}" for method in ("__init__", "compile") for name in _parameters(getattr(type(part), method, None))
+        }
         given = {
-            name: meaning(value)
+            name: without_made_up(meaning(value))
             for name, value in vars(part).items()
-            if name not in _names_of_keras() and _is_setting(value)
+            if name not in _names_of_keras() and (name in arguments or name[0] != "_") and _is_setting(value)
         }
         if given:
             found[f"{i} {type(part).__qualname__}"] = given
     return found
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters) if callable(function) else []
 
 
 @functools.cache
@@ -242,7 +250,7 @@ def _callbacks(callbacks: Sequence[Any]) -> dict[str, Any]:
 
 def _settings(callback: Any) -> dict[str, Any]:
     """The arguments that a callback was made with, as far as it keeps them under their names."""
-    names = inspect.signature(type(callback).__init__).parameters
+    names = _parameters(type(callback).__init__)
     state = next((CALLBACK_STATE[cls] for cls in type(callback).__mro__ if cls in CALLBACK_STATE), ())
     return {
         name: meaning(vars(callback)[name])

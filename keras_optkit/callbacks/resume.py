@@ -34,7 +34,7 @@ from keras_optkit.registry import register
 
 
 class Position(NamedTuple):
-    """Where a training stands: the next batch to train on, both counted from 0."""
+    """Where a run stands: the next batch to train on, both counted from 0."""
 
     epoch: int
     batch: int
@@ -379,10 +379,12 @@ class _Session:
             raise ValueError(
                 f"The bundle is from batch {self._begin.batch} of an epoch, and x has {len(self._data)} batches now."
             )
-        if not TrainingState(**self._found["state"]).fits(self._model, metrics=self._metrics_count()):
+        unbuilt = not TrainingState(**self._found["state"]).fits(self._model, metrics=self._metrics_count())
+        if unbuilt:
             self._train_once()
-            self._restore_model(self._found)
         refuse_unless_same({"variables": self._found["variables"]}, {"variables": variables(self._model)})
+        if unbuilt:
+            self._restore_model(self._found)  # undoes the step before other callbacks see it
 
     def _say_releases(self, saved: Mapping[str, str]) -> None:
         other = differences(saved, versions())
