@@ -100,7 +100,7 @@ class OwnStep(keras.Model):
         return {"loss": self.seen.result()}
 
     def used(self):
-        return [self.optimizer] if self.optimizers is None else self.optimizers["a"], self.optimizers["b"]
+        return [self.optimizer] if self.optimizers is None else [self.optimizers["a"], self.optimizers["b"]]
 
 
 class Unpacking(OwnStep):
@@ -192,8 +192,10 @@ def dataset():
     ("data", "arguments"),
     [
         pytest.param(lambda: (X, Y), {"batch_size": 8, "shuffle": False}, id="arrays"),
-        pytest.param(lambda: Batches(None), {"shuffle": False}, id="PyDataset"),
-        pytest.param(dataset, {}, id="tf.data", marks=pytest.mark.only_on("tensorflow", because="tf.data")),
+        pytest.param(lambda: Batches(), {"shuffle": False}, id="PyDataset"),
+        pytest.param(
+            dataset, {"shuffle": False}, id="tf.data", marks=pytest.mark.only_on("tensorflow", because="tf.data")
+        ),
     ],
 )
 def test_a_model_that_the_first_step_builds_is_resumed_at_the_end_of_an_epoch(tmp_path, data, arguments):
@@ -214,11 +216,12 @@ def test_a_generator_loses_no_batch(tmp_path):
         tmp_path, sequential, data, every="epoch", warns="x must be", steps_per_epoch=3, shuffle=False, crash=4
     )[1][0]
     assert int(model.optimizer.iterations) == 9
-    assert len(given) == 9 + 4 + 6 + given.count(None)
+    assert (
+        len(given) == 9 + 5 + 6
+    )  # those of the whole run, of the crashed one, which had begun a fifth, and of the rest
 
 
-@pytest.mark.parametrize("validation_batch", [8, 10])
-def test_losses_of_outputs_with_weights_are_bitwise_the_same(tmp_path, validation_batch):
+def test_losses_of_outputs_with_weights_are_bitwise_the_same(tmp_path):
     weights = {"p": np.linspace(0.1, 2, 24).astype("float32"), "q": np.ones(24, "float32")}
     targets = {"p": Y**2, "q": X[:, :2]}
 
@@ -228,7 +231,7 @@ def test_losses_of_outputs_with_weights_are_bitwise_the_same(tmp_path, validatio
         model.compile("adam", {"p": "mse", "q": "mse"}, metrics={"q": "mae"}, weighted_metrics={"p": ["mae"]})
         return model
 
-    more = {"validation_data": (X, targets, weights), "validation_batch_size": validation_batch}
+    more = {"validation_data": (X, targets, weights), "validation_batch_size": 10}
     assert_resumed(tmp_path, make, lambda: shuffled(X, targets, weights), **more)
 
 
@@ -391,16 +394,14 @@ def test_what_layers_have_adapted_is_put_back(tmp_path, name):
 @pytest.mark.parametrize("mode", ["int", "tf_idf"])
 def test_vocabularies_are_put_back(mode):
     def made():
-        layer = keras.layers.TextVectorization(
-            output_mode=mode, **({"pad_to_max_tokens": True, "max_tokens": 8} if mode == "tf_idf" else {})
-        )
-        model = keras.Sequential([layer])
-        return layer, model
+        layer = keras.layers.TextVectorization(output_mode=mode)
+        return layer, keras.Sequential([layer])
 
     layer, model = made()
     layer.adapt(["a b c", "a b", "a"])
     other, twin = made()
-    other.adapt(["x", "y"])
+    if mode == "int":
+        other.adapt(["x", "y"])
     state = TrainingState.of(model)
     state.into(twin)
     assert other.get_vocabulary() == layer.get_vocabulary()

@@ -160,6 +160,8 @@ def _attributes(model: Any) -> dict[str, Any]:
             name: without_made_up(meaning(value))
             for name, value in vars(part).items()
             if name not in _names_of_keras() and (name in arguments or name[0] != "_") and _is_setting(value)
+            # an array of another name may have been computed from a variable
+            if not isinstance(value, np.ndarray) or {name, f"_{name}"} & arguments
         }
         if given:
             found[f"{i} {type(part).__qualname__}"] = given

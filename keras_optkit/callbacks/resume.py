@@ -379,8 +379,10 @@ class _Session:
             raise ValueError(
                 f"The bundle is from batch {self._begin.batch} of an epoch, and x has {len(self._data)} batches now."
             )
-        unbuilt = not TrainingState(**self._found["state"]).fits(self._model, metrics=self._metrics_count())
+        state = TrainingState(**self._found["state"])
+        unbuilt = not state.fits(self._model, metrics=self._metrics_count())
         if unbuilt:
+            state.adapt(self._model)
             self._train_once()
         refuse_unless_same({"variables": self._found["variables"]}, {"variables": variables(self._model)})
         if unbuilt:

@@ -80,6 +80,11 @@ class TrainingState:
             _adapted(model),
         )
 
+    def adapt(self, model: Any) -> None:
+        """Sets what layers have adapted, also in a model that has not been built."""
+        for i, layer in enumerate(sublayers(model)):
+            _set_adapted(layer, self.layers.get(str(i), _adapted_in(layer)))
+
     def fits(self, model: Any, *, metrics: bool = True) -> bool:
         """Whether all that the state is of has been built in `model`; optimizers need not be.
 
@@ -170,9 +175,10 @@ def own_variables(model: Any) -> list[Any]:
     metrics = {id(v) for v in getattr(model, "metrics_variables", ())}
     found = {id(v): v for v in model.variables if id(v) not in metrics}
     for part in [model, *sublayers(model)]:
-        for name, value in vars(part).items():
-            if not name.startswith("_self_"):  # TensorFlow's notes
-                found |= {id(v): v for v in _held(value) if id(v) not in metrics}
+        if not _keeps_assets_only(part):
+            for name, value in vars(part).items():
+                if not name.startswith("_self_"):  # TensorFlow's notes
+                    found |= {id(v): v for v in _held(value) if id(v) not in metrics}
     return list(found.values())
 
 
@@ -272,7 +278,11 @@ def _adapted_in(layer: Any) -> dict[str, Any]:
             "bin_boundaries": layer.bin_boundaries and list(layer.bin_boundaries),
             "summary": np.array(layer.summary),
         }
-    if hasattr(layer, "save_assets") and not isinstance(layer, keras.Model):
+    if _keeps_assets_only(layer):
+        state["stored"] = {}
+        with contextlib.suppress(AttributeError):  # so Keras for one that has not been adapted
+            layer.save_own_variables(state["stored"])
+    if hasattr(layer, "save_assets"):
         with tempfile.TemporaryDirectory() as directory:
             layer.save_assets(directory)
             files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
@@ -282,7 +292,17 @@ def _adapted_in(layer: Any) -> dict[str, Any]:
     return {name: part for name, part in state.items() if part}
 
 
-def _set_adapted(layer: Any, state: Mapping[str, Any]) -> None:
+def _keeps_assets_only(layer: Any) -> bool:
+    """Whether what a layer holds besides its files is made when it is adapted, as in lookups of words."""
+    return hasattr(layer, "save_assets") and not layer.variables
+
+
+def _set_adapted(layer: Any, state: Mapping[str, Any]) -> bool:
+    """Sets what a layer has adapted; False if it was so before."""
+    if _same(_adapted_in(layer), state):
+        return False
+    if "stored" in state:
+        layer.load_own_variables(state["stored"])
     for name, value in state.get("attributes", {}).items():
         setattr(layer, name, value)
     if "assets" in state:
@@ -292,6 +312,7 @@ def _set_adapted(layer: Any, state: Mapping[str, Any]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content.tobytes())
             layer.load_assets(directory)
+    return True
 
 
 @contextlib.contextmanager
@@ -311,10 +332,8 @@ def _derived(model: Any, adapted: Mapping[str, Mapping[str, Any]]) -> Iterator[N
         same = [on_host(v).tobytes() for v in own_variables(layer)] == before[place]
         if not same:
             _renew(layer)
-        if place in adapted and not _same(_adapted_in(layer), adapted[place]):
-            _set_adapted(layer, adapted[place])
-            same = False
-        changed = changed or not same
+        adapts = place in adapted and _set_adapted(layer, adapted[place])
+        changed = changed or adapts or not same
     if changed:
         _forget_compiled(model)
 
