@@ -93,7 +93,10 @@ class _Describing:
         if hasattr(value, "assign") and hasattr(value, "shape"):
             return f"variable {value.dtype} {tuple(value.shape)}"
         if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
-            return checksum(np.asarray(value))
+            try:
+                return checksum(np.asarray(value))
+            except (TypeError, ValueError, NotImplementedError):  # ragged, sparse, or symbolic
+                return type(value).__name__
         if hasattr(value, "element_spec"):
             return {"dataset": repr(value.element_spec), "batches": _length(value)}
         return self._object(value)

@@ -558,9 +558,9 @@ CHANGES = {
     "lambda layer": (
         "model",
         lambda text: {"model": simple(keras.layers.Lambda(made_of(text)))},
-        LOSS,
-        "y, p",
-        "p, y=1",
+        "made = lambda x: 2 * x",
+        "2 *",
+        "3 *",
     ),
     "loss": ("compile", lambda text: {"model": simple(loss=made_of(text))}, LOSS, "float32(2)", "float32(3)"),
     "metric": ("compile", lambda text: {"model": simple(metrics=[made_of(text)])}, LOSS, "** 2", "** 4"),
@@ -587,7 +587,7 @@ CHANGES = {
     ),
     "rows": (
         "data",
-        lambda text: {"model": simple(), "data": ok.data.Shuffled(X + RARE * int(text), Y)},
+        lambda text: {"model": simple(), "data": ok.data.Shuffled(X + RARE * int(text), Y, batch_size=BATCH)},
         "0",
         "0",
         "1",
@@ -615,7 +615,8 @@ def test_a_change_is_refused_and_can_be_accepted(tmp_path, what):
     with pytest.raises(ValueError, match=rf"{section}\.(.|\n)*resume with Resume\(\.\.\., accept=\['{section}'\]\)"):
         train(tmp_path, **make(text.replace(before, after)))
     resume = Resume(tmp_path, every=3, accept=section)
-    assert train(resume, **make(text.replace(before, after))).resume.resumed_from == (0, 6)
+    assert train(resume, crash=1, **make(text.replace(before, after))) is None
+    assert resume.resumed_from == (0, 6)
 
 
 @pytest.mark.only_on("tensorflow", because="tf.data")
@@ -630,12 +631,15 @@ def test_other_data_of_tensorflow_are_refused(tmp_path):
 
     for name, epochs in (("plain", False), ("epochs", True)):
         with contextlib.nullcontext() if epochs else pytest.warns(UserWarning, match="x must be"):
-            assert train(tmp_path / name, model=simple(), data=data(X, epochs), crash=14, strict=False) is None
+            assert (
+                train(tmp_path / name, model=simple(), data=data(X, epochs), crash=14, strict=False, shuffle=False)
+                is None
+            )
         with (
             contextlib.nullcontext() if epochs else pytest.warns(UserWarning, match="x must be"),
             pytest.raises(ValueError, match=r"data\.x\.first batch"),
         ):
-            train(tmp_path / name, model=simple(), data=data(X + 1, epochs), strict=False)
+            train(tmp_path / name, model=simple(), data=data(X + 1, epochs), strict=False, shuffle=False)
 
 
 def test_looking_at_the_data_draws_no_random_numbers(tmp_path):
@@ -962,6 +966,15 @@ def test_the_end_is_not_enough_where_it_is_an_average(tmp_path):
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's handler, which a process in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_writes_a_bundle_after_the_batch(tmp_path, capsys):
     expected = run_in(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -973,6 +986,7 @@ def test_ctrl_c_writes_a_bundle_after_the_batch(tmp_path, capsys):
     assert_same(model, expected)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     def twice(model):
         interrupt(model)
@@ -985,6 +999,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_at_the_very_end_is_not_lost(tmp_path):
     class AtEnd(keras.callbacks.Callback):
         stateless = True

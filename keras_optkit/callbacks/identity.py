@@ -186,9 +186,9 @@ def _is_setting(value: Any) -> bool:
         return all(_is_setting(part) for part in value)
     if isinstance(value, Mapping):
         return all(_is_setting(part) for part in value.values())
-    functions = types.FunctionType | types.MethodType | functools.partial
-    of_keras = keras.losses.Loss | keras.regularizers.Regularizer | keras.initializers.Initializer
-    return value is None or isinstance(value, bool | int | float | np.ndarray | functions | of_keras)
+    functions = (types.FunctionType, types.MethodType, functools.partial)
+    of_keras = (keras.losses.Loss, keras.regularizers.Regularizer, keras.initializers.Initializer)
+    return value is None or isinstance(value, (bool, int, float, np.ndarray, *functions, *of_keras))
 
 
 def _compiled(model: Any) -> Any:

@@ -82,8 +82,9 @@ class TrainingState:
 
     def adapt(self, model: Any) -> None:
         """Sets what layers have adapted, also in a model that has not been built."""
-        for i, layer in enumerate(sublayers(model)):
-            _set_adapted(layer, self.layers.get(str(i), _adapted_in(layer)))
+        for place, layer in _adapting(model):
+            if place in self.layers:
+                _set_adapted(layer, self.layers[place])
 
     def fits(self, model: Any, *, metrics: bool = True) -> bool:
         """Whether all that the state is of has been built in `model`; optimizers need not be.
@@ -267,8 +268,18 @@ def _fits(here: tuple[int | None, ...], there: tuple[int, ...]) -> bool:
 
 def _adapted(model: Any) -> dict[str, dict[str, Any]]:
     """The assets and adapted attributes of layers that have some, by the places of the layers."""
-    found = {str(i): _adapted_in(layer) for i, layer in enumerate(sublayers(model))}
+    found = {place: _adapted_in(layer) for place, layer in _adapting(model)}
     return {place: state for place, state in found.items() if state}
+
+
+def _adapting(model: Any) -> list[tuple[str, Any]]:
+    """The layers that adapt something besides variables, counted among themselves: others are listed once built."""
+    layers = {
+        id(layer): layer
+        for layer in sublayers(model)
+        if isinstance(layer, keras.layers.Discretization) or hasattr(layer, "save_assets")
+    }
+    return [(str(i), layer) for i, layer in enumerate(layers.values())]
 
 
 def _adapted_in(layer: Any) -> dict[str, Any]:
@@ -322,18 +333,17 @@ def _derived(model: Any, adapted: Mapping[str, Mapping[str, Any]]) -> Iterator[N
     `Normalization`, for example, computes with tensors that it made of its variables when it was adapted. A compiled
     step holds such tensors as constants, and is made again.
     """
-    layers = [
-        (str(i), layer) for i, layer in enumerate(sublayers(model)) if str(i) in adapted or _derives_values(layer)
-    ]
-    before = {place: [on_host(v).tobytes() for v in own_variables(layer)] for place, layer in layers}
+    deriving = [layer for layer in sublayers(model) if _derives_values(layer)]
+    before = [[on_host(v).tobytes() for v in own_variables(layer)] for layer in deriving]
     yield
     changed = False
-    for place, layer in layers:
-        same = [on_host(v).tobytes() for v in own_variables(layer)] == before[place]
-        if not same:
+    for layer, values in zip(deriving, before, strict=True):
+        if [on_host(v).tobytes() for v in own_variables(layer)] != values:
             _renew(layer)
-        adapts = place in adapted and _set_adapted(layer, adapted[place])
-        changed = changed or adapts or not same
+            changed = True
+    for place, layer in _adapting(model):
+        if place in adapted and _set_adapted(layer, adapted[place]):
+            changed = True
     if changed:
         _forget_compiled(model)
 
