@@ -87,7 +87,9 @@ class _Describing:
             return {"function": self.of(value.func), "arguments": self.of([value.args, value.keywords])}
         if isinstance(value, types.MethodType):
             return {"function": self.of(value.__func__), "of": self.of(value.__self__)}
-        function = inspect.unwrap(getattr(value, "python_function", value))  # inside of tf.function, jax.jit, ...
+        function = value
+        if not isinstance(value, types.FunctionType):  # it may be around one, as those of tf.function and jax.jit are
+            function = inspect.unwrap(getattr(value, "python_function", value))
         if isinstance(function, types.FunctionType):
             return self._function(function)
         if hasattr(value, "assign") and hasattr(value, "shape"):

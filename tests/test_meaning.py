@@ -152,6 +152,21 @@ def test_code_without_source():
     assert meaning(made("f = lambda x: x")) != meaning(made("f = lambda x: -x"))
 
 
+def test_decorators_count():
+    def times(k):
+        def around(function):
+            @functools.wraps(function)
+            def inside(x):
+                return k * function(x)
+
+            return inside
+
+        return around
+
+    made = [times(k)(lambda x: x) for k in (2, 2, 3)]
+    assert meaning(made[0]) == meaning(made[1]) != meaning(made[2])
+
+
 def test_things_of_keras_are_told_by_their_config():
     def focal(y, p):
         return y * p

@@ -72,10 +72,11 @@ def identity(model: Any, arguments: Mapping[str, Any], callbacks: Sequence[Any])
 
 def variables(model: Any) -> list[Any]:
     """The kinds, types and shapes of a model's weights."""
+    metrics = {id(v) for v in model.metrics_variables}
     return [
         [COUNTER.sub("", v.name.split("/")[-1]), str(v.dtype), list(v.shape)]
         for v in model.variables
-        if not any(v is other for other in model.metrics_variables)
+        if id(v) not in metrics
     ]
 
 

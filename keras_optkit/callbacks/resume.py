@@ -411,7 +411,7 @@ class _Session:
             once["x"] = _Repeated(self._data[0], steps)
         elif inspect.isgenerator(self._data):
             once["x"] = _Repeated(self._batch_ahead, steps)
-        history, stop = model.history, model.stop_training
+        history, stop = getattr(model, "history", None), model.stop_training
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Your input ran out of data")
             keras.Model.fit(model, **once, epochs=1, steps_per_epoch=steps, validation_freq=2, shuffle=False, verbose=0)
