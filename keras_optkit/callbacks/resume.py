@@ -252,6 +252,7 @@ class _Session:
             self._run.arguments["initial_epoch"] = self._begin.epoch if not self._found["finished"] else self._epochs
             self._owner.resumed_from = self._begin
             self._look_ahead()
+            TrainingState(**self._found["state"]).adapt(self._run.model)  # `fit` may build it, with what was adapted
         else:
             self._owner.resumed_from = None
         self._end = self._begin
@@ -382,7 +383,6 @@ class _Session:
         state = TrainingState(**self._found["state"])
         unbuilt = not state.fits(self._model, metrics=self._metrics_count())
         if unbuilt:
-            state.adapt(self._model)
             self._train_once()
         refuse_unless_same({"variables": self._found["variables"]}, {"variables": variables(self._model)})
         if unbuilt:
