@@ -220,6 +220,18 @@ def test_a_generator_loses_no_batch(tmp_path):
     assert given[-1] == 6
 
 
+@pytest.mark.parametrize("form", [list, tuple])
+def test_inputs_in_lists_and_tuples(tmp_path, form):
+    def make():
+        a, b = keras.Input((4,)), keras.Input((4,))
+        model = keras.Model([a, b], keras.layers.Dense(1)(keras.layers.add([a, keras.layers.Dropout(0.5)(b)])))
+        model.compile("adam", "mse", run_eagerly=True)
+        return model
+
+    data = form([X, X[::-1]])
+    assert_resumed(tmp_path, make, lambda: (data, Y), every="epoch", batch_size=8, shuffle=False)
+
+
 def test_losses_of_outputs_with_weights_are_bitwise_the_same(tmp_path):
     weights = {"p": np.linspace(0.1, 2, 24).astype("float32"), "q": np.ones(24, "float32")}
     targets = {"p": Y**2, "q": X[:, :2]}

@@ -130,6 +130,8 @@ def _without_code(config: Any) -> Any:
     if isinstance(config, dict):
         if config.get("class_name") == "__lambda__":
             return "function"
+        if "class_name" in config:  # the module may have been moved, and how it is compiled is described apart
+            config = {key: part for key, part in config.items() if key not in ("module", "compile_config")}
         if config.get("class_name") == "Discretization" and config["config"].get("num_bins") is not None:
             config = config | {"config": config["config"] | {"bin_boundaries": None}}
         return {key: _without_code(part) for key, part in config.items()}

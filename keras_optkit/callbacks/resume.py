@@ -396,7 +396,7 @@ class _Session:
     def _metrics_count(self) -> bool:
         """Whether those of the bundle are more than what an epoch begins with."""
         finished = self._found is not None and self._found["finished"]
-        return self._inside and bool(self._begin.batch or finished)
+        return self._inside and bool(self._begin.batch or finished or self._begin.epoch >= self._epochs)
 
     def _train_once(self) -> None:
         """Has everything built that Keras, or a `train_step`, builds in the first step only, metrics included.
