@@ -125,14 +125,14 @@ class _Describing:
 
     def _class(self, kind: type) -> str:
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if not _is_known_code(kind.__module__):
+        if not is_known_code(kind.__module__):
             parts = {key: self.of(_plain_function(part)) for key, part in vars(kind).items() if not _is_made(key)}
             bases = [self.of(base) for base in kind.__bases__]
             return f"{kind.__qualname__} {_digest([parts, bases])}"
         return name
 
     def _function(self, function: types.FunctionType) -> str:
-        if _is_known_code(function.__module__):
+        if is_known_code(function.__module__):
             return f"{function.__module__}.{function.__qualname__}"
         code = function.__code__
         held = [self.of(function.__defaults__), self.of(function.__kwdefaults__)]
@@ -224,7 +224,7 @@ def _is_empty(cell: types.CellType) -> bool:
     return False
 
 
-def _is_known_code(module: str | None) -> bool:
+def is_known_code(module: str | None) -> bool:
     """Whether code is of Python or of a package whose release is compared."""
     top = (module or "builtins").split(".")[0]
     return top in _LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
@@ -233,7 +233,7 @@ def _is_known_code(module: str | None) -> bool:
 @functools.cache
 def _is_own(module: str | None) -> bool:
     """Whether code is not of an installed package, so that what it refers to is looked into as well."""
-    if _is_known_code(module):
+    if is_known_code(module):
         return False
     file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
     return "site-packages" not in file and "dist-packages" not in file

@@ -565,6 +565,20 @@ CHANGES = {
         "2 *",
         "3 *",
     ),
+    "activation": (
+        "model",
+        lambda text: {"model": simple(keras.layers.Dense(3, activation=made_of(text)))},
+        "made = lambda x: 2 * x",
+        "2 *",
+        "3 *",
+    ),
+    "regularizer": (
+        "model",
+        lambda text: {"model": simple(keras.layers.Dense(3, kernel_regularizer=made_of(text)()))},
+        "class made(keras.regularizers.Regularizer):\n    def __call__(self, x):\n        return keras.ops.sum(x)",
+        "sum",
+        "mean",
+    ),
     "loss": ("compile", lambda text: {"model": simple(loss=made_of(text))}, LOSS, "float32(2)", "float32(3)"),
     "metric": ("compile", lambda text: {"model": simple(metrics=[made_of(text)])}, LOSS, "** 2", "** 4"),
     "schedule of epochs": (

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from keras_optkit.callbacks.state import generators_now, set_generators
 from keras_optkit.callbacks.stock import has_state
 from keras_optkit.data import EpochDataset
-from keras_optkit.meaning import COUNTER, checksum, meaning, without_made_up
+from keras_optkit.meaning import COUNTER, checksum, is_known_code, meaning, without_made_up
 from keras_optkit.optimizers.of_model import optimizers_of
 from keras_optkit.private import CALLBACK_STATE, compile_arguments, sublayers
 
@@ -59,7 +60,7 @@ def identity(model: Any, arguments: Mapping[str, Any], callbacks: Sequence[Any])
             "data": {name: _data(part) for name, part in data.items()},
             "validation": _validation(arguments),
             "fit": {name: meaning(arguments[name]) for name in _ARGUMENTS if name in arguments},
-            "callbacks": _callbacks(callbacks),
+            "callbacks": _with_places(_callbacks(callbacks), model),
             "backend": {
                 "name": keras.config.backend(),
                 "replicas": getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1),
@@ -139,40 +140,40 @@ def _without_code(config: Any) -> Any:
 
 
 def _code(model: Any) -> dict[str, Any]:
-    """What those classes of the model do that do not come from Keras, and the functions of `Lambda` layers."""
-    found: dict[str, Any] = {}
-    for part in [model, *sublayers(model)]:
-        described = meaning(type(part))
-        if " " in described:  # a name and a digest
-            found[type(part).__qualname__] = described
-        if isinstance(part, keras.layers.Lambda):
-            found[COUNTER.sub("", part.name)] = [*found.get(COUNTER.sub("", part.name), []), meaning(part.function)]
-    return dict(sorted(found.items()))
+    """What those classes of the model do that do not come from Keras."""
+    described = {type(part).__qualname__: meaning(type(part)) for part in [model, *sublayers(model)]}
+    return {name: each for name, each in sorted(described.items()) if " " in each}  # a name and a digest
 
 
 def _attributes(model: Any) -> dict[str, Any]:
-    """Settings of layers and models of one's own, which often have no config: numbers, strings, functions, losses."""
+    """Settings of layers and models of one's own, which often have no config: numbers, strings, functions, losses.
+
+    Of Keras's layers they are functions and objects of one's own, of which a config has no more than the name.
+    """
     found = {}
     for i, part in enumerate([model, *sublayers(model)]):
-        if type(part).__module__.split(".")[0] in ("keras", "keras_optkit"):
-            continue
-        arguments = {
-            f"_{name}" for method in ("__init__", "compile") for name in _parameters(getattr(type(part), method, None))
-        }
-        given = {
-            name: without_made_up(meaning(value))
-            for name, value in vars(part).items()
-            if name not in _names_of_keras() and (name in arguments or name[0] != "_") and _is_setting(value)
-            # an array of another name may have been computed from a variable
-            if not isinstance(value, np.ndarray) or {name, f"_{name}"} & arguments
-        }
+        held = {name: value for name, value in vars(part).items() if name not in _names_of_keras()}
+        if is_known_code(type(part).__module__):
+            held = {name: value for name, value in held.items() if _has_own_code(value)}
+        else:
+            arguments = {f"_{name}" for method in ("__init__", "compile") for name in _parameters(part, method)}
+            held = {name: value for name, value in held.items() if name in arguments or name[0] != "_"}
+            for name in [name for name, value in held.items() if isinstance(value, np.ndarray)]:
+                if not {name, f"_{name}"} & arguments:  # it may have been computed from a variable
+                    del held[name]
+        given = {name: without_made_up(meaning(value)) for name, value in held.items() if _is_setting(value)}
         if given:
             found[f"{i} {type(part).__qualname__}"] = given
     return found
 
 
-def _parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters) if callable(function) else []
+def _has_own_code(value: Any) -> bool:
+    return not is_known_code(value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__)
+
+
+def _parameters(thing: Any, method: str) -> list[str]:
+    function = getattr(type(thing), method, None)
+    return [] if function is None else list(inspect.signature(function).parameters)
 
 
 @functools.cache
@@ -191,7 +192,8 @@ def _is_setting(value: Any) -> bool:
         return all(_is_setting(part) for part in value.values())
     functions = (types.FunctionType, types.MethodType, functools.partial)
     of_keras = (keras.losses.Loss, keras.regularizers.Regularizer, keras.initializers.Initializer)
-    return value is None or isinstance(value, (bool, int, float, np.ndarray, *functions, *of_keras))
+    kinds = (bool, int, float, np.ndarray, *functions, *of_keras, keras.constraints.Constraint)
+    return value is None or isinstance(value, kinds)
 
 
 def _compiled(model: Any) -> Any:
@@ -255,13 +257,25 @@ def _callbacks(callbacks: Sequence[Any]) -> dict[str, Any]:
 
 def _settings(callback: Any) -> dict[str, Any]:
     """The arguments that a callback was made with, as far as it keeps them under their names."""
-    names = _parameters(type(callback).__init__)
+    names = _parameters(callback, "__init__")
     state = next((CALLBACK_STATE[cls] for cls in type(callback).__mro__ if cls in CALLBACK_STATE), ())
     return {
         name: meaning(vars(callback)[name])
         for name in names
         if name in vars(callback) and name not in (*_WHERE, *state) and not _is_path(vars(callback)[name])
     }
+
+
+def _with_places(settings: Any, model: Any) -> Any:
+    """Settings with the places of layers for their names, in which Keras counts what has been made before."""
+    if isinstance(settings, dict):
+        return {name: _with_places(part, model) for name, part in settings.items()}
+    if isinstance(settings, list):
+        return [_with_places(part, model) for part in settings]
+    if isinstance(settings, str):
+        for i, layer in enumerate(sublayers(model)):
+            settings = re.sub(rf"\b{re.escape(layer.name)}\b", f"<layer {i}>", settings)
+    return settings
 
 
 def _is_path(value: Any) -> bool:

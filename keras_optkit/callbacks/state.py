@@ -44,7 +44,7 @@ class TrainingState:
     Attributes:
         variables: For each variable of the model its value; with several replicas that differ, one value for each.
         metrics: The same for the metrics that the model was compiled with.
-        optimizers: For each optimizer of the model its state, and which of the variables it was built for.
+        optimizer: For each optimizer of the model its state, and which of the variables it was built for.
         generators: The states of the global generators of random numbers.
         layers: What layers have adapted besides variables, such as the vocabulary of a `StringLookup`, by the place of
             the layer.
@@ -52,7 +52,7 @@ class TrainingState:
 
     variables: list[list[np.ndarray]]
     metrics: list[list[np.ndarray]]
-    optimizers: list[dict[str, Any]]
+    optimizer: list[dict[str, Any]]
     generators: dict[str, Any]
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -114,13 +114,13 @@ class TrainingState:
         _refuse_unless_alike(model, "model", own, self.variables)
         if metrics:
             _refuse_unless_alike(model, "metrics", theirs, self.metrics)
-        if len(optimizers) != len(self.optimizers):
+        if len(optimizers) != len(self.optimizer):
             raise ValueError(
-                f"The state holds {len(self.optimizers)} optimizers, and model {model.name!r} has {len(optimizers)}."
+                f"The state holds {len(self.optimizer)} optimizers, and model {model.name!r} has {len(optimizers)}."
             )
-        for optimizer, state in zip(optimizers, self.optimizers, strict=True):
+        for optimizer, state in zip(optimizers, self.optimizer, strict=True):
             _build_as(model, optimizer, state, own)
-        for optimizer, state in zip(optimizers, self.optimizers, strict=True):
+        for optimizer, state in zip(optimizers, self.optimizer, strict=True):
             if _was_built(optimizer, state):
                 _set_optimizer_state(model, optimizer, state)
         with _derived(model, self.layers):
@@ -128,7 +128,7 @@ class TrainingState:
                 [*own, *theirs], [*self.variables, *(self.metrics if metrics else [])], strict=True
             ):
                 _assign(model, variable, values)
-        for optimizer, state in zip(optimizers, self.optimizers, strict=True):
+        for optimizer, state in zip(optimizers, self.optimizer, strict=True):
             if not _was_built(optimizer, state):  # its state may begin as the weights, which have to be set before
                 _reset(model, optimizer)
                 _set_optimizer_state(model, optimizer, state)
