@@ -384,6 +384,7 @@ class _Session:
         unbuilt = not state.fits(self._model, metrics=self._metrics_count())
         if unbuilt:
             self._train_once()
+            state.forget_steps(self._model)
         refuse_unless_same({"variables": self._found["variables"]}, {"variables": variables(self._model)})
         if unbuilt:
             self._restore_model(self._found)  # undoes the step before other callbacks see it

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ import numpy as np
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import on_host
 from keras_optkit.optimizers.fitting import build_optimizer
-from keras_optkit.optimizers.of_model import directly_inside, optimizers_of
+from keras_optkit.optimizers.of_model import directly_inside, optimizers_of, ours_of
 from keras_optkit.private import forget_trace, global_seed, known_variables, set_global_seed, sublayers
 
 Copy = Callable[[np.ndarray], np.ndarray]
@@ -96,6 +97,16 @@ class TrainingState:
         return len(own_variables(model)) == len(self.variables) and (
             not metrics or len(model.metrics_variables) == len(self.metrics)
         )
+
+    def forget_steps(self, model: Any) -> None:
+        """Has compiled steps of `model` made again, where an optimizer's state cannot be set with those that it has.
+
+        That is after a step, if variables have joined at other updates than in the state.
+        """
+        if any(map(_joined_in_stages, self.optimizer)):
+            _forget_compiled(model)
+            for optimizer in ours_of(model):
+                optimizer.forget_steps()
 
     def into(self, model: Any, *, metrics: bool = True) -> None:
         """Sets the state of `model`, which must be built, to this one.
@@ -395,6 +406,13 @@ def _optimizer_state(model: Any, optimizer: Any, places: Mapping[int, int], copy
         "variables": [_values(model, v, copy) for v in _without(optimizer.variables, inside)],
         "inside": [_optimizer_state(model, inner, places, copy) for inner in inside],
     }
+
+
+def _joined_in_stages(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of ours, or one inside of another, has variables that joined after others."""
+    schema = state.get("ours", {}).get("schema")
+    here = schema is not None and len(set(json.loads(schema.tobytes())["since"])) > 1
+    return here or any(_joined_in_stages(inner) for inner in state.get("inside", []))
 
 
 def _places_of_variables(model: Any, optimizer: Any, places: Mapping[int, int]) -> list[int]:

@@ -477,6 +477,10 @@ class Optimizer(FromSignature, SavedState):
         held.variables, held.places, held.buckets, held.state, held.seen = [], [], (), None, None
         self._add(variables, variables, since)
 
+    def forget_steps(self) -> None:
+        """Called when all compiled steps with this optimizer are made again, so that its state may be, too."""
+        self._held.used = False
+
     def _since(self) -> list[int]:
         """The update count at which each variable joined, in the model's order."""
         since = {i: bucket.since for bucket in self._held.buckets for i in bucket.indices}
