@@ -7,7 +7,6 @@ batch from the number of the epoch and of the batch alone. `keras_optkit.callbac
 from __future__ import annotations
 
 import abc
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,9 @@ from keras import tree
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Run
+from keras_optkit.meaning import checksum, meaning
 
 __all__ = ["EpochDataset", "PerEpoch", "Shuffled"]
-
-#: Rows of an array that are looked at in order to tell it from another one.
-_SAMPLED = 16
 
 
 class EpochDataset(keras.utils.PyDataset, abc.ABC):
@@ -90,8 +87,22 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         return self.batch(index + self._begun_at)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells these data from others, as JSON; a continued training must find the same. Extend it if you can."""
-        return {"class": type(self).__qualname__, "batches": len(self)}
+        """What tells these data from others, as JSON; a continued run must find the same. Extend it if you can.
+
+        The class with its code, the length, and checksums of the arrays of the first batch of epoch 0, which is
+        computed for it.
+        """
+        before = self.epoch, self._begun_at
+        self.epoch, self._begun_at = 0, 0
+        try:
+            first = tree.flatten(self[0])
+        finally:
+            self.epoch, self._begun_at = before
+        return {
+            "class": meaning(type(self)),
+            "batches": len(self),
+            "first batch": [checksum(np.asarray(part)) for part in first if hasattr(part, "__array__")],
+        }
 
     def begin_epoch_at(self, batch: int) -> None:
         """Has the present epoch begin with batch number `batch`; until `end_epoch`.
@@ -231,17 +242,14 @@ class Shuffled(EpochDataset):
         return held[1]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Sizes, seed, and for each array its shape, dtype and a checksum of some rows."""
-        chosen = np.unique(np.linspace(0, self._rows - 1, _SAMPLED).astype(int))
-        described = [
-            f"{array.dtype} {array.shape} {zlib.crc32(repr(array[chosen].tolist()).encode()):08x}"
-            for array in tree.flatten(self._arrays)
-        ]
-        return super().fingerprint() | {
+        """Sizes, seed, and the shape, dtype and a checksum of all rows of each array."""
+        return {
+            "class": meaning(type(self)),
+            "batches": len(self),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "arrays": described,
+            "arrays": [checksum(array) for array in tree.flatten(self._arrays)],
         }
 
 
@@ -310,6 +318,10 @@ class PerEpoch(EpochDataset):
     def __len__(self) -> int:
         """The number of batches of an epoch."""
         return self._length
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The function, the length, and checksums of the first batch of epoch 0."""
+        return super().fingerprint() | {"make_dataset": meaning(self.make_dataset)}
 
     def batch(self, index: int) -> Any:
         """The next batch of an epoch that is read already, or the first one of an epoch that is begun at `index`."""

@@ -73,6 +73,15 @@ def known_variables(optimizer: Any) -> list[Any] | None:
     return getattr(optimizer, "_trainable_variables", None)
 
 
+def compile_arguments(model: Any) -> dict[str, Any]:
+    """What a model was compiled with, the functions and objects themselves.
+
+    Fall-back: the public config, which has no more of a function than its name.
+    """
+    held = getattr(getattr(model, "_compile_config", None), "config", None)
+    return dict(model.get_compile_config() or {}) if held is None else dict(held)
+
+
 def forget_trace(function: Callable[..., Any]) -> None:
     """Has `jax.jit(function)` traced anew the next time that it is called.
 

@@ -7,6 +7,7 @@ from keras import layers
 from tensorflow.python.framework import config
 
 from keras_optkit.private import (
+    compile_arguments,
     current_layer,
     forget_trace,
     global_seed,
@@ -104,6 +105,18 @@ def test_an_optimizer_of_keras_knows_its_variables():
     optimizer = keras.optimizers.Adam()
     optimizer.build(variables)
     assert [id(v) for v in known_variables(optimizer)] == [id(v) for v in variables]
+
+
+def test_a_model_knows_the_functions_that_it_was_compiled_with():
+    def loss(y, p):
+        return y - p
+
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    model.compile("sgd", loss)
+    assert compile_arguments(model)["loss"] is loss
+    vars(model)["_compile_config"] = None  # as if there were no such name
+    model.get_compile_config = lambda: {"loss": "loss"}
+    assert compile_arguments(model) == {"loss": "loss"}
 
 
 def test_the_schedule_of_an_optimizer_is_the_one_that_it_was_given():

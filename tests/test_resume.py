@@ -5,6 +5,8 @@ import datetime
 import json
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import filelock
 import keras
 import numpy as np
 import pytest
+from small import At, interrupt
 
 import keras_optkit as ok
 from keras_optkit.callbacks import bundle
@@ -361,7 +364,7 @@ def test_the_progress_bar_begins_at_the_batch(tmp_path, capsys):
     assert train(tmp_path, crash=17) is None
     train(tmp_path, verbose=2)
     output = capsys.readouterr().out
-    assert "goes on after 5 batches of epoch 2." in output
+    assert "resumes after 5 batches of epoch 2." in output
     assert "Epoch 1/3" not in output
     assert "Epoch 2/3" in output
     assert "10/10" in output
@@ -400,20 +403,20 @@ def test_one_that_was_stopped_is_finished_whatever_the_epochs(tmp_path):
     again = fit(9)
     assert again.seen == []
     assert again.history.epoch == [0, 1]
-    with pytest.raises(ValueError, match=r"epochs=1, but .*finished.npz comes from epoch 2 of a training"):
+    with pytest.raises(ValueError, match=r"epochs=1, but .*finished.npz comes from epoch 2 of a run"):
         fit(1)
 
 
 def test_fewer_epochs_than_it_has_are_refused(tmp_path):
     train(tmp_path)
-    with pytest.raises(ValueError, match=r"epochs=2, but .*finished.npz comes from epoch 3 of a training"):
+    with pytest.raises(ValueError, match=r"epochs=2, but .*finished.npz comes from epoch 3 of a run"):
         train(tmp_path, epochs=2)
 
 
 def test_the_same_callback_cannot_begin_another_training(tmp_path):
     resume = Resume(tmp_path, strict=True)
     train(resume)
-    with pytest.raises(ValueError, match="holds the training that this Resume has finished"):
+    with pytest.raises(ValueError, match="holds the run that this Resume has finished"):
         train(resume)
 
 
@@ -474,20 +477,6 @@ def test_a_model_that_only_a_batch_can_build_is_shown_one(tmp_path, kind):
     assert_same(fit("cut"), expected)
 
 
-@pytest.mark.only_on("tensorflow", because="elsewhere Keras builds models before `fit` begins")
-def test_a_model_that_cannot_be_built_is_refused(tmp_path):
-    def batches():
-        yield X, Y
-
-    model = Subclassed(4, keras.ops.tanh)
-    model.compile(optimizer="adam", loss="mse")
-    with (
-        pytest.warns(UserWarning, match="x must be"),
-        pytest.raises(ValueError, match="must be built for Resume if its data cannot be looked at ahead"),
-    ):
-        model.fit(batches(), callbacks=[Resume(tmp_path)], verbose=0, shuffle=False)
-
-
 def test_a_list_of_callbacks_made_by_the_user_is_gone_on_with(tmp_path, uninterrupted):
     def fit(crash=None):
         model, seen = compiled(), Batches()
@@ -514,37 +503,195 @@ class Doubled(keras.layers.Layer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": lambda: compiled(units=6)}, r"model\.config\.layers\[1\]\.config\.units: 5 in the bundle, 6 here"),
+        (
+            {"model": lambda: compiled(units=6)},
+            r"model\.config\..*units: 5 in the bundle, 6 here",
+        ),
         (
             {"model": lambda: compiled(ok.optimizers.AdamW(0.02))},
-            r"optimizer\.config\.learning_rate: 0\.01 .* 0\.02 here",
+            r"optimizer\[0\]\.config\.learning_rate: 0\.01 .* 0\.02 here",
         ),
-        ({"model": lambda: compiled(ok.optimizers.SGD(0.01))}, r"optimizer\.class_name: \"AdamW\" .* \"SGD\" here"),
+        (
+            {"model": lambda: compiled(ok.optimizers.SGD(0.01))},
+            r"optimizer\[0\]\.class_name: \"AdamW\" .* \"SGD\" here",
+        ),
         ({"model": lambda: compiled(weighted_metrics=["mse"])}, r"compile\.weighted_metrics"),
-        ({"data": lambda: shuffled(seed=4)}, r"data\.seed: 3 in the bundle, 4 here"),
-        ({"data": lambda: ok.data.Shuffled(X + 1, Y, batch_size=BATCH, seed=3)}, r"data\.arrays\[0\]"),
-        ({"callbacks": lambda: [keras.callbacks.EarlyStopping("loss", patience=9)]}, r"callbacks\.EarlyStopping: null"),
+        ({"data": lambda: shuffled(seed=4)}, r"data\.x\.seed: 3 in the bundle, 4 here"),
+        ({"data": lambda: ok.data.Shuffled(X + 1, Y, batch_size=BATCH, seed=3)}, r"data\.x\.arrays\[0\]"),
+        (
+            {"callbacks": lambda: [keras.callbacks.EarlyStopping("loss", patience=9)]},
+            r"callbacks\.EarlyStopping\.0: null",
+        ),
     ],
 )
 def test_another_training_is_refused_with_the_differences(tmp_path, change, message):
     assert train(tmp_path, crash=5) is None
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
-    with pytest.raises(ValueError, match=f"The bundle comes from another training:(.|\n)*{message}"):
+    with pytest.raises(ValueError, match=f"The bundle comes from another run:(.|\n)*{message}"):
         train(tmp_path, **{name: make() for name, make in change.items()})
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
 
 
-def test_other_code_of_a_layer_is_refused(tmp_path, monkeypatch):
-    def model(layer):
-        keras.utils.set_random_seed(1)
-        made = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
-        made.compile(optimizer="adam", loss="mse")
+def made_of(text):
+    """What is called `made` in a script of this text."""
+    names = {"keras": keras, "np": np, "__name__": "__main__"}
+    exec(text, names)
+    return names["made"]
+
+
+LAYER = """
+class made(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+"""
+LOSS = "made = lambda y, p: np.float32(2) * keras.ops.mean((y - p) ** 2)"
+RATE = "made = lambda epoch, rate: rate * 0.5"
+
+
+def simple(layer=None, loss="mse", **arguments):
+    keras.utils.set_random_seed(1)
+    layers = [keras.Input((3,)), layer or keras.layers.Lambda(lambda x: x), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(optimizer="sgd", loss=loss, run_eagerly=True, **arguments)
+    return model
+
+
+CHANGES = {
+    "layer": ("model", lambda text: {"model": simple(made_of(text)())}, LAYER, "2 * x", "3 * x"),
+    "lambda layer": (
+        "model",
+        lambda text: {"model": simple(keras.layers.Lambda(made_of(text)))},
+        "made = lambda x: 2 * x",
+        "2 *",
+        "3 *",
+    ),
+    "activation": (
+        "model",
+        lambda text: {"model": simple(keras.layers.Dense(3, activation=made_of(text)))},
+        "made = lambda x: 2 * x",
+        "2 *",
+        "3 *",
+    ),
+    "regularizer": (
+        "model",
+        lambda text: {"model": simple(keras.layers.Dense(3, kernel_regularizer=made_of(text)()))},
+        "class made(keras.regularizers.Regularizer):\n    def __call__(self, x):\n        return keras.ops.sum(x)",
+        "sum",
+        "mean",
+    ),
+    "loss": ("compile", lambda text: {"model": simple(loss=made_of(text))}, LOSS, "float32(2)", "float32(3)"),
+    "metric": ("compile", lambda text: {"model": simple(metrics=[made_of(text)])}, LOSS, "** 2", "** 4"),
+    "schedule of epochs": (
+        "callbacks",
+        lambda text: {"model": simple(), "callbacks": [keras.callbacks.LearningRateScheduler(made_of(text))]},
+        RATE,
+        "0.5",
+        "0.6",
+    ),
+    "plateau": (
+        "callbacks",
+        lambda text: {"model": simple(), "callbacks": [keras.callbacks.ReduceLROnPlateau("loss", patience=int(text))]},
+        "5",
+        "5",
+        "6",
+    ),
+    "early stopping": (
+        "callbacks",
+        lambda text: {"model": simple(), "callbacks": [ok.callbacks.EarlyStopping("loss", patience=int(text))]},
+        "5",
+        "5",
+        "6",
+    ),
+    "rows": (
+        "data",
+        lambda text: {"model": simple(), "data": ok.data.Shuffled(X + RARE * int(text), Y, batch_size=BATCH)},
+        "0",
+        "0",
+        "1",
+    ),
+    "validation": (
+        "validation",
+        lambda text: {"model": simple(), "validation_data": (X + RARE * int(text), Y)},
+        "0",
+        "0",
+        "1",
+    ),
+    "class weights": ("fit", lambda text: {"model": simple(), "class_weight": {0: float(text)}}, "1", "1", "2"),
+}
+RARE = np.zeros_like(X)
+RARE[11, 1] = 1.0
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_is_refused_and_can_be_accepted(tmp_path, what):
+    section, make, text, before, after = CHANGES[what]
+    assert before in text
+    assert train(tmp_path, crash=5, **make(text)) is None
+    moved = "\n\n# moved, with a comment\n" + text if "made" in text else text
+    assert train(tmp_path, crash=5, **make(moved)) is None, "no change"
+    with pytest.raises(ValueError, match=rf"{section}\.(.|\n)*resume with Resume\(\.\.\., accept=\['{section}'\]\)"):
+        train(tmp_path, **make(text.replace(before, after)))
+    resume = Resume(tmp_path, every=3, accept=section)
+    assert train(resume, crash=1, **make(text.replace(before, after))) is None
+    assert resume.resumed_from == (0, 6)
+
+
+@pytest.mark.only_on("tensorflow", because="tf.data")
+def test_other_data_of_tensorflow_are_refused(tmp_path):
+    import tensorflow as tf
+
+    def data(x, epochs):
+        made = tf.data.Dataset.from_tensor_slices((x, Y)).batch(BATCH)
+        if epochs:
+            return ok.data.PerEpoch(lambda _: made.map(lambda x, y: (x, y)))
         return made
 
-    assert train(tmp_path, model=model(Doubled()), crash=5) is None
-    monkeypatch.setattr("inspect.getsource", lambda cls: f"class {cls.__name__}: changed")
-    with pytest.raises(ValueError, match=r"code\.Doubled"):
-        train(tmp_path, model=model(Doubled()))
+    for name, epochs in (("plain", False), ("epochs", True)):
+        with contextlib.nullcontext() if epochs else pytest.warns(UserWarning, match="x must be"):
+            assert (
+                train(tmp_path / name, model=simple(), data=data(X, epochs), crash=14, strict=False, shuffle=False)
+                is None
+            )
+        with (
+            contextlib.nullcontext() if epochs else pytest.warns(UserWarning, match="x must be"),
+            pytest.raises(ValueError, match=r"data\.x\.first batch"),
+        ):
+            train(tmp_path / name, model=simple(), data=data(X + 1, epochs), strict=False, shuffle=False)
+
+
+def test_looking_at_the_data_draws_no_random_numbers(tmp_path):
+    class Drawing(ok.data.EpochDataset):
+        def __len__(self):
+            return 4
+
+        def batch(self, index):
+            np.random.uniform()  # as code does that is not told to use a generator of its own
+            return X[:BATCH], Y[:BATCH]
+
+    def drawn(*callbacks):
+        model = simple()
+        model.fit(Drawing(), callbacks=list(callbacks), verbose=0)
+        return np.random.uniform()
+
+    assert drawn(Resume(tmp_path)) == drawn()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: X, "from the middle of an epoch, where ndarray cannot be continued"),
+        (lambda: shuffled(batch_size=20), "from batch 3 of an epoch, and x has 2 batches now"),
+    ],
+)
+def test_accepted_data_must_have_the_place(tmp_path, change, message):
+    assert train(tmp_path, model=simple(), crash=5) is None
+    data = change()
+    more = {"y": Y} if isinstance(data, np.ndarray) else {}
+    with (
+        pytest.warns(UserWarning, match="x must be") if more else contextlib.nullcontext(),
+        pytest.raises(ValueError, match=message),
+    ):
+        train(Resume(tmp_path, accept=("data", "validation", "fit")), model=simple(), data=data, **more)
 
 
 def test_other_releases_are_told(tmp_path, monkeypatch):
@@ -601,11 +748,16 @@ def test_another_one_that_restores_is_refused(tmp_path, other):
         ({"every": datetime.timedelta(0)}, ValueError, "every must be a positive timedelta"),
         ({"keep": 0}, ValueError, "keep must be an integer at least 1, got 0"),
         ({"strict": 1}, TypeError, "strict must be True or False"),
+        ({"directory": ""}, ValueError, "directory must be a path, which is not empty"),
+        ({"directory": "a\0b"}, ValueError, "directory must be a path"),
+        ({"directory": b"x"}, TypeError, "directory must be a path"),
+        ({"accept": ["dat"]}, ValueError, "accept must be one of 'model', .* got 'dat'. Did you mean 'data'"),
+        ({"accept": [1]}, TypeError, "accept must be one or several of model, "),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        Resume("directory", **arguments)
+        Resume(**{"directory": "directory"} | arguments)
 
 
 def test_a_state_that_cannot_be_written_is_an_error_with_its_place(tmp_path):
@@ -691,7 +843,7 @@ def test_a_damaged_bundle_has_the_one_before_used(tmp_path, uninterrupted, how):
     assert train(tmp_path, crash=17) is None
     damage(bundles(tmp_path)[-1], how)
     with pytest.warns(
-        UserWarning, match=r"bundle-00000005.npz.* is torn or was changed.* goes on from bundle-00000004.npz"
+        UserWarning, match=r"bundle-00000005.npz.* is torn or was changed.* resumes from bundle-00000004.npz"
     ):
         model = train(tmp_path)
     assert model.resume.resumed_from == (1, 2)
@@ -703,7 +855,7 @@ def test_with_damaged_bundles_only_nothing_begins(tmp_path):
     for path in bundles(tmp_path):
         damage(path, "torn")
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
-    with pytest.raises(RuntimeError, match="No bundle is left to go on from"):
+    with pytest.raises(RuntimeError, match="No bundle is left to resume from"):
         train(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
 
@@ -711,7 +863,7 @@ def test_with_damaged_bundles_only_nothing_begins(tmp_path):
 def test_a_damaged_end_is_reached_again(tmp_path, uninterrupted):
     train(tmp_path)
     damage(tmp_path / "finished.npz", "torn")
-    with pytest.warns(UserWarning, match=r"finished.npz.* goes on from bundle-00000010.npz"):
+    with pytest.warns(UserWarning, match=r"finished.npz.* resumes from bundle-00000010.npz"):
         assert_same(train(tmp_path), uninterrupted)
 
 
@@ -721,6 +873,173 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     torn.write_bytes(b"torn")
     train(tmp_path)
     assert not torn.exists()
+
+
+def run_in(directory, epochs=3, **arguments):
+    """A short run."""
+    return train(directory, model=simple(), epochs=epochs, **arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with op_determinism():
+        run_in(tmp_path_factory.mktemp("finished") / "here")
+    return tmp_path_factory.getbasetemp() / "finished0" / "here"
+
+
+def as_directory(path):
+    (path / "finished.npz").unlink()
+    (path / "finished.npz").mkdir()
+
+
+def as_pipe(path):
+    bundles(path)[-1].unlink()
+    os.mkfifo(path / "bundle-00000010.npz")
+
+
+def locked_by_link(path):
+    (path / "victim").write_text("precious")
+    (path / "lock").unlink()
+    (path / "lock").symlink_to(path / "victim")
+
+
+def with_other_names(path):
+    for each in path.glob("*.npz"):
+        each.rename(f"{each}.part")
+
+
+def of_the_format(number):
+    def write(path):
+        with np.load(path / "finished.npz") as archive:
+            arrays = {name: archive[name] for name in archive.files if name != "state.json"}
+            tree = json.loads(archive["state.json"])["tree"]
+        bundle.write(path / "finished.npz", bundle.Packed(json.dumps({"format": number, "tree": tree}), arrays))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (as_directory, RuntimeError, r"finished.npz must be a file, and is something else. Remove it"),
+        (as_pipe, RuntimeError, r"bundle-00000010.npz must be a file, and is something else"),
+        (locked_by_link, RuntimeError, r"lock must be a file of Resume's, and is a link"),
+        (with_other_names, RuntimeError, r"No bundle is left to resume from:(.|\n)*.part looks like a bundle"),
+        (of_the_format(1), ValueError, r"has format 1, of another version of keras_optkit; this one reads 2"),
+    ],
+)
+def test_odd_files_are_refused(tmp_path, finished, change, error, message):
+    shutil.copytree(finished, tmp_path / "here")
+    change(tmp_path / "here")
+    with pytest.raises(error, match=message):
+        run_in(tmp_path / "here")
+    if change is locked_by_link:
+        assert (tmp_path / "here" / "victim").read_text() == "precious"
+    else:
+        filelock.FileLock(tmp_path / "here" / "lock").acquire(timeout=0)  # it is free again
+
+
+def test_a_bundle_under_another_name_is_not_taken_for_it(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "here")
+    shutil.copy(bundles(tmp_path / "here")[0], tmp_path / "here" / "finished.npz")
+    with pytest.warns(UserWarning, match=r"finished.npz was written as bundle-00000009.npz.* resumes from .*10.npz"):
+        assert run_in(tmp_path / "here").resume.resumed_from == (3, 0)
+
+
+def test_files_of_others_stay(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "here")
+    (tmp_path / "here" / ".x.tmp").mkdir()
+    (tmp_path / "here" / ".notes.txt.1234abcd.tmp").write_text("mine")
+    assert run_in(tmp_path / "here", epochs=4).resume.resumed_from == (3, 0)
+    assert (tmp_path / "here" / ".x.tmp").is_dir()
+    assert (tmp_path / "here" / ".notes.txt.1234abcd.tmp").read_text() == "mine"
+
+
+def test_the_end_alone_is_enough_for_more_epochs(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "here")
+    for path in bundles(tmp_path / "here"):
+        path.unlink()
+    longer = run_in(tmp_path / "here", epochs=4)
+    assert longer.resume.resumed_from == (3, 0)
+    assert_same(longer, run_in(tmp_path / "whole", epochs=4))
+    assert [path.name for path in bundles(tmp_path / "here")] == [f"bundle-000000{n}.npz" for n in (13, 14)]
+
+
+def test_the_end_is_not_enough_where_it_is_an_average(tmp_path):
+    def fit(epochs):
+        model = simple()
+        model.compile(keras.optimizers.SGD(0.1, use_ema=True), "mse", run_eagerly=True)
+        return train(tmp_path, model=model, epochs=epochs)
+
+    fit(2)
+    for path in bundles(tmp_path):
+        path.unlink()
+    with pytest.raises(
+        RuntimeError, match=r"finished.npz holds what the run was left with, and not what it trained on"
+    ):
+        fit(3)
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's handler, which a process in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_writes_a_bundle_after_the_batch(tmp_path, capsys):
+    expected = run_in(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path / "cut", every=100, callbacks=[At(interrupt, batch=3, epoch=1)])
+    assert "SIGINT; the run in" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    model = run_in(tmp_path / "cut", every=100)
+    assert model.resume.resumed_from == (1, 4)
+    assert_same(model, expected)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    def twice(model):
+        interrupt(model)
+        interrupt(model)
+        raise AssertionError("it has not ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, every=100, callbacks=[At(twice, batch=3, epoch=0)])
+    assert not bundles(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_at_the_very_end_is_not_lost(tmp_path):
+    class AtEnd(keras.callbacks.Callback):
+        stateless = True
+
+        def on_train_end(self, logs=None):
+            interrupt(None)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, callbacks=[AtEnd()])
+    assert run_in(tmp_path).seen == []  # it had been finished
+
+
+def test_a_handler_of_somebody_else_for_ctrl_c_stays(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    try:
+        assert run_in(tmp_path, callbacks=[At(interrupt, batch=3, epoch=1)]) is not None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [1]
+
+
+# -- the disk, locks, threads -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -779,7 +1098,7 @@ def test_the_lock_is_free_after_a_failure(tmp_path):
         pass
     with pytest.raises(ValueError, match="steps_per_epoch"):  # by the data, before there are callbacks
         train(tmp_path, steps_per_epoch=2)
-    with pytest.raises(ValueError, match="another training"):
+    with pytest.raises(ValueError, match="another run"):
         train(tmp_path, data=shuffled(seed=9))
     with filelock.FileLock(tmp_path / "lock").acquire(timeout=0):
         pass

@@ -21,11 +21,12 @@ import numpy as np
 
 from keras_optkit.files import atomic_write
 
-_FORMAT = 1
+_FORMAT = 2
 _DIGEST_SIZE = 32
 _CHUNK = 1 << 22
 _PART = 1 << 20  # hardly leaves the cache between the two sums and the file
 _ARRAY = "__array__"
+_TEXT = "state.json"
 
 
 class DamagedError(ValueError):
@@ -59,7 +60,7 @@ def write(path: Path, packed: Packed) -> None:
     with atomic_write(path) as file:
         summed = _Summed(file)
         with zipfile.ZipFile(summed, "w") as archive:  # type: ignore[call-overload]  # write and flush are enough
-            archive.writestr("state.json", packed.text)
+            archive.writestr(_TEXT, packed.text)
             for name, array in packed.arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     _write_array(entry, array)
@@ -70,23 +71,41 @@ def read(path: Path) -> dict[str, Any]:
     """Reads what `write` has written.
 
     Raises:
-        DamagedError: If a single bit of the file is not what was written.
+        DamagedError: If a single bit of the file is not what was written, or if it cannot be read.
         ValueError: If another version of this package has written it, in another format.
     """
     try:
         _refuse_if_damaged(path)
         with zipfile.ZipFile(path) as archive:
-            found = json.loads(archive.read("state.json"))
-            if found["format"] != _FORMAT:
-                raise ValueError(f"{path} has format {found['format']!r}; this version reads {_FORMAT}.")
+            found = json.loads(archive.read(_TEXT))
+            version = found["format"]
 
             def array(name: str) -> np.ndarray:
                 with archive.open(f"{name}.npy") as entry:
                     return np.lib.format.read_array(io.BytesIO(entry.read()), allow_pickle=False)
 
-            return _unpacked(found["tree"], array)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:  # a file of another kind with a digest at its end
+            if version == _FORMAT:
+                return _unpacked(found["tree"], array)
+    except DamagedError:
+        raise
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error}.") from error
+    except Exception as error:  # a file of another kind with a digest at its end
         raise DamagedError(f"{path} is no bundle: {error!r}.") from error
+    raise ValueError(
+        f"{path} has format {version!r}, of another version of keras_optkit; this one reads {_FORMAT}. Finish the run "
+        "with that version, or take another directory."
+    )
+
+
+def looks_like_one(path: Path) -> bool:
+    """Whether a file begins as a bundle does."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(30 + len(_TEXT))
+    except OSError:
+        return False
+    return begin[:4] == b"PK\x03\x04" and begin[30:] == _TEXT.encode()
 
 
 def _refuse_if_damaged(path: Path) -> None:

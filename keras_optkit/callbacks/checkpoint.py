@@ -163,7 +163,7 @@ class Checkpoint(Callback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         directory = Path(self.directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for path in leftovers(directory):
+        for path in leftovers(directory, re.compile(".*")):
             path.unlink()
         self._list = _List.read(directory)
         self._list.finish()

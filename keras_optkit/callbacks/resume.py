@@ -1,37 +1,40 @@
-"""A training that goes on after a crash as if there had been none."""
+"""A run that resumes after a crash as if there had been none."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import json
 import os
 import signal
 import sys
 import threading
 import time
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
 from keras_optkit import arguments
 from keras_optkit.callbacks import bundle
 from keras_optkit.callbacks.callback import Callback, Run
-from keras_optkit.callbacks.identity import differences, identity, versions
+from keras_optkit.callbacks.identity import SECTIONS, differences, identity, variables, versions
 from keras_optkit.callbacks.state import Copies, TrainingState
 from keras_optkit.callbacks.stock import has_state, is_known, set_state_of, state_of
 from keras_optkit.callbacks.store import Store
 from keras_optkit.data import EpochDataset
-from keras_optkit.private import sublayers
 from keras_optkit.registry import register
 
 
 class Position(NamedTuple):
-    """Where a training stands: the next batch to train on, both counted from 0."""
+    """Where a run stands: the next batch to train on, both counted from 0."""
 
     epoch: int
     batch: int
@@ -45,13 +48,16 @@ class Position(NamedTuple):
     cases=({"directory": "bundles"}, {"directory": "others", "every": 2}),
 )
 class Resume(Callback):
-    """Lets a training that was killed go on when the same script is run again, as if nothing had happened.
+    """Lets a run that was killed resume when the same script is run again, as if nothing had happened.
 
-    From time to time everything that the rest of the training depends on is written to a file, a bundle: the weights,
-    the optimizer, metrics, the generators of random numbers, the learning rate, the state of the other callbacks, the
+    From time to time everything that the rest of the run depends on is written to a file, a bundle: the weights, the
+    optimizers, metrics, the generators of random numbers, the learning rate, the state of the other callbacks, the
     history, and the place in the data. When the script is run again, `fit` begins from the newest bundle. With op
     determinism (`tf.config.experimental.enable_op_determinism()`), on the same machine, all of them end bitwise equal
     to those of a run without an interruption, however often and wherever it was killed.
+
+    **Models.** Any model that `fit` trains: with a `train_step` of its own, several optimizers, or not built. Where a
+    model has variables that only a step makes, a resumed `fit` first trains one step on a batch, which is then undone.
 
     **Data.** Inside of an epoch only data can be continued whose order is a function of the epoch:
     `keras_optkit.data.Shuffled` for arrays, `keras_optkit.data.PerEpoch` for `tf.data`, or another
@@ -59,24 +65,30 @@ class Resume(Callback):
     so; the order of the data after a resume is then what the data make of it.
 
     **Callbacks.** Those of this package and Keras's EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, CSVLogger,
-    TensorBoard, SwapEMAWeights, LearningRateScheduler and History go on from their state. One's own take part with two
+    TensorBoard, SwapEMAWeights, LearningRateScheduler and History resume from their state. One's own take part with two
     methods, `state_dict()` and `load_state_dict(state)`; those without are named in a warning. `BackupAndRestore` is
-    refused. The place of this callback in the list is of no matter.
+    refused. The place of this callback in the list does not matter.
 
     **Files.** A bundle is written by another thread, to a temporary name, synced and renamed, so that there is always a
     whole one. A digest tells a damaged bundle; the one before is then taken, with a warning, and if there is none, it
-    is an error. A bundle of another model, other data, another optimizer or other code is refused with the differences.
-    A second process that trains in the same directory is refused as well. Bundles can be read with `numpy.load`.
+    is an error. A second process that trains in the same directory is refused as well. Bundles can be read with
+    `numpy.load`.
 
-    **Signals.** On SIGTERM, which is how machines are taken away, a bundle is written after the present batch, and the
-    process ends with `SystemExit(143)`.
+    **Another run.** A bundle of another model, other data, another optimizer, other callbacks or other code is refused
+    with the differences. Functions and classes are compared by what they do, not by comments or where they stand in a
+    file; arrays by all of their rows. Of data that are read as they come, only the kind can be compared. A change that
+    is meant is named in `accept`.
 
-    **A finished training** is not done again: `fit` returns at once, and model, callbacks and history are those of its
-    end. With more `epochs` than before it goes on from its last epoch, unless another callback had stopped it.
+    **Signals.** On SIGTERM, which is what a machine gets when it is preempted, a bundle is written after the present
+    batch, and the process ends with `SystemExit(143)`. Ctrl-C does the same and ends with `KeyboardInterrupt`; a second
+    one ends at once.
+
+    **A finished run** is not repeated: `fit` returns at once, and model, callbacks and history are those of its end.
+    With more `epochs` than before it continues from its last epoch, unless another callback had stopped it.
 
     When not to use it: across machines of different kinds, releases of libraries or numbers of devices; there, save
     weights and accept another run. For layers that draw from TensorFlow's own stateful random operations, whose state
-    cannot be read; `keras.random` with a `SeedGenerator` can.
+    cannot be read; `keras.random` with a `SeedGenerator` and an attribute that is a `tf.random.Generator` can.
 
     Args:
         directory: Where bundles are kept, one directory for one `fit`; made if it does not exist.
@@ -85,15 +97,19 @@ class Resume(Callback):
         keep: Bundles to keep, at least 1.
         strict: Whether data that cannot be continued inside of an epoch, and callbacks whose state is not known, are
             errors instead of warnings.
+        accept: What may differ from the run that the bundle comes from, one or several of `"model"`, `"optimizer"`,
+            `"compile"`, `"data"`, `"validation"`, `"fit"`, `"callbacks"` and `"backend"`. The error about a difference
+            says which one it needs. The weights must have the same shapes all the same.
 
     Attributes:
         resumed_from: `(epoch, batch)` that the last `fit` began from, the next to be trained on, or None.
 
     Raises:
         TypeError: For a value of a wrong type.
-        ValueError: For a value out of range; from `fit`, for a bundle of another training, for data or callbacks as
-            described under `strict`, and for `BackupAndRestore` beside it.
-        RuntimeError: From `fit`, if all bundles are damaged, or if another process uses the directory.
+        ValueError: For a value out of range; from `fit`, for a bundle of another run or of another version of this
+            package, for data or callbacks as described under `strict`, and for `BackupAndRestore` beside it.
+        RuntimeError: From `fit`, if no bundle can be used of those that are there, if something else has the name of
+            one, or if another process uses the directory.
         OSError: From `fit`, if a bundle cannot be written; those that are there are kept.
 
     Example:
@@ -127,12 +143,14 @@ class Resume(Callback):
         every: str | int | timedelta = "epoch",
         keep: int = 2,
         strict: bool = False,
+        accept: str | Collection[str] = (),
     ):
         super().__init__()
-        self.directory = os.fspath(directory)
+        self.directory = arguments.path("directory", directory)
         self.every = arguments.interval("every", every)
         self.keep = arguments.integer("keep", keep, 1)
         self.strict = arguments.boolean("strict", strict)
+        self.accept = _accepted(accept)
         self.resumed_from: tuple[int, int] | None = None
         self._session: _Session | None = None
         self._over = False
@@ -143,7 +161,7 @@ class Resume(Callback):
             raise RuntimeError(f"{self!r} is part of a fit that is running.")
         if self._over:
             raise ValueError(
-                f"directory={self.directory!r} holds the training that this Resume has finished. Give each fit one "
+                f"directory={self.directory!r} holds the run that this Resume has finished. Give each fit one "
                 "with a directory of its own."
             )
         run.callbacks.append(self)  # to be told of a failure from now on
@@ -163,6 +181,8 @@ class Resume(Callback):
         self._over = self._over or finished
         if session is not None:
             session.close()
+            if finished:
+                session.pass_signal_on()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: what this callback knows is the bundle itself."""
@@ -170,6 +190,13 @@ class Resume(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to do."""
+
+
+def _accepted(accept: Any) -> tuple[str, ...]:
+    given = (accept,) if isinstance(accept, str) else accept
+    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"accept must be one or several of {', '.join(SECTIONS)}, got {accept!r}.")
+    return tuple(arguments.choice("accept", name, SECTIONS) for name in given)
 
 
 class _Hooks(keras.callbacks.Callback):
@@ -199,10 +226,12 @@ class _Session:
         self._writer = ThreadPoolExecutor(1, "resume", _stand_back)
         self._copies = Copies()
         self._pending: Future[None] | None = None
-        self._terminated = threading.Event()
+        self._signal: int | None = None
         self._undo: list[Callable[[], Any]] = [self._writer.shutdown]
         self._passing: _PassOver | None = None
         self._found: dict[str, Any] | None = None
+        self._batch_ahead: Any = None
+        self._at_end: int | None = None
         self._since = 0  # batches, and since when, that no bundle holds
         self._saved_at = time.monotonic()
 
@@ -222,6 +251,10 @@ class _Session:
             self._begin = Position(**self._found["position"])
             self._run.arguments["initial_epoch"] = self._begin.epoch if not self._found["finished"] else self._epochs
             self._owner.resumed_from = self._begin
+            self._look_ahead()
+            TrainingState(**self._found["state"]).adapt(self._run.model)  # `fit` may build it, with what was adapted
+        else:
+            self._owner.resumed_from = None
         self._end = self._begin
         self._add_hooks()
         self._listen()
@@ -235,6 +268,12 @@ class _Session:
             while self._undo:
                 self._undo.pop()()
 
+    def _look_ahead(self) -> None:
+        """Has a batch of a generator ready, to build with, without taking it from training."""
+        if inspect.isgenerator(self._data):
+            self._batch_ahead = next(self._data, None)
+            self._run.arguments["x"] = _with_first(self._batch_ahead, self._data)
+
     def _refuse_other_backups(self) -> None:
         for callback in self._callbacks:
             if isinstance(callback, keras.callbacks.BackupAndRestore | Resume):
@@ -247,16 +286,16 @@ class _Session:
         if in_order and all(hasattr(part, "__array__") for part in keras.tree.flatten(self._data)):
             return  # arrays that are not shuffled, to be continued where an epoch ends
         self._complain(
-            "x must be a keras_optkit.data.Shuffled, PerEpoch or another EpochDataset for a training to go on inside "
+            "x must be a keras_optkit.data.Shuffled, PerEpoch or another EpochDataset for a run to resume inside "
             f"of an epoch with the same data, got {type(self._data).__name__}.",
-            "It will go on where an epoch ends, and the order of the data may be another one then.",
+            "It will resume where an epoch ended, and the order of the data may be another one then.",
         )
 
     def _look_at_callbacks(self) -> None:
         unknown = sorted({type(c).__name__ for c in self._callbacks if not is_known(c)})
         if unknown:
             self._complain(
-                f"callbacks must have state_dict and load_state_dict in order to go on from their state, and "
+                f"callbacks must have state_dict and load_state_dict in order to resume from their state, and "
                 f"{', '.join(unknown)} has not.",
                 "If there is such state, it will begin afresh after an interruption.",
             )
@@ -292,14 +331,30 @@ class _Session:
         self._run.add(callback)
 
     def _listen(self) -> None:
-        """Takes notice of SIGTERM, which Python lets only the main thread do."""
+        """Takes notice of SIGTERM and Ctrl-C, which Python lets only the main thread do.
+
+        A handler of somebody else's for Ctrl-C stays.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
-        before = signal.getsignal(signal.SIGTERM)
-        if before is signal.SIG_IGN:
-            return
-        signal.signal(signal.SIGTERM, lambda *_: self._terminated.set())
-        self._undo.append(functools.partial(signal.signal, signal.SIGTERM, before))
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+            self._handle(signal.SIGTERM)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._handle(signal.SIGINT)
+
+    def _handle(self, number: int) -> None:
+        before = signal.signal(number, self._on_signal)
+        self._undo.append(functools.partial(signal.signal, number, before))
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        self._signal = number
+
+    def pass_signal_on(self) -> None:
+        """Lets a signal that came after the last batch do what it would have done."""
+        if self._signal is not None:
+            signal.raise_signal(self._signal)
 
     # -- inside of fit ------------------------------------------------------------------------------------------------
 
@@ -310,32 +365,58 @@ class _Session:
 
     def _check(self, logs: Any = None) -> None:  # noqa: ARG002
         """Before all other callbacks."""
-        if not all(layer.built for layer in [self._model, *sublayers(self._model)]):
-            self._build()
-        kept = Counter(type(c).__name__ for c in self._callbacks if has_state(c))
-        self._identity = identity(self._model, self._run.arguments) | {"callbacks": dict(kept)}
+        self._identity = identity(self._model, self._run.arguments, self._callbacks)
         self._forget_when()
-        if self._found is not None:
-            refuse_unless_same(self._found, self._identity)
-            if self._inside and len(self._model.metrics_variables) < len(self._found["state"]["metrics"]):
-                self._build()
-
-    def _build(self) -> None:
-        """Has everything built, metrics included, that Keras on TensorFlow builds in the first step only."""
-        x: Any
-        x, y, sample_weight = (self._run.arguments.get(name) for name in ("x", "y", "sample_weight"))
-        if self._inside:
-            batch = keras.utils.unpack_x_y_sample_weight(x[0])
-        elif hasattr(x, "element_spec"):
-            batch = keras.utils.unpack_x_y_sample_weight(next(iter(x)))
-        elif all(hasattr(part, "__array__") for part in keras.tree.flatten(x)):
-            batch = keras.tree.map_structure(lambda part: None if part is None else part[:1], (x, y, sample_weight))
-        else:
+        if self._found is None:
+            return
+        refuse_unless_same(self._found["identity"], self._identity, self._owner.accept)
+        self._say_releases(self._found["versions"])
+        if self._begin.batch and not self._inside:
             raise ValueError(
-                f"model {self._model.name!r} must be built for Resume if its data cannot be looked at ahead, as those "
-                f"of type {type(x).__name__}. Call it on a batch before."
+                f"The bundle is from the middle of an epoch, where {type(self._data).__name__} cannot be continued; x "
+                "must be a keras_optkit.data.Shuffled, PerEpoch or another EpochDataset, as before."
             )
-        self._model.test_on_batch(*batch)
+        if self._inside and self._begin.batch >= len(self._data):
+            raise ValueError(
+                f"The bundle is from batch {self._begin.batch} of an epoch, and x has {len(self._data)} batches now."
+            )
+        state = TrainingState(**self._found["state"])
+        unbuilt = not state.fits(self._model, metrics=self._metrics_count())
+        if unbuilt:
+            self._train_once()
+            state.forget_steps(self._model)
+        refuse_unless_same({"variables": self._found["variables"]}, {"variables": variables(self._model)})
+        if unbuilt:
+            self._restore_model(self._found)  # undoes the step before other callbacks see it
+
+    def _say_releases(self, saved: Mapping[str, str]) -> None:
+        other = differences(saved, versions())
+        if other:
+            warnings.warn(f"Other releases may compute other bits: {'; '.join(other)}.", stacklevel=8)
+
+    def _metrics_count(self) -> bool:
+        """Whether those of the bundle are more than what an epoch begins with."""
+        finished = self._found is not None and self._found["finished"]
+        return self._inside and bool(self._begin.batch or finished or self._begin.epoch >= self._epochs)
+
+    def _train_once(self) -> None:
+        """Has everything built that Keras, or a `train_step`, builds in the first step only, metrics included.
+
+        It is a real step, since only that makes the same variables in every model; what it changes is set afterwards.
+        """
+        given, model = self._run.arguments, self._model
+        names = ("x", "y", "sample_weight", "batch_size", "class_weight", "validation_split")
+        once = {name: given[name] for name in names if name in given}
+        steps = model.steps_per_execution
+        if isinstance(self._data, keras.utils.PyDataset):
+            once["x"] = _Repeated(self._data[0], steps)
+        elif inspect.isgenerator(self._data):
+            once["x"] = _Repeated(self._batch_ahead, steps)
+        history, stop = getattr(model, "history", None), model.stop_training
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Your input ran out of data")
+            keras.Model.fit(model, **once, epochs=1, steps_per_epoch=steps, validation_freq=2, shuffle=False, verbose=0)
+        model.history, model.stop_training = history, stop
 
     def _after_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """After all other callbacks, many of which begin afresh in `on_train_begin`."""
@@ -360,9 +441,9 @@ class _Session:
         self._batch = batch
         if self._pending is not None and self._pending.done():
             self._settle()  # to hear of a full disk at once
-        if self._inside and (self._terminated.is_set() or self._is_due()):
+        if self._inside and (self._signal is not None or self._is_due()):
             self._save(Position(self._epoch, batch))
-        self._end_if_terminated()
+        self._end_if_asked()
 
     def _stop_passing_over(self) -> None:
         passing, self._passing = self._passing, None
@@ -375,17 +456,20 @@ class _Session:
         self._since += steps - self._batch
         self._end = Position(epoch + 1, 0)
         last = epoch + 1 >= self._epochs or self._model.stop_training
-        if self._owner.every == "epoch" or last or self._terminated.is_set() or self._is_due():
-            self._save(self._end)
-        self._end_if_terminated()
+        if self._owner.every == "epoch" or last or self._signal is not None or self._is_due():
+            self._save(self._end, last=last)
+        self._end_if_asked()
 
     def _after_end(self, logs: Any = None) -> None:  # noqa: ARG002
-        if self._found is not None:  # a training that was finished before
+        if self._found is not None:  # a run that was finished before
             self._restore_model(self._found)  # others may have changed it
         else:
-            finished = {"epochs": self._epochs, "stopped": bool(self._model.stop_training)}
             self._settle()
-            self._store.write_finished(self._bundle(self._end, finished))
+            finished = {"epochs": self._epochs, "stopped": bool(self._model.stop_training)}
+            packed = self._bundle(self._end, finished | {"continuable": False})
+            if self._at_end == _checksum(packed):
+                packed = self._bundle(self._end, finished | {"continuable": True})
+            self._store.write_finished(packed)
         self._owner.end(finished=True)
 
     # -- bundles ------------------------------------------------------------------------------------------------------
@@ -399,19 +483,23 @@ class _Session:
     def _forget_when(self) -> None:
         self._since, self._saved_at = 0, time.monotonic()
 
-    def _save(self, position: Position) -> None:
+    def _save(self, position: Position, *, last: bool = False) -> None:
         """Copies everything and leaves the writing to the other thread, which may have to finish the one before."""
         self._settle()
-        self._pending = self._writer.submit(self._store.write, self._bundle(position, None))
+        packed = self._bundle(position, None)
+        self._at_end = _checksum(packed) if last else None
+        self._pending = self._writer.submit(self._store.write, packed)
         self._forget_when()
 
     def _bundle(self, position: Position, finished: Any) -> bundle.Packed:
         self._copies.restart()  # the last one is written
         return bundle.pack(
-            {
+            self._store.names(finished=finished is not None)
+            | {
                 "position": position._asdict(),
                 "finished": finished,
                 "identity": self._identity,
+                "variables": variables(self._model),
                 "versions": versions(),
                 "state": vars(TrainingState.of(self._model, self._copies)),
                 "callbacks": {key: state_of(c) for key, c in self._keyed()},
@@ -421,17 +509,18 @@ class _Session:
 
     def _restore(self, found: dict[str, Any]) -> None:
         for key, callback in self._keyed():
-            set_state_of(callback, found["callbacks"][key])
+            if key in found["callbacks"]:  # or the change was accepted
+                set_state_of(callback, found["callbacks"][key])
         self._restore_model(found)
         if self._inside:
             self._data.epoch = found["data_epoch"]
-        self._say("is finished, after" if found["finished"] else "goes on after", Position(**found["position"]))
+        self._say("is finished, after" if found["finished"] else "resumes after", Position(**found["position"]))
         if not found["finished"]:
             self._found = None  # it may be large
 
     def _restore_model(self, found: dict[str, Any]) -> None:
-        """Metrics only where they count, inside of an epoch and after the last, since they may not be built."""
-        TrainingState(**found["state"]).into(self._model, metrics=self._inside)
+        """Metrics only where they count, since they may not be built."""
+        TrainingState(**found["state"]).into(self._model, metrics=self._metrics_count())
 
     def _say(self, what: str, position: Position) -> None:
         """As the progress bar counts."""
@@ -441,7 +530,7 @@ class _Session:
                 if position.batch
                 else f"epoch {position.epoch}"
             )
-            print(f"Resume: the training in {self._owner.directory} {what} {after}.")
+            print(f"Resume: the run in {self._owner.directory} {what} {after}.")
 
     def _keyed(self) -> Iterator[tuple[str, Any]]:
         """The callbacks that have state, by class, and by number among those of one class."""
@@ -458,11 +547,32 @@ class _Session:
         if pending is not None:
             pending.result()
 
-    def _end_if_terminated(self) -> None:
-        if self._terminated.is_set():
+    def _end_if_asked(self) -> None:
+        asked, self._signal = self._signal, None
+        if asked is not None:
             self._settle()
-            print(f"Resume: SIGTERM; the training in {self._owner.directory} can go on.")
-            raise SystemExit(128 + signal.SIGTERM)
+            print(f"Resume: {signal.Signals(asked).name}; the run in {self._owner.directory} can be resumed.")
+            raise KeyboardInterrupt if asked == signal.SIGINT else SystemExit(128 + asked)
+
+
+class _Repeated(keras.utils.PyDataset):
+    """The same batch so many times."""
+
+    def __init__(self, batch: Any, times: int):
+        super().__init__()
+        self._batch, self._times = batch, times
+
+    def __len__(self) -> int:
+        return self._times
+
+    def __getitem__(self, index: int) -> Any:
+        return self._batch
+
+
+def _with_first(batch: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    if batch is not None:
+        yield batch
+    yield from rest
 
 
 class _PassOver:
@@ -496,19 +606,34 @@ def _nothing(batch: int, logs: Any = None) -> None:
     pass
 
 
-def refuse_unless_same(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises with the differences between the training that a bundle comes from and this one."""
-    lines = differences(found["identity"], here)
-    if lines:
-        shown = lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
-        raise ValueError(
-            "The bundle comes from another training:\n  "
-            + "\n  ".join(shown)
-            + "\nTake another directory, or empty this one, to begin a new training."
-        )
-    other = differences(found["versions"], versions())
-    if other:
-        warnings.warn(f"Other releases may compute other bits: {'; '.join(other)}.", stacklevel=8)
+def refuse_unless_same(saved: Mapping[str, Any], here: Mapping[str, Any], accept: Collection[str] = ()) -> None:
+    """Raises with the differences between the run that a bundle comes from and this one."""
+    changed = {name: differences(saved.get(name), here.get(name), name) for name in {**saved, **here}}
+    changed = {name: lines for name, lines in changed.items() if lines and name not in accept}
+    lines = [line for of_one in changed.values() for line in of_one]
+    if not lines:
+        return
+    shown = lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
+    meant = ""
+    if changed.keys() <= set(SECTIONS):
+        names = [*accept, *changed]
+        meant = f"\nIf the change is meant, resume with Resume(..., accept={names!r})."
+    raise ValueError(
+        "The bundle comes from another run:\n  "
+        + "\n  ".join(shown)
+        + meant
+        + "\nTake another directory, or empty this one, to begin a new run."
+    )
+
+
+def _checksum(packed: bundle.Packed) -> int:
+    """Of what a model, its optimizers and callbacks hold."""
+    tree = json.loads(packed.text)["tree"]
+    held = {name: tree[name] for name in ("state", "callbacks")}
+    total = zlib.crc32(json.dumps(held).encode())
+    for array in packed.arrays.values():
+        total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, total)
+    return total
 
 
 def _stand_back() -> None:

@@ -1,23 +1,29 @@
-"""What a training is at one moment: everything that the next step depends on, as arrays on the host.
+"""What a run is at one moment: everything that the next training step depends on, as arrays on the host.
 
 `TrainingState.of(model)` takes a copy and `state.into(model)` puts it back, bitwise: weights, moving statistics, the
-states of the seed generators in layers and metrics, the optimizer's state, and the global generators of Python, NumPy
-and Keras. What it does not see are the generators of TensorFlow's own random operations, which have no readable state:
-layers of one's own should draw from a `keras.random.SeedGenerator`.
+states of the seed generators in layers and metrics, variables that Keras does not track (a `tf.Variable` or a
+`tf.random.Generator` in an attribute), vocabularies and other values that layers have adapted, every optimizer that the
+model holds, and the global generators of Python, NumPy and Keras. What it does not see are the generators of
+TensorFlow's own random operations, which have no readable state (layers of one's own should draw from a
+`keras.random.SeedGenerator`), and optimizers and variables that no attribute of the model or of a layer leads to.
 
 A callback that is not in there has state of its own. If it is to survive, it has two methods:
 
 - `state_dict()` returns it: None, numbers, strings and arrays, in lists and dicts with strings as keys;
 - `load_state_dict(state)` takes it, in another process, after `on_train_begin` (and, inside of an epoch, after
-  `on_epoch_begin`) of all callbacks, and before the variables of the model and the optimizer are set.
+  `on_epoch_begin`) of all callbacks, and before the variables of the model and the optimizers are set.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -26,7 +32,8 @@ import numpy as np
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import on_host
 from keras_optkit.optimizers.fitting import build_optimizer
-from keras_optkit.private import global_seed, set_global_seed
+from keras_optkit.optimizers.of_model import directly_inside, optimizers_of, ours_of
+from keras_optkit.private import forget_trace, global_seed, known_variables, set_global_seed, sublayers
 
 Copy = Callable[[np.ndarray], np.ndarray]
 
@@ -38,54 +45,105 @@ class TrainingState:
     Attributes:
         variables: For each variable of the model its value; with several replicas that differ, one value for each.
         metrics: The same for the metrics that the model was compiled with.
-        optimizer: The optimizer's state by name; empty without an optimizer.
+        optimizer: For each optimizer of the model its state, and which of the variables it was built for.
         generators: The states of the global generators of random numbers.
+        layers: What layers have adapted besides variables, such as the vocabulary of a `StringLookup`, by the place of
+            the layer.
     """
 
     variables: list[list[np.ndarray]]
     metrics: list[list[np.ndarray]]
-    optimizer: dict[str, Any]
+    optimizer: list[dict[str, Any]]
     generators: dict[str, Any]
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any, copy: Copy | None = None) -> TrainingState:
         """Copies the present state; on JAX, inside of an epoch, take the model from `callback.model`, which syncs it.
 
         Args:
-            model: A built model. Its optimizer is built, if it has one that is not.
+            model: A built model. The optimizer that it was compiled with is built, if the first step is sure to do so.
             copy: How an array is copied; None: into new memory.
+
+        Raises:
+            ValueError: If an optimizer updates variables that are not the model's.
         """
         copy = copy or np.array
-        if getattr(model, "optimizer", None) is not None:
+        if is_built(model) and type(model).train_step is keras.Model.train_step and model.optimizer is not None:
             build_optimizer(model)
+        own = own_variables(model)
+        places = {id(variable): i for i, variable in enumerate(own)}
         return cls(
-            [_values(model, v, copy) for v in _own_variables(model)],
-            [_values(model, v, copy) for v in _metrics_variables(model)],
-            _optimizer_state(model, model.optimizer, copy),
-            _generators(),
+            [_values(model, v, copy) for v in own],
+            [_values(model, v, copy) for v in model.metrics_variables],
+            [_optimizer_state(model, optimizer, places, copy) for optimizer in optimizers_of(model)],
+            generators_now(),
+            _adapted(model),
         )
+
+    def adapt(self, model: Any) -> None:
+        """Sets what layers have adapted, also in a model that has not been built."""
+        for place, layer in _adapting(model):
+            if place in self.layers:
+                _set_adapted(layer, self.layers[place])
+
+    def fits(self, model: Any, *, metrics: bool = True) -> bool:
+        """Whether all that the state is of has been built in `model`; optimizers need not be.
+
+        Args:
+            model: A model that was made and compiled like the one that the state was taken of.
+            metrics: Whether metrics count.
+        """
+        return len(own_variables(model)) == len(self.variables) and (
+            not metrics or len(model.metrics_variables) == len(self.metrics)
+        )
+
+    def forget_steps(self, model: Any) -> None:
+        """Has compiled steps of `model` made again, where an optimizer's state cannot be set with those that it has.
+
+        That is after a step, if variables have joined at other updates than in the state.
+        """
+        if any(map(_joined_in_stages, self.optimizer)):
+            _forget_compiled(model)
+            for optimizer in ours_of(model):
+                optimizer.forget_steps()
 
     def into(self, model: Any, *, metrics: bool = True) -> None:
         """Sets the state of `model`, which must be built, to this one.
+
+        An optimizer that is not built, and was when the state was taken, is built for the same variables.
 
         Args:
             model: The model that it was taken of, or one that was made and compiled alike.
             metrics: Whether those of the metrics are set, too; they must have been built then.
 
         Raises:
-            ValueError: If the model or its optimizer is another one; nothing has been changed then.
+            ValueError: If the model or an optimizer is another one; no variable of the model has been changed then.
         """
-        build_optimizer(model)
-        own, theirs = _own_variables(model), _metrics_variables(model) if metrics else []
+        own, theirs = own_variables(model), model.metrics_variables if metrics else []
+        optimizers = optimizers_of(model)
         _refuse_unless_alike(model, "model", own, self.variables)
         if metrics:
             _refuse_unless_alike(model, "metrics", theirs, self.metrics)
-        _set_optimizer_state(model, model.optimizer, self.optimizer)
-        for variable, values in zip(
-            [*own, *theirs], [*self.variables, *(self.metrics if metrics else [])], strict=True
-        ):
-            _assign(model, variable, values)
-        _set_generators(self.generators)
+        if len(optimizers) != len(self.optimizer):
+            raise ValueError(
+                f"The state holds {len(self.optimizer)} optimizers, and model {model.name!r} has {len(optimizers)}."
+            )
+        for optimizer, state in zip(optimizers, self.optimizer, strict=True):
+            _build_as(model, optimizer, state, own)
+        for optimizer, state in zip(optimizers, self.optimizer, strict=True):
+            if _was_built(optimizer, state):
+                _set_optimizer_state(model, optimizer, state)
+        with _derived(model, self.layers):
+            for variable, values in zip(
+                [*own, *theirs], [*self.variables, *(self.metrics if metrics else [])], strict=True
+            ):
+                _assign(model, variable, values)
+        for optimizer, state in zip(optimizers, self.optimizer, strict=True):
+            if not _was_built(optimizer, state):  # its state may begin as the weights, which have to be set before
+                _reset(model, optimizer)
+                _set_optimizer_state(model, optimizer, state)
+        set_generators(self.generators)
 
 
 class Copies:
@@ -113,14 +171,43 @@ class Copies:
         return kept
 
 
-def _own_variables(model: Any) -> list[Any]:
-    """Those of the model besides its metrics', the states of its seed generators included."""
-    metrics = {id(v) for v in model.metrics_variables}
-    return [v for v in model.variables if id(v) not in metrics]
+# -- the variables of a model -----------------------------------------------------------------------------------------
 
 
-def _metrics_variables(model: Any) -> list[Any]:
-    return list(model.metrics_variables)
+def is_built(model: Any) -> bool:
+    """Whether a model and all layers in it have their variables."""
+    return all(layer.built for layer in [model, *sublayers(model)])
+
+
+def own_variables(model: Any) -> list[Any]:
+    """Those of the model, or of a layer, besides its metrics', and those in attributes that Keras does not list.
+
+    Among the latter are `tf.Variable`s, as in the queue of a contrastive loss, also in lists and dicts.
+    """
+    metrics = {id(v) for v in getattr(model, "metrics_variables", ())}
+    found = {id(v): v for v in model.variables if id(v) not in metrics}
+    for part in [model, *sublayers(model)]:
+        if not _keeps_assets_only(part):
+            for name, value in vars(part).items():
+                if not name.startswith("_self_"):  # TensorFlow's notes
+                    found |= {id(v): v for v in _held(value) if id(v) not in metrics}
+    return list(found.values())
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """The variables in an attribute, which are not those of another layer or of an optimizer."""
+    if isinstance(value, keras.layers.Layer | keras.optimizers.Optimizer):
+        return
+    if hasattr(value, "assign") and hasattr(value, "dtype") and hasattr(value, "shape"):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _held(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _held(part)
+    elif any(base.__module__.split(".")[0] in ("keras", "tensorflow") for base in type(value).__mro__):
+        for name in ("state", "variables"):  # a random generator's; a metric's or a module's
+            yield from _held(getattr(value, name, None))
 
 
 # -- one variable -----------------------------------------------------------------------------------------------------
@@ -150,7 +237,7 @@ def _parts(model: Any, variable: Any) -> Sequence[Any]:
     strategy = getattr(model, "distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync == 1:
         return [variable]
-    return strategy.experimental_local_results(variable.value)
+    return strategy.experimental_local_results(variable.value if isinstance(variable, keras.Variable) else variable)
 
 
 def _refuse_unless_alike(
@@ -158,13 +245,13 @@ def _refuse_unless_alike(
 ) -> None:
     lines = []
     for i, (variable, values) in enumerate(itertools.zip_longest(variables, saved)):
-        here = None if variable is None else (keras.backend.standardize_dtype(variable.dtype), tuple(variable.shape))
+        here = None if variable is None else (_dtype(variable), tuple(variable.shape))
         there = None if values is None else (str(values[0].dtype), values[0].shape)
-        if here != there:
-            name = "" if variable is None else f" ({variable.path})"
+        if here is None or there is None or here[0] != there[0] or not _fits(here[1], there[1]):
+            name = "" if variable is None else f" ({_name(variable)})"
             lines.append(f"variable {i}{name}: {_described(there)} in the state, {_described(here)} here")
         elif len(values) not in (1, len(_parts(model, variable))):
-            lines.append(f"variable {i} ({variable.path}): one value for each of {len(values)} replicas")
+            lines.append(f"variable {i} ({_name(variable)}): one value for each of {len(values)} replicas")
     if lines:
         shown = lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
         raise ValueError(f"The state is not one of this {what}:\n  " + "\n  ".join(shown))
@@ -174,47 +261,260 @@ def _described(kind: tuple[str, tuple[int, ...]] | None) -> str:
     return "none" if kind is None else f"{kind[0]} {kind[1]}"
 
 
-# -- the optimizer ----------------------------------------------------------------------------------------------------
+def _dtype(variable: Any) -> str:
+    return keras.backend.standardize_dtype(variable.dtype)
 
 
-def _optimizer_state(model: Any, optimizer: Any, copy: Copy) -> dict[str, Any]:
+def _name(variable: Any) -> str:
+    return getattr(variable, "path", None) or variable.name
+
+
+def _fits(here: tuple[int | None, ...], there: tuple[int, ...]) -> bool:
+    """Whether a variable of one shape can hold a value of another; a `tf.Variable` may leave dimensions open."""
+    return len(here) == len(there) and all(a in (None, b) for a, b in zip(here, there, strict=True))
+
+
+# -- what layers have adapted -----------------------------------------------------------------------------------------
+
+
+def _adapted(model: Any) -> dict[str, dict[str, Any]]:
+    """The assets and adapted attributes of layers that have some, by the places of the layers."""
+    found = {place: _adapted_in(layer) for place, layer in _adapting(model)}
+    return {place: state for place, state in found.items() if state}
+
+
+def _adapting(model: Any) -> list[tuple[str, Any]]:
+    """The layers that adapt something besides variables, counted among themselves: others are listed once built."""
+    layers = {
+        id(layer): layer
+        for layer in sublayers(model)
+        if isinstance(layer, keras.layers.Discretization) or hasattr(layer, "save_assets")
+    }
+    return [(str(i), layer) for i, layer in enumerate(layers.values())]
+
+
+def _adapted_in(layer: Any) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    if isinstance(layer, keras.layers.Discretization) and layer.num_bins is not None:
+        state["attributes"] = {
+            "bin_boundaries": layer.bin_boundaries and list(layer.bin_boundaries),
+            "summary": np.array(layer.summary),
+        }
+    if _keeps_assets_only(layer):
+        state["stored"] = {}
+        with contextlib.suppress(AttributeError):  # so Keras for one that has not been adapted
+            layer.save_own_variables(state["stored"])
+    if hasattr(layer, "save_assets"):
+        with tempfile.TemporaryDirectory() as directory:
+            layer.save_assets(directory)
+            files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+            state["assets"] = {
+                path.relative_to(directory).as_posix(): np.frombuffer(path.read_bytes(), "uint8") for path in files
+            }
+    return {name: part for name, part in state.items() if part}
+
+
+def _keeps_assets_only(layer: Any) -> bool:
+    """Whether what a layer holds besides its files is made when it is adapted, as in lookups of words."""
+    return hasattr(layer, "save_assets") and not layer.variables
+
+
+def _set_adapted(layer: Any, state: Mapping[str, Any]) -> bool:
+    """Sets what a layer has adapted; False if it was so before."""
+    if _same(_adapted_in(layer), state):
+        return False
+    if "stored" in state:
+        layer.load_own_variables(state["stored"])
+    for name, value in state.get("attributes", {}).items():
+        setattr(layer, name, value)
+    if "assets" in state:
+        with tempfile.TemporaryDirectory() as directory:
+            for name, content in state["assets"].items():
+                path = Path(directory, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.tobytes())
+            layer.load_assets(directory)
+    return True
+
+
+@contextlib.contextmanager
+def _derived(model: Any, adapted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """While variables are being set: layers renew afterwards what they had computed from them, where it is to change.
+
+    `Normalization`, for example, computes with tensors that it made of its variables when it was adapted. A compiled
+    step holds such tensors as constants, and is made again.
+    """
+    deriving = [layer for layer in sublayers(model) if _derives_values(layer)]
+    before = [[on_host(v).tobytes() for v in own_variables(layer)] for layer in deriving]
+    yield
+    changed = False
+    for layer, values in zip(deriving, before, strict=True):
+        if [on_host(v).tobytes() for v in own_variables(layer)] != values:
+            _renew(layer)
+            changed = True
+    for place, layer in _adapting(model):
+        if place in adapted and _set_adapted(layer, adapted[place]):
+            changed = True
+    if changed:
+        _forget_compiled(model)
+
+
+def _derives_values(layer: Any) -> bool:
+    loads = type(layer).load_own_variables
+    own = loads is not keras.layers.Layer.load_own_variables and not loads.__module__.startswith("keras.")
+    return own or hasattr(layer, "finalize_state")
+
+
+def _renew(layer: Any) -> None:
+    if hasattr(layer, "finalize_state"):
+        layer.finalize_state()
+    else:
+        store: dict[str, Any] = {}
+        layer.save_own_variables(store)
+        layer.load_own_variables({name: np.array(keras.ops.convert_to_numpy(v)) for name, v in store.items()})
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else a == b
+
+
+def _forget_compiled(model: Any) -> None:
+    if keras.config.backend() == "jax":
+        forget_trace(model.train_step)
+    model.test_function = model.predict_function = None
+    if model.train_function is not None:
+        model.make_train_function(force=True)
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def _optimizer_state(model: Any, optimizer: Any, places: Mapping[int, int], copy: Copy) -> dict[str, Any]:
     """Ours writes it parameter by parameter with a description; of others it is their variables, in order."""
-    if optimizer is None:
-        return {}
+    inside = directly_inside(optimizer)
+    state: dict[str, Any] = {
+        "class": keras.saving.get_registered_name(type(optimizer)),
+        "for": _places_of_variables(model, optimizer, places) if optimizer.built else None,
+    }
     if isinstance(optimizer, Optimizer):
         store: dict[str, Any] = {}
         optimizer.save_own_variables(store)
-        return {"ours": {name: copy(value) for name, value in store.items()}}
-    inner = getattr(optimizer, "inner_optimizer", None)
-    state: dict[str, Any] = {"variables": [_values(model, v, copy) for v in _without(optimizer.variables, inner)]}
-    return state if inner is None else state | {"inner": _optimizer_state(model, inner, copy)}
+        return state | {"ours": {name: copy(value) for name, value in store.items()}}
+    return state | {
+        "variables": [_values(model, v, copy) for v in _without(optimizer.variables, inside)],
+        "inside": [_optimizer_state(model, inner, places, copy) for inner in inside],
+    }
+
+
+def _joined_in_stages(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of ours, or one inside of another, has variables that joined after others."""
+    schema = state.get("ours", {}).get("schema")
+    here = schema is not None and len(set(json.loads(schema.tobytes())["since"])) > 1
+    return here or any(_joined_in_stages(inner) for inner in state.get("inside", []))
+
+
+def _places_of_variables(model: Any, optimizer: Any, places: Mapping[int, int]) -> list[int]:
+    known = known_variables(optimizer)
+    if known is None:
+        known = model.trainable_variables
+    unknown = [_name(v) for v in known if id(v) not in places]
+    if unknown:
+        raise ValueError(
+            f"The optimizer {optimizer.name!r} updates {len(unknown)} variables that are not of model {model.name!r}, "
+            f"so that their values cannot be kept, among them {unknown[0]}. Make the layers that they belong to "
+            "attributes of the model."
+        )
+    return [places[id(v)] for v in known]
+
+
+def _was_built(optimizer: Any, state: Mapping[str, Any]) -> bool:
+    """False where an optimizer is built now and was not when the state was taken, itself or one inside of it."""
+    if optimizer.built and state["for"] is None:
+        return False
+    return all(
+        _was_built(inner, of) for inner, of in zip(directly_inside(optimizer), state.get("inside", []), strict=True)
+    )
+
+
+def _build_as(model: Any, optimizer: Any, state: Mapping[str, Any], own: Sequence[Any]) -> None:
+    """Builds an optimizer for the variables that the one in the state was built for; refuses another kind."""
+    name = keras.saving.get_registered_name(type(optimizer))
+    if name != state["class"]:
+        raise ValueError(
+            f"The state is not one of the optimizer {optimizer.name!r}, {name}: it is of {state['class']}."
+        )
+    if state["for"] is not None:
+        variables = [own[i] for i in state["for"]]
+        known = {id(v) for v in known_variables(optimizer) or ()} if optimizer.built else set()
+        joining = isinstance(optimizer, Optimizer) and known < {id(v) for v in variables}
+        if not optimizer.built or joining:
+            with _scope(model):
+                optimizer.build(variables)
+        elif not isinstance(optimizer, Optimizer) and known and known != {id(v) for v in variables}:
+            raise ValueError(
+                f"The optimizer {optimizer.name!r} is built for {len(known)} variables, and not for the "
+                f"{len(variables)} that the state is of."
+            )
+    inside = directly_inside(optimizer)
+    for inner, of in zip(inside, state.get("inside", []), strict=state["for"] is not None):
+        _build_as(model, inner, of, own)
+    if _was_built(optimizer, state) and "variables" in state:
+        _refuse_unless_alike(
+            model, f"optimizer, {type(optimizer).__name__}", _without(optimizer.variables, inside), state["variables"]
+        )
 
 
 def _set_optimizer_state(model: Any, optimizer: Any, state: Mapping[str, Any]) -> None:
-    kind = "ours" if isinstance(optimizer, Optimizer) else None if optimizer is None else "variables"
-    if (kind is None and state) or (kind is not None and kind not in state):
-        raise ValueError(f"The state is not one of this optimizer, {optimizer!r}: it holds {sorted(state) or 'none'}.")
-    if kind == "ours":
+    if isinstance(optimizer, Optimizer):
         optimizer.load_own_variables(state["ours"])
-    elif kind == "variables":
-        inner = getattr(optimizer, "inner_optimizer", None)
-        variables = _without(optimizer.variables, inner)
-        _refuse_unless_alike(model, f"optimizer, {type(optimizer).__name__}", variables, state["variables"])
-        if inner is not None:
-            _set_optimizer_state(model, inner, state.get("inner", {}))
-        for variable, values in zip(variables, state["variables"], strict=True):
-            _assign(model, variable, values)
+        return
+    inside = directly_inside(optimizer)
+    # of one that was not built when the state was taken, those that it has had since it was made
+    for variable, values in zip(_without(optimizer.variables, inside), state["variables"], strict=False):
+        _assign(model, variable, values)
+    for inner, of in zip(inside, state["inside"], strict=False):  # a MultiOptimizer may get its own when it is built
+        _set_optimizer_state(model, inner, of)
 
 
-def _without(variables: Sequence[Any], inner: Any) -> list[Any]:
-    own = {id(v) for v in inner.variables} if inner is not None else set()
-    return [v for v in variables if id(v) not in own]
+def _reset(model: Any, optimizer: Any) -> None:
+    """Gives an optimizer that is built the state with which it was built: that of a new one of the same config."""
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):  # whose choice of optimizers may be a function
+        for inner in optimizer.optimizers:
+            if inner.built:
+                _reset(model, inner)
+        return
+    with _scope(model):
+        try:
+            fresh = type(optimizer).from_config(optimizer.get_config())
+        except Exception as error:
+            raise ValueError(
+                f"The optimizer {optimizer.name!r} was not built when the state was taken. To be set back, it must "
+                f"have a get_config from which {type(optimizer).__name__}.from_config makes it again: {error!r}."
+            ) from error
+        own = known_variables(optimizer) or model.trainable_variables
+        fresh.build(own)
+    _set_optimizer_state(
+        model, optimizer, _optimizer_state(model, fresh, {id(v): i for i, v in enumerate(own)}, np.array)
+    )
+
+
+def _scope(model: Any) -> contextlib.AbstractContextManager[Any]:
+    strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
+    return strategy.scope() if strategy else contextlib.nullcontext()
+
+
+def _without(variables: Sequence[Any], inside: Sequence[Any]) -> list[Any]:
+    others = {id(v) for inner in inside for v in inner.variables}
+    return [v for v in variables if id(v) not in others]
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
 
 
-def _generators() -> dict[str, Any]:
+def generators_now() -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy and Keras."""
     version, numbers, gauss = random.getstate()
     drawn, seed = np.random.get_state(legacy=False), global_seed()
     return {
@@ -224,7 +524,8 @@ def _generators() -> dict[str, Any]:
     }
 
 
-def _set_generators(states: Mapping[str, Any]) -> None:
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Sets what `generators_now` returned."""
     set_global_seed(states["keras"])
     np.random.set_state(states["numpy"])
     python = states["python"]

@@ -1,4 +1,4 @@
-"""The directory in which a training keeps the bundles that it can go on from."""
+"""The directory in which a run keeps the bundles that it can be resumed from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from keras_optkit.callbacks import bundle
 from keras_optkit.files import leftovers
 
 _NAME = re.compile(r"bundle-(\d{8})\.npz")
+_FINISHED = "finished.npz"
 
 
 class Store:
-    """Numbered bundles, the newest of which are kept, and one of the end of a training.
+    """Numbered bundles, the newest of which are kept, and one of the end of a run.
 
     Args:
         directory: Made if it does not exist.
@@ -31,61 +32,104 @@ class Store:
 
     @property
     def _finished(self) -> Path:
-        return self.directory / "finished.npz"
+        return self.directory / _FINISHED
+
+    @property
+    def next_name(self) -> str:
+        """The name of the next numbered bundle."""
+        return f"bundle-{self._last + 1:08d}.npz"
 
     def lock(self) -> Callable[[], None]:
         """Makes sure that nobody else trains here, for as long as this process lives; returns what ends that.
 
         Raises:
-            RuntimeError: If somebody does.
+            RuntimeError: If somebody does, or if something that is no file has the name of one that is to be written.
             OSError: If the directory cannot be made or written to.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.directory / "lock", timeout=0)
+        path = self.directory / "lock"
+        self._refuse_unless_file(path, links=False)  # what a link points to would be emptied
+        lock = filelock.FileLock(path, timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout as error:
             raise RuntimeError(
                 f"directory={str(self.directory)!r} is in use by another process, or by another fit of this one."
             ) from error
-        for path in leftovers(self.directory):
-            path.unlink()
+        try:
+            for path in [self._finished, *self._numbered()]:
+                self._refuse_unless_file(path)
+            for path in leftovers(self.directory, re.compile(f"{_NAME.pattern}|{re.escape(_FINISHED)}")):
+                if path.is_file():
+                    path.unlink()
+        except BaseException:
+            lock.release()
+            raise
         return lock.release
 
+    @staticmethod
+    def _refuse_unless_file(path: Path, *, links: bool = True) -> None:
+        if path.is_symlink() and not links:
+            raise RuntimeError(f"{path} must be a file of Resume's, and is a link. Remove it.")
+        if (path.exists() or path.is_symlink()) and not path.is_file():
+            raise RuntimeError(f"{path} must be a file, and is something else. Remove it.")
+
     def newest(self, epochs: int) -> dict[str, Any] | None:
-        """The newest bundle that a training of so many epochs can go on from; None if there are no bundles.
+        """The newest bundle that a run of so many epochs can be resumed from; None if there are no bundles.
 
         Damaged ones are passed over with a warning.
 
         Raises:
-            RuntimeError: If all that there are, are damaged.
-            ValueError: If it was trained for more epochs already.
+            RuntimeError: If all that there are, are damaged or have other names, or if none can be continued to so
+                many epochs.
+            ValueError: If it was trained for more epochs already, or if another version has written a bundle.
         """
-        paths = [path for path in (self._finished, *reversed(self._numbered())) if path.exists()]
-        damaged = []
-        for path in paths:
-            try:
-                found = bundle.read(path)
-            except bundle.DamagedError as error:
-                damaged.append(str(error))
-                continue
-            if found["position"]["epoch"] > epochs:
-                raise ValueError(
-                    f"epochs={epochs}, but {path} comes from epoch {found['position']['epoch']} of a training."
-                )
-            finished = found["finished"]
-            if finished and not finished["stopped"] and epochs > finished["epochs"]:
-                continue  # a numbered one of the end of its last epoch can be gone on from
-            for message in damaged:
-                warnings.warn(f"{message} The training goes on from {path.name}.", stacklevel=7)
-            if not finished:
-                self._last = self._number(path)
-            return found
-        if damaged:
-            raise RuntimeError(
-                "No bundle is left to go on from:\n  " + "\n  ".join(damaged) + "\nRemove them to start anew."
+        damaged: list[str] = []
+        finished = self._read(self._finished, damaged) if self._finished.exists() else None
+        end = None if finished is None else finished["finished"]
+        if end is not None and (end["stopped"] or epochs <= end["epochs"]):
+            found = finished
+        else:
+            readable = (self._read(path, damaged) for path in reversed(self._numbered()))
+            found = next((each for each in readable if each is not None), None)
+            if finished is not None and (found is None or _place(found) < _place(finished)):
+                # after the end of a run a model may hold other weights than to train on, such as an average
+                if finished["finished"]["continuable"]:
+                    found = finished | {"finished": None}
+                elif found is None:
+                    damaged.append(f"{self._finished} holds what the run was left with, and not what it trained on.")
+        damaged += [f"{path} looks like a bundle and has another name." for path in self._strays()]
+        if found is None and damaged:
+            lines = "\n  ".join(damaged)
+            raise RuntimeError(f"No bundle is left to resume from:\n  {lines}\nRemove them to start over.")
+        if found is None:
+            return None
+        for message in damaged:
+            warnings.warn(f"{message} The run resumes from {found['name']}.", stacklevel=7)
+        if found["position"]["epoch"] > epochs:
+            raise ValueError(
+                f"epochs={epochs}, but {self.directory / found['name']} comes from epoch {found['position']['epoch']} "
+                "of a run."
             )
-        return None
+        self._last = found["number"]
+        return found
+
+    @staticmethod
+    def _read(path: Path, damaged: list[str]) -> dict[str, Any] | None:
+        """A bundle, or None and a line in `damaged`."""
+        try:
+            found = bundle.read(path)
+            if found["name"] != path.name:
+                raise bundle.DamagedError(f"{path} was written as {found['name']}.")
+        except bundle.DamagedError as error:
+            damaged.append(str(error))
+            return None
+        return found
+
+    def _strays(self) -> list[Path]:
+        """Bundles that somebody has renamed."""
+        others = (path for path in self.directory.iterdir() if not _is_bundle(path.name) and path.is_file())
+        return sorted(path for path in others if path.name != "lock" and bundle.looks_like_one(path))
 
     def write(self, packed: bundle.Packed) -> None:
         """Writes the next numbered bundle and removes what is not to be kept.
@@ -93,19 +137,26 @@ class Store:
         Raises:
             OSError: If that fails; those that are there are kept.
         """
-        bundle.write(self.directory / f"bundle-{self._last + 1:08d}.npz", packed)
+        bundle.write(self.directory / self.next_name, packed)
         self._last += 1
         for path in self._numbered():
             if not self._last - self._keep < self._number(path) <= self._last:
                 path.unlink()
 
     def write_finished(self, packed: bundle.Packed) -> None:
-        """Writes the bundle of the end of the training.
+        """Writes the bundle of the end of the run.
 
         Raises:
             OSError: If that fails.
         """
         bundle.write(self._finished, packed)
+
+    def names(self, finished: bool) -> dict[str, Any]:
+        """What a bundle has to say of itself: its name, and the number of the last one that was written with it."""
+        return {
+            "name": _FINISHED if finished else self.next_name,
+            "number": self._last if finished else self._last + 1,
+        }
 
     def _numbered(self) -> list[Path]:
         return sorted(path for path in self.directory.glob("bundle-*.npz") if _NAME.fullmatch(path.name))
@@ -115,3 +166,11 @@ class Store:
         match = _NAME.fullmatch(path.name)
         assert match is not None
         return int(match[1])
+
+
+def _is_bundle(name: str) -> bool:
+    return name == _FINISHED or _NAME.fullmatch(name) is not None
+
+
+def _place(found: dict[str, Any]) -> tuple[int, int]:
+    return found["position"]["epoch"], found["position"]["batch"]

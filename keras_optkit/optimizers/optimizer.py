@@ -690,6 +690,10 @@ class Optimizer(FromSignature, SavedState):
             self._replace_state(self._since())
             self.load_own_variables(saved)
 
+    def forget_steps(self) -> None:
+        """Called when all compiled steps with this optimizer are made again, so that its state may be, too."""
+        self._held.used = False
+
     def _since(self) -> list[int]:
         """The update count at which each variable joined, in the model's order."""
         since = {i: bucket.since for bucket in self._held.buckets for i in bucket.indices}
