@@ -83,3 +83,17 @@ def test_updates_are_counted_by_the_optimizer_that_is_used():
     model.compile(optimizer=None)
     assert of_model.update_counter(model) is used.iterations
     assert of_model.update_counter(keras.Sequential([])) is None
+
+
+def test_callbacks_count_the_updates_of_the_optimizer_that_is_used():
+    callback, used = ok.callbacks.EarlyStopping("loss"), sgd()
+    model = Holder(mine=used)
+    callback.set_model(model)
+    model.compile(optimizer=None)
+    model(keras.ops.ones((1, 3)))
+    used.apply([keras.ops.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    assert callback._updates() == 1
+    other = Holder()
+    other.compile(optimizer=None)
+    callback.set_model(other)
+    assert callback._updates() == 0

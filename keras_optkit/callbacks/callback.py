@@ -18,6 +18,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_optkit.optimizers.of_model import update_counter
 from keras_optkit.saving import FromSignature
 
 #: What is called on the callbacks when an exception leaves a method of `keras.Model`.
@@ -115,13 +116,13 @@ class Callback(FromSignature, keras.callbacks.Callback):
             run.callbacks.append(self)
 
     def _updates(self) -> int:
-        """The number of updates that the optimizer has made.
+        """The number of updates that the model's optimizer has made; 0 where it has none. See `update_counter`.
 
         Inside an epoch Keras's variables are empty on JAX; asking for `self.model` has Keras fill them.
         """
-        iterations = self.model.optimizer.iterations
         try:
-            return number(iterations)
+            counter = update_counter(self.model)
+            return 0 if counter is None else number(counter)
         except TypeError as error:  # so Keras on JAX answers once the first step of a `fit` has failed
             raise RuntimeError("Keras has lost the optimizer's variables in a step that failed.") from error
 
