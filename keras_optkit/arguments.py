@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Collection, Iterable
 from datetime import timedelta
 from numbers import Integral, Real
@@ -66,6 +67,18 @@ def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")
     return value
+
+
+def path(name: str, value: Any) -> str:
+    """Returns `value` as a string if it is the path of a file or directory."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} must be a path, a string or os.PathLike, got {value!r} of type {type(value).__name__}."
+        )
+    if not text or "\0" in text:
+        raise ValueError(f"{name} must be a path, which is not empty and has no null character, got {value!r}.")
+    return text
 
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import IO
 
 #: What is in the names of files that are being written; a process that was killed may leave one behind.
 TEMPORARY = ".tmp"
+
+#: The names that `atomic_write` and `atomic_path` give, with the one that is to be.
+_UNFINISHED = re.compile(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}|\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}\.(.+)")
 
 
 @contextlib.contextmanager
@@ -87,6 +91,12 @@ def sync_directory(path: Path) -> None:
             os.close(number)
 
 
-def leftovers(directory: Path) -> list[Path]:
-    """Files whose writing was interrupted by the end of the process."""
-    return sorted([*directory.glob(f".*{TEMPORARY}"), *directory.glob(f".*{TEMPORARY}.*")])
+def leftovers(directory: Path, names: re.Pattern[str]) -> list[Path]:
+    """Files whose writing was interrupted by the end of the process.
+
+    Args:
+        directory: Where they are.
+        names: Matches the names that they would have been given, so that files of others are not taken for them.
+    """
+    found = {path: _UNFINISHED.fullmatch(path.name) for path in directory.iterdir()}
+    return sorted(path for path, match in found.items() if match and names.fullmatch(match[1] or match[2]))

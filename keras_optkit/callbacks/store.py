@@ -14,6 +14,7 @@ from keras_optkit.callbacks import bundle
 from keras_optkit.files import leftovers
 
 _NAME = re.compile(r"bundle-(\d{8})\.npz")
+_OURS = re.compile(rf"{_NAME.pattern}|finished\.npz")
 
 
 class Store:
@@ -48,7 +49,7 @@ class Store:
             raise RuntimeError(
                 f"directory={str(self.directory)!r} is in use by another process, or by another fit of this one."
             ) from error
-        for path in leftovers(self.directory):
+        for path in leftovers(self.directory, _OURS):
             path.unlink()
         return lock.release
 

@@ -84,7 +84,7 @@ class Flush(keras.callbacks.Callback):
 
 def build_optimizer(model: Any) -> None:
     """Builds the optimizer of a built model as `fit` would."""
-    if not model.optimizer.built:
+    if model.optimizer is not None and not model.optimizer.built:
         strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
         with strategy.scope() if strategy else contextlib.nullcontext():
             model.optimizer.build(model.trainable_variables)

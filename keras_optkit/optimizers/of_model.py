@@ -45,6 +45,11 @@ def directly_inside(optimizer: Any) -> list[Any]:
     return []
 
 
+def innermost_of(model: Any) -> list[Any]:
+    """All optimizers that update weights of a model."""
+    return [inner for optimizer in optimizers_of(model) for inner in innermost(optimizer)]
+
+
 def ours(optimizer: Any) -> list[Optimizer]:
     """Those of this package among the innermost ones."""
     return [inner for inner in innermost(optimizer) if hasattr(inner, "begin_training")]
@@ -52,7 +57,7 @@ def ours(optimizer: Any) -> list[Optimizer]:
 
 def ours_of(model: Any) -> list[Optimizer]:
     """All optimizers of this package that update weights of a model."""
-    return [inner for optimizer in optimizers_of(model) for inner in ours(optimizer)]
+    return [inner for inner in innermost_of(model) if hasattr(inner, "begin_training")]
 
 
 def update_counter(model: Any) -> Any:
