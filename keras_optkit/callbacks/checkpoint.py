@@ -52,13 +52,14 @@ class Checkpoint(Callback):
     those that are there stay.
 
     `checkpoints.json` in the directory lists the files with their epochs, counted from 1, updates, values and digests,
-    ends with a digest of its own, and is written in the same way. It is read when `fit` begins, so that the best is
-    still the best after a restart, in another process or with another callback: a worse one never replaces it.
+    once for people and once in a string with a digest, which is what is believed, and is written in the same way. It is
+    read when `fit` begins, so that the best is still the best after a restart, in another process or with another
+    callback: a worse one never replaces it.
 
-    A list that was changed or damaged is an error and not guessed from the files, whose names hold rounded values. So
-    is a damaged file where `best`, `latest`, `load_best` or `load_latest` would give it; when `fit` begins, it is left
-    out of the list with a warning, as files are that somebody has removed. Files that are not listed are neither
-    overwritten nor deleted; where one has the name of a checkpoint, there is a warning.
+    A damaged list is an error and not guessed from the files, whose names hold rounded values. So is a damaged file
+    where `best`, `latest`, `load_best` or `load_latest` would give it; when `fit` begins, it is left out of the list
+    with a warning, as files are that somebody has removed. Files that are not listed are neither overwritten nor
+    deleted; where one has the name of a checkpoint, there is a warning.
 
     Models load without `custom_objects`, by `load_best` and `load_latest` or by Keras itself. With `AveragedWeights`
     the files hold the averaged weights that were measured. Updates are those of the optimizer that the model was
@@ -439,8 +440,8 @@ class _List:
         path = found.directory / cls.name
         if path.exists():
             try:
-                found._take(json.loads(_opened(path.read_bytes())))
-            except (IsADirectoryError, ValueError, KeyError, TypeError) as error:
+                found._take(_opened(path))
+            except (IsADirectoryError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DamagedError(
                     f"{path} is no list of checkpoints of this version, or was changed: {error}. Move it away to begin "
                     "a new one; the files beside it stay as they are."
@@ -586,22 +587,28 @@ def _digest(path: Path) -> str:
 
 
 def _sealed(held: Mapping[str, Any]) -> bytes:
-    """JSON whose last entry is the digest of all that comes before."""
-    body = json.dumps(held, indent=1).removesuffix("\n}").encode("utf-8")
-    return body + _seal(body)
+    """The list for people to read, and the same as one string with its digest, which is what is believed."""
+    believed = json.dumps(held)
+    digest = hashlib.sha256(believed.encode("utf-8")).hexdigest()
+    return json.dumps({**held, "sealed": believed, "sha256": digest}, indent=1).encode("utf-8")
 
 
-def _opened(content: bytes) -> bytes:
-    """What `_sealed` has returned.
+def _opened(path: Path) -> Mapping[str, Any]:
+    """What `_sealed` has been given.
 
     Raises:
-        ValueError: If a byte is another one.
+        ValueError: If it is not what was written.
+
+    Warns:
+        UserWarning: If only what is there for people is not.
     """
-    body = content[: -len(_seal(b""))]
-    if content != body + _seal(body):
+    content = path.read_bytes()
+    whole = json.loads(content)
+    if not isinstance(whole, dict) or not isinstance(believed := whole.get("sealed"), str):
+        raise ValueError("it has no digest")
+    if hashlib.sha256(believed.encode("utf-8")).hexdigest() != whole.get("sha256"):
         raise ValueError("its digest is wrong")
-    return content
-
-
-def _seal(body: bytes) -> bytes:
-    return f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+    held = json.loads(believed)
+    if _sealed(held) != content:
+        warnings.warn(f"{path} was changed. It is read as it was written, from its entry 'sealed'.", stacklevel=6)
+    return held
