@@ -59,7 +59,8 @@ class Checkpoint(Callback):
     A damaged list is an error and not guessed from the files, whose names hold rounded values. So is a damaged file
     where `best`, `latest`, `load_best` or `load_latest` would give it; when `fit` begins, it is left out of the list
     with a warning, as files are that somebody has removed. Files that are not listed are neither overwritten nor
-    deleted; where one has the name of a checkpoint, there is a warning.
+    deleted; where one has the name of a checkpoint, there is a warning. If nothing that was written is left whole, but
+    such files are there, that is an error.
 
     Models load without `custom_objects`, by `load_best` and `load_latest` or by Keras itself. With `AveragedWeights`
     the files hold the averaged weights that were measured. Updates are those of the optimizer that the model was
@@ -157,21 +158,15 @@ class Checkpoint(Callback):
         return self._path(lambda listed: listed.entries[-1:])
 
     def _path(self, of: Callable[[_List], list[_Entry]]) -> Path | None:
-        while True:  # another process may train here, and delete a file that was just listed
-            listed = _List.read(self.directory)
-            entries = of(listed)
-            if not entries:
-                return None
-            path = listed.directory / entries[0].file
-            try:
-                whole = entries[0].is_whole(path)
-            except FileNotFoundError:
-                continue
-            if not whole:
-                raise DamagedError(
-                    f"{path} is not what was written: its digest is wrong. Remove it to use the next one."
-                )
+        entries = of(_List.read(self.directory))
+        if not entries:
+            return None
+        path = Path(self.directory, entries[0].file)
+        if entries[0].is_whole(path):
             return path
+        if not path.exists():  # another process trains here, and has deleted it just now
+            return self._path(of)
+        raise DamagedError(f"{path} is not what was written: its digest is wrong. Remove it to use the next one.")
 
     def load_best(self, model: Any = None) -> Any:
         """The model of the file with the best value.
@@ -404,12 +399,8 @@ class _Entry:
     sha256: str
 
     def is_whole(self, path: Path) -> bool:
-        """Whether the file at `path` is what was written.
-
-        Raises:
-            FileNotFoundError: If there is none.
-        """
-        return not path.is_dir() and _digest(path) == self.sha256
+        """Whether the file at `path` is what was written."""
+        return path.is_file() and _digest(path) == self.sha256
 
 
 class _List:
@@ -431,7 +422,8 @@ class _List:
         """The list that is in the directory, without files that are gone; an empty one if there is none.
 
         Raises:
-            DamagedError: If it is not what was written.
+            DamagedError: If it is not what was written, or if there are files with the names of checkpoints and it
+                lists none.
 
         Warns:
             UserWarning: For files that are gone, and for those that have the name of a checkpoint and are not listed.
@@ -441,13 +433,13 @@ class _List:
         if path.exists():
             try:
                 found._take(_opened(path))
-            except (IsADirectoryError, ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DamagedError(
-                    f"{path} is no list of checkpoints of this version, or was changed: {error}. Move it away to begin "
-                    "a new one; the files beside it stay as they are."
+                    f"{path} is no list of checkpoints of this version, or was changed: {error}. Move it away, with "
+                    "the files that it is of, to begin a new one."
                 ) from error
         found._forget_what_is_gone()
-        found._warn_of_strangers()
+        found._look_for_strangers()
         return found
 
     def _take(self, held: Mapping[str, Any]) -> None:
@@ -462,7 +454,7 @@ class _List:
                 raise ValueError(f"{name!r} is not the name of a checkpoint")
         for entry in announced:  # the process may have ended after it had been given its name
             path = self.directory / entry.file
-            if path.exists() and entry.is_whole(path):
+            if entry.is_whole(path):
                 self._put(entry)
 
     def _forget_what_is_gone(self) -> None:
@@ -472,10 +464,18 @@ class _List:
     def forget_what_is_damaged(self) -> None:
         """Takes files off the list that are not what was written.
 
+        Raises:
+            DamagedError: If that is so of all.
+
         Warns:
             UserWarning: For each.
         """
         damaged = [entry for entry in self.entries if not entry.is_whole(self.directory / entry.file)]
+        if damaged and len(damaged) == len(self.entries):
+            raise DamagedError(
+                f"{self.directory} has {', '.join(entry.file for entry in damaged)}, and none is what was written: "
+                "their digests are wrong. Remove them to begin without."
+            )
         self._forget(damaged, "not what was written: its digest is wrong")
 
     def _forget(self, entries: list[_Entry], why: str) -> None:
@@ -483,12 +483,16 @@ class _List:
             self.entries.remove(entry)
             warnings.warn(f"{self.directory / entry.file} is {why}. It is left out of {self.name}.", stacklevel=6)
 
-    def _warn_of_strangers(self) -> None:
+    def _look_for_strangers(self) -> None:
         if not self.directory.is_dir():
             return
         known = {*(entry.file for entry in self.entries), *self._superseded}
-        named = (path.name for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
-        strangers = sorted(name for name in named if name not in known)
+        strangers = sorted(p.name for p in self.directory.iterdir() if _NAME.fullmatch(p.name) and p.name not in known)
+        if strangers and not self.entries:
+            raise DamagedError(
+                f"{self.directory} has {', '.join(strangers)}, and nothing that {self.name} lists. Put that file back, "
+                "or move these away."
+            )
         if strangers:
             warnings.warn(
                 f"{self.directory} has {', '.join(strangers)}, not listed in {self.name}: left alone, and neither "
@@ -564,7 +568,8 @@ class _List:
     def finish(self) -> None:
         """Deletes what the list that was written last has left out."""
         for name in self._superseded:
-            (self.directory / name).unlink(missing_ok=True)
+            if (self.directory / name).is_file():
+                (self.directory / name).unlink()
 
 
 def _is_same(one: _Entry, other: _Entry) -> bool:
@@ -602,6 +607,8 @@ def _opened(path: Path) -> Mapping[str, Any]:
     Warns:
         UserWarning: If only what is there for people is not.
     """
+    if not path.is_file():
+        raise ValueError("it is not a file")
     content = path.read_bytes()
     whole = json.loads(content)
     if not isinstance(whole, dict) or not isinstance(believed := whole.get("sealed"), str):
