@@ -74,14 +74,14 @@ class Alternating(keras.Model):
     On TensorFlow, which a training step of one's own is written for.
     """
 
-    def __init__(self, first, second, updates=(1, 1)):
+    def __init__(self, first, second, updates=(1, 1), inputs=3):
         super().__init__()
         start = keras.initializers.Constant(0.5)
         self.parts = [keras.layers.Dense(1, use_bias=False, kernel_initializer=start) for _ in range(2)]
         self.first, self.others = first, {"second": [second]}
         self.updates = updates
         self.tracker = keras.metrics.Mean(name="loss")
-        self(ops.ones((1, 3)))
+        self(ops.ones((1, inputs)))
 
     def call(self, x):
         return self.parts[0](x) + self.parts[1](x)
