@@ -28,7 +28,8 @@ from keras_optkit.registry import register
 _ENDINGS = {"model": ".keras", "weights": ".weights.h5"}
 
 #: The names that files are given; see `_List.named`.
-_NAME = re.compile(r"epoch=\d{4,}-update=\d{6,}(-\w+=[-+.\w]+)?(-on=\w+)?(-\d+)?(\.keras|\.weights\.h5)")
+_BEGIN = re.compile(r"epoch=\d{4,}-update=\d{6,}")
+_NAME = re.compile(_BEGIN.pattern + r"(-\w+=[-+.\w]+)?(-on=\w+)?(-\d+)?(\.keras|\.weights\.h5)")
 
 
 @register(
@@ -59,7 +60,7 @@ class Checkpoint(Callback):
     A damaged list is an error and not guessed from the files, whose names hold rounded values. So is a damaged file
     where `best`, `latest`, `load_best` or `load_latest` would give it; when `fit` begins, it is left out of the list
     with a warning, as files are that somebody has removed. Files that are not listed are neither overwritten nor
-    deleted; where one has the name of a checkpoint, there is a warning. If nothing that was written is left whole, but
+    deleted; where one is named like a checkpoint, there is a warning. If nothing that was written is left whole, but
     such files are there, that is an error.
 
     Models load without `custom_objects`, by `load_best` and `load_latest` or by Keras itself. With `AveragedWeights`
@@ -422,11 +423,11 @@ class _List:
         """The list that is in the directory, without files that are gone; an empty one if there is none.
 
         Raises:
-            DamagedError: If it is not what was written, or if there are files with the names of checkpoints and it
-                lists none.
+            DamagedError: If it is not what was written, or if it lists none of the files that are named like
+                checkpoints.
 
         Warns:
-            UserWarning: For files that are gone, and for those that have the name of a checkpoint and are not listed.
+            UserWarning: For files that are gone, and for those that are named like a checkpoint and are not listed.
         """
         found = cls(directory)
         path = found.directory / cls.name
@@ -487,7 +488,7 @@ class _List:
         if not self.directory.is_dir():
             return
         known = {*(entry.file for entry in self.entries), *self._superseded}
-        strangers = sorted(p.name for p in self.directory.iterdir() if _NAME.fullmatch(p.name) and p.name not in known)
+        strangers = sorted(p.name for p in self.directory.iterdir() if _BEGIN.match(p.name) and p.name not in known)
         if strangers and not self.entries:
             raise DamagedError(
                 f"{self.directory} has {', '.join(strangers)}, and nothing that {self.name} lists. Put that file back, "
