@@ -485,6 +485,30 @@ def test_names_that_lead_elsewhere_are_refused_whatever_the_digest_says(tmp_path
         listed.announce(listed.entries[-1])
 
 
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+def test_a_model_that_files_cannot_hold_is_refused_before_training(tmp_path):
+    optimizers = ok.optimizers.Adam(0.01), STOCK.Adam(0.01)
+    model = Alternating(*optimizers)
+    model.compile()
+    with pytest.raises(ValueError, match=r"save must be 'weights' for model 'alternating.*', got 'model'"):
+        fit(model, *regression(dtype="float32"), Checkpoint(tmp_path, "loss"))
+    assert int(optimizers[0].iterations) == 0
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+def test_files_hold_the_state_of_all_optimizers(tmp_path):
+    x, y = regression(dtype="float32")
+    model, other = (Alternating(ok.optimizers.Adam(0.01), STOCK.Adam(0.01)) for _ in range(2))
+    for each, epochs in ((model, 2), (other, 1)):
+        each.compile()
+        callback = Checkpoint(tmp_path / str(epochs), "loss", save="weights")
+        fit(each, x, y, callback, epochs=epochs)
+    Checkpoint(tmp_path / "2").load_latest(other)
+    for each in (model, other):
+        fit(each, x, y, epochs=1)
+    assert_weights(other, model.get_weights())
+
+
 def test_a_directory_is_for_one_of_them(tmp_path):
     one, other = Checkpoint(tmp_path, "loss"), Checkpoint(tmp_path / ".." / tmp_path.name, "loss")
     with pytest.raises(ValueError, match=r"directory=.* is that of another Checkpoint of this fit, too"):

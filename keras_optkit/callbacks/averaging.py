@@ -125,7 +125,7 @@ class AveragedWeights(Callback):
         ValueError: For a value out of range, or `every` or `by` without `start`. When training (or the evaluation)
             begins: without `start` if no optimizer averages, with it if one does, if `fit` has too few epochs or,
             evaluating alone, if there is no average yet. If `batch_norm_data` was given and the model has no batch
-            normalisation, or no `call`; of a model that is not built when training begins, as soon as it is needed.
+            normalisation, or no `call`; of a model that is not built when training begins, after the first epoch.
 
     Warns:
         UserWarning: When training ends before the window has begun.
@@ -205,7 +205,6 @@ class AveragedWeights(Callback):
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._exchange = None  # fit has left the model with the weights to evaluate at
         self._end()
-        self._refuse_batch_norm_data()
         if self.start is None:
             self._put_averages_in()  # of those that Keras does not know
         elif self._means:
@@ -377,6 +376,7 @@ class AveragedWeights(Callback):
 
     @contextlib.contextmanager
     def _shown_from_here(self, *_: Any, **__: Any) -> Iterator[None]:
+        self._refuse_batch_norm_data()  # of a model that was not built when training began
         self._average_if_due()
         self._enter()
         yield
@@ -409,7 +409,6 @@ class AveragedWeights(Callback):
             build_optimizer(model)  # it may hold state that was loaded
         if self.start is None and not self._averaging(updated=True):
             return False
-        self._refuse_batch_norm_data()
         variables = [*model.variables, *(v for optimizer in optimizers_of(model) for v in optimizer.variables)]
         exchange = _Exchange(variables, _copies(variables))
         try:

@@ -87,8 +87,8 @@ class Checkpoint(Callback):
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range; when training begins, for a directory with values of another monitor or
-            mode, with a damaged list, or that another `Checkpoint` of this `fit` has; before, while or after training,
-            for an unknown monitor, as with `EarlyStopping`.
+            mode, with a damaged list, or that another `Checkpoint` of this `fit` has, and for a model that `.keras` files
+            cannot hold; before, while or after training, for an unknown monitor, as with `EarlyStopping`.
         OSError: If a file cannot be written or read.
 
     Warns:
@@ -200,6 +200,7 @@ class Checkpoint(Callback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         directory = Path(self.directory)
         self._refuse_if_shared(directory)
+        self._refuse_what_a_file_cannot_hold()
         directory.mkdir(parents=True, exist_ok=True)
         for path in leftovers(directory, re.compile(f"{_NAME.pattern}|{re.escape(_List.name)}")):
             path.unlink()
@@ -222,6 +223,16 @@ class Checkpoint(Callback):
                 and directory.resolve() == Path(other.directory).resolve()
             ):
                 raise ValueError(f"directory={self.directory!r} is that of another Checkpoint of this fit, too.")
+
+    def _refuse_what_a_file_cannot_hold(self) -> None:
+        if self.save == "model":
+            try:
+                self.model.get_config()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"save must be 'weights' for model {self.model.name!r}, got 'model': a .keras file cannot hold its "
+                    "class, which has arguments and no get_config."
+                ) from error
 
     def _adopt_mode(self, mode: str) -> None:
         """Takes notice of what the values are, which must be what those in the directory are."""
