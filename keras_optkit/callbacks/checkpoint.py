@@ -87,8 +87,8 @@ class Checkpoint(Callback):
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range; when training begins, for a directory with values of another monitor or
-            mode, with a damaged list, or that another `Checkpoint` of this `fit` has, and for a model that `.keras` files
-            cannot hold; before, while or after training, for an unknown monitor, as with `EarlyStopping`.
+            mode, with a damaged list, or that another `Checkpoint` of this `fit` has, and for a model that a `.keras`
+            file cannot hold; before, while or after training, for an unknown monitor, as with `EarlyStopping`.
         OSError: If a file cannot be written or read.
 
     Warns:
