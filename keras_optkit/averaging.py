@@ -65,8 +65,9 @@ def recalibrate_batch_norm(
         normalisation.
 
     Raises:
-        TypeError: If `model` is no Keras model.
-        ValueError: If it is not built, if there is no batch in the data, or if a statistic is not finite.
+        TypeError: If `model` is no Keras model, or `data` nothing that `model.predict` takes.
+        ValueError: If it is not built or has no `call`, if there is no batch in the data, or if a statistic is not
+            finite.
 
     Source: Izmailov et al. 2018, arXiv 1803.05407, on batch normalisation; biased variances as in Ioffe and Szegedy
     2015.
@@ -91,8 +92,8 @@ def recalibrate_batch_norm(
     layers = batch_norms(model)
     if not layers:
         return 0
-    if any(tuple(getattr(part, "shape", ()))[:1] == (0,) for part in keras.tree.flatten(data)):
-        raise ValueError(f"data must hold at least one batch, got {data!r}.")
+    refuse_if_not_callable(model)
+    checked_inputs("data", data)
     # all of them: some layers, such as SpectralNormalization, change their weights when they are called in training
     before = [(v, ops.copy(ops.convert_to_tensor(v))) for v in model.variables]
     done = False
@@ -115,6 +116,34 @@ def batch_norms(model: Any) -> list[Any]:
     """The batch normalisations of a model that have statistics, at any depth."""
     found = [layer for layer in sublayers(model) if isinstance(layer, keras.layers.BatchNormalization)]
     return [layer for layer in found if layer.built]
+
+
+def refuse_if_not_callable(model: Any) -> None:
+    """Raises for a model that is nothing but a training step around others."""
+    if type(model).call is keras.Model.call:
+        raise ValueError(
+            f"model {model.name!r} has no call, so that its batch normalisations cannot be recalibrated by a pass over "
+            "data. Give recalibrate_batch_norm the models in it that have one."
+        )
+
+
+def checked_inputs(name: str, data: Any) -> Any:
+    """Returns the argument `data` if `model.predict` may take it: arrays, or something that gives them."""
+    leaves = keras.tree.flatten(data)
+    arrays = [getattr(leaf, "shape", None) for leaf in leaves]
+    gives = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    if isinstance(data, list | tuple | dict):
+        usable = bool(leaves) and all(shape is not None and len(shape) for shape in arrays)
+    else:
+        usable = bool(arrays[0]) if arrays[0] is not None else gives and not isinstance(data, str | bytes)
+    if not usable:
+        raise TypeError(
+            f"{name} must be an array, a list or dict of arrays, a tf.data.Dataset, PyDataset or generator, got "
+            f"{data!r} of type {type(data).__name__}."
+        )
+    if any(shape is not None and tuple(shape)[:1] == (0,) for shape in arrays):
+        raise ValueError(f"{name} must hold at least one batch, got {data!r}.")
+    return data
 
 
 def _pass_over(

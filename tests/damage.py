@@ -16,12 +16,13 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,11 +168,13 @@ def rename(rng: random.Random, directory: Path) -> None:
 
 def new_name(rng: random.Random, path: Path) -> str:
     """As tools, people and mishaps rename files; with another number if there is one in it."""
-    digits = "".join(c for c in path.name if c.isdigit())
+    numbers = re.findall(r"\d+", path.name)
+    digits = numbers[0] if len(numbers) == 1 else rng.choice(numbers) if numbers else ""
     names = [f"{path.name}.part", f"{path.name}.bak", f"{path.stem} (1){path.suffix}", f"~{path.name}", "x.bin"]
     if digits:
         names += [path.name.replace(digits, f"{rng.randrange(10 ** len(digits)):0{len(digits)}}")] * 5
-    return rng.choice(names)
+    name = rng.choice(names)
+    return f"{path.name}.bak" if name == path.name else name
 
 
 @damage
@@ -355,7 +358,68 @@ class Resumed(Subject):
         return Used(end == self._ends[epochs], begun != self._from[undamaged.name], begun is None)
 
 
-SUBJECTS: dict[str, type[Subject]] = {"resume": Resumed}
+class Checkpointed(Subject):
+    """`Checkpoint`: what it gives, at once or after another `fit` whose values are worse."""
+
+    documented = (ValueError,)
+    VALUES = (0.5, 0.125, 0.25)
+
+    def _model(self) -> keras.Model:
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model
+
+    def _callback(self, directory: Path) -> ok.callbacks.Checkpoint:
+        of = directory if directory.name in self._names else self._of
+        many = 1 if of.name.startswith("one") else 2
+        save = "model" if of.name.endswith("models") else "weights"
+        return ok.callbacks.Checkpoint(directory, "loss", "min", top_k=many, last_n=many, save=save)
+
+    def _walk(self, callback: ok.callbacks.Checkpoint, first: int, values: Sequence[float]) -> None:
+        """Trains epochs that end with these values; every weight is the number of the epoch."""
+        model = self._model()
+        callback.set_model(model)
+        callback.on_train_begin()
+        for epoch, value in enumerate(values, first):
+            callback.on_epoch_begin(epoch)
+            model.set_weights([np.full_like(weight, epoch + 1) for weight in model.get_weights()])
+            callback.on_epoch_end(epoch, {"loss": value})
+        callback.on_train_end()
+
+    _names = ("two weights", "two models", "one weights", "two weights, fit", "two models, fit", "one weights, fit")
+
+    def make(self, root: Path) -> list[Path]:
+        paths = [root / name for name in self._names]
+        for path in paths:
+            self._walk(self._callback(path), 0, self.VALUES if path.name.startswith("two") else self.VALUES[:2])
+        return paths
+
+    def use(self, directory: Path, undamaged: Path) -> Used:
+        self._of = undamaged
+        last = 3 if undamaged.name.startswith("two") else 2
+        others = {path: path.read_bytes() for path in directory.iterdir() if self._is_foreign(path)}
+        if undamaged.name.endswith("fit"):
+            self._walk(self._callback(directory), last, [1.0])
+            last += 1
+        model, found = self._model(), []
+        for load in ("load_best", "load_latest"):
+            getattr(self._callback(directory), load)(model)
+            weights = np.concatenate([weight.ravel() for weight in model.get_weights()])
+            if len(set(weights)) != 1:
+                return Used(right=False)
+            found.append(int(weights[0]))
+        kept = all(path.exists() and path.read_bytes() == content for path, content in others.items())
+        right = kept and found[0] in range(1, last + 1) and found[1] in range(1, last + 1)
+        return Used(right, found != [2, last], undamaged.name.endswith("fit") and found == [last, last])
+
+    def _is_foreign(self, path: Path) -> bool:
+        return path.is_file() and not path.name.startswith("epoch=") and path.name != "checkpoints.json"
+
+    def is_empty(self, directory: Path) -> bool:
+        return not any(path.name.startswith("epoch=") for path in directory.iterdir())
+
+
+SUBJECTS: dict[str, type[Subject]] = {"resume": Resumed, "checkpoint": Checkpointed}
 
 
 def main(argv: list[str] | None = None) -> int:

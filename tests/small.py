@@ -68,6 +68,49 @@ def boom(_):
     raise RuntimeError("boom")
 
 
+class Alternating(keras.Model):
+    """Two layers, each with an optimizer that the model holds and a number of updates in every step, as a GAN has them.
+
+    On TensorFlow, which a training step of one's own is written for.
+    """
+
+    def __init__(self, first, second, updates=(1, 1), inputs=3):
+        super().__init__()
+        start = keras.initializers.Constant(0.5)
+        self.parts = [keras.layers.Dense(1, use_bias=False, kernel_initializer=start) for _ in range(2)]
+        self.first, self.others = first, {"second": [second]}
+        self.updates = updates
+        self.tracker = keras.metrics.Mean(name="loss")
+        self(ops.ones((1, inputs)))
+
+    def call(self, x):
+        return self.parts[0](x) + self.parts[1](x)
+
+    @property
+    def metrics(self):
+        return [self.tracker]
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        optimizers = [self.first, self.others["second"][0]]
+        loss = 0.0
+        for part, optimizer, n in zip(self.parts, optimizers, self.updates, strict=True):
+            for _ in range(n):
+                with tf.GradientTape() as tape:
+                    loss = ops.mean((self(x) - y) ** 2)
+                weights = part.trainable_variables
+                optimizer.apply(tape.gradient(loss, weights), weights)
+        self.tracker.update_state(loss)
+        return {"loss": self.tracker.result()}
+
+    def test_step(self, data):
+        x, y = data
+        self.tracker.update_state(ops.mean((self(x) - y) ** 2))
+        return {"loss": self.tracker.result()}
+
+
 def noisy_model(optimizer="sgd", **arguments):
     """A model with moving statistics, so that a snapshot has to hold more than what is trained."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dense(1)])

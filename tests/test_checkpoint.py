@@ -1,5 +1,7 @@
 """The callback Checkpoint: which files there are after which values, and after what has gone wrong."""
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 from small import (
+    Alternating,
     At,
     Snapshots,
     assert_weights,
@@ -26,6 +29,7 @@ from small import (
 
 import keras_optkit as ok
 from keras_optkit.callbacks import AveragedWeights, Checkpoint
+from keras_optkit.callbacks.checkpoint import _List
 from keras_optkit.testing.problems import two_replicas
 
 STOCK = keras.optimizers
@@ -214,6 +218,31 @@ def test_by_updates_micro_batches_do_not_count(tmp_path):
     assert updates(tmp_path) == [1, 2, 3, 4, 5, 6]  # of 4 and 2 micro-batches
 
 
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+@pytest.mark.parametrize(
+    ("counts", "every", "arguments", "expected"),
+    [
+        ((1, 3), 5, {}, [6, 12, 15, 21, 27, 30, 36]),  # of the one that makes most
+        ((2, 0), 4, {"optimizer": None}, [4, 8, 12, 16, 20, 24]),
+        ((1, 2), 5, {"steps_per_execution": 2}, [8, 12, 16, 20]),
+        ((0, 0), 1, {"optimizer": None}, []),
+    ],
+)
+def test_where_a_step_makes_several_updates_none_is_missed(counts, every, arguments, expected, tmp_path):
+    model = Alternating(ok.optimizers.SGD(0.01), STOCK.SGD(0.01), counts)
+    model.compile(**arguments)
+    fit(model, *regression(dtype="float32"), Checkpoint(tmp_path, top_k=0, last_n=99, every=every, save="weights"))
+    assert updates(tmp_path) == expected
+
+
+def test_updates_that_a_callback_makes_are_counted(tmp_path):
+    x, y = regression(dtype="float32")
+    model = linear_model(STOCK.SGD(0.01), dtype="float32")
+    more = At(lambda m: [m.train_on_batch(x, y) for _ in range(5)], batch=1)
+    fit(model, x, y, more, Checkpoint(tmp_path, top_k=0, last_n=99, every=4, save="weights"), epochs=1)
+    assert updates(tmp_path) == [7, 8]
+
+
 def test_files_by_updates_and_best_ones_do_not_push_each_other_out(tmp_path):
     x, y = regression(dtype="float32")
     model = linear_model(STOCK.SGD(0.01), dtype="float32")
@@ -330,40 +359,165 @@ def test_a_list_that_cannot_be_written_takes_no_file_away(tmp_path):
     assert files(tmp_path) == [*before, "kept"]
 
 
-def test_what_a_killed_process_has_left_is_taken_away(tmp_path):
+def test_what_a_killed_process_has_left_is_taken_away_and_nothing_else(tmp_path):
     walked(Checkpoint(tmp_path, save="weights"), [0.5])
-    (tmp_path / ".12345678.tmp.epoch=0002.weights.h5").touch()
-    path = tmp_path / "checkpoints.json"
-    held = json.loads(path.read_text())
-    for name in ("superseded.keras", "of mine.keras"):
+    left = [".1234abcd.tmp.epoch=0002-update=000000-val_loss=0.5.weights.h5", ".checkpoints.json.1234abcd.tmp"]
+    others = [".draft.tmp.md", ".1234abcd.tmp.best.keras", ".notes.1234abcd.tmp", "notes.tmp", "last.keras"]
+    for name in [*left, *others]:
         (tmp_path / name).touch()
-    path.write_text(json.dumps(held | {"superseded": ["superseded.keras", "../of mine.keras", "gone.keras"]}))
-    (tmp_path.parent / "of mine.keras").touch()
     walked(Checkpoint(tmp_path, save="weights"), [0.75])
-    assert epochs(tmp_path) == [1]
-    assert len(files(tmp_path)) == 2
-    assert (tmp_path.parent / "of mine.keras").exists()
+    assert epochs_of(set(files(tmp_path)) - set(others)) == [1, 1]
+    assert set(others) < set(files(tmp_path))
 
 
-def test_files_that_are_gone_are_forgotten(tmp_path):
+def epochs_of(names):
+    return sorted(int(name[len("epoch=") :][:4]) for name in names)
+
+
+def entry_of(directory, **changed):
+    listed = _List.read(directory)
+    return listed, dataclasses.replace(listed.entries[-1], **changed)
+
+
+@pytest.mark.parametrize("content", ["announced", "before", "another"])
+def test_a_process_may_end_when_a_file_has_its_name_and_the_list_does_not_say_so(content, tmp_path):
+    walked(Checkpoint(tmp_path, last_n=2, save="weights"), [0.5, 0.25])
+    name = "epoch=0003-update=000000-val_loss=0.125.weights.h5"
+    new = b"new"
+    listed, entry = entry_of(tmp_path, file=name, value=0.125, epoch=3, sha256=hashlib.sha256(new).hexdigest())
+    listed.announce(entry)
+    if content == "announced":
+        (tmp_path / name).write_bytes(new)
+        assert Checkpoint(tmp_path).best.name == name
+        assert Checkpoint(tmp_path).latest.name == name
+    elif content == "before":
+        assert Checkpoint(tmp_path).latest.name.startswith("epoch=0002")
+    else:
+        (tmp_path / name).write_bytes(b"torn")
+        with pytest.warns(UserWarning, match=f"has {name}, not listed in checkpoints.json: left alone"):
+            assert Checkpoint(tmp_path).latest.name.startswith("epoch=0002")
+
+
+def test_one_that_is_written_once_more_is_never_taken_for_damaged(tmp_path):
+    """As after a crash, from which training resumes at an earlier state; the process may end at any moment."""
+    walked(Checkpoint(tmp_path, save="weights"), [0.5])
+    listed, entry = entry_of(tmp_path, sha256=hashlib.sha256(b"again").hexdigest())
+    before = Checkpoint(tmp_path).best.read_bytes()
+    listed.announce(entry)
+    assert Checkpoint(tmp_path).best.read_bytes() == before
+    Checkpoint(tmp_path).best.write_bytes(b"again")
+    assert Checkpoint(tmp_path).best.read_bytes() == b"again"
+
+
+def test_files_that_are_gone_are_forgotten_with_a_warning(tmp_path):
     walked(Checkpoint(tmp_path, last_n=0, top_k=2, save="weights"), [0.5, 0.25, 0.125])
     callback = Checkpoint(tmp_path, last_n=0, top_k=2, save="weights")
     callback.best.unlink()
-    assert callback.best.name.startswith("epoch=0002")
-    walked(callback, [0.75, 0.5], initial_epoch=3)
+    with pytest.warns(UserWarning, match="epoch=0003.* is no longer there. It is left out of checkpoints.json"):
+        assert callback.best.name.startswith("epoch=0002")
+    with pytest.warns(UserWarning, match="no longer there"):
+        walked(callback, [0.75, 0.5], initial_epoch=3)
     assert epochs(tmp_path) == [2, 5]
 
 
 def test_files_that_go_while_it_trains_are_forgotten_too(tmp_path):
     callback = Checkpoint(tmp_path, last_n=0, top_k=3, save="weights")
-    for now in walk(callback, [0.5, 0.25, 0.125]):
-        if now == 2:
-            callback.best.unlink()
+    steps = walk(callback, [0.5, 0.25, 0.125])
+    next(steps)
+    next(steps)
+    callback.best.unlink()
+    with pytest.warns(UserWarning, match="epoch=0002.* is no longer there"):
+        next(steps)
     assert [entry["file"] for entry in listed(tmp_path)] == files(tmp_path)
     assert epochs(tmp_path) == [1, 3]
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1, "monit', "[]", '{"format": 2}', '{"format": 1}'])
+def test_a_damaged_file_is_an_error_where_it_is_wanted_and_left_out_by_the_next_fit(tmp_path):
+    walked(Checkpoint(tmp_path, top_k=2, last_n=0, save="weights"), [0.5, 0.25])
+    path = Checkpoint(tmp_path).best
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    model = linear_model("sgd", dtype="float32")
+    for use in (lambda c: c.best, lambda c: c.latest, lambda c: c.load_best(model), lambda c: c.load_latest(model)):
+        with pytest.raises(ValueError, match=r"epoch=0002.* is not what was written: its digest is wrong. Remove it"):
+            use(Checkpoint(tmp_path))
+    with pytest.warns(UserWarning, match=r"epoch=0002.* is not what was written: .* It is left out"):
+        walked(Checkpoint(tmp_path, top_k=2, last_n=0, save="weights"), [0.375, 0.25])
+    assert path.read_bytes() == content  # not overwritten by the one that would have its name
+    with pytest.warns(UserWarning, match=f"{path.name}, not listed"):
+        assert Checkpoint(tmp_path).best.name == path.name.replace(".weights", "-2.weights")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mode": "max"},
+        {"superseded": ["../notes.keras", "notes.txt"]},
+        {"checkpoints": [{"file": True}]},
+        {"more": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_the_list_shows_to_people_is_not_believed(change, tmp_path):
+    walked(Checkpoint(tmp_path, top_k=2, save="weights"), [0.5, 0.25, 0.375])
+    best, path = Checkpoint(tmp_path).best, tmp_path / "checkpoints.json"
+    notes = [tmp_path.parent / "notes.keras", tmp_path / "notes.txt"]
+    for note in notes:
+        note.touch()
+    path.write_text(json.dumps(json.loads(path.read_text()) | change, indent=1))
+    changed = pytest.warns(UserWarning, match=r"checkpoints\.json was changed. It is read as it was written")
+    with changed:
+        assert Checkpoint(tmp_path).best == best
+    with changed:
+        walked(Checkpoint(tmp_path, top_k=2, save="weights"), [0.4375])
+    assert Checkpoint(tmp_path).best == best
+    assert all(note.exists() for note in notes)
+
+
+def test_names_that_lead_elsewhere_are_refused_whatever_the_digest_says(tmp_path):
+    walked(Checkpoint(tmp_path, save="weights"), [0.5])
+    for name in ("../epoch=0001-update=000001.keras", "notes.txt", "epoch=0001-update=000001-loss=a/../b.keras"):
+        listed, entry = entry_of(tmp_path, file=name)
+        listed.announce(entry)
+        with pytest.raises(ValueError, match="is not the name of a checkpoint"):
+            _ = Checkpoint(tmp_path).best
+        listed.announce(listed.entries[-1])
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+def test_a_model_that_files_cannot_hold_is_refused_before_training(tmp_path):
+    optimizers = ok.optimizers.Adam(0.01), STOCK.Adam(0.01)
+    model = Alternating(*optimizers)
+    model.compile()
+    with pytest.raises(ValueError, match=r"save must be 'weights' for model 'alternating.*', got 'model'"):
+        fit(model, *regression(dtype="float32"), Checkpoint(tmp_path, "loss"))
+    assert int(optimizers[0].iterations) == 0
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+def test_files_hold_the_state_of_all_optimizers(tmp_path):
+    x, y = regression(dtype="float32")
+    model, other = (Alternating(ok.optimizers.Adam(0.01), STOCK.Adam(0.01)) for _ in range(2))
+    for each, epochs in ((model, 2), (other, 1)):
+        each.compile()
+        callback = Checkpoint(tmp_path / str(epochs), "loss", save="weights")
+        fit(each, x, y, callback, epochs=epochs)
+    Checkpoint(tmp_path / "2").load_latest(other)
+    for each in (model, other):
+        fit(each, x, y, epochs=1)
+    assert_weights(other, model.get_weights())
+
+
+def test_a_directory_is_for_one_of_them(tmp_path):
+    one, other = Checkpoint(tmp_path, "loss"), Checkpoint(tmp_path / ".." / tmp_path.name, "loss")
+    with pytest.raises(ValueError, match=r"directory=.* is that of another Checkpoint of this fit, too"):
+        fit(noisy_model(), *regression(dtype="float32"), one, other)
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"format": 2, "monit', "[]", '{"format": 1}', '{"sealed": "{}", "sha256": ""}', "\0", 999 * "["]
+)
 def test_a_damaged_list_is_an_error(text, tmp_path):
     (tmp_path / "checkpoints.json").write_text(text)
     callback = Checkpoint(tmp_path)
@@ -389,7 +543,7 @@ def test_values_of_another_kind_are_not_mixed(arguments, message, tmp_path):
 
 def test_an_unknown_monitor_raises_with_the_names_that_there_are(tmp_path):
     x, y = regression(dtype="float32")
-    with pytest.raises(ValueError, match=r"'loss', 'mae', got 'val_loss'.* fit was given no validation data"):
+    with pytest.raises(ValueError, match=r"got 'val_loss'\. fit was given no validation data"):
         fit(noisy_model(), x, y, Checkpoint(tmp_path))
     assert files(tmp_path) == []
 
@@ -410,7 +564,10 @@ def test_it_says_what_it_writes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"directory": 3}, TypeError, "int"),
+        ({"directory": 3}, TypeError, "directory must be a path.*3"),
+        ({"directory": b"here"}, TypeError, "directory must be a path.*b'here'"),
+        ({"directory": ""}, ValueError, "directory must be a path, which is not empty.*''"),
+        ({"directory": "a\0b"}, ValueError, "directory must be a path.*null"),
         ({"monitor": None}, TypeError, "monitor must be the name.*None"),
         ({"mode": "up"}, ValueError, "mode.*'auto', 'min', 'max'.*'up'"),
         ({"top_k": -1}, ValueError, "top_k.*at least 0.*-1"),

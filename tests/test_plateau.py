@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from small import counting_model, fit, interrupted, linear_model, regression
+from small import Alternating, At, counting_model, fit, interrupted, linear_model, regression
 from torch_references import in_torch, plateau_run
 
 import keras_optkit as ok
@@ -128,6 +128,45 @@ def test_it_says_what_it_does(capsys):
     assert capsys.readouterr().out == "ReduceLROnPlateau: epoch 2, learning rate 1 -> 0.5\n"
 
 
+# -- several optimizers -----------------------------------------------------------------------------------------------
+
+LOWERING = {"factor": 0.5, "patience": 1, "min_delta": 1e9}
+
+
+def rates(*optimizers):
+    return [float(ops.convert_to_numpy(optimizer.learning_rate)) for optimizer in optimizers]
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+@pytest.mark.parametrize("compiled", [{}, {"optimizer": None}], ids=["unused default", "none"])
+def test_the_rates_of_all_optimizers_that_the_model_holds_are_lowered(compiled):
+    first, second = ok.optimizers.SGD(Linear(0.5, 48, final=0.5), name="same"), STOCK.SGD(0.25, name="same")
+    model = Alternating(first, second)
+    model.compile(**compiled)
+    history = fit(model, *regression(dtype="float32"), ReduceLROnPlateau("loss", **LOWERING), epochs=3).history
+    assert rates(first, second) == [0.125, 0.0625]
+    assert history["learning_rate_same"] == [0.5, 0.5, 0.25]
+    assert history["learning_rate_same_2"] == [0.25, 0.25, 0.125]
+
+
+def test_the_rates_inside_a_multi_optimizer_are_lowered():
+    """Which one of Keras's learns of, where it is given a function, once the model is built."""
+    first, second = ok.optimizers.SGD(0.5), STOCK.SGD(0.25)
+    multi = STOCK.MultiOptimizer(lambda variable: first if "kernel" in variable.path else second)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(multi, loss="mse")
+    fit(model, *regression(dtype="float32"), ReduceLROnPlateau("loss", **LOWERING), epochs=3)
+    assert rates(first, second) == [0.125, 0.0625]
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+def test_a_model_without_optimizers_is_refused():
+    model = Alternating(None, None, updates=(0, 0))
+    model.compile(optimizer=None)
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau lowers the learning rates .* 'alternating.*' has none"):
+        fit(model, *regression(dtype="float32"), ReduceLROnPlateau("loss"))
+
+
 # -- by updates -------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +207,9 @@ def losses(n=24, seed=3):
     return (np.random.default_rng(seed).integers(8, 64, size=n) / 8).astype("float32")
 
 
+X24 = losses()
+
+
 @pytest.mark.parametrize(("steps_per_execution", "accumulate"), [(1, None), (3, None), (1, 2)])
 def test_by_updates_it_goes_by_the_smoothed_loss_of_the_batches(steps_per_execution, accumulate):
     """Of a model whose loss is its input: over two epochs with a validation in between."""
@@ -195,6 +237,38 @@ def test_an_update_that_loss_scaling_skips_is_not_counted():
     assert min(seen.seen) == pytest.approx(1e-12)  # from the infinite loss on, the epoch is passed over
     fit(model, np.full((4, 1), 3, "float32"), x[:4], plateau, seen, batch_size=1, epochs=1)
     np.testing.assert_allclose(seen.seen[-4:], np.array([1, 1, 0.5, 0.5]) * 1e-12, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        lambda model: model.evaluate(100 + X24[:, None], X24, batch_size=5, verbose=0),
+        lambda model: model.test_on_batch(100 + X24[:, None], X24),
+        lambda model: model.reset_metrics(),
+        lambda model: (model.reset_metrics(), model.evaluate(X24[:, None], X24, verbose=0), model.reset_metrics()),
+    ],
+    ids=["evaluate", "test_on_batch", "reset_metrics", "several"],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_what_callbacks_evaluate_in_between_is_left_out(before, disturb):
+    model = counting_model(STOCK.SGD(1e-12))
+    seen, plateau = Rates(), ReduceLROnPlateau("loss", unit="update", **SETTINGS)
+    disturbing = [At(disturb, batch=b) for b in (2, 3, 7)]
+    callbacks = [*disturbing, plateau, seen] if before else [plateau, seen, *disturbing]
+    fit(model, X24[:, None], X24, *callbacks, batch_size=2)
+    means = np.tile(X24.reshape(-1, 2).mean(axis=1), 2)
+    expected, best = numpy_plateau(means, [1] * 24, start=1e-12, **SETTINGS)
+    np.testing.assert_allclose(seen.seen, expected, rtol=1e-6)
+    assert plateau.best == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+def test_several_updates_in_a_step_are_all_counted():
+    model = Alternating(STOCK.SGD(0.0), STOCK.SGD(0.0), updates=(1, 3))
+    model.compile()
+    plateau = ReduceLROnPlateau("loss", unit="update", patience=10**6)
+    fit(model, *regression(dtype="float32"), plateau)
+    assert plateau.wait == 3 * 11  # the first of the 12 losses is the best; rates of 0 change nothing
 
 
 @pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small import Alternating
 from torch_references import averaged_run, in_torch
 
 import keras_optkit as ok
@@ -107,7 +108,8 @@ def statistics_of(model, weights):
 
 
 @pytest.mark.parametrize(
-    ("start", "every", "points"), [(0, 1, range(1, 13)), (3, 3, [3, 6, 9, 12]), (4, 4, [4, 8, 12]), (5, 4, [5, 9])]
+    ("start", "every", "points"),
+    [(0, 1, range(1, 13)), (0, 3, [1, 4, 7, 10]), (3, 3, [3, 6, 9, 12]), (4, 4, [4, 8, 12]), (5, 4, [5, 9])],
 )
 def test_a_window_of_updates_is_the_mean_of_the_weights_after_them(start, every, points):
     model = network(ok.optimizers.AdamW(0.05))
@@ -236,3 +238,159 @@ def test_half_precision_is_averaged_in_float32():
         expected = np.mean(part.astype("float64"), 0).astype("float32").astype(got.dtype)
         # a mean that is rounded at each step is further away than the last bit
         np.testing.assert_allclose(got.astype("float32"), expected.astype("float32"), rtol=2.0**-8)
+
+
+# -- several updates in a step, and several optimizers ----------------------------------------------------------------
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+def test_where_a_step_makes_several_updates_the_last_of_those_that_are_due_counts():
+    model = Alternating(ok.optimizers.SGD(0.05), keras.optimizers.SGD(0.05), updates=(1, 2), inputs=4)
+    model.compile()
+    trained = Record("on_train_batch_end")
+    fit(model, trained, AveragedWeights(start=3, every=4, by="update"), epochs=2)
+    after = trained.seen["on_train_batch_end"]
+    assert len(after) == 2 * UPDATES
+    parts = zip(*(after[step] for step in steps_due(2, 3, 4, len(after))), strict=True)
+    close(trainable(model), [np.mean(np.stack(part).astype("float64"), 0) for part in parts])
+
+
+def steps_due(per_step, start, every, steps):
+    """The steps after which an update start, start + every, ... has been reached since the step before."""
+    points = range(start, per_step * steps + 1, every)
+    return sorted({-(-point // per_step) - 1 for point in points})
+
+
+@pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
+@pytest.mark.parametrize("room", [ok.optimizers, keras.optimizers], ids=["ours", "keras"])
+def test_all_optimizers_that_average_take_part(room):
+    def made():
+        model = Alternating(room.SGD(0.05, use_ema=True, ema_momentum=0.5), room.SGD(0.05), inputs=4)
+        model.compile()
+        return model
+
+    model, plain = made(), made()
+    training, shown, expected = Record("on_epoch_begin"), Record("on_epoch_end"), Record("on_train_batch_end")
+    fit(plain, expected, epochs=3)
+    fit(model, training, shown, AveragedWeights(), epochs=3)
+    after = expected.seen["on_train_batch_end"]
+    average = [after[0][0]]
+    for weights in after[1:]:
+        average.append(0.5 * average[-1] + 0.5 * weights[0])
+    ends = range(UPDATES - 1, len(after), UPDATES)
+    for found, end in zip(shown.seen["on_epoch_end"], ends, strict=True):
+        close(found, [average[end], after[end][1]])
+    for found, end in zip(training.seen["on_epoch_begin"][1:], ends, strict=False):
+        same(found, after[end])
+    close(trainable(model), [average[-1], after[-1][1]])
+
+
+def test_parts_of_a_multi_optimizer_that_average_take_part():
+    """Also where the model is built by its first step, on TensorFlow."""
+    norm = keras.layers.BatchNormalization()
+    model = keras.Sequential([norm, keras.layers.Dense(1)])
+    parts = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5), keras.optimizers.SGD(0.05)
+    multi = keras.optimizers.MultiOptimizer(lambda variable: parts["kernel" not in variable.path])
+    model.compile(multi, loss="mse")
+    trained, shown = Record("on_train_batch_end"), Record("on_epoch_end")
+    fit(model, trained, shown, AveragedWeights(), epochs=1)
+    after = trained.seen["on_train_batch_end"]
+    average = after[0][2]
+    for weights in after[1:]:
+        average = 0.5 * average + 0.5 * weights[2]
+    for found in (shown.seen["on_epoch_end"][0], trainable(model)):
+        close(found, [*after[-1][:2], average, after[-1][3]])
+
+
+def test_an_average_that_was_never_updated_is_not_shown():
+    class Early(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.seen = self.model.evaluate(X, Y, verbose=0)
+
+    def made():
+        return network(keras.optimizers.SGD(0.05, use_ema=True))
+
+    model, plain, early = made(), made(), Early()
+    fit(model, AveragedWeights(), early, epochs=1)
+    assert early.seen == plain.evaluate(X, Y, verbose=0)
+    with pytest.raises(ValueError, match="has no average that could be shown: its optimizer has made no update"):
+        plain.evaluate(X, Y, verbose=0, callbacks=[AveragedWeights()])
+
+
+# -- models that the first step builds, and data to recalibrate with --------------------------------------------------
+
+
+class Own(keras.Model):
+    def __init__(self, norm=True):
+        super().__init__()
+        self.parts = [keras.layers.BatchNormalization()] * norm + [keras.layers.Dense(1)]
+
+    def call(self, x, training=None):
+        for part in self.parts:
+            x = part(x, training=training) if isinstance(part, keras.layers.BatchNormalization) else part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.Sequential([keras.layers.BatchNormalization(), keras.layers.Dense(1)]),
+        Own,
+        lambda: keras.Sequential([Own()]),
+    ],
+    ids=["sequential", "subclass", "nested"],
+)
+def test_batch_normalisation_of_a_model_that_is_not_built_is_found(make):
+    model = make()
+    model.compile("sgd", loss="mse")
+    fit(model, AveragedWeights(batch_norm_data=X, start=0), epochs=1, batch_size=64)
+    close(statistics(model), [X.mean(0), X.var(0)], 1e-5)
+
+
+def test_a_model_that_turns_out_to_have_none_is_refused():
+    model = Own(norm=False)
+    model.compile("sgd", loss="mse")
+    with pytest.raises(ValueError, match=r"batch_norm_data must be None for model 'own.*no batch normalisation"):
+        fit(model, AveragedWeights(batch_norm_data=X, start=2), epochs=3)
+    assert int(ops.convert_to_numpy(model.optimizer.iterations)) == UPDATES
+
+
+class Around(keras.Model):
+    """As a GAN: a step around models, and no call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+        self.built = True
+
+
+def test_a_model_without_call_cannot_be_recalibrated():
+    model = Around()
+    with pytest.raises(ValueError, match=r"model 'around.*' has no call"):
+        ok.recalibrate_batch_norm(model, X, verbose=0)
+    assert ok.recalibrate_batch_norm(model.inner, X, verbose=0) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (object(), TypeError),
+        (float("nan"), TypeError),
+        (True, TypeError),
+        ("x", TypeError),
+        (b"x", TypeError),
+        ([], TypeError),
+        ([1.0, 2.0], TypeError),
+        (np.float32(3), TypeError),
+        ((row for row in X), TypeError),
+        (X[:0], ValueError),
+        ({"a": X, "b": "x"}, TypeError),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_data_to_recalibrate_with_is_checked_at_once(data, error):
+    with pytest.raises(error, match="batch_norm_data must "):
+        AveragedWeights(batch_norm_data=data, start=0)
+    if not hasattr(data, "__next__"):  # which one pass can be made over
+        with pytest.raises(error, match="data must "):
+            ok.recalibrate_batch_norm(network(), data, verbose=0)

@@ -13,13 +13,16 @@ import numpy as np
 from keras import ops, tree
 
 from keras_optkit import arguments
-from keras_optkit.averaging import batch_norms, recalibrate_batch_norm
+from keras_optkit.averaging import batch_norms, checked_inputs, recalibrate_batch_norm, refuse_if_not_callable
+from keras_optkit.callbacks import others
 from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.instrument import around
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import is_lost
 from keras_optkit.optimizers.fitting import build_optimizer
+from keras_optkit.optimizers.of_model import innermost_of, optimizers_of
 from keras_optkit.precision import at_least_float32
+from keras_optkit.private import known_variables, sublayers
 from keras_optkit.registry import register
 
 #: The methods of a model that show its weights, or write them down.
@@ -75,9 +78,13 @@ class AveragedWeights(Callback):
     a callback assigns weights during `on_epoch_end`, they stay, as weights to evaluate at. Passed to `evaluate` or
     `predict` directly, it acts for that call.
 
-    `keras.callbacks.BackupAndRestore` is left alone: it saves in order to go on, and is given the weights of training.
+    `keras.callbacks.BackupAndRestore` is left alone: it saves in order to resume, and is given the weights of training.
 
-    It works with our optimizers, with Keras's that have `use_ema=True`, and with both inside of `LossScaleOptimizer`.
+    It works with our optimizers, with Keras's that have `use_ema=True`, and with both inside of `LossScaleOptimizer`
+    and `MultiOptimizer`. Of a model that holds several optimizers, as attributes or in lists and dicts, all that
+    average take part, and `fit` ends with their averages; weights that others train are shown as they are. An average
+    that has not been updated yet is not shown.
+
     A file that is saved while the averaged weights are in place can be trained further with our optimizers, since it
     holds the other weights as well; with Keras's training then goes on from the average.
 
@@ -90,8 +97,8 @@ class AveragedWeights(Callback):
     with n = 0 at the start and θ the weights that are trained. Everything above holds for this equal average a as well,
     once it has begun, with any optimizer; before, the model shows the weights of training. `fit` ends with a. The next
     `fit` trains on from there and averages anew; the weights that training had got to are gone. The average takes the
-    memory of the weights on the host, in at least float32. Weights that are thawed within the window are averaged from
-    then on. Weights that a callback assigns during `on_epoch_end` are weights of training, too. After an exception
+    memory of the weights on the host, in at least float32. Weights that are unfrozen within the window are averaged
+    from then on. Weights that a callback assigns during `on_epoch_end` are weights of training, too. After an exception
     the model has the weights of training, on JAX as well.
 
     With `batch_norm_data` the moving statistics of batch normalisation are those of a pass over these data with the
@@ -103,20 +110,22 @@ class AveragedWeights(Callback):
     `use_ema=True` averages inside of the step.
 
     Args:
-        batch_norm_data: Inputs, as for `model.predict`, to recalibrate batch normalisation with; None: the statistics
-            of training are used. Arrays are taken in batches of the size that `fit` was given.
+        batch_norm_data: Inputs, as for `model.predict`, to recalibrate batch normalisation with, but no generator,
+            which gives them once only; None: the statistics of training are used. Arrays are taken in batches of the
+            size that `fit` was given.
         start: The first epoch, counted from 0, after which the weights are averaged, or the update count, as in
-            `optimizer.iterations`; >= 0. None: the optimizer averages.
-        every: Epochs or updates from one to the next, >= 1. With `steps_per_execution` the weights are seen between
-            executions only, and of several updates that are due then the last counts.
+            `optimizer.iterations`, with 0 as 1, the first there is; >= 0. None: the optimizer averages.
+        every: Epochs or updates from one to the next, >= 1. With `steps_per_execution`, or where a step makes several
+            updates, the weights are seen between executions only, and of several updates that are due then the last
+            counts.
         by: Whether `start` and `every` count `"epoch"`s or `"update"`s.
 
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range, or `every` or `by` without `start`. When training (or the evaluation)
-            begins: without `start` if the optimizer does not average, with it if it does, if `fit` has too few epochs
-            or, evaluating alone, if there is no average yet; and if `batch_norm_data` was given and the model has no
-            batch normalisation.
+            begins: without `start` if no optimizer averages, with it if one does, if `fit` has too few epochs or,
+            evaluating alone, if there is no average yet. If `batch_norm_data` was given and the model has no batch
+            normalisation, or no `call`; of a model that is not built when training begins, after the first epoch.
 
     Warns:
         UserWarning: When training ends before the window has begun.
@@ -143,7 +152,7 @@ class AveragedWeights(Callback):
 
     def __init__(self, batch_norm_data: Any = None, start: int | None = None, every: int = 1, by: str = "epoch"):
         super().__init__()
-        self.batch_norm_data = batch_norm_data
+        self.batch_norm_data = None if batch_norm_data is None else _repeatable(batch_norm_data)
         self.start = arguments.integer("start", start, 0, optional=True)
         self.every = arguments.integer("every", every, 1)
         self.by = arguments.choice("by", by, ("epoch", "update"))
@@ -164,6 +173,7 @@ class AveragedWeights(Callback):
         model = self.model
         if self.by == "update":
             self._passed = self._points(self._updates())
+            self._one_a_batch = others.updates_at_most_once_a_batch(model)
         self._detach = [around(model, name, self._shown) for name in _SHOWING if hasattr(model, name)]
         run = running_fit(model)
         listed = (run.arguments.get("callbacks") if run else None) or [self]
@@ -189,15 +199,17 @@ class AveragedWeights(Callback):
         if self.start is not None and self.by == "update":
             self._wait -= batch - self._batch
             self._batch = batch
-            if self._wait <= 0:
+            if self._wait <= 0 or not self._one_a_batch:
                 self._average_if_due()
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._exchange = None  # fit has left the model with the weights to evaluate at
         self._end()
-        if self._means:
+        if self.start is None:
+            self._put_averages_in()  # of those that Keras does not know
+        elif self._means:
             self._put_means_in()
-        elif self.start is not None:
+        else:
             warnings.warn(
                 f"AveragedWeights has averaged nothing: training ended before {self.by} start={self.start}.",
                 stacklevel=2,
@@ -210,7 +222,7 @@ class AveragedWeights(Callback):
         shown = self._exchange is not None
         self._end()
         if shown and keras.config.backend() == "jax":  # where Keras has done so, too
-            self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
+            self._put_averages_in()
         _separate(self.model)
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
@@ -250,23 +262,43 @@ class AveragedWeights(Callback):
         self._statistics = None
 
     def _refuse_what_cannot_be_averaged(self, alone: bool = False) -> None:
-        optimizer = getattr(self.model, "optimizer", None)
+        chooses = isinstance(self.model.optimizer, keras.optimizers.MultiOptimizer)  # its parts, by the weights
+        if self.model.built and (alone or chooses):
+            build_optimizer(self.model)
         if self.start is not None:
-            self._refuse_window(optimizer, alone)
-        elif not _averages(optimizer):
+            self._refuse_window(alone)
+        else:
+            self._refuse_unless_averaging(alone)
+        self._refuse_batch_norm_data()
+
+    def _refuse_unless_averaging(self, alone: bool) -> None:
+        found = innermost_of(self.model)
+        unknown = any(isinstance(o, keras.optimizers.MultiOptimizer) for o in found)  # as long as it is not built
+        if not self._averaging() and (alone or not unknown):
+            got = ", ".join(map(repr, optimizers_of(self.model))) or "none"
             raise ValueError(
-                f"AveragedWeights needs an optimizer that averages weights, got {optimizer!r}. Make it with "
-                "use_ema=True, or take Lookahead, ScheduleFree, ScheduleFreeSGD or ScheduleFreeAdamW; or give start "
-                "to average here."
+                f"AveragedWeights needs an optimizer that averages weights, got {got}. Make it with use_ema=True, or "
+                "take Lookahead, ScheduleFree, ScheduleFreeSGD or ScheduleFreeAdamW; or give start to average here."
             )
-        if self.batch_norm_data is not None and not batch_norms(self.model):
+        if alone and not self._averaging(updated=True):
+            raise ValueError("AveragedWeights has no average that could be shown: its optimizer has made no update.")
+
+    def _refuse_batch_norm_data(self) -> None:
+        """Unless the model has batch normalisation, or may have once it is built."""
+        if self.batch_norm_data is None:
+            return
+        refuse_if_not_callable(self.model)
+        if self.model.built and not any(map(_is_batch_norm, sublayers(self.model))):
             raise ValueError(
                 f"batch_norm_data must be None for model {self.model.name!r}, which has no batch normalisation."
             )
 
-    def _refuse_window(self, optimizer: Any, alone: bool) -> None:
-        if _averages(optimizer):
-            raise ValueError(f"start must be None with an optimizer that averages, {optimizer!r}, got {self.start!r}.")
+    def _refuse_window(self, alone: bool) -> None:
+        averaging = self._averaging()
+        if averaging:
+            raise ValueError(
+                f"start must be None with an optimizer that averages, {averaging[0]!r}, got {self.start!r}."
+            )
         epochs = (self.params or {}).get("epochs")
         if alone and not self._means:
             raise ValueError(f"AveragedWeights(start={self.start!r}) has averaged nothing yet that could be shown.")
@@ -275,14 +307,19 @@ class AveragedWeights(Callback):
 
     # -- the window ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _first(self) -> int:
+        """The first epoch, or update, to average after; no weights are those after update 0."""
+        return max(self.start or 0, int(self.by == "update"))
+
     def _empty_window(self) -> None:
         self._means: dict[int, _Mean] = {}  # by the variable's place in the model
         self._passed = 0  # epochs or updates to average after that have been passed
         self._epoch = self._batch = self._wait = 0
 
     def _points(self, reached: int) -> int:
-        """How many of start, start + every, ... are not above `reached`."""
-        return max(0, (reached - self.start) // self.every + 1)
+        """How many of start, start + every, ... are not above `reached`; before the first update there is nothing."""
+        return max(0, (reached - self._first) // self.every + 1)
 
     def _average_if_due(self) -> None:
         """Called where weights are those of training, and with `by="epoch"` at the end of an epoch."""
@@ -292,7 +329,7 @@ class AveragedWeights(Callback):
         if self._points(reached) > self._passed:
             self._average()
         self._passed = self._points(reached)
-        self._wait = self.start + self._passed * self.every - reached  # a batch makes at most one update
+        self._wait = self._first + self._passed * self.every - reached
 
     def _average(self) -> None:
         trained = {id(v) for v in self.model.trainable_variables}
@@ -339,6 +376,7 @@ class AveragedWeights(Callback):
 
     @contextlib.contextmanager
     def _shown_from_here(self, *_: Any, **__: Any) -> Iterator[None]:
+        self._refuse_batch_norm_data()  # of a model that was not built when training began
         self._average_if_due()
         self._enter()
         yield
@@ -366,13 +404,16 @@ class AveragedWeights(Callback):
         """Puts the weights to evaluate at into the model; False if they are there already, or are not wanted."""
         if self._exchange is not None or self._training_only or (self.start is not None and not self._means):
             return False
-        model, optimizer = self.model, self.model.optimizer  # asked for it, Keras on JAX fills the variables
-        build_optimizer(model)  # it may hold state that was loaded
-        variables = [*model.variables, *optimizer.variables]
+        model = self.model  # asked for it, Keras on JAX fills the variables
+        if model.built:
+            build_optimizer(model)  # it may hold state that was loaded
+        if self.start is None and not self._averaging(updated=True):
+            return False
+        variables = [*model.variables, *(v for optimizer in optimizers_of(model) for v in optimizer.variables)]
         exchange = _Exchange(variables, _copies(variables))
         try:
             if self.start is None:
-                optimizer.finalize_variable_values(model.trainable_weights)
+                self._put_averages_in()
             else:
                 self._put_means_in()
             _separate(model)
@@ -385,6 +426,17 @@ class AveragedWeights(Callback):
             raise
         self._exchange = exchange
         return True
+
+    def _averaging(self, *, updated: bool = False) -> list[Any]:
+        """The optimizers of the model that average; if wanted, only those that have begun to."""
+        found = [optimizer for optimizer in innermost_of(self.model) if _averages(optimizer)]
+        return [o for o in found if is_lost(o.iterations) or number(o.iterations)] if updated else found
+
+    def _put_averages_in(self) -> None:
+        for optimizer in self._averaging(updated=True):
+            if not is_lost(optimizer.iterations):
+                known = None if isinstance(optimizer, Optimizer) else known_variables(optimizer)
+                optimizer.finalize_variable_values(self.model.trainable_weights if known is None else known)
 
     def _leave(self) -> None:
         """Takes the weights of training back, unless somebody has assigned others meanwhile.
@@ -416,7 +468,7 @@ class AveragedWeights(Callback):
 
     def _recalibrate_once(self) -> None:
         """The pass over the data, or what it gave before if no update has come between."""
-        layers, now = batch_norms(self.model), (number(self.model.optimizer.iterations), self._passed)
+        layers, now = batch_norms(self.model), (self._updates(), self._passed)
         held = [v for layer in layers for v in layer.non_trainable_variables]
         if self._statistics is None or self._statistics[0] != now:
             self._recalibrate()
@@ -432,12 +484,21 @@ class AveragedWeights(Callback):
 
 
 def _averages(optimizer: Any) -> bool:
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return _averages(optimizer.inner_optimizer)
-    if isinstance(optimizer, Optimizer) and optimizer.rule.averages:
-        return True
-    parts = getattr(optimizer, "optimizers", None)  # of a keras.optimizers.MultiOptimizer
-    return any(map(_averages, parts)) if parts else bool(getattr(optimizer, "use_ema", False))
+    return (isinstance(optimizer, Optimizer) and optimizer.rule.averages) or bool(optimizer.use_ema)
+
+
+def _is_batch_norm(layer: Any) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
+def _repeatable(data: Any) -> Any:
+    """The argument `batch_norm_data`, if several passes can be made over it."""
+    if hasattr(data, "__next__"):
+        raise TypeError(
+            f"batch_norm_data must be something that can be passed over again, such as an array or a tf.data.Dataset; "
+            f"got {data!r} of type {type(data).__name__}."
+        )
+    return checked_inputs("batch_norm_data", data)
 
 
 def _separate(model: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +18,18 @@ from typing import Any
 import keras
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import Callback
+from keras_optkit.callbacks import others
+from keras_optkit.callbacks.bundle import DamagedError
+from keras_optkit.callbacks.callback import Callback, running_fit
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.files import atomic_path, atomic_write, leftovers
 from keras_optkit.registry import register
 
 _ENDINGS = {"model": ".keras", "weights": ".weights.h5"}
+
+#: The names that files are given; see `_List.named`.
+_BEGIN = re.compile(r"epoch=\d{4,}-update=\d{6,}")
+_NAME = re.compile(_BEGIN.pattern + r"(-\w+=[-+.\w]+)?(-on=\w+)?(-\d+)?(\.keras|\.weights\.h5)")
 
 
 @register(
@@ -44,20 +52,27 @@ class Checkpoint(Callback):
     then is one deleted that is no longer wanted. If it cannot be written, since the disk is full, that is an error, and
     those that are there stay.
 
-    `checkpoints.json` in the directory lists the files with their epochs, counted from 1, updates and values, and is
-    written in the same way. It is read when `fit` begins, so that the best is still the best after a restart, in
-    another process or with another callback: a worse one never takes its place. Files that somebody has removed are
-    forgotten; files that it does not list are left alone. A list that was damaged is an error and not guessed from the
-    files, whose names hold rounded values.
+    `checkpoints.json` in the directory lists the files with their epochs, counted from 1, updates, values and digests,
+    once for people and once in a string with a digest, which is what is believed, and is written in the same way. It is
+    read when `fit` begins, so that the best is still the best after a restart, in another process or with another
+    callback: a worse one never replaces it.
+
+    A damaged list is an error and not guessed from the files, whose names hold rounded values. So is a damaged file
+    where `best`, `latest`, `load_best` or `load_latest` would give it; when `fit` begins, it is left out of the list
+    with a warning, as files are that somebody has removed. Files that are not listed are neither overwritten nor
+    deleted; where one is named like a checkpoint, there is a warning. If nothing that was written is left whole, but
+    such files are there, that is an error.
 
     Models load without `custom_objects`, by `load_best` and `load_latest` or by Keras itself. With `AveragedWeights`
-    the files hold the averaged weights that were measured. With Keras's `steps_per_execution=k`, files by updates are
-    written at the first of every k batches at which they are due.
+    the files hold the averaged weights that were measured. Updates are those of the optimizer that the model was
+    compiled with; where it is not used, of the one with most among those that the model holds. Where a step makes
+    several, or with Keras's `steps_per_execution`, a file by updates is written after the first step at which it is
+    due. Epochs without the monitored value are passed over, as with `EarlyStopping`.
 
     When not to use it: to go on after a crash; `Resume` writes what the next step depends on, and this does not.
 
     Args:
-        directory: Where the files are; made if it does not exist. One directory for one training.
+        directory: Where the files are; made if it does not exist. One directory for one `Checkpoint`.
         monitor: Name in the logs, e.g. `"val_loss"`; None if `top_k` is 0.
         mode: `"min"`, `"max"` or `"auto"`, as in `EarlyStopping`.
         top_k: How many of the best to keep.
@@ -72,8 +87,12 @@ class Checkpoint(Callback):
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range; when training begins, for a directory with values of another monitor or
-            mode, or with a damaged list; while training, for an unknown monitor.
-        OSError: While training, if a file cannot be written.
+            mode, with a damaged list, or that another `Checkpoint` of this `fit` has, and for a model that a `.keras`
+            file cannot hold; before, while or after training, for an unknown monitor, as with `EarlyStopping`.
+        OSError: If a file cannot be written or read.
+
+    Warns:
+        UserWarning: For files that are missing, damaged or not listed, as above.
 
     Example:
     ```python
@@ -106,7 +125,7 @@ class Checkpoint(Callback):
         verbose: int = 0,
     ):
         super().__init__()
-        self.directory = os.fspath(directory)
+        self.directory = arguments.path("directory", directory)
         self.top_k = arguments.integer("top_k", top_k, 0)
         self.last_n = arguments.integer("last_n", last_n, 0)
         self.monitor = None if monitor is None and not top_k else checked_monitor(monitor)
@@ -123,15 +142,32 @@ class Checkpoint(Callback):
 
     @property
     def best(self) -> Path | None:
-        """The file with the best value, or None."""
-        ranked = _List.read(self.directory).ranked()
-        return Path(self.directory, ranked[0].file) if ranked else None
+        """The file with the best value, or None.
+
+        Raises:
+            ValueError: If this file, or the list of files, is not what was written.
+        """
+        return self._path(_List.ranked)
 
     @property
     def latest(self) -> Path | None:
-        """The file that was written last, or None."""
-        entries = _List.read(self.directory).entries
-        return Path(self.directory, entries[-1].file) if entries else None
+        """The file that was written last, or None.
+
+        Raises:
+            ValueError: If this file, or the list of files, is not what was written.
+        """
+        return self._path(lambda listed: listed.entries[-1:])
+
+    def _path(self, of: Callable[[_List], list[_Entry]]) -> Path | None:
+        entries = of(_List.read(self.directory))
+        if not entries:
+            return None
+        path = Path(self.directory, entries[0].file)
+        if entries[0].is_whole(path):
+            return path
+        if not path.exists():  # another process trains here, and has deleted it just now
+            return self._path(of)
+        raise DamagedError(f"{path} is not what was written: its digest is wrong. Remove it to use the next one.")
 
     def load_best(self, model: Any = None) -> Any:
         """The model of the file with the best value.
@@ -140,7 +176,8 @@ class Checkpoint(Callback):
             model: A built model whose weights are set to those of the file; None makes a new one, from a `.keras` file.
 
         Raises:
-            ValueError: If there is no such file, or if it holds weights alone and no model was given.
+            ValueError: If there is no such file, if it or the list of files is not what was written, or if it holds
+                weights alone and no model was given.
         """
         return self._loaded(self.best, "with a value", model)
 
@@ -162,15 +199,40 @@ class Checkpoint(Callback):
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         directory = Path(self.directory)
+        self._refuse_if_shared(directory)
+        self._refuse_what_a_file_cannot_hold()
         directory.mkdir(parents=True, exist_ok=True)
-        for path in leftovers(directory, re.compile(".*")):
+        for path in leftovers(directory, re.compile(f"{_NAME.pattern}|{re.escape(_List.name)}")):
             path.unlink()
         self._list = _List.read(directory)
         self._list.finish()
+        self._list.forget_what_is_damaged()
         self._watched = Watched(self.model, self.monitor or "", self.mode)
+        if self.top_k:
+            self._watched.begin_training()
         self._adopt_mode(self.mode)
-        self._due = _Due(self.every, self._updates())
+        self._due = _Due(self.every, self._updates(), others.updates_at_most_once_a_batch(self.model))
         self._epoch = 0
+
+    def _refuse_if_shared(self, directory: Path) -> None:
+        fit = running_fit(self.model)
+        for other in fit.listed() if fit else ():
+            if (
+                isinstance(other, Checkpoint)
+                and other is not self
+                and directory.resolve() == Path(other.directory).resolve()
+            ):
+                raise ValueError(f"directory={self.directory!r} is that of another Checkpoint of this fit, too.")
+
+    def _refuse_what_a_file_cannot_hold(self) -> None:
+        if self.save == "model":
+            try:
+                self.model.get_config()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"save must be 'weights' for model {self.model.name!r}, got 'model': a .keras file cannot hold its "
+                    "class, which has arguments and no get_config."
+                ) from error
 
     def _adopt_mode(self, mode: str) -> None:
         """Takes notice of what the values are, which must be what those in the directory are."""
@@ -188,6 +250,7 @@ class Checkpoint(Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._epoch = epoch
+        self._watched.begin_epoch()
         self._due.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
@@ -219,19 +282,23 @@ class Checkpoint(Callback):
             self._list = None
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if self.top_k:
+            self._watched.end_training()
         self._list = None
 
     def _write(self, value: float | None = None, *, regular: bool = False, error: str | None = None) -> None:
         assert self._list is not None
         model = self.model  # asked for it, Keras on JAX fills the variables
         entry = self._list.named(
-            _Entry("", self._epoch + 1, self._updates(), value, regular, error), _ENDINGS[self.save]
+            _Entry("", self._epoch + 1, self._updates(), value, regular, error, ""), _ENDINGS[self.save]
         )
         with atomic_path(self._list.directory / entry.file) as unfinished:
             if self.save == "model":
                 model.save(unfinished)
             else:
                 model.save_weights(unfinished)
+            entry = dataclasses.replace(entry, sha256=_digest(unfinished))
+            self._list.announce(entry)
         self._list.add(entry, self.top_k, self.last_n)
         if self.verbose:
             print(f"{type(self).__name__}: {self._list.directory / entry.file}")
@@ -240,7 +307,7 @@ class Checkpoint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """When the next file is due; what files there are, is in the directory."""
-        return self._due.state_dict()
+        return self._due.state_dict() | {"seen": self._watched.seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there.
@@ -249,22 +316,30 @@ class Checkpoint(Callback):
             state: What `state_dict` returned.
         """
         self._due.load_state_dict(state)
+        self._watched.seen = state["seen"]
 
 
 # -- when -------------------------------------------------------------------------------------------------------------
 
 
 class _Due:
-    """Whether `every` so much has passed; counts updates without asking the device for them more often than needed."""
+    """Whether `every` so much has passed.
 
-    def __init__(self, every: Any, updates: int):
-        self._every = every
+    Args:
+        every: The interval.
+        updates: How many updates there have been.
+        one_a_batch: Whether a batch makes at most one; the device is then asked for their number no more often than
+            needed.
+    """
+
+    def __init__(self, every: Any, updates: int, one_a_batch: bool):
+        self._every, self._one_a_batch = every, one_a_batch
         self._since = time.monotonic()
         self._next = self._next_after(updates)
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        self._look_at = 0  # a batch makes at most one update, so that before this one nothing can be due
+        self._look_at = 0  # before this batch nothing can be due
 
     def inside_epoch(self, batch: int, updates: Any) -> bool:
         """Whether it is due before this batch; after an epoch that was for `after_epoch` to say."""
@@ -276,7 +351,8 @@ class _Due:
             return False
         now = updates()
         due = self._reached(now)
-        self._look_at = batch + self._next - now
+        if self._one_a_batch:
+            self._look_at = batch + self._next - now
         return due
 
     def after_epoch(self, updates: Any) -> bool:
@@ -292,6 +368,8 @@ class _Due:
         return True
 
     def _reached(self, updates: int) -> bool:
+        if updates < self._next - self._every:  # since another optimizer of the model counts from now on
+            self._next = self._next_after(updates)
         if updates < self._next:
             return False
         self._next = self._next_after(updates)
@@ -321,6 +399,7 @@ class _Entry:
         value: The monitored value; None inside of an epoch.
         regular: Whether it was written since `every` asked for it.
         error: The name of the exception that it was written for, or None.
+        sha256: The digest of the file.
     """
 
     file: str
@@ -329,13 +408,18 @@ class _Entry:
     value: float | None
     regular: bool
     error: str | None
+    sha256: str
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the file at `path` is what was written."""
+        return path.is_file() and _digest(path) == self.sha256
 
 
 class _List:
     """The files of a directory, in the order in which they were written."""
 
     name = "checkpoints.json"
-    format = 1
+    format = 2
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
@@ -343,30 +427,90 @@ class _List:
         self.mode = "min"
         self.entries: list[_Entry] = []
         self._superseded: list[str] = []
+        self._announced: _Entry | None = None
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> _List:
-        """The list that is in the directory, without files that are gone; an empty one if there is none."""
+        """The list that is in the directory, without files that are gone; an empty one if there is none.
+
+        Raises:
+            DamagedError: If it is not what was written, or if it lists none of the files that are named like
+                checkpoints.
+
+        Warns:
+            UserWarning: For files that are gone, and for those that are named like a checkpoint and are not listed.
+        """
         found = cls(directory)
         path = found.directory / cls.name
-        if not path.exists():
-            return found
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-            if held["format"] != cls.format:
-                raise ValueError(f"format {held['format']!r}")
-            found.monitor, found.mode, found._superseded = held["monitor"], held["mode"], held["superseded"]
-            found.entries = [_from_json(entry) for entry in held["checkpoints"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no list of checkpoints of this version: {error!r}. Move it away to begin a new one; the "
-                "files beside it stay as they are."
-            ) from error
+        if path.exists():
+            try:
+                found._take(_opened(path))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DamagedError(
+                    f"{path} is no list of checkpoints of this version, or was changed: {error}. Move it away, with "
+                    "the files that it is of, to begin a new one."
+                ) from error
         found._forget_what_is_gone()
+        found._look_for_strangers()
         return found
 
+    def _take(self, held: Mapping[str, Any]) -> None:
+        if held["format"] != self.format:
+            raise ValueError(f"it has format {held['format']!r}")
+        self.monitor, self.mode, self._superseded = held["monitor"], held["mode"], held["superseded"]
+        self.entries = [_from_json(entry) for entry in held["checkpoints"]]
+        self._announced = None if held["announced"] is None else _from_json(held["announced"])
+        announced = [] if self._announced is None else [self._announced]
+        for name in [*(entry.file for entry in [*self.entries, *announced]), *self._superseded]:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of a checkpoint")
+        for entry in announced:  # the process may have ended after it had been given its name
+            path = self.directory / entry.file
+            if entry.is_whole(path):
+                self._put(entry)
+
     def _forget_what_is_gone(self) -> None:
-        self.entries = [entry for entry in self.entries if (self.directory / entry.file).exists()]
+        gone = [entry for entry in self.entries if not (self.directory / entry.file).exists()]
+        self._forget(gone, "no longer there")
+
+    def forget_what_is_damaged(self) -> None:
+        """Takes files off the list that are not what was written.
+
+        Raises:
+            DamagedError: If that is so of all.
+
+        Warns:
+            UserWarning: For each.
+        """
+        damaged = [entry for entry in self.entries if not entry.is_whole(self.directory / entry.file)]
+        if damaged and len(damaged) == len(self.entries):
+            raise DamagedError(
+                f"{self.directory} has {', '.join(entry.file for entry in damaged)}, and none is what was written: "
+                "their digests are wrong. Remove them to begin without."
+            )
+        self._forget(damaged, "not what was written: its digest is wrong")
+
+    def _forget(self, entries: list[_Entry], why: str) -> None:
+        for entry in entries:
+            self.entries.remove(entry)
+            warnings.warn(f"{self.directory / entry.file} is {why}. It is left out of {self.name}.", stacklevel=6)
+
+    def _look_for_strangers(self) -> None:
+        if not self.directory.is_dir():
+            return
+        known = {*(entry.file for entry in self.entries), *self._superseded}
+        strangers = sorted(p.name for p in self.directory.iterdir() if _BEGIN.match(p.name) and p.name not in known)
+        if strangers and not self.entries:
+            raise DamagedError(
+                f"{self.directory} has {', '.join(strangers)}, and nothing that {self.name} lists. Put that file back, "
+                "or move these away."
+            )
+        if strangers:
+            warnings.warn(
+                f"{self.directory} has {', '.join(strangers)}, not listed in {self.name}: left alone, and neither "
+                "among the best nor the last.",
+                stacklevel=5,
+            )
 
     def ranked(self) -> list[_Entry]:
         """Those with a value that can be the best, the best first; of equal ones the earlier."""
@@ -382,20 +526,28 @@ class _List:
             parts.append(f"{re.sub(r'[^0-9A-Za-z_]+', '_', self.monitor or '')}={entry.value:.6g}")
         if entry.error is not None:
             parts.append(f"on={entry.error}")
-        others = {other.file: other for other in self.entries}
+        listed = {other.file: other for other in self.entries}
         number, name = 1, "-".join(parts)
-        while not _is_same(entry, others.get(file := name + (f"-{number}" if number > 1 else "") + ending, entry)):
+        while True:
+            file = name + (f"-{number}" if number > 1 else "") + ending
+            if _is_same(entry, listed[file]) if file in listed else not os.path.lexists(self.directory / file):
+                return dataclasses.replace(entry, file=file)
             number += 1
-        return dataclasses.replace(entry, file=file)
+
+    def announce(self, entry: _Entry) -> None:
+        """Says which file is about to be given its name, so that it is known should the process end right then."""
+        self._announced = entry
+        self._write()
 
     def add(self, entry: _Entry, top_k: int, last_n: int) -> None:
         """Adds a file that is there already, and deletes those that are no longer wanted."""
         self._forget_what_is_gone()
         before = self.entries
-        self.entries = [*(other for other in before if other.file != entry.file), entry]
+        self._put(entry)
         wanted = self._wanted(top_k, last_n)
         self._superseded = [other.file for other in self.entries if other not in wanted]
         self.entries = [other for other in self.entries if other in wanted]
+        self._announced = None
         try:
             self._write()
         except BaseException:
@@ -404,6 +556,9 @@ class _List:
                 (self.directory / entry.file).unlink(missing_ok=True)
             raise
         self.finish()
+
+    def _put(self, entry: _Entry) -> None:
+        self.entries = [*(other for other in self.entries if other.file != entry.file), entry]
 
     def _wanted(self, top_k: int, last_n: int) -> list[_Entry]:
         regular = [entry for entry in self.entries if entry.regular]
@@ -417,14 +572,16 @@ class _List:
             "mode": self.mode,
             "checkpoints": [_as_json(entry) for entry in self.entries],
             "superseded": self._superseded,
+            "announced": None if self._announced is None else _as_json(self._announced),
         }
         with atomic_write(self.directory / self.name) as file:
-            file.write(json.dumps(held, indent=1).encode("utf-8"))
+            file.write(_sealed(held))
 
     def finish(self) -> None:
         """Deletes what the list that was written last has left out."""
         for name in self._superseded:
-            (self.directory / Path(name).name).unlink(missing_ok=True)
+            if (self.directory / name).is_file():
+                (self.directory / name).unlink()
 
 
 def _is_same(one: _Entry, other: _Entry) -> bool:
@@ -439,3 +596,38 @@ def _as_json(entry: _Entry) -> dict[str, Any]:
 
 def _from_json(entry: Mapping[str, Any]) -> _Entry:
     return _Entry(**{**entry, "value": None if entry["value"] is None else float(entry["value"])})
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sealed(held: Mapping[str, Any]) -> bytes:
+    """The list for people to read, and the same as one string with its digest, which is what is believed."""
+    believed = json.dumps(held)
+    digest = hashlib.sha256(believed.encode("utf-8")).hexdigest()
+    return json.dumps({**held, "sealed": believed, "sha256": digest}, indent=1).encode("utf-8")
+
+
+def _opened(path: Path) -> Mapping[str, Any]:
+    """What `_sealed` has been given.
+
+    Raises:
+        ValueError: If it is not what was written.
+
+    Warns:
+        UserWarning: If only what is there for people is not.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a file")
+    content = path.read_bytes()
+    whole = json.loads(content)
+    if not isinstance(whole, dict) or not isinstance(believed := whole.get("sealed"), str):
+        raise ValueError("it has no digest")
+    if hashlib.sha256(believed.encode("utf-8")).hexdigest() != whole.get("sha256"):
+        raise ValueError("its digest is wrong")
+    held = json.loads(believed)
+    if _sealed(held) != content:
+        warnings.warn(f"{path} was changed. It is read as it was written, from its entry 'sealed'.", stacklevel=6)
+    return held

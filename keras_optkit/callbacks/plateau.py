@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -12,8 +13,10 @@ from keras import ops
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.callbacks.instrument import around
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.of_model import innermost_of, optimizers_of
 from keras_optkit.registry import register
 
 
@@ -37,7 +40,10 @@ class ReduceLROnPlateau(Callback):
     - It works over any schedule with the optimizers of this package, whose rate is the schedule's times a multiplier:
       the multiplier is what is lowered, so the schedule goes on from there. `min_lr` holds where the rate is lowered.
     - NaN is never the best and counts as no improvement, and so does infinity in the wrong direction.
-    - A `monitor` that does not exist raises at the end of the first epoch that could have it, with the names that do.
+    - Epochs without the monitored value are passed over, and a `monitor` that no epoch can have raises, as with
+      `EarlyStopping`.
+    - It lowers the rates of all optimizers that update the model: the one it was compiled with, those that it holds as
+      attributes, in lists or dicts, and those inside `keras.optimizers.MultiOptimizer`.
     - With `unit="update"` it counts updates of the weights instead of epochs and goes by the loss of the batches,
 
     ```text
@@ -45,11 +51,12 @@ class ReduceLROnPlateau(Callback):
     ```
 
     with l the mean loss over the examples since it last looked, n the updates since then, usually 1, and t all updates.
-    It looks after every batch, which makes `fit` wait for the step; with `steps_per_execution=k` after every k. Once a
-    batch of an epoch had a loss that is not finite, Keras's sums do not tell the losses of the rest of this epoch, and
-    they are passed over.
+    It looks after every batch that made an update, which makes `fit` wait for the step; with `steps_per_execution=k`
+    after every k. What callbacks evaluate within an epoch is left out. Once a batch of an epoch had a loss that is not
+    finite, Keras's sums do not tell the losses of the rest of this epoch, and they are passed over.
 
-    As with Keras's callback, the learning rate is added to the logs of the epoch, before it is lowered.
+    As with Keras's callback, the learning rate is added to the logs of the epoch, before it is lowered; with several
+    optimizers it is one for each, `learning_rate_` and the optimizer's name.
 
     When not to use it: with `ScheduleHyperparameters` on the learning rate, which would be overwritten.
 
@@ -74,7 +81,8 @@ class ReduceLROnPlateau(Callback):
     Raises:
         TypeError: For a value of a wrong type; when training begins, for an optimizer of Keras with a schedule as its
             learning rate, which cannot be set.
-        ValueError: For a value out of range; while training, for an unknown monitor.
+        ValueError: For a value out of range; when training begins, for a model without optimizers; before, while or
+            after training, for an unknown monitor, as with `EarlyStopping`.
 
     Example:
     ```python
@@ -126,33 +134,61 @@ class ReduceLROnPlateau(Callback):
         self.wait = 0
         self.cooldown_counter = 0
         self._smoothed = _Smoothed(self.smoothing)
+        self._losses: _Losses | None = None  # while training, by updates
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        for optimizer in self._optimizers():
-            _refuse_unless_settable(optimizer)
+        self._detach_losses()
+        if not optimizers_of(self.model):
+            raise ValueError(
+                f"ReduceLROnPlateau lowers the learning rates of the optimizers that a model was compiled with or "
+                f"holds as attributes, and model {self.model.name!r} has none."
+            )
+        self._optimizers()
         self._reset()
-        self._watched = Watched(self.model, self.monitor, "min" if self.unit == "update" else self.mode, self.min_delta)
-        self._losses = _Losses(self.model)
+        by_update = self.unit == "update"
+        self._watched = Watched(self.model, self.monitor, "min" if by_update else self.mode, self.min_delta)
+        if by_update:
+            self._losses = _Losses(self)
+        else:
+            self._watched.begin_training()
         self._seen_updates = self._updates()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        self._losses.begin_epoch()
+        self._watched.begin_epoch()
+        if self._losses is not None:
+            self._losses.begin_epoch()
 
     def _on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        assert self._losses is not None
         updates = self._updates()
         count, self._seen_updates = updates - self._seen_updates, updates
+        if count < 0:  # since another optimizer of the model counts from now on
+            count = 1
         loss = self._losses.mean_since() if count else None
         if loss is not None:
             self._look_at(self._smoothed.add(loss, count), count, f"update {updates}")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: D102
         logs = {} if logs is None else logs
-        for name, optimizer in zip(_rate_names(self._optimizers()), self._optimizers(), strict=True):
-            logs[name] = _rate(optimizer)
+        optimizers = self._optimizers()
+        logs.update(zip(_rate_names(optimizers), map(_rate, optimizers), strict=True))
         if self.unit == "epoch":
             value = self._watched.value(logs)
             if value is not None:
                 self._look_at(value, 1, f"epoch {epoch + 1}")
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        self._detach_losses()
+        if self.unit == "epoch":
+            self._watched.end_training()
+
+    def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
+        self._detach_losses()
+
+    def _detach_losses(self) -> None:
+        if self._losses is not None:
+            self._losses.detach()
+        self._losses = None
 
     def _look_at(self, value: float, count: int, when: str) -> None:
         if self.cooldown_counter:
@@ -166,9 +202,7 @@ class ReduceLROnPlateau(Callback):
 
     def _reduce(self, when: str) -> bool:
         """Lowers the rates; False if none is above `min_lr`."""
-        above = [
-            optimizer for optimizer in self._optimizers() if np.float32(_rate(optimizer)) > np.float32(self.min_lr)
-        ]
+        above = [o for o in self._optimizers() if np.float32(_rate(o)) > np.float32(self.min_lr)]
         for optimizer in above:
             old = _rate(optimizer)
             optimizer.learning_rate = max(old * self.factor, self.min_lr)
@@ -177,8 +211,11 @@ class ReduceLROnPlateau(Callback):
         return bool(above)
 
     def _optimizers(self) -> list[Any]:
-        """The optimizer, or those of Keras's MultiOptimizer."""
-        return list(getattr(self.model.optimizer, "optimizers", [self.model.optimizer]))
+        """All that update weights of the model; a MultiOptimizer may have none before the model is built."""
+        found = [o for o in innermost_of(self.model) if not isinstance(o, keras.optimizers.MultiOptimizer)]
+        for optimizer in found:
+            _refuse_unless_settable(optimizer)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far; the learning rate itself is in the state of the optimizer."""
@@ -187,8 +224,9 @@ class ReduceLROnPlateau(Callback):
             "wait": self.wait,
             "cooldown_counter": self.cooldown_counter,
             "smoothed": vars(self._smoothed),
-            "losses": self._losses.seen,
+            "losses": None if self._losses is None else self._losses.state(),
             "updates": self._seen_updates,
+            "seen": self._watched.seen,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -199,7 +237,9 @@ class ReduceLROnPlateau(Callback):
         """
         self.best, self.wait, self.cooldown_counter = state["best"], state["wait"], state["cooldown_counter"]
         vars(self._smoothed).update(state["smoothed"])
-        self._losses.seen = list(state["losses"])
+        self._watched.seen = state["seen"]
+        if self._losses is not None and state["losses"] is not None:
+            self._losses.set_state(state["losses"])
         self._seen_updates = state["updates"]
 
 
@@ -218,27 +258,67 @@ class _Smoothed:
 
 
 class _Losses:
-    """The losses of single batches, from the sums that Keras makes of them since an epoch began."""
+    """The losses of single batches, from the sums that Keras makes of them since an epoch began.
 
-    def __init__(self, model: Any):
-        self._model = model
+    What another callback evaluates in between goes into the same sums, which then begin at zero; so what has come
+    together before is kept, and what is added meanwhile is left out.
+    """
+
+    #: The methods of a model that change the sums, besides the training step.
+    _CHANGING = ("evaluate", "test_on_batch", "reset_metrics")
+
+    def __init__(self, callback: Callback):
+        self._callback = callback  # asked for its model, Keras on JAX fills the variables
+        self._inside = False
+        self._remove = [around(callback.model, name, self._left_out) for name in self._CHANGING]
         self.begin_epoch()
 
+    def detach(self) -> None:
+        """Ends it."""
+        for remove in self._remove:
+            remove()
+
     def begin_epoch(self) -> None:
-        self.seen = [0.0, 0.0]
+        self._seen, self._since = [0.0, 0.0], [0.0, 0.0]
+
+    def state(self) -> list[list[float]]:
+        """What `set_state` takes."""
+        return [self._seen, self._since]
+
+    def set_state(self, state: list[list[float]]) -> None:
+        self._seen, self._since = state
 
     def mean_since(self) -> float | None:
         """The mean over the examples since it was last asked for; None if it is not finite."""
-        trackers = [m for m in self._model.metrics if m.name == "loss" and isinstance(m, keras.metrics.Mean)]
+        self._take()
+        (total, count), self._since = self._since, [0.0, 0.0]
+        return total / count if count > 0 and math.isfinite(total) else None
+
+    def _take(self) -> None:
+        now = self._sums()
+        self._since = [since + new - old for since, new, old in zip(self._since, now, self._seen, strict=True)]
+        self._seen = now
+
+    @contextlib.contextmanager
+    def _left_out(self, *_: Any, **__: Any) -> Iterator[None]:
+        outermost, self._inside = not self._inside, True
+        if outermost:
+            self._take()
+        try:
+            yield
+        finally:
+            if outermost:
+                self._inside, self._seen = False, self._sums()
+
+    def _sums(self) -> list[float]:
+        model = self._callback.model
+        trackers = [m for m in model.metrics if m.name == "loss" and isinstance(m, keras.metrics.Mean)]
         if not trackers:
             raise ValueError(
-                f"unit='update' needs the metric 'loss' that Keras's train_step updates, and model "
-                f"{self._model.name!r} has none."
+                f"unit='update' needs the metric 'loss' that Keras's train_step updates, and model {model.name!r} has "
+                "none."
             )
-        now = [number(trackers[0].total), number(trackers[0].count)]
-        total, count = (new - old for new, old in zip(now, self.seen, strict=True))
-        self.seen = now
-        return total / count if count > 0 and math.isfinite(total) else None
+        return [number(trackers[0].total), number(trackers[0].count)]
 
 
 def _rate(optimizer: Any) -> float:
@@ -246,14 +326,21 @@ def _rate(optimizer: Any) -> float:
 
 
 def _rate_names(optimizers: list[Any]) -> list[str]:
-    """As Keras names the rates in the logs."""
-    return ["learning_rate"] if len(optimizers) == 1 else [f"learning_rate_{o.name}" for o in optimizers]
+    """As Keras names the rate in the logs, or with the names of several; of one name, the second has a 2 behind it."""
+    if len(optimizers) == 1:
+        return ["learning_rate"]
+    names: list[str] = []
+    for optimizer in optimizers:
+        name, number = f"learning_rate_{optimizer.name}", 1
+        while (numbered := name + (f"_{number}" if number > 1 else "")) in names:
+            number += 1
+        names.append(numbered)
+    return names
 
 
 def _refuse_unless_settable(optimizer: Any) -> None:
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if not isinstance(inner, Optimizer) and not isinstance(inner.learning_rate, keras.Variable):
+    if not isinstance(optimizer, Optimizer) and not isinstance(optimizer.learning_rate, keras.Variable):
         raise TypeError(
-            f"ReduceLROnPlateau cannot lower the learning rate of this {type(inner).__name__}, which is a schedule. "
-            f"Make it with a number, or take keras_optkit.optimizers, whose rate can be set over any schedule."
+            f"ReduceLROnPlateau cannot lower the learning rate of this {type(optimizer).__name__}, which is a "
+            "schedule. Make it with a number, or take keras_optkit.optimizers, whose rate can be set over any schedule."
         )

@@ -32,14 +32,18 @@ class EarlyStopping(Callback):
     diverged:   value > best + divergence        value < best - divergence        or not finite
 
     stop when the target is reached, or when `divergence_patience` epochs in a row have diverged, or when `patience`
-    epochs in a row have not improved, with which the first epoch never stops
+    epochs in a row have not improved, with which the first value never stops
     ```
 
     It takes the arguments of `keras.callbacks.EarlyStopping` and decides alike where every value is finite. Beyond it:
 
     - NaN is never the best and counts as an epoch without improvement, and so does infinity in the wrong direction.
-    - A `monitor` that does not exist raises at the end of the first epoch that could have it, with the names that do.
-      Epochs without the monitored value because of `validation_freq` are passed over: they neither count nor stop.
+    - Epochs without the monitored value are passed over: they neither count nor stop. It may be one of a validation in
+      every second epoch (`validation_freq`), or a score that a callback adds to `logs` in its `on_epoch_end`; that
+      callback has to come earlier in the list.
+    - A `monitor` that no epoch can have raises, with the names that there are: before training, if it begins with
+      "val_" and `fit` has no validation data; at the end of the first epoch that could have it; or, if one of your own
+      callbacks might add it to `logs`, when `fit` ends, with a warning after that first epoch.
     - With `restore_best_weights` the model has the best weights after every `fit`: stopped early, run to its last
       epoch, or left by an exception or Ctrl-C. They are a copy, with non-trainable ones (BatchNormalization's moving
       statistics) as they were at the end of that epoch; the state of the optimizer is not restored. With an optimizer
@@ -79,7 +83,7 @@ class EarlyStopping(Callback):
 
     Raises:
         TypeError: For a value of a wrong type.
-        ValueError: For a value out of range; while training, for an unknown monitor.
+        ValueError: For a value out of range; before, while or after training, for an unknown monitor.
         OSError: While training, if the best weights cannot be written; the file has those of before then.
 
     Example:
@@ -137,6 +141,11 @@ class EarlyStopping(Callback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._reset()
         self._watched = Watched(self.model, self.monitor, self.mode, self.min_delta)
+        self._watched.begin_training()
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        assert self._watched is not None
+        self._watched.begin_epoch()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: D102
         assert self._watched is not None
@@ -163,7 +172,8 @@ class EarlyStopping(Callback):
             return f"{self.monitor} was {value:g} in epoch {epoch + 1} and has reached the target {self.target:g}."
         if diverged and self._diverged_for >= self.divergence_patience:
             return f"{self.monitor} has diverged: it was {value:g} in epoch {epoch + 1}, and {self._best_in_words()}."
-        if not improved and self.wait >= self.patience and epoch > 0:
+        first = self.best is None and self.wait == 1
+        if not improved and self.wait >= self.patience and not first:
             return f"{self.monitor} {self._best_in_words()} and has not improved for {self.wait} epochs."
         return None
 
@@ -181,6 +191,8 @@ class EarlyStopping(Callback):
         return "no epoch" if self.best_epoch is None else f"epoch {self.best_epoch + 1}"
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
+        if self._watched is not None:
+            self._watched.end_training()
         self._end("Training was stopped by something else." if self.model.stop_training else "The last epoch is over.")
 
     def on_train_failure(self, error: BaseException) -> None:  # noqa: D102
@@ -201,7 +213,8 @@ class EarlyStopping(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, with the best weights."""
-        return {name: getattr(self, name) for name in _STATE} | {"best_weights": self._kept()}
+        seen = self._watched is not None and self._watched.seen
+        return {name: getattr(self, name) for name in _STATE} | {"best_weights": self._kept(), "seen": seen}
 
     def _kept(self) -> list[np.ndarray] | None:
         return None if self._best_weights is None or self.best_epoch is None else self._best_weights.get()
@@ -214,6 +227,8 @@ class EarlyStopping(Callback):
         """
         for name in _STATE:
             setattr(self, name, state[name])
+        if self._watched is not None:
+            self._watched.seen = state["seen"]
         if state["best_weights"] is not None and self._best_weights is not None:
             self._best_weights.keep(state["best_weights"])
 
@@ -266,4 +281,4 @@ def _flag_or_path(value: Any) -> bool | str:
             f"restore_best_weights must be True, False or the path of a file, got {value!r} of type "
             f"{type(value).__name__}."
         )
-    return os.fspath(value)
+    return arguments.path("restore_best_weights", value)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import running_fit
+from keras_optkit.callbacks import others
+from keras_optkit.callbacks.callback import Run, running_fit
 
 _DOWN = {"loss", "error", "mse", "mae", "rmse"}
 _UP = {"acc", "accuracy", "auc", "precision", "recall", "f1", "iou", "r2"}
@@ -48,51 +50,128 @@ def direction(model: Any, monitor: str) -> str:
         return "min" if words & _DOWN else "max"
 
 
+def _validates(fit: Run) -> bool:
+    return fit.arguments.get("validation_data") is not None or bool(fit.arguments.get("validation_split"))
+
+
 class Watched:
     """A monitored value, for the time of one `fit`.
+
+    It need not be in the logs of every epoch: a validation may take place in every second one, and a callback may add
+    a score of its own when it has one. Epochs without it are passed over. A name that no epoch can have is an error as
+    early as that is known: when training begins, if it is one of a validation and there is none; after the first epoch
+    that could have had it; or, where a callback might add it, with a warning then and an error when training ends.
 
     Args:
         model: The model that is trained.
         monitor: Name in the logs.
-        mode: `"min"`, `"max"` or `"auto"`, which is made out when the first value comes.
+        mode: `"min"`, `"max"` or `"auto"`, which is resolved when the first value comes.
         min_delta: A change that is not larger than this is no improvement.
+
+    Attributes:
+        seen: Whether there has been a value.
     """
 
     def __init__(self, model: Any, monitor: str, mode: str, min_delta: float = 0.0):
         self._model, self._monitor, self._min_delta = model, monitor, min_delta
         self.mode = mode
+        self.seen = False
+        self._names: set[str] = set()
+        self._missed = 0  # epochs that could have had a value
+        self._awaited = 0  # and those without validation
+        self._last: Mapping[str, Any] = {}
 
-    def value(self, logs: Mapping[str, Any] | None) -> float | None:
-        """The value at the end of an epoch; None if that had no validation but another one may.
+    def begin_training(self) -> None:
+        """Called when training begins.
 
         Raises:
-            ValueError: If there is no such value, with the names that there are, or if it is no number.
+            ValueError: If it is known already that there will be no such value.
         """
-        logs = logs or {}
-        if self._monitor not in logs:
-            self._refuse_unless_passed_over(logs)
+        fit = running_fit(self._model)
+        if fit is None or others.may_log(self._model, fit):
+            return
+        if self._lacks_validation(fit) and others.logs_metrics(self._model):
+            raise self._unknown([])
+
+    def begin_epoch(self) -> None:
+        """Called when an epoch begins, and when training ends.
+
+        Raises:
+            ValueError: If the value was added to the logs of the last epoch when it had been looked for already.
+        """
+        last, self._last = self._last, {}
+        if last.get(self._monitor) is not None:
+            raise ValueError(
+                f"monitor={self._monitor!r} is added to the logs by a callback that comes later in the list of "
+                "callbacks. Put that callback first."
+            )
+
+    def value(self, logs: Mapping[str, Any] | None) -> float | None:
+        """The value at the end of an epoch; None if this epoch has none but another one may.
+
+        Raises:
+            ValueError: If no epoch can have it, with the names that there are, or if it is not one number.
+        """
+        logs = {} if logs is None else logs
+        self._names.update(logs)
+        if logs.get(self._monitor) is None:
+            self._pass_over(logs)
             return None
+        self.seen = True
         if self.mode == "auto":
             self.mode = direction(self._model, self._monitor)
         value = np.asarray(logs[self._monitor])
-        if value.size != 1:
-            raise ValueError(f"monitor={self._monitor!r} must be one number, got one of shape {value.shape}.")
+        if value.size != 1 or value.dtype.kind not in "biuf":
+            what = f"of shape {value.shape}" if value.size != 1 else repr(logs[self._monitor])
+            raise ValueError(f"monitor={self._monitor!r} must be one number, got one {what}.")
         return float(value.item())
 
-    def _refuse_unless_passed_over(self, logs: Mapping[str, Any]) -> None:
-        """Raises, unless the value is one of a validation that did not take place in this epoch but may in another."""
+    def _pass_over(self, logs: Mapping[str, Any]) -> None:
+        """Raises, or warns, unless another epoch may well have the value."""
+        self._last = logs
         fit = running_fit(self._model)
-        validates = (
-            fit is None or fit.arguments.get("validation_data") is not None or fit.arguments.get("validation_split")
-        )
-        validated = any(name.startswith("val_") for name in logs)
         of_validation = self._monitor.startswith("val_")
-        if of_validation and validates and not validated:
+        if of_validation and (fit is None or _validates(fit)) and not any(name.startswith("val_") for name in logs):
+            self._awaited += 1
             return
+        self._missed += 1
+        if self.seen or self._missed > 1 or self._monitor in logs:
+            return
+        error = self._unknown(self._names)
+        if fit is not None and not others.may_log(self._model, fit):
+            raise error
+        warnings.warn(f"{error} Epochs are passed over until a callback adds it to the logs.", stacklevel=4)
+
+    def end_training(self) -> None:
+        """Called when training has come to its end.
+
+        Raises:
+            ValueError: If no epoch had the value.
+
+        Warns:
+            UserWarning: If none could have had it.
+        """
+        self.begin_epoch()
+        if self.seen or self._model.stop_training:
+            return
+        if self._missed:
+            raise self._unknown(self._names)
+        if self._awaited:
+            warnings.warn(
+                f"There was no value of monitor={self._monitor!r}, since no epoch had a validation.", stacklevel=4
+            )
+
+    def _lacks_validation(self, fit: Run) -> bool:
+        return self._monitor.startswith("val_") and not _validates(fit)
+
+    def _unknown(self, names: Collection[str]) -> ValueError:
+        fit = running_fit(self._model)
+        without = fit is not None and self._lacks_validation(fit)
         hint = " fit was given no validation data, so that no name begins with 'val_'."
-        raise ValueError(
-            f"monitor must be one of the names in the logs, {', '.join(map(repr, sorted(logs)))}, "
-            f"got {self._monitor!r}.{hint if of_validation and not validates else arguments.near(self._monitor, logs)}"
+        listed = ", " + ", ".join(map(repr, sorted(names))) if names else ""
+        return ValueError(
+            f"monitor must be one of the names in the logs{listed}, got {self._monitor!r}."
+            f"{hint if without else arguments.near(self._monitor, names)}"
         )
 
     def is_usable(self, value: float) -> bool:

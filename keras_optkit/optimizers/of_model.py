@@ -74,6 +74,11 @@ def directly_inside(optimizer: Any) -> list[Any]:
     return []
 
 
+def innermost_of(model: Any) -> list[Any]:
+    """All optimizers that update weights of a model."""
+    return [inner for optimizer in optimizers_of(model) for inner in innermost(optimizer)]
+
+
 def ours(optimizer: Any) -> list[Optimizer]:
     """Those of this package among the innermost ones."""
     return [inner for inner in innermost(optimizer) if hasattr(inner, "begin_training")]
@@ -81,7 +86,7 @@ def ours(optimizer: Any) -> list[Optimizer]:
 
 def ours_of(model: Any) -> list[Optimizer]:
     """All optimizers of this package that update weights of a model."""
-    return [inner for optimizer in optimizers_of(model) for inner in ours(optimizer)]
+    return [inner for inner in innermost_of(model) if hasattr(inner, "begin_training")]
 
 
 def update_counter(model: Any) -> Any:
@@ -90,14 +95,15 @@ def update_counter(model: Any) -> Any:
     It is that of the optimizer that the model was compiled with, unless this one has never been used while another
     one has: `compile()` without an argument makes one, also for a model that trains with others.
     """
-    found = optimizers_of(model)
-    if not found:
-        return None
     compiled = getattr(model, "optimizer", None)
-    counts = [int(keras.ops.convert_to_numpy(optimizer.iterations)) for optimizer in found]
-    if found[0] is compiled and counts[0]:
+    if compiled is not None and _count(compiled):  # without looking through all layers, which callbacks would do often
         return compiled.iterations
-    return found[counts.index(max(counts))].iterations
+    found = optimizers_of(model)
+    return max(found, key=_count).iterations if found else None
+
+
+def _count(optimizer: Any) -> int:
+    return int(keras.ops.convert_to_numpy(optimizer.iterations))
 
 
 def _wrapped(optimizer: Any) -> Iterator[Any]:
