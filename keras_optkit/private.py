@@ -135,3 +135,16 @@ CALLBACK_STATE = {
     keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
     keras.callbacks.TensorBoard: ("_global_train_batch", "_global_test_batch"),
 }
+
+
+def with_trials_saved_by(oracle: Any, save: Callable[[str, Any], Any]) -> None:
+    """Has an oracle of KerasTuner save its trials with `save(path, trial)`.
+
+    Fall-back: it saves them itself, over the old file, half of which is left where the process ends meanwhile.
+    """
+
+    def save_trial(trial: Any) -> None:
+        save(f"{oracle._get_trial_dir(trial.trial_id)}/trial.json", trial)
+
+    if hasattr(oracle, "_save_trial") and hasattr(oracle, "_get_trial_dir"):
+        oracle._save_trial = save_trial
