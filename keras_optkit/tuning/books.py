@@ -18,14 +18,27 @@ from keras_optkit.private import with_trials_saved_by
 Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tuner; KerasTuner does not export it
 
 
+class CannotWriteError(keras_tuner.errors.FatalError, OSError):
+    """A file of the search cannot be written, e.g. since the disk is full, which ends the search and not the trial."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Names the file in what the system says about it."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(f"{str(path)!r} cannot be written, and the search ends: {error}") from error
+
+
 def write_json(path: str | Path, state: Any) -> str:
     """Writes a file of JSON, as a whole or not at all; returns its text.
 
     Raises:
-        OSError: If it cannot be written; what was there is kept.
+        CannotWriteError: If the disk does not take it; what was there is kept.
     """
     text = json.dumps(state)
-    with atomic_write(path) as file:
+    with writing(path), atomic_write(path) as file:
         file.write(text.encode())
     return text
 

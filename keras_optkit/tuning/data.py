@@ -44,7 +44,9 @@ def _samples(name: str, arrays: Any) -> int:
 
 def _pair(name: str, data: Any, *, weighted: bool = False) -> tuple[Any, ...]:
     """Checks (x, y), or (x, y, sample_weight) where `weighted` allows it."""
-    allowed = "a pair of arrays (x, y)" + (", a triple (x, y, sample_weight)" if weighted else "") + " or a dataset"
+    allowed = "a pair of arrays (x, y) or a dataset"
+    if weighted:
+        allowed = "a pair of arrays (x, y), a triple (x, y, sample_weight), a dataset, or a float, the part of arrays"
     hint = (
         " An iterator can be read only once: make a tf.data.Dataset (from_generator) or a keras.utils.PyDataset of it."
         if hasattr(data, "__next__")
@@ -130,24 +132,31 @@ def checked_fit_arguments(given: Any, data: Any, epochs: int | None) -> dict[str
         check_names(fit)
     except TypeError as error:
         raise TypeError(f"fit_arguments must be arguments of fit: {error}") from None
-    for name, low in _INTEGERS.items():
-        if name in fit:
-            arguments.integer(name, fit[name], low, optional=low == 1)
+    for name, value in fit.items():
+        _check_fit_argument(f"fit_arguments[{name!r}]", name, value, data)
     if epochs is not None and fit.get("initial_epoch", 0) >= epochs:
-        raise ValueError(f"initial_epoch must be less than epochs={epochs}, got {fit['initial_epoch']!r}.")
-    if "shuffle" in fit:
-        arguments.boolean("shuffle", fit["shuffle"])
-    if isinstance(fit.get("validation_freq", 1), int):
-        arguments.integer("validation_freq", fit.get("validation_freq", 1), 1)
-    if not isinstance(fit.get("class_weight"), Mapping | None):
-        raise TypeError(f"class_weight must be a mapping from classes to weights or None, got {fit['class_weight']!r}.")
-    if fit.get("sample_weight") is not None:
-        if is_dataset(data):
-            raise ValueError("sample_weight must be the third part of each batch where data is a dataset, got both.")
-        count, wanted = _samples("sample_weight", fit["sample_weight"]), _samples("data", data)
-        if count != wanted:
-            raise ValueError(f"sample_weight must have one weight for each of the {wanted} samples, got {count}.")
+        raise ValueError(
+            f"fit_arguments['initial_epoch'] must be less than epochs={epochs}, got {fit['initial_epoch']!r}."
+        )
     return fit
+
+
+def _check_fit_argument(shown: str, name: str, value: Any, data: Any) -> None:
+    if name in _INTEGERS:
+        arguments.integer(shown, value, _INTEGERS[name], optional=name != "initial_epoch")
+    elif name == "shuffle":
+        arguments.boolean(shown, value)
+    elif name == "validation_freq":
+        for epoch in value if isinstance(value, list) and value else [value]:
+            arguments.integer(shown, epoch, 1)
+    elif name == "class_weight" and not isinstance(value, Mapping | None):
+        raise TypeError(f"{shown} must be a mapping from classes to weights or None, got {value!r}.")
+    elif name == "sample_weight" and value is not None:
+        if is_dataset(data):
+            raise ValueError(f"{shown} must be left out where data is a dataset, whose batches have it as third part.")
+        count, wanted = _samples(shown, value), _samples("data", data)
+        if count != wanted:
+            raise ValueError(f"{shown} must have one weight for each of the {wanted} samples, got {count}.")
 
 
 def comparable(value: Any) -> Any:

@@ -101,7 +101,10 @@ class HyperModel(keras_tuner.HyperModel):
             raise TypeError(f"build must be a function from a trial's values to a compiled model, got {build!r}.")
         super().__init__(name=name)
         self.builder = build
-        self.space = space if isinstance(space, Space) else Space(space)
+        try:
+            self.space = space if isinstance(space, Space) else Space(space)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"space must be a Space, or a mapping that makes one. {error}") from None
 
     def hyperparameters(self) -> keras_tuner.HyperParameters:
         """The space as KerasTuner's `HyperParameters`, at the space's defaults."""

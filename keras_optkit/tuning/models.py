@@ -7,16 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
-from keras_tuner.errors import FatalError
 
 from keras_optkit.files import atomic_path
-from keras_optkit.tuning.books import write_json
+from keras_optkit.tuning.books import CannotWriteError, write_json, writing
 
 MODEL, WEIGHTS, SHAPES = "model.keras", "model.weights.h5", "shapes.json"
-
-
-class CannotWriteError(FatalError, OSError):
-    """A file of the search cannot be written, e.g. since the disk is full, which ends the search and not the trial."""
 
 
 class KeptModel:
@@ -62,10 +57,10 @@ class KeptModel:
 
     def _write(self, name: str, save: Callable[[Path], None]) -> str:
         try:
-            with atomic_path(self._directory / name) as path:
+            with writing(self._directory / name), atomic_path(self._directory / name) as path:
                 save(path)
-        except OSError as error:
-            raise CannotWriteError(f"{str(self._directory / name)!r} cannot be written: {error}") from error
+        except CannotWriteError:
+            raise
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         return ""
@@ -126,8 +121,5 @@ def save_state(model: keras.Model, path: Path) -> None:
     Raises:
         CannotWriteError: If the disk does not take it.
     """
-    try:
-        with atomic_path(path) as unfinished:
-            model.save_weights(unfinished)
-    except OSError as error:
-        raise CannotWriteError(f"{str(path)!r} cannot be written: {error}") from error
+    with writing(path), atomic_path(path) as unfinished:
+        model.save_weights(unfinished)
