@@ -18,6 +18,11 @@ from keras_optkit.private import with_trials_saved_by
 Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tuner; KerasTuner does not export it
 
 
+_OF_A_TRIAL = ("trial.json", "model.keras", "*.weights.h5", "shapes.json")
+_IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
+_IN_TRIAL = ("trial_id", "hyperparameters", "metrics", "status")
+
+
 class CannotWriteError(keras_tuner.errors.FatalError, OSError):
     """A file of the search cannot be written, e.g. since the disk is full, which ends the search and not the trial."""
 
@@ -69,17 +74,15 @@ def check_books(directory: Path) -> None:
     Raises:
         RuntimeError: If one is damaged or missing, with its name.
     """
-    oracle = directory / "oracle.json"
-    started = _read(oracle).get("start_order", [])
-    for path in {
-        *(directory / f"trial_{trial_id}" / "trial.json" for trial_id in started),
-        *directory.glob("trial_*/trial.json"),
-        *directory.glob("tuner*.json"),
-    }:
+    started = _read(directory / "oracle.json", _IN_ORACLE)["start_order"]
+    trials = [directory / f"trial_{trial_id}" / "trial.json" for trial_id in started]
+    for path in {*trials, *directory.glob("trial_*/trial.json")}:
+        _read(path, _IN_TRIAL)
+    for path in directory.glob("tuner*.json"):
         _read(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, names: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         book = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -88,6 +91,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise damaged(path, error) from error
     if not isinstance(book, dict):
         raise damaged(path, f"it holds {type(book).__name__} instead of a mapping")
+    if missing := [name for name in names if name not in book]:
+        raise damaged(path, f"it has no {missing[0]!r}")
     return book
 
 
@@ -128,7 +133,8 @@ def locked(directory: Path) -> Iterator[None]:
 
 def delete_search(directory: Path) -> None:
     """Deletes what KerasTuner and `Tuner` wrote into a directory, and nothing else."""
-    for trial in directory.glob("trial_*/trial.json"):
-        shutil.rmtree(trial.parent)
+    for trial in directory.glob("trial_*"):
+        if any(trial.glob(name) for name in _OF_A_TRIAL):
+            shutil.rmtree(trial)
     for state in (*directory.glob("oracle.json"), *directory.glob("tuner*.json")):
         state.unlink()

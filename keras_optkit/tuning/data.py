@@ -134,6 +134,8 @@ def checked_fit_arguments(given: Any, data: Any, epochs: int | None) -> dict[str
         raise TypeError(f"fit_arguments must be arguments of fit: {error}") from None
     for name, value in fit.items():
         _check_fit_argument(f"fit_arguments[{name!r}]", name, value, data)
+    if fit.get("class_weight") is not None and fit.get("sample_weight") is not None:
+        raise ValueError("fit_arguments must have class_weight or sample_weight, got both, which fit does not take.")
     if epochs is not None and fit.get("initial_epoch", 0) >= epochs:
         raise ValueError(
             f"fit_arguments['initial_epoch'] must be less than epochs={epochs}, got {fit['initial_epoch']!r}."

@@ -399,7 +399,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         if watch.failure or not watch.epochs:
             raise FailedTrialError(watch.failure or "No epoch was finished.")
         if watch.best_epoch is None:
-            if watch.model.stop_training or self.oracle.end_order:  # another trial has it, or a later epoch
+            known = any("metrics" in record for record in self.records.values())
+            if watch.model.stop_training or known:  # a later epoch may have it, or another trial has
                 raise FailedTrialError(f"No epoch had the objective: {watch.missing()}")
             raise FatalValueError(watch.missing())
 
