@@ -2,6 +2,7 @@
 
 import jax
 import keras
+import keras_tuner
 import tensorflow as tf
 from keras import layers
 from tensorflow.python.framework import config
@@ -15,6 +16,7 @@ from keras_optkit.private import (
     schedule_of,
     set_global_seed,
     sublayers,
+    with_trials_saved_by,
 )
 
 
@@ -97,3 +99,18 @@ def test_the_schedule_of_an_optimizer_is_the_one_that_it_was_given():
     vars(optimizer)["_learning_rate"] = None  # as if there were no such name
     optimizer.get_config = lambda: {"learning_rate": keras.saving.serialize_keras_object(schedule)}
     assert schedule_of(optimizer).get_config() == schedule.get_config()
+
+
+def test_an_oracle_has_its_trials_saved_by_another(tmp_path):
+    class Tuner(keras_tuner.Tuner):
+        def run_trial(self, trial):
+            return 1.0
+
+    space, saved = keras_tuner.HyperParameters(), []
+    space.Int("x", 1, 3)
+    oracle = keras_tuner.oracles.GridSearchOracle(keras_tuner.Objective("score", "min"), 1, hyperparameters=space)
+    with_trials_saved_by(oracle, lambda path, trial: saved.append((path, trial.status)))
+    Tuner(oracle, directory=str(tmp_path), project_name="p").search(verbose=0)
+    path = tmp_path / "p" / "trial_0" / "trial.json"
+    assert saved == [(str(path), status) for status in ("RUNNING", "RUNNING", "COMPLETED")]
+    assert not path.exists()

@@ -1042,6 +1042,50 @@ def lambda_layer(hp):
     return model
 
 
+class Adversaries(keras.Model):
+    """Two models, two optimizers, no `call`."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.models = [first, second]
+
+    def compile(self, optimizers):
+        super().compile(run_eagerly=True)
+        self.optimizers = optimizers
+
+    def train_step(self, x):
+        losses = []
+        for model, optimizer in zip(self.models, self.optimizers, strict=True):
+            with tf.GradientTape() as tape:
+                losses.append(tf.reduce_mean((model(x) - 1) ** 2))
+            gradients = tape.gradient(losses[-1], model.trainable_variables)
+            optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return {"sum": sum(losses)}
+
+
+@pytest.mark.only_on("tensorflow", because="its train_step records gradients with a tape")
+def test_a_model_of_two_models_with_optimizers_of_their_own_is_kept():
+    data = tf.data.Dataset.from_tensors(np.float32([[1, 2], [3, 5]]))
+    trained = []
+
+    def build(hp):
+        models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
+        model = Adversaries(*models)
+        model.compile([keras.optimizers.Adam(hp.rate), ok.optimizers.Adam(hp.rate)])
+        trained.append(model)
+        return model
+
+    result = ok.tuning.search(
+        build, Space(rate=Choice([0.01])), data, objective="sum", direction="min", epochs=3, seed=0, verbose=0
+    )
+    assert result.best_trial.best_epoch == 3  # the last, so that the trained model itself is the one to compare with
+    for a, b in zip(trained[0].models, result.best_model.models, strict=True):
+        np.testing.assert_array_equal(a.get_weights()[0], b.get_weights()[0])
+    for a, b in zip(trained[0].optimizers, result.best_model.optimizers, strict=True):
+        assert int(b.iterations) == 3
+        assert all(np.array_equal(x, y) for x, y in zip(a.variables, b.variables, strict=True))
+
+
 @pytest.mark.parametrize(
     ("build", "suffix"),
     [(subclass, ".h5"), (closure, ".keras"), (own_compile, ".keras"), (lambda_layer, ".keras")],
@@ -1080,7 +1124,7 @@ def test_a_model_that_cannot_be_loaded_says_how_to(tmp_path):
     with pytest.raises(RuntimeError, match=r"cannot be loaded from '.*model.keras', which .* use its load_weights"):
         _ = result.best_model
     result.model_path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"No model is kept in .*trial_0"):
+    with pytest.raises(FileNotFoundError, match=r"No model is kept of trial 0; keep_models=1"):
         _ = result.best_model
 
 
@@ -1089,7 +1133,7 @@ def test_a_model_that_cannot_be_loaded_says_how_to(tmp_path):
 
 def test_a_disk_that_takes_no_more_ends_the_search_which_can_be_continued(tmp_path):
     def run():
-        return search(lambda hp: line(hp.x), Space(x=Int(1, 3)), strategy="grid", directory=tmp_path)
+        return search(lambda hp: line(hp.x), Space(x=Int(1, 2)), strategy="grid", directory=tmp_path)
 
     taken = tmp_path / "trial_1" / "model.keras" / "in the way"
     taken.mkdir(parents=True)
@@ -1097,7 +1141,7 @@ def test_a_disk_that_takes_no_more_ends_the_search_which_can_be_continued(tmp_pa
         run()
     taken.rmdir()
     taken.parent.rmdir()
-    assert [trial.score for trial in run().trials] == [1.0, 2.0, 3.0]
+    assert [trial.score for trial in run().trials] == [1.0, 2.0]
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
@@ -1138,7 +1182,7 @@ def test_a_search_of_keras_tuner_is_not_taken_for_ours(tmp_path):
     Formula(
         RandomOracle(Space(x=Int(1, 1)), keras_tuner.Objective("score", "min"), 1, 0), directory=str(tmp_path)
     ).search(verbose=0)
-    with pytest.raises(ValueError, match=r"directory must be new or hold the same search, got .*KerasTuner's own"):
+    with pytest.raises(ValueError, match=r"directory must be new or hold the same search, got .*KerasTuner's own\."):
         tuner(tmp_path / "untitled_project")
 
 
@@ -1177,7 +1221,7 @@ class DyingEarly(RandomOracle):
 
 def test_a_trial_that_the_oracle_had_not_noted_is_proposed_again(tmp_path):
     def run(oracle, path):
-        found = tuner(path, oracle=oracle, space=Space(x=Float(1.0, 2.0)), max_trials=3)
+        found = tuner(path, oracle=oracle, space=Space(x=Float(1.0, 2.0)), max_trials=2)
         found.search(**FIT)
         return found.trials()
 
@@ -1235,12 +1279,12 @@ class Counting(keras.callbacks.Callback):
 def test_callbacks_given_to_the_tuner_are_copied_for_each_run(tmp_path):
     Counting.counts.clear()
     given = [Counting(), keras.callbacks.TensorBoard(tmp_path / "logs", write_graph=False)]
-    two = tuner(tmp_path / "two", space=Space(x=Int(1, 2)), executions_per_trial=2, callbacks=lambda: [Counting()])
+    two = tuner(tmp_path / "two", executions_per_trial=2, callbacks=lambda: [Counting()])
     two.search(ONES, ZEROS, validation_data=DATA[2:], callbacks=given, epochs=2)
-    assert sorted(Counting.counts) == [1] * 8 + [2] * 8  # two callbacks in four runs
+    assert sorted(Counting.counts) == [1] * 4 + [2] * 4  # two callbacks in two runs
     assert given[0].epochs == 0
     written = {str(path.parent.relative_to(tmp_path / "logs")) for path in (tmp_path / "logs").glob("*/*/train")}
-    assert written == {f"trial_{i}/execution_{j}" for i in range(2) for j in range(2)}
+    assert written == {"trial_0/execution_0", "trial_0/execution_1"}
     Counting.counts.clear()
     tuner(tmp_path / "made").search(**FIT, callbacks=lambda hp: [Counting() for _ in range(hp.x)])
     assert Counting.counts == [1]
@@ -1340,7 +1384,7 @@ def test_promoted_trials_continue_their_run(tmp_path):
 
 
 def test_an_oracle_of_several_objectives(tmp_path):
-    hypermodel = ok.tuning.HyperModel(lambda hp: line(math.inf if hp.x == 1 else hp.x), Space(x=Int(1, 3)))
+    hypermodel = ok.tuning.HyperModel(lambda hp: line(math.inf if hp.x == 1 else hp.x), Space(x=Int(1, 2)))
 
     def of(metric, path):
         oracle = keras_tuner.oracles.GridSearchOracle(
@@ -1352,8 +1396,9 @@ def test_an_oracle_of_several_objectives(tmp_path):
     found = of("val_accuracy", tmp_path / "known")
     found.search(**FIT)
     result = found.result()
-    assert [trial.score for trial in result.trials] == [None, 2.0, 3.0]  # val_loss - val_accuracy, which is 0
+    assert [trial.score for trial in result.trials] == [None, 2.0]  # val_loss - val_accuracy, which is 0
     assert result.best_trial.metrics["val_loss"] == 2.0
+    hypermodel.builder = lambda hp: line(hp.x)
     with pytest.raises(ValueError, match=r"objective must be a metric of the training .*, got 'val_auc'"):
         of("val_auc", tmp_path / "unknown").search(**FIT)
 

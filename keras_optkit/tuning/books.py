@@ -18,7 +18,7 @@ from keras_optkit.private import with_trials_saved_by
 Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tuner; KerasTuner does not export it
 
 
-_OF_A_TRIAL = ("trial.json", "model.keras", "*.weights.h5", "shapes.json")
+_OF_A_TRIAL = ("trial.json", "model.keras", "*.weights.h5", "*.built.json")
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
 _IN_TRIAL = ("trial_id", "hyperparameters", "metrics", "status")
 

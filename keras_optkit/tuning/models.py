@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 
 from keras_optkit.files import atomic_path
+from keras_optkit.optimizers.of_model import optimizers_of
+from keras_optkit.private import known_variables
 from keras_optkit.tuning.books import CannotWriteError, write_json, writing
 
-MODEL, WEIGHTS, SHAPES = "model.keras", "model.weights.h5", "shapes.json"
+
+@contextlib.contextmanager
+def _as_built(model: keras.Model) -> Iterator[None]:
+    """Has Keras save a model that never was called as a whole, since it has a `train_step` and no `call`."""
+    built, model.built = model.built, True
+    try:
+        yield
+    finally:
+        model.built = built
 
 
 class KeptModel:
-    """The model of a trial in the trial's directory, with its optimizer.
+    """A trained model in the directory of a trial, with the state of its optimizers.
 
     A `.keras` file holds the model itself, where Keras can serialise it. For another one, e.g. a subclass whose
     arguments are functions, there are its weights; and a file that Keras cannot open again, e.g. with a loss that is
     defined inside of a function, still has the weights in it. Both are loaded into the model that the build function
-    returns.
+    returns, which a file beside them helps to build.
 
     Args:
         directory: Of the trial.
+        name: What the names of the files begin with.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, name: str = "model") -> None:
+        self._model = directory / f"{name}.keras"
+        self._weights = directory / f"{name}.weights.h5"
+        self._built = directory / f"{name}.built.json"
 
     @property
     def path(self) -> Path:
         """The file that there is; that of a `.keras` file, if there is none."""
-        weights = self._directory / WEIGHTS
-        return weights if weights.exists() else self._directory / MODEL
+        return self._weights if self._weights.exists() else self._model
 
     def save(self, model: keras.Model) -> str:
         """Saves a model over the last one, as a whole or not at all; returns why it is not a `.keras` file, or "".
@@ -41,85 +56,93 @@ class KeptModel:
         Raises:
             CannotWriteError: If the disk does not take it.
         """
-        why_not = self._write(MODEL, model.save)
-        if not why_not:
-            (self._directory / WEIGHTS).unlink(missing_ok=True)
-        elif not (of_weights := self._write(WEIGHTS, model.save_weights)):
-            (self._directory / MODEL).unlink(missing_ok=True)
-        else:
+        why_not = self._write(self._model, model, model.save)
+        if why_not and (of_weights := self._write(self._weights, model, model.save_weights)):
             self.remove()
-            return f"{why_not} And not its weights: {of_weights}"
-        try:
-            write_json(self._directory / SHAPES, model.get_build_config())
-        except TypeError:  # a config of the model's own; the build function may build it
-            (self._directory / SHAPES).unlink(missing_ok=True)
+            return f"{why_not} And its weights cannot be kept. {of_weights}"
+        (self._model if why_not else self._weights).unlink(missing_ok=True)
+        self._write_how_it_is_built(model)
         return why_not
 
-    def _write(self, name: str, save: Callable[[Path], None]) -> str:
+    def save_weights(self, model: keras.Model) -> None:
+        """Saves the weights and the state of the optimizers alone.
+
+        Raises:
+            CannotWriteError: If the disk does not take them.
+        """
+        with writing(self._weights), atomic_path(self._weights) as path, _as_built(model):
+            model.save_weights(path)
+        self._write_how_it_is_built(model)
+
+    @staticmethod
+    def _write(path: Path, model: keras.Model, save: Callable[[Path], None]) -> str:
         try:
-            with writing(self._directory / name), atomic_path(self._directory / name) as path:
-                save(path)
+            with writing(path), atomic_path(path) as unfinished, _as_built(model):
+                save(unfinished)
         except CannotWriteError:
             raise
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
         return ""
+
+    def _write_how_it_is_built(self, model: keras.Model) -> None:
+        trainable = model.trainable_variables
+        place = {id(variable): i for i, variable in enumerate(trainable)}
+        optimizers = [
+            [place[id(variable)] for variable in known_variables(optimizer) or trainable if id(variable) in place]
+            if optimizer.built
+            else []
+            for optimizer in optimizers_of(model)
+        ]
+        try:
+            write_json(self._built, {"model": model.get_build_config(), "optimizers": optimizers})
+        except TypeError:  # a config of the model's own that JSON does not hold; its build function may build it
+            write_json(self._built, {"model": None, "optimizers": optimizers})
 
     def load(self, build: Callable[[], keras.Model]) -> keras.Model:
         """The model, compiled: from the file alone where that is possible, or else built, with the weights of the file.
 
         Raises:
-            FileNotFoundError: If it is not kept.
             RuntimeError: If it cannot be loaded in either way.
         """
-        path = self.path
-        if not path.exists():
-            raise FileNotFoundError(f"No model is kept in {str(self._directory)!r}.")
         reason: Exception | None = None
-        if path.name == MODEL:
+        if self.path == self._model:
             try:
-                model = keras.saving.load_model(path)
+                model = keras.saving.load_model(self._model)
                 if type(model).compile is keras.Model.compile:  # Keras leaves out a compile method of the model's own
                     return model
             except Exception as error:
                 reason = error
+        model = build()
         try:
-            return self._into(build())
-        except Exception as error:
-            error.__cause__ = error.__cause__ or reason
-            raise RuntimeError(
-                f"The model cannot be loaded from {str(path)!r}, which holds its weights: {error} By hand: build it, "
-                "call it on a batch, and use its load_weights."
-            ) from error
-
-    def _into(self, model: keras.Model) -> keras.Model:
-        if not model.built:
-            shapes = self._directory / SHAPES
-            if shapes.exists():
-                model.build_from_config(json.loads(shapes.read_text()))
-            model.built = True  # Keras leaves that open for a subclass, whose layers it has built
-        load_state(model, self.path)
+            self.load_into(model)
+        except RuntimeError as error:
+            raise error from error.__cause__ if reason is None else reason
         return model
+
+    def load_into(self, model: keras.Model) -> None:
+        """Loads the weights and the state of the optimizers into a model that need not be built.
+
+        Raises:
+            RuntimeError: If they do not fit, or if the model cannot be built.
+        """
+        try:
+            built: dict[str, Any] = json.loads(self._built.read_text())
+            if not model.built:
+                model.build_from_config(built["model"])
+                model.built = True  # Keras leaves that open for a subclass, whose layers it has built
+            trainable = model.trainable_variables
+            for optimizer, places in zip(optimizers_of(model), built["optimizers"], strict=False):
+                if not optimizer.built and places:
+                    optimizer.build([trainable[i] for i in places])
+            model.load_weights(self.path)
+        except Exception as error:
+            raise RuntimeError(
+                f"The model cannot be loaded from {str(self.path)!r}, which holds its weights: {error} By hand: build "
+                "it, call it on a batch, and use its load_weights."
+            ) from error
 
     def remove(self) -> None:
         """Deletes the files."""
-        for name in (MODEL, WEIGHTS, SHAPES):
-            (self._directory / name).unlink(missing_ok=True)
-
-
-def load_state(model: keras.Model, path: Path) -> None:
-    """Loads the weights into a model that is built, and the state of its optimizer."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and not optimizer.built:
-        optimizer.build(model.trainable_variables)
-    model.load_weights(path)
-
-
-def save_state(model: keras.Model, path: Path) -> None:
-    """Saves what `load_state` loads, as a whole or not at all.
-
-    Raises:
-        CannotWriteError: If the disk does not take it.
-    """
-    with writing(path), atomic_path(path) as unfinished:
-        model.save_weights(unfinished)
+        for path in (self._model, self._weights, self._built):
+            path.unlink(missing_ok=True)

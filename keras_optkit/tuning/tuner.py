@@ -29,7 +29,7 @@ from keras_optkit.tuning.books import AtomicBooks, check_books, damaged, delete_
 from keras_optkit.tuning.callbacks import Callbacks, Copies, Factory, of_search
 from keras_optkit.tuning.data import check_ends, is_dataset
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
-from keras_optkit.tuning.models import KeptModel, load_state, save_state
+from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.oracle import TRAINING, stream
 from keras_optkit.tuning.result import Result, Trial, ranked, shown
 from keras_optkit.tuning.space import Values
@@ -49,17 +49,6 @@ def _path(name: str, path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise TypeError(f"{name} must be the path of a directory, got {path!r}.")
     return Path(path)
-
-
-class _Continued(keras.callbacks.Callback):
-    """Starts with the state in which another run ended, once the model is built."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
-        load_state(self.model, self._path)
 
 
 class Tuner(keras_tuner.Tuner, AtomicBooks):
@@ -187,7 +176,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         """
         if "definition" not in state:
             raise OtherSearchError(
-                f"directory must be new or hold the same search, got {self.project_dir!r} with one of KerasTuner's own."
+                f"directory must be new or hold the same search, got {self.project_dir!r} with one of KerasTuner's "
+                "own. Choose another directory, or pass overwrite=True to start over."
             )
         old = state["definition"]
         different = [name for name in self.definition if json.dumps(self.definition[name]) != json.dumps(old.get(name))]
@@ -280,7 +270,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self._started = time.perf_counter()
         trial.metrics = type(trial.metrics)()  # without those of an attempt that was interrupted
         trial.message = None
-        self.records[trial.trial_id] = {}
+        self.records[trial.trial_id] = {"epochs": 0, "best_epoch": None, "metrics": {}}
         self.save()
         if self.verbose:
             number, total = self.number(trial), self.oracle.max_trials or "?"
@@ -292,7 +282,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         """KerasTuner's hook after a trial."""
         record = self.records[trial.trial_id]
         record["seconds"] = time.perf_counter() - self._started
-        trial.status = record["status"]
+        trial.status = record.get("status", trial.status)  # a subclass may run its trials in its own way
         if trial.status != TrialStatus.COMPLETED:
             trial.metrics = type(trial.metrics)()  # without the placeholder that run_trial returned
         self.save()  # before the oracle notes that the trial has ended, which must not be without its record
@@ -316,7 +306,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
     def run_trial(self, trial: keras_tuner.engine.trial.Trial, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Builds and trains the model of a trial, `executions_per_trial` times; returns the mean score."""
         record = self.records[trial.trial_id]
-        record.update(status=TrialStatus.COMPLETED, epochs=0)
+        record["status"] = TrialStatus.COMPLETED
         objective = self.oracle.objective
         also = of_search(kwargs.pop("callbacks", None))
         best: float | None = None
@@ -383,12 +373,12 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
                     raise FatalValueError("epochs must not be a parameter of the space where the oracle sets them.")
                 kwargs.update(epochs=rounds[EPOCHS], initial_epoch=rounds[INITIAL_EPOCH])
             if PARENT in rounds:
-                callbacks.insert(0, _Continued(self._end(rounds[PARENT], execution)))
+                self._end(rounds[PARENT], execution).load_into(model)
             watch.set_model(model)
             returned = self.hypermodel.fit(trial.hyperparameters, model, *args, **kwargs, callbacks=[*callbacks, watch])
             self._take(returned, watch)
             if EPOCHS in rounds:
-                save_state(model, self._end(trial.trial_id, execution))
+                self._end(trial.trial_id, execution).save_weights(model)
             assert watch.best_epoch is not None
             metric(f"best_{watch.objective.name}", watch.score, watch.best_epoch - 1)
 
@@ -399,8 +389,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         if watch.failure or not watch.epochs:
             raise FailedTrialError(watch.failure or "No epoch was finished.")
         if watch.best_epoch is None:
-            known = any("metrics" in record for record in self.records.values())
-            if watch.model.stop_training or known:  # a later epoch may have it, or another trial has
+            known = any(record["metrics"] for record in self.records.values())
+            if getattr(watch.model, "stop_training", False) or known:  # a later epoch may have it, or another trial has
                 raise FailedTrialError(f"No epoch had the objective: {watch.missing()}")
             raise FatalValueError(watch.missing())
 
@@ -441,13 +431,13 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         """The file with the model of a trial, if it is kept."""
         return self.kept_model(trial_id).path
 
-    def _end(self, trial_id: str, execution: int) -> Path:
-        """The state in which the run of a trial ended, for one that continues it."""
-        return Path(self.get_trial_dir(trial_id)) / f"end_{execution}.weights.h5"
+    def _end(self, trial_id: str, execution: int) -> KeptModel:
+        """The state in which a run of a trial ended, for one that continues it."""
+        return KeptModel(Path(self.get_trial_dir(trial_id)), f"end_{execution}")
 
     def _forget_end(self, trial_id: str) -> None:
         for execution in range(self.executions_per_trial):
-            self._end(trial_id, execution).unlink(missing_ok=True)
+            self._end(trial_id, execution).remove()
 
     def load_model(self, trial: keras_tuner.engine.trial.Trial) -> keras.Model:
         """The trained model of a trial, as it was at its best epoch.
@@ -456,14 +446,20 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             FileNotFoundError: If it is not kept; see `keep_models`.
             RuntimeError: If it cannot be loaded.
         """
-        hypermodel, hp = self.hypermodel, trial.hyperparameters
-        try:
-            return self.kept_model(trial.trial_id).load(lambda: hypermodel.build(hp))
-        except FileNotFoundError as error:
-            why_not = self.records.get(trial.trial_id, {}).get("why_not_keras", "")
-            raise FileNotFoundError(
-                f"No model is kept of trial {self.number(trial)}; keep_models={self.keep_models}. {why_not}".rstrip()
-            ) from error
+        return self._loader(trial)()
+
+    def _loader(self, trial: keras_tuner.engine.trial.Trial) -> Callable[[], keras.Model]:
+        """`load_model` of a trial, without this object, which may hold much more."""
+        hypermodel, hp, kept = self.hypermodel, trial.hyperparameters, self.kept_model(trial.trial_id)
+        why_not = self.records.get(trial.trial_id, {}).get("why_not_keras", "")
+        message = f"No model is kept of trial {self.number(trial)}; keep_models={self.keep_models}. {why_not}".rstrip()
+
+        def load() -> keras.Model:
+            if not kept.path.exists():
+                raise FileNotFoundError(message)
+            return kept.load(lambda: hypermodel.build(hp))
+
+        return load
 
     def get_best_models(self, num_models: int = 1) -> list[keras.Model]:
         """The trained models of the best trials, best first; fewer, if fewer trials were completed.
@@ -512,7 +508,6 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             first = f"; the first: {trials[0].reason}" if trials else ""
             raise RuntimeError(f"All {len(trials)} trials failed{first}") from self.first_error
         best = self.oracle.trials[self.oracle.start_order[order[0].number]]
-        kept, hypermodel, hp = self.kept_model(best.trial_id), self.hypermodel, best.hyperparameters
         return Result(
             trials,
             self.hypermodel.space,
@@ -520,7 +515,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             objective.direction,
             self.oracle.seed,
             Path(self.project_dir),
-            kept.path,
-            load=lambda: kept.load(lambda: hypermodel.build(hp)),
+            self.model_path(best.trial_id),
+            load=self._loader(best),
             temporary=temporary,
         )
