@@ -137,6 +137,32 @@ CALLBACK_STATE = {
 }
 
 
+#: Keras's global attributes in which settings of the user are, and no state of models.
+_SETTINGS = (
+    "dtype_policy",
+    "distribution",
+    "custom_objects_scope_dict",
+    "safe_mode_saving",
+    "flash_attention",
+    "interactive_logging",
+    "traceback_filtering",
+)
+
+
+def clear_session() -> None:
+    """`keras.backend.clear_session`, which frees models and restarts names, with the user's settings kept.
+
+    Keras forgets these, too: a dtype policy of "mixed_bfloat16" would be float32 afterwards. Fall-back: as Keras.
+    """
+    kept = {name: _global_attribute(name) for name in _SETTINGS}
+    keras.backend.clear_session()
+    for name, value in kept.items():
+        if value is not None:
+            from keras.src.backend.common import global_state
+
+            global_state.set_global_attribute(name, value)
+
+
 def with_trials_saved_by(oracle: Any, save: Callable[[str, Any], Any]) -> None:
     """Has an oracle of KerasTuner save its trials with `save(path, trial)`.
 

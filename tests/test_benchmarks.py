@@ -182,7 +182,7 @@ def test_cost_of_resume(script, capsys):
 
 def test_cost_of_the_monitor(script, monkeypatch, capsys):
     monitor = script("monitor_overhead")
-    kept, of_all = ("plain", "monitor", "second tape, eager"), monitor.alternatives
+    kept, of_all = ("plain", "monitor"), monitor.alternatives
     monkeypatch.setattr(monitor, "network", lambda size: tiny())  # noqa: ARG005
     monkeypatch.setattr(monitor, "alternatives", lambda *given: {name: of_all(*given)[name] for name in kept})
     monitor.main(["--size", "32", "--batch", "2", "--every", "2", "--rounds", "1"])

@@ -582,6 +582,18 @@ def test_each_trial_has_callbacks_of_its_own():
         search(lambda hp: line(hp.x), space, callbacks=lambda: [shared])
 
 
+def test_the_dtype_policy_holds_in_every_trial():
+    seen = []
+
+    def build(hp):
+        seen.append(keras.config.dtype_policy().name)
+        return line(hp.x)
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    search(build, Space(x=Int(1, 2)))
+    assert [*seen, keras.config.dtype_policy().name] == ["mixed_bfloat16"] * 3
+
+
 def test_executions_are_averaged(tmp_path):
     starts = iter([4.0, 1.0, 2.0, 2.0])
     result = search(

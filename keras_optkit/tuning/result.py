@@ -17,7 +17,7 @@ from keras_optkit.tuning.space import Space, Values
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of the space and what came of it.
+    """One point of the space and its outcome.
 
     Attributes:
         number: 0, 1, 2, ... in the order in which the trials were started; also in the names of their directories.

@@ -78,11 +78,11 @@ def search(
     overwrite: bool = False,
     verbose: int = 1,
 ) -> Result:
-    """Trains a model at several points of a space and returns what came of it.
+    """Trains a model at several points of a space and returns the results.
 
     Every trial builds a model, trains it with `fit` and is scored by the objective at its best epoch; the model of the
     best epoch of the best trial is kept. A trial that raises, or whose loss is no longer finite, has failed: the table
-    says why, it can never be the best, and the search goes on.
+    says why, it can never be the best, and the search continues.
 
     Args:
         build: Takes the `Values` of a trial (`hp.learning_rate` or `hp["learning_rate"]`; what is inactive is absent)
@@ -103,8 +103,8 @@ def search(
         fit_arguments: Other arguments of `fit` by name: `{"class_weight": {0: 1.0, 1: 5.0}, "steps_per_epoch": 100}`.
             `sample_weight` is split with the data. Data without an end need `steps_per_epoch` and `validation_steps`.
         executions_per_trial: Trainings per trial with different seeds, scored by their mean.
-        callbacks: A function that returns the list of callbacks of one training, made anew each time. It may take the
-            trial's values, or the values and the training's log directory (None without `log_dir`).
+        callbacks: A function that returns the list of callbacks of one run, new ones each time. It may take the
+            trial's values, or the values and the run's log directory (None without `log_dir`).
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
             changes the global seeds). When left out it is drawn with Python's `random`; see `Result.seed`.
         directory: Where state and the best model are kept. If a search is there it is continued: finished trials are
@@ -121,7 +121,7 @@ def search(
 
     Raises:
         TypeError: If an argument has a wrong type, or `build` returns no compiled model.
-        ValueError: If an argument has a wrong value, if a grid has infinitely many points, if the trainings have no
+        ValueError: If an argument has a wrong value, if a grid has infinitely many points, if training has no
             metric named like the objective, or if `directory` holds another search.
         RuntimeError: If all trials failed, from the first error; if another search runs in `directory`, or a file in it
             is damaged.

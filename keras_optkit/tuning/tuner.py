@@ -23,6 +23,7 @@ from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.errors import FailedTrialError, FatalError, FatalValueError
 
 from keras_optkit import arguments
+from keras_optkit.private import clear_session
 from keras_optkit.tuning import logs
 from keras_optkit.tuning.best_epoch import BestEpoch, names_of
 from keras_optkit.tuning.books import AtomicBooks, check_books, damaged, delete_search, keep_books_of, locked
@@ -54,7 +55,7 @@ def _path(name: str, path: Any) -> Path:
 class Tuner(keras_tuner.Tuner, AtomicBooks):
     """Runs the trials that an oracle of KerasTuner proposes. `search` makes one; use it directly for other oracles.
 
-    What it does differently from KerasTuner's: every trial is seeded by the oracle's seed and its number; a training
+    What it does differently from KerasTuner's: every trial is seeded by the oracle's seed and its number; a run
     whose loss is no longer finite ends and its trial has failed; models are kept with their optimizers, as `.keras`
     files where that is possible; HParams are written for every trial. A trial that an oracle such as
     `keras_tuner.oracles.HyperbandOracle` promotes continues the run that it comes from, weights and optimizer, at the
@@ -357,7 +358,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        keras.backend.clear_session()  # frees the last model, too: it collects garbage
+        clear_session()  # frees the last model, too: it collects garbage
         seed = stream(self.oracle.seed, TRAINING, self.number(trial), execution)
         keras.utils.set_random_seed(int(seed.generate_state(1)[0]))
         values, rounds = self.hypermodel.point(trial.hyperparameters), trial.hyperparameters.values
@@ -383,7 +384,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             metric(f"best_{watch.objective.name}", watch.score, watch.best_epoch - 1)
 
     def _take(self, returned: Any, watch: BestEpoch) -> None:
-        """Raises if a training has no score; a `fit` of the hypermodel's own may return one, or metrics."""
+        """Raises if a run has no score; a `fit` of the hypermodel's own may return one, or metrics."""
         if not watch.epochs and isinstance(returned, int | float | np.floating | dict):
             watch.on_epoch_end(0, returned if isinstance(returned, dict) else {self.oracle.objective.name: returned})
         if watch.failure or not watch.epochs:
