@@ -1186,8 +1186,11 @@ def test_a_damaged_book_is_named(tmp_path, finished, name, content, reason):
     named = re.escape(str(tmp_path / "copy" / name))
     with pytest.raises(RuntimeError, match=rf"cannot be continued, since '{named}' is damaged: .*{reason}.*overwrite"):
         tuner(tmp_path / "copy")
+    mine = tmp_path / "copy" / "trial_notes"
+    mine.mkdir()
     tuner(tmp_path / "copy", overwrite=True)
     assert not list((tmp_path / "copy").rglob("*.json"))
+    assert mine.exists()
 
 
 def test_a_search_of_keras_tuner_is_not_taken_for_ours(tmp_path):
@@ -1240,10 +1243,12 @@ def test_a_trial_that_the_oracle_had_not_noted_is_proposed_again(tmp_path):
     whole = run(RandomOracle, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(DyingEarly, tmp_path / "parts")
-    (tmp_path / "parts" / ".oracle.json.1234.tmp").write_text("half of it")
+    left = [".oracle.json.0123abcd.tmp", "trial_0/.0123abcd.tmp.model.keras"]
+    for name in (*left, ".mine.tmp", "trial_notes"):
+        (tmp_path / "parts" / name).write_text("half of it")
     parts = run(RandomOracle, tmp_path / "parts")
     assert [(trial.values, trial.score) for trial in parts] == [(trial.values, trial.score) for trial in whole]
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert {path.name for path in tmp_path.rglob("*") if "tmp" in path.name} == {".mine.tmp"}
 
 
 # Failures, to read

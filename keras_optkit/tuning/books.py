@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tune
 
 
 _OF_A_TRIAL = ("trial.json", "model.keras", "*.weights.h5", "*.built.json")
+_LEFT_OVER = re.compile(  # other files that look alike are somebody else's
+    r"\.(oracle|trial|tuner\w*|(model|end_\d+)\.built)\.json\.[0-9a-f]{8}\.tmp"
+    r"|\.[0-9a-f]{8}\.tmp\.(model|end_\d+)\.(keras|weights\.h5)"
+)
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
 _IN_TRIAL = ("trial_id", "hyperparameters", "metrics", "status")
 
@@ -121,11 +126,10 @@ def locked(directory: Path) -> Iterator[None]:
             f"directory={str(directory)!r} is in use by the search of another process, or by another of this one."
         ) from error
     try:
-        for path in (
-            *leftovers(directory),
-            *(path for trial in directory.glob("trial_*") for path in leftovers(trial)),
-        ):
-            path.unlink()
+        for place in (directory, *directory.glob("trial_*")):
+            for path in leftovers(place):
+                if _LEFT_OVER.fullmatch(path.name):
+                    path.unlink()
         yield
     finally:
         lock.release()
@@ -134,7 +138,7 @@ def locked(directory: Path) -> Iterator[None]:
 def delete_search(directory: Path) -> None:
     """Deletes what KerasTuner and `Tuner` wrote into a directory, and nothing else."""
     for trial in directory.glob("trial_*"):
-        if any(trial.glob(name) for name in _OF_A_TRIAL):
+        if any(path for name in _OF_A_TRIAL for path in trial.glob(name)):
             shutil.rmtree(trial)
     for state in (*directory.glob("oracle.json"), *directory.glob("tuner*.json")):
         state.unlink()
