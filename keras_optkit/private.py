@@ -1,4 +1,4 @@
-"""The only file that touches private names of Keras, TensorFlow or JAX, each with its public fall-back.
+"""The only file that touches private names of Keras, KerasTuner, TensorFlow or JAX, each with its public fall-back.
 
 `tests/test_private.py` holds a canary for every name.
 """
