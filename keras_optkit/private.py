@@ -1,4 +1,4 @@
-"""The only file that touches private names of Keras, TensorFlow or JAX, each with its public fall-back.
+"""The only file that touches private names of Keras, KerasTuner, TensorFlow or JAX, each with its public fall-back.
 
 `tests/test_private.py` holds a canary for every name.
 """
@@ -152,3 +152,42 @@ CALLBACK_STATE = {
     keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
     keras.callbacks.TensorBoard: ("_global_train_batch", "_global_test_batch"),
 }
+
+
+#: Keras's global attributes in which settings of the user are, and no state of models.
+_SETTINGS = (
+    "dtype_policy",
+    "distribution",
+    "custom_objects_scope_dict",
+    "safe_mode_saving",
+    "flash_attention",
+    "interactive_logging",
+    "traceback_filtering",
+)
+
+
+def clear_session() -> None:
+    """`keras.backend.clear_session`, which frees models and restarts names, with the user's settings kept.
+
+    Keras forgets these, too: a dtype policy of "mixed_bfloat16" would be float32 afterwards. Fall-back: as Keras.
+    """
+    kept = {name: _global_attribute(name) for name in _SETTINGS}
+    keras.backend.clear_session()
+    for name, value in kept.items():
+        if value is not None:
+            from keras.src.backend.common import global_state
+
+            global_state.set_global_attribute(name, value)
+
+
+def with_trials_saved_by(oracle: Any, save: Callable[[str, Any], Any]) -> None:
+    """Has an oracle of KerasTuner save its trials with `save(path, trial)`.
+
+    Fall-back: it saves them itself, over the old file, half of which is left where the process ends meanwhile.
+    """
+
+    def save_trial(trial: Any) -> None:
+        save(f"{oracle._get_trial_dir(trial.trial_id)}/trial.json", trial)
+
+    if hasattr(oracle, "_save_trial") and hasattr(oracle, "_get_trial_dir"):
+        oracle._save_trial = save_trial

@@ -1,20 +1,27 @@
-"""The benchmark of optimizers measures what it says: the same update everywhere. How long it takes is not tested."""
+"""The benchmarks measure what they say, e.g. the same update everywhere. How long it takes is not tested."""
 
 import importlib
 import math
 import re
 import sys
 
+import keras
 import pytest
 
 LABELS = ["keras, graph", "keras, XLA", "ours, graph", "ours, XLA", "torch, fused"]
 
 
 @pytest.fixture
-def bench(monkeypatch, request):
-    """The script, imported as Python finds it when it is run."""
+def script(monkeypatch, request):
+    """Imports a script as Python finds it when it is run."""
     monkeypatch.syspath_prepend(request.config.rootpath / "examples" / "benchmarks")
-    return importlib.import_module("optimizer_step")
+    return importlib.import_module
+
+
+@pytest.fixture
+def bench(script):
+    """The benchmark of optimizers."""
+    return script("optimizer_step")
 
 
 def tables(printed):
@@ -142,3 +149,44 @@ def test_numbers_keep_three_digits(bench):
     assert bench.spread([1.0, 2.0, 3.0]) == "2.00 [1.50, 2.50]"
     assert bench.geometric_mean([0.5, 2.0]) == "1.00"
     assert bench.geometric_mean([0.5, -0.1]) == "-"  # the empty function took longer: noise
+
+
+# The benchmarks of callbacks
+
+
+def tiny():
+    return keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(10, "relu")])
+
+
+def test_cost_of_the_guard(script, monkeypatch, capsys):
+    guard = script("guard_overhead")
+    monkeypatch.setitem(guard.MODELS, "tiny", (tiny, 2))
+    for other in ("every batch", "guard"):
+        monkeypatch.delitem(guard.ALTERNATIVES, other)
+    guard.main(["--models", "tiny", "--steps", "2", "--rounds", "1"])
+    ours, *_ = re.findall(r"│ +tiny │ +[\d.]+ \(1\.00\) │ +[\d.]+ \(([\d.]+)\) │ +([\d.]+) │", capsys.readouterr().out)
+    assert all(float(cell) > 0 for cell in ours)
+
+
+def test_cost_of_resume(script, capsys):
+    script("resume_overhead").main(
+        ["--width", "4", "--batch-size", "2", "--every", "2", "--blocks", "2", "--rounds", "1"]
+    )
+    printed = capsys.readouterr().out
+    assert "350 parameters, bundles of 0 MB every 2 steps" in printed
+    times = re.findall(r"│ +(without|with Resume) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", printed)
+    assert [name for name, *_ in times] == ["without", "with Resume"]
+    assert all(0 < float(low) <= float(middle) <= float(high) for _, middle, low, high in times)
+    assert re.search(r"With bundles a step takes [+-][\d.]+ %\.", printed)
+
+
+def test_cost_of_the_monitor(script, monkeypatch, capsys):
+    monitor = script("monitor_overhead")
+    kept, of_all = ("plain", "monitor"), monitor.alternatives
+    monkeypatch.setattr(monitor, "network", lambda size: tiny())  # noqa: ARG005
+    monkeypatch.setattr(monitor, "alternatives", lambda *given: {name: of_all(*given)[name] for name in kept})
+    monitor.main(["--size", "32", "--batch", "2", "--every", "2", "--rounds", "1"])
+    rows = re.findall(r"│ (\S.*?) +│ +-?[\d.]+ │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │", capsys.readouterr().out)
+    assert [name for name, *_ in rows] == list(kept)
+    assert rows[0][2:] == ("1.000", "1.000")
+    assert all(float(cell) > 0 for _, *cells in rows for cell in cells)

@@ -2,12 +2,14 @@
 
 import jax
 import keras
+import keras_tuner
 import tensorflow as tf
 from keras import layers
 from tensorflow.python.framework import config
 
 from keras_optkit.private import (
     compile_arguments,
+    clear_session,
     current_layer,
     forget_trace,
     global_seed,
@@ -17,6 +19,7 @@ from keras_optkit.private import (
     schedule_of,
     set_global_seed,
     sublayers,
+    with_trials_saved_by,
 )
 
 
@@ -127,3 +130,41 @@ def test_the_schedule_of_an_optimizer_is_the_one_that_it_was_given():
     vars(optimizer)["_learning_rate"] = None  # as if there were no such name
     optimizer.get_config = lambda: {"learning_rate": keras.saving.serialize_keras_object(schedule)}
     assert schedule_of(optimizer).get_config() == schedule.get_config()
+
+
+def test_settings_survive_when_the_session_is_cleared():
+    class Own(layers.Layer):
+        pass
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    keras.config.disable_interactive_logging()
+    keras.config.disable_traceback_filtering()
+    try:
+        with keras.saving.custom_object_scope({"Own": Own}):
+            layers.Dense(2)
+            clear_session()
+            assert layers.Dense(2).name == "dense"
+            assert keras.config.dtype_policy().name == "mixed_bfloat16"
+            assert not keras.config.is_interactive_logging_enabled()
+            assert not keras.config.is_traceback_filtering_enabled()
+            assert keras.saving.get_registered_object("Own") is Own
+            keras.backend.clear_session()  # what is kept is what this forgets
+            assert keras.config.dtype_policy().name == "float32"
+    finally:
+        keras.config.enable_interactive_logging()
+        keras.config.enable_traceback_filtering()
+
+
+def test_an_oracle_has_its_trials_saved_by_another(tmp_path):
+    class Tuner(keras_tuner.Tuner):
+        def run_trial(self, trial):
+            return 1.0
+
+    space, saved = keras_tuner.HyperParameters(), []
+    space.Int("x", 1, 3)
+    oracle = keras_tuner.oracles.GridSearchOracle(keras_tuner.Objective("score", "min"), 1, hyperparameters=space)
+    with_trials_saved_by(oracle, lambda path, trial: saved.append((path, trial.status)))
+    Tuner(oracle, directory=str(tmp_path), project_name="p").search()
+    path = tmp_path / "p" / "trial_0" / "trial.json"
+    assert saved == [(str(path), status) for status in ("RUNNING", "RUNNING", "COMPLETED")]
+    assert not path.exists()

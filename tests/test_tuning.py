@@ -1,15 +1,21 @@
 """Search spaces, the search, and what it leaves behind."""
 
 import gc
+import io
 import itertools
 import json
 import math
+import re
+import shutil
+import threading
 import weakref
+from typing import ClassVar
 
 import keras
 import keras_tuner
 import numpy as np
 import pytest
+import rich.console
 import tensorflow as tf
 from scipy import stats
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
@@ -256,6 +262,18 @@ def line(start, step=0.0):
 def search(build, space, **arguments):
     defaults = {"objective": "val_loss", "epochs": 1, "seed": 0, "verbose": 0}
     return ok.tuning.search(build, space, DATA, **{**defaults, **arguments})
+
+
+FIT = {"x": ONES, "y": ZEROS, "validation_data": DATA[2:]}
+
+
+def tuner(directory, build=lambda hp: line(hp.x), oracle=RandomOracle, space=None, max_trials=None, **arguments):
+    """A tuner of a small space."""
+    hypermodel = ok.tuning.HyperModel(build, space or Space(x=Int(1, 1)))
+    goal = keras_tuner.Objective("val_loss", "min")
+    return ok.tuning.Tuner(
+        oracle(hypermodel.space, goal, max_trials, 0), hypermodel, **{"directory": directory, "verbose": 0, **arguments}
+    )
 
 
 def noisy(hp):
@@ -564,6 +582,18 @@ def test_each_trial_has_callbacks_of_its_own():
         search(lambda hp: line(hp.x), space, callbacks=lambda: [shared])
 
 
+def test_the_dtype_policy_holds_in_every_trial():
+    seen = []
+
+    def build(hp):
+        seen.append(keras.config.dtype_policy().name)
+        return line(hp.x)
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    search(build, Space(x=Int(1, 2)))
+    assert [*seen, keras.config.dtype_policy().name] == ["mixed_bfloat16"] * 3
+
+
 def test_executions_are_averaged(tmp_path):
     starts = iter([4.0, 1.0, 2.0, 2.0])
     result = search(
@@ -806,6 +836,605 @@ def test_two_searches_do_not_share_runs(tmp_path):
         run()
     run(overwrite=True)
     assert len(list((tmp_path / "trial_0").glob("events*"))) == 1
+
+
+# Arguments of fit, and what is in the logs
+
+
+class Endless(keras.utils.PyDataset):
+    """Batches without an end."""
+
+    num_batches = None
+
+    def __getitem__(self, index):
+        return DATA[:2]
+
+
+BATCHES = tf.data.Dataset.from_tensors(DATA[:2])
+
+
+@pytest.mark.parametrize(
+    ("data", "validation", "message"),
+    [
+        (BATCHES.repeat(), DATA[2:], r"steps_per_epoch must be given where data is a dataset without an end"),
+        (Endless(), DATA[2:], r"steps_per_epoch must be given where data is a PyDataset without an end"),
+        (DATA[:2], BATCHES.repeat(), r"validation_steps must be given where validation is a dataset without an end"),
+        (BATCHES, Endless(), r"validation_steps must be given where validation is a PyDataset without an end"),
+    ],
+)
+def test_data_without_an_end_need_a_number_of_steps(data, validation, message):
+    with pytest.raises(ValueError, match=message):
+        ok.tuning.search(line, {"x": Int(1, 2)}, data, validation=validation, objective="val_loss")
+
+
+def test_an_iterator_is_no_data_for_several_trials(tmp_path):
+    with pytest.raises(TypeError, match=r"data must be a pair .*got generator\. An iterator can be read only once"):
+        ok.tuning.search(line, {"x": Int(1, 2)}, (batch for batch in [DATA[:2]]), objective="loss")
+    with pytest.raises(ValueError, match=r"steps_per_epoch must be given where x is an iterator, .* got None"):
+        tuner(tmp_path).search(batch for batch in [DATA[:2]])
+
+
+def test_arguments_of_fit_reach_it():
+    seen = []
+
+    class Params(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append((epoch, self.params["steps"], "val_loss" in logs))
+
+    result = ok.tuning.search(
+        lambda hp: line(hp.x), Space(x=Int(3, 3)), BATCHES.repeat(), validation=BATCHES.repeat(),
+        objective="val_loss", epochs=4, verbose=0, seed=0, callbacks=lambda: [Params()],
+        fit_arguments={
+            "steps_per_epoch": 2, "validation_steps": 1, "initial_epoch": 1, "validation_freq": 2,
+            "class_weight": {0: 2.0},
+        },
+    )  # fmt: skip
+    assert seen == [(1, 2, True), (2, 2, False), (3, 2, True)]
+    (trial,) = result.trials
+    assert (trial.epochs, trial.best_epoch, trial.metrics["val_loss"], trial.metrics["loss"]) == (3, 2, 3.0, 6.0)
+
+
+def test_sample_weights_are_split_with_the_data():
+    x = np.arange(10.0)
+    fit = fit_data(*checked_data((x, x * 2), 0.3, "val_loss"), seed=0, sample_weight=x * 3)
+    held_out, labels, weights = fit["validation_data"]
+    assert len(weights) == 3
+    np.testing.assert_array_equal(weights, held_out * 3)
+    np.testing.assert_array_equal(fit["sample_weight"], fit["x"] * 3)
+    np.testing.assert_array_equal(labels, held_out * 2)
+    explicit = fit_data(*checked_data((x, x), (x, x, x), "val_loss"), seed=0, sample_weight=x)
+    assert len(explicit["validation_data"]) == 3
+    result = ok.tuning.search(
+        lambda hp: line(hp.x), Space(x=Int(3, 3)), DATA[:2], validation=0.25, objective="val_loss", epochs=1, verbose=0,
+        fit_arguments={"sample_weight": np.full(4, 0.5)},
+    )  # fmt: skip
+    assert (result.best_score, result.best_trial.metrics["loss"]) == (1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([1], TypeError, r"fit_arguments must be a mapping"),
+        ({"sampel_weight": 1}, TypeError, r"fit has no argument 'sampel_weight'; .* Did you mean 'sample_weight'"),
+        ({"validation_split": 0.2}, ValueError, r"must not have 'validation_split', which search takes as validation="),
+        ({"callbacks": []}, ValueError, r"must not have 'callbacks', which search takes as callbacks="),
+        (
+            {"steps_per_epoch": 0},
+            ValueError,
+            r"fit_arguments\['steps_per_epoch'\] must be an integer at least 1 or None",
+        ),
+        ({"initial_epoch": 1}, ValueError, r"fit_arguments\['initial_epoch'\] must be less than epochs=1, got 1"),
+        ({"shuffle": 1}, TypeError, r"fit_arguments\['shuffle'\] must be True or False, got 1"),
+        ({"validation_freq": [0]}, ValueError, r"fit_arguments\['validation_freq'\] must be an integer at least 1"),
+        ({"class_weight": 2}, TypeError, r"fit_arguments\['class_weight'\] must be a mapping from classes"),
+        ({"sample_weight": ONES, "class_weight": {0: 1}}, ValueError, r"class_weight or sample_weight, got both"),
+        ({"sample_weight": ONES[:3]}, ValueError, r"must have one weight for each of the 4 samples, got 3"),
+    ],
+)
+def test_bad_arguments_of_fit(given, error, message):
+    with pytest.raises(error, match=message):
+        search(line, Space(x=Int(1, 2)), fit_arguments=given)
+
+
+def test_sample_weights_of_a_dataset_are_in_its_batches():
+    with pytest.raises(ValueError, match=r"\['sample_weight'\] must be left out where data is a dataset"):
+        ok.tuning.search(line, {"x": Int(1, 2)}, (BATCHES, BATCHES), fit_arguments={"sample_weight": ONES})
+
+
+def test_other_arguments_of_fit_are_another_search(tmp_path):
+    def run(**arguments):
+        return search(lambda hp: line(hp.x), Space(x=Int(1, 1)), directory=tmp_path, fit_arguments=arguments)
+
+    run(class_weight={0: np.float32(2)})
+    assert run(class_weight={0: 2.0}).best_score == 1.0
+    with pytest.raises(ValueError, match=r"fit_arguments was .*'class_weight': \{'0': 2.0\}.* and is .*'0': 3.0"):
+        run(class_weight={0: 3.0})
+
+
+class Logging(keras.callbacks.Callback):
+    """Puts into the logs what is no number, and in every second epoch a score."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs |= {"array": np.ones(3), "text": "warm-up", "none": None, "list": [1, 2], "one": np.float32([[7]])}
+        if epoch % 2:
+            logs["score"] = np.float32(epoch)
+
+
+def test_logs_may_hold_anything_and_lack_the_objective_in_some_epochs():
+    result = search(
+        lambda hp: line(hp.x), Space(x=Int(1, 1)), epochs=5, objective=keras_tuner.Objective("score", "max"),
+        callbacks=lambda: [Logging()],
+    )  # fmt: skip
+    (trial,) = result.trials
+    assert (trial.score, trial.best_epoch, trial.epochs, trial.metrics["one"]) == (3.0, 4, 5, 7.0)
+    assert trial.metrics.keys().isdisjoint({"array", "text", "none", "list"})
+    json.dumps(result.rows())
+
+
+@pytest.mark.parametrize(
+    ("objective", "error", "message"),
+    [
+        ("scroe", ValueError, r"objective must be a metric .*'one', 'score'\), got 'scroe'\. Did you mean 'score'"),
+        ("array", TypeError, r"objective 'array' must be one number, got array\("),
+    ],
+)
+def test_an_objective_that_no_callback_logs_ends_the_search_after_one_trial(objective, error, message):
+    built = []
+    with pytest.raises(error, match=message):
+        search(
+            lambda hp: built.append(hp) or line(hp.x), Space(x=Int(1, 3)), epochs=2, objective=objective,
+            direction="min", callbacks=lambda: [Logging()],
+        )  # fmt: skip
+    assert len(built) == 1
+
+
+def test_a_trial_that_is_stopped_before_its_first_score_has_failed():
+    result = search(
+        lambda hp: line(hp.x), Space(x=Choice([0.0, 3.0])), strategy="grid", epochs=2, objective="score",
+        direction="min", callbacks=lambda: [Logging(), ok.callbacks.EarlyStopping("val_loss", mode="min", target=1.0)],
+    )  # fmt: skip
+    assert [trial.score for trial in result.trials] == [None, 1.0]
+    assert result.trials[0].message.startswith("No epoch had the objective: objective must be a metric of the training")
+
+
+# Models that a .keras file cannot hold
+
+
+class Twice(keras.Model):
+    """Not registered, with a function among its arguments."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.dense(self.function(x["in"] if isinstance(x, dict) else x))
+
+
+class Compiled(keras.Model):
+    """With a compile method of its own."""
+
+    def compile(self, rate):
+        super().compile(ok.optimizers.Adam(rate), "mse", run_eagerly=True)
+
+
+keras.saving.register_keras_serializable("test_tuning")(Compiled)
+
+
+def half(k):
+    def loss(y, prediction):
+        return k * keras.ops.mean((y - prediction) ** 2)
+
+    return loss
+
+
+def subclass(hp):
+    model = Twice(lambda x: 2 * x)
+    model.compile(ok.optimizers.Adam(hp.rate), "mse", run_eagerly=True)
+    return model
+
+
+def closure(hp):
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(hp.rate), half(0.5), run_eagerly=True)
+    return model
+
+
+def own_compile(hp):
+    inputs = keras.Input((2,))
+    model = Compiled(inputs, keras.layers.Dense(1)(inputs))
+    model.compile(hp.rate)
+    return model
+
+
+def lambda_layer(hp):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: 3 * x), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(hp.rate, momentum=0.9), "mse", run_eagerly=True)
+    return model
+
+
+class Adversaries(keras.Model):
+    """Two models, two optimizers, no `call`."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.models = [first, second]
+
+    def compile(self, optimizers):
+        super().compile(run_eagerly=True)
+        self.optimizers = optimizers
+
+    def train_step(self, x):
+        losses = []
+        for model, optimizer in zip(self.models, self.optimizers, strict=True):
+            with tf.GradientTape() as tape:
+                losses.append(tf.reduce_mean((model(x) - 1) ** 2))
+            gradients = tape.gradient(losses[-1], model.trainable_variables)
+            optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return {"sum": sum(losses)}
+
+
+@pytest.mark.only_on("tensorflow", because="its train_step records gradients with a tape")
+def test_a_model_of_two_models_with_optimizers_of_their_own_is_kept():
+    data = tf.data.Dataset.from_tensors(np.float32([[1, 2], [3, 5]]))
+    trained = []
+
+    def build(hp):
+        models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
+        model = Adversaries(*models)
+        model.compile([keras.optimizers.Adam(hp.rate), ok.optimizers.Adam(hp.rate)])
+        trained.append(model)
+        return model
+
+    result = ok.tuning.search(
+        build, Space(rate=Choice([0.01])), data, objective="sum", direction="min", epochs=3, seed=0, verbose=0
+    )
+    assert result.best_trial.best_epoch == 3  # the last, so that the trained model itself is the one to compare with
+    for a, b in zip(trained[0].models, result.best_model.models, strict=True):
+        np.testing.assert_array_equal(a.get_weights()[0], b.get_weights()[0])
+    for a, b in zip(trained[0].optimizers, result.best_model.optimizers, strict=True):
+        assert int(b.iterations) == 3
+        assert all(np.array_equal(x, y) for x, y in zip(a.variables, b.variables, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "suffix"),
+    [(subclass, ".h5"), (closure, ".keras"), (own_compile, ".keras"), (lambda_layer, ".keras")],
+)
+def test_a_model_that_keras_cannot_open_is_built_and_given_its_weights(tmp_path, build, suffix):
+    x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
+    data = ({"in": x} if build is subclass else x, x[:, :1], {"in": x} if build is subclass else x, x[:, :1])
+
+    def run():
+        return ok.tuning.search(
+            build,
+            Space(rate=Choice([0.1])),
+            data,
+            objective="val_loss",
+            epochs=2,
+            seed=0,
+            verbose=0,
+            directory=tmp_path,
+        )
+
+    result = run()
+    assert [trial.status for trial in result.trials] == ["completed"]
+    assert result.model_path.suffix == suffix
+    later = run()  # as from another process: nothing is trained
+    for model in (result.best_model, later.best_model):
+        assert model.evaluate(data[2], data[3], verbose=0, return_dict=True)["loss"] == pytest.approx(
+            result.best_score, rel=1e-6
+        )
+        assert int(model.optimizer.iterations) == result.best_trial.best_epoch
+        assert sum(np.abs(variable).sum() > 0 for variable in model.optimizer.variables) > 2  # and not started over
+
+
+def test_a_model_that_cannot_be_loaded_says_how_to(tmp_path):
+    result = search(lambda hp: line(hp.x), Space(x=Int(1, 1)), directory=tmp_path)
+    result.model_path.write_bytes(b"broken")
+    with pytest.raises(RuntimeError, match=r"cannot be loaded from '.*model.keras', which .* use its load_weights"):
+        _ = result.best_model
+    result.model_path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"No model is kept of trial 0; keep_models=1"):
+        _ = result.best_model
+
+
+# The books
+
+
+def test_a_disk_that_takes_no_more_ends_the_search_which_can_be_continued(tmp_path):
+    def run():
+        return search(lambda hp: line(hp.x), Space(x=Int(1, 2)), strategy="grid", directory=tmp_path)
+
+    taken = tmp_path / "trial_1" / "model.keras" / "in the way"
+    taken.mkdir(parents=True)
+    with pytest.raises(OSError, match=r"trial_1/model.keras' cannot be written, and the search ends: "):
+        run()
+    taken.rmdir()
+    taken.parent.rmdir()
+    assert [trial.score for trial in run().trials] == [1.0, 2.0]
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a finished search of one trial."""
+    path = tmp_path_factory.mktemp("finished") / "search"
+    tuner(path).search(**FIT)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("oracle.json", b'{"ongoing_tri', "Unterminated string"),
+        ("oracle.json", None, "it is missing"),
+        ("oracle.json", b"{}", "it has no 'start_order'"),
+        ("trial_0/trial.json", b"", "Expecting value"),
+        ("trial_0/trial.json", None, "it is missing"),
+        ("tuner0.json", b"[]", "it holds list instead of a mapping"),
+        ("tuner0.json", b"\xff", "can't decode"),
+    ],
+)
+def test_a_damaged_book_is_named(tmp_path, finished, name, content, reason):
+    shutil.copytree(finished, tmp_path / "copy")
+    if content is None:
+        (tmp_path / "copy" / name).unlink()
+    else:
+        (tmp_path / "copy" / name).write_bytes(content)
+    named = re.escape(str(tmp_path / "copy" / name))
+    with pytest.raises(RuntimeError, match=rf"cannot be continued, since '{named}' is damaged: .*{reason}.*overwrite"):
+        tuner(tmp_path / "copy")
+    mine = tmp_path / "copy" / "trial_notes"
+    mine.mkdir()
+    tuner(tmp_path / "copy", overwrite=True)
+    assert not list((tmp_path / "copy").rglob("*.json"))
+    assert mine.exists()
+
+
+def test_a_search_of_keras_tuner_is_not_taken_for_ours(tmp_path):
+    Formula(
+        RandomOracle(Space(x=Int(1, 1)), keras_tuner.Objective("score", "min"), 1, 0), directory=str(tmp_path)
+    ).search(verbose=0)
+    with pytest.raises(ValueError, match=r"directory must be new or hold the same search, got .*KerasTuner's own\."):
+        tuner(tmp_path / "untitled_project")
+
+
+def test_one_search_at_a_time_in_a_directory(tmp_path):
+    refused = []
+
+    def second():
+        try:
+            tuner(tmp_path).search(**FIT)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def build(hp):
+        second()
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return line(hp.x)
+
+    tuner(tmp_path, build=build).search(**FIT)
+    assert len(refused) == 2
+    assert refused[0] == refused[1]
+    assert f"directory='{tmp_path}' is in use by the search of another process" in refused[0]
+    second()  # not any longer
+    assert len(refused) == 2
+
+
+class DyingEarly(RandomOracle):
+    """Is killed when the second trial is in its file, but not yet in that of the oracle."""
+
+    def save(self):
+        if len(self.start_order) == 2:
+            raise KeyboardInterrupt
+        super().save()
+
+
+def test_a_trial_that_the_oracle_had_not_noted_is_proposed_again(tmp_path):
+    def run(oracle, path):
+        found = tuner(path, oracle=oracle, space=Space(x=Float(1.0, 2.0)), max_trials=2)
+        found.search(**FIT)
+        return found.trials()
+
+    whole = run(RandomOracle, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(DyingEarly, tmp_path / "parts")
+    left = [".oracle.json.0123abcd.tmp", "trial_0/.0123abcd.tmp.model.keras"]
+    for name in (*left, ".mine.tmp", "trial_notes"):
+        (tmp_path / "parts" / name).write_text("half of it")
+    parts = run(RandomOracle, tmp_path / "parts")
+    assert [(trial.values, trial.score) for trial in parts] == [(trial.values, trial.score) for trial in whole]
+    assert {path.name for path in tmp_path.rglob("*") if "tmp" in path.name} == {".mine.tmp"}
+
+
+# Failures, to read
+
+
+def test_a_failure_names_its_hyperparameters(tmp_path):
+    def build(hp):
+        if hp.units == 2:
+            raise ValueError("no [/data] for [dense]")
+        return line(1.0)
+
+    space = Space({"units": Int(1, 2), "[b]": Choice(["[/x]"])})
+    result = search(build, space, strategy="grid", directory=tmp_path)
+    reason = "Trial 1 failed: ValueError: no [/data] for [dense] (units=2, [b]=[/x])"
+    assert result.table().splitlines()[-1] == reason
+    message = json.loads((tmp_path / "trial_1" / "trial.json").read_text())["message"]
+    assert message.startswith("Failed with {'units': 2, '[b]': '[/x]'}.\nTraceback")
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(result)
+    printed = console.file.getvalue()
+    assert reason in printed
+    assert "[b]" in printed.splitlines()[1]
+    assert "[/x]" in printed.splitlines()[3]
+    with pytest.raises(RuntimeError, match=r"All 1 trials failed; the first: ValueError: no .* \(units=2, \[b\]=.*\)"):
+        search(build, {**space, "units": Int(2, 2)})
+
+
+# The tuner
+
+
+class Counting(keras.callbacks.Callback):
+    """Counts the epochs that one copy sees."""
+
+    counts: ClassVar = []
+
+    def __init__(self):
+        super().__init__()
+        self.epochs = 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs += 1
+        self.counts.append(self.epochs)
+
+
+def test_callbacks_given_to_the_tuner_are_copied_for_each_run(tmp_path):
+    Counting.counts.clear()
+    given = [Counting(), keras.callbacks.TensorBoard(tmp_path / "logs", write_graph=False)]
+    two = tuner(tmp_path / "two", executions_per_trial=2, callbacks=lambda: [Counting()])
+    two.search(ONES, ZEROS, validation_data=DATA[2:], callbacks=given, epochs=2)
+    assert sorted(Counting.counts) == [1] * 4 + [2] * 4  # two callbacks in two runs
+    assert given[0].epochs == 0
+    written = {str(path.parent.relative_to(tmp_path / "logs")) for path in (tmp_path / "logs").glob("*/*/train")}
+    assert written == {"trial_0/execution_0", "trial_0/execution_1"}
+    Counting.counts.clear()
+    tuner(tmp_path / "made").search(**FIT, callbacks=lambda hp: [Counting() for _ in range(hp.x)])
+    assert Counting.counts == [1]
+
+
+class Locked(keras.callbacks.Callback):
+    """Cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"callbacks": [3]}, TypeError, r"callbacks must be keras.callbacks.Callback, got 3"),
+        ({"callbacks": 3}, TypeError, r"callbacks must be a function"),
+        (
+            {"callbacks": [Locked()]},
+            TypeError,
+            r"copy.deepcopy can copy .*Locked.* pass a function that returns new ones",
+        ),
+        (
+            {"x": BATCHES.repeat(), "y": None},
+            ValueError,
+            r"steps_per_epoch must be given where x is a dataset without an",
+        ),
+        ({"epohcs": 3}, TypeError, r"fit has no argument 'epohcs'; it has x, y, .* Did you mean 'epochs'"),
+    ],
+)
+def test_bad_arguments_of_the_tuners_search(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        tuner(tmp_path).search(**{**FIT, **arguments})
+
+
+def test_what_the_space_sets_is_not_an_argument(tmp_path):
+    with pytest.raises(ValueError, match=r"epochs must be None where it is a parameter of the space, got 3"):
+        tuner(tmp_path, space=Space(epochs=Int(1, 2))).search(**FIT, epochs=3)
+
+
+def test_the_methods_of_keras_tuner(tmp_path, capsys):
+    three = tuner(tmp_path, space=Space(x=Choice([3.0, 1.0, 2.0, 9.0])), max_trials=None, keep_models=2)
+
+    three.hypermodel.builder = lambda hp: line(math.nan if hp.x == 9 else hp.x)
+    three.search(**FIT)
+    best = [float(model.get_weights()[0][0, 0]) for model in three.get_best_models(2)]
+    assert best == [1.0, 2.0]
+    assert [hp.get("x") for hp in three.get_best_hyperparameters(3)] == [1.0, 2.0, 3.0]
+    number = next(trial.number for trial in three.trials() if trial.values.x == 3)
+    with pytest.raises(FileNotFoundError, match=rf"No model is kept of trial {number}; keep_models=2"):
+        three.get_best_models(3)
+    three.results_summary()
+    printed = capsys.readouterr().out
+    assert "Score: 1.0" in printed
+    assert "loss is nan in epoch 1." in printed
+    before = three.trials()
+    three.reload()
+    assert three.trials() == before
+    three.search(**FIT)  # finished: nothing happens
+    assert three.trials() == before
+    every = tuner(tmp_path / "every", space=Space(x=Choice([3.0, 1.0])))
+    every.search(**FIT)
+    assert [float(model.get_weights()[0][0, 0]) for model in every.get_best_models(5)] == [1.0, 3.0]
+
+
+def test_promoted_trials_continue_their_run(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(16, 3)).astype("float32")
+
+    def build(hp):
+        keras.utils.set_random_seed(hp.start)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile(ok.optimizers.Adam(ok.schedules.Cosine(0.1, 8)), "mse", run_eagerly=True)
+        return model
+
+    hypermodel = ok.tuning.HyperModel(build, Space(start=Int(1, 30)))
+    oracle = keras_tuner.oracles.HyperbandOracle(
+        keras_tuner.Objective("val_loss", "min"),
+        max_epochs=2,
+        factor=2,
+        seed=1,
+        hyperparameters=hypermodel.hyperparameters(),
+    )
+    found = ok.tuning.Tuner(oracle, hypermodel, directory=tmp_path, verbose=0)
+    found.search(x, x[:, :1], validation_data=(x, x[:, :1]), batch_size=16, shuffle=False)
+    trials = {trial_id: oracle.trials[trial_id].hyperparameters.values for trial_id in oracle.start_order}
+    (child,) = (values for values in trials.values() if "tuner/trial_id" in values)
+    assert [trial.epochs for trial in found.trials()] == [
+        values["tuner/epochs"] - values["tuner/initial_epoch"] for values in trials.values()
+    ]
+    whole = build(ok.tuning.Values(start=child["start"]))
+    history = whole.fit(x, x[:, :1], validation_data=(x, x[:, :1]), epochs=2, batch_size=16, shuffle=False, verbose=0)
+    (score,) = (t.score for t, v in zip(found.trials(), trials.values(), strict=True) if "tuner/trial_id" in v)
+    assert score == pytest.approx(history.history["val_loss"][1], rel=1e-6)
+    assert not list(tmp_path.rglob("end_*"))
+
+
+def test_an_oracle_of_several_objectives(tmp_path):
+    hypermodel = ok.tuning.HyperModel(lambda hp: line(math.inf if hp.x == 1 else hp.x), Space(x=Int(1, 2)))
+
+    def of(metric, path):
+        oracle = keras_tuner.oracles.GridSearchOracle(
+            objective=[keras_tuner.Objective("val_loss", "min"), keras_tuner.Objective(metric, "max")],
+            hyperparameters=hypermodel.hyperparameters(),
+        )
+        return ok.tuning.Tuner(oracle, hypermodel, directory=path, verbose=0)
+
+    found = of("val_accuracy", tmp_path / "known")
+    found.search(**FIT)
+    result = found.result()
+    assert [trial.score for trial in result.trials] == [None, 2.0]  # val_loss - val_accuracy, which is 0
+    assert result.best_trial.metrics["val_loss"] == 2.0
+    hypermodel.builder = lambda hp: line(hp.x)
+    with pytest.raises(ValueError, match=r"objective must be a metric of the training .*, got 'val_auc'"):
+        of("val_auc", tmp_path / "unknown").search(**FIT)
+
+
+class Formulaic(ok.tuning.HyperModel):
+    """Trains in a way of its own, without callbacks."""
+
+    def fit(self, hp, model, x, factor=1, **kwargs):
+        return factor * hp.get("x") if self.name == "number" else {"val_loss": factor * hp.get("x"), "other": 5}
+
+
+@pytest.mark.parametrize("name", ["number", "metrics"])
+def test_a_fit_of_the_hypermodels_own(tmp_path, name):
+    hypermodel = Formulaic(lambda hp: line(hp.x), Space(x=Int(1, 1)), name=name)
+    oracle = RandomOracle(hypermodel.space, keras_tuner.Objective("val_loss", "min"), None, 0)
+    found = ok.tuning.Tuner(oracle, hypermodel, directory=tmp_path, verbose=0)
+    found.search(ONES, factor=2)
+    assert found.result().best_score == 2.0
+    assert len(found.get_best_models()) == 1
 
 
 # With KerasTuner's own parts

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import keras_tuner
 
+from keras_optkit import arguments
 from keras_optkit.tuning.space import Choice, Float, Int, Parameter, Space, Values
 
 FIT_ARGUMENTS = ("batch_size", "epochs")
@@ -47,6 +49,23 @@ def hyperparameters(space: Space) -> keras_tuner.HyperParameters:
     return keras_tuner.HyperParameters.from_config({"space": entries, "values": space.defaults()})
 
 
+def check_names(names: Iterable[str], fit: Callable[..., Any] = keras.Model.fit) -> None:
+    """Raises unless all are names of arguments of `fit`.
+
+    Raises:
+        TypeError: With the nearest name that there is.
+    """
+    known = inspect.signature(fit).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        return
+    allowed = [parameter.name for parameter in known if parameter.name != "self"]
+    for name in names:
+        if name not in allowed:
+            raise TypeError(
+                f"fit has no argument {name!r}; it has {', '.join(allowed)}.{arguments.near(name, allowed)}"
+            )
+
+
 class HyperModel(keras_tuner.HyperModel):
     """A build function with its space, as a KerasTuner hypermodel that any KerasTuner tuner accepts.
 
@@ -82,7 +101,10 @@ class HyperModel(keras_tuner.HyperModel):
             raise TypeError(f"build must be a function from a trial's values to a compiled model, got {build!r}.")
         super().__init__(name=name)
         self.builder = build
-        self.space = space if isinstance(space, Space) else Space(space)
+        try:
+            self.space = space if isinstance(space, Space) else Space(space)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"space must be a Space, or a mapping that makes one. {error}") from None
 
     def hyperparameters(self) -> keras_tuner.HyperParameters:
         """The space as KerasTuner's `HyperParameters`, at the space's defaults."""
@@ -110,6 +132,14 @@ class HyperModel(keras_tuner.HyperModel):
         return model
 
     def fit(self, hp: keras_tuner.HyperParameters, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        """Calls `model.fit`; `batch_size` and `epochs` come from the trial where the space has them."""
+        """Calls `model.fit`; `batch_size` and `epochs` come from the trial where the space has them.
+
+        Raises:
+            keras_tuner.errors.FatalTypeError: (a TypeError that ends the search) If `fit` has no argument of a name.
+        """
+        try:
+            check_names(kwargs, model.fit)
+        except TypeError as error:
+            raise keras_tuner.errors.FatalTypeError(str(error)) from None
         values = self.point(hp)
         return model.fit(*args, **kwargs | {name: values[name] for name in FIT_ARGUMENTS if name in values})

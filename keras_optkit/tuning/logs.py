@@ -1,4 +1,4 @@
-"""TensorBoard's HParams table: one run a training, with its hyperparameters, its score and how it ended."""
+"""TensorBoard's HParams table: one run for each model trained, with its hyperparameters, its score and how it ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINES = "monitor.jsonl"  # of TrainingMonitor
 
 
 def clear(directory: Path) -> None:
-    """Deletes the logs of a directory and below, so that two trainings never share a curve."""
+    """Deletes the logs of a directory and below, so that two runs never share a curve."""
     for file in (*directory.rglob(EVENTS), *directory.rglob(LINES)):
         file.unlink()
 

@@ -26,7 +26,7 @@ class SpaceOracle(keras_tuner.Oracle):
     """An oracle that walks a `Space`; a subclass says which point comes as number n.
 
     It differs from KerasTuner's own oracles where those surprise: a seed of 0 is a seed, the n-th point depends on the
-    seed, on n and on the points tried before and on nothing else (so a continued search goes on as if it had not been
+    seed, on n and on the points tried before and on nothing else (so a continued search proceeds as if it had not been
     interrupted), a finite space is tried completely and without repetition, and failed trials do not end a search.
     """
 

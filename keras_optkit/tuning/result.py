@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from keras_optkit.tuning.space import Space, Values
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of the space and what came of it.
+    """One point of the space and its outcome.
 
     Attributes:
         number: 0, 1, 2, ... in the order in which the trials were started; also in the names of their directories.
@@ -40,6 +40,12 @@ class Trial:
     seconds: float = 0.0
     status: str = "completed"
     message: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it failed and with which hyperparameters, or ""."""
+        values = ", ".join(f"{name}={shown(value)}" for name, value in self.values.items())
+        return f"{self.message} ({values})" if self.message else ""
 
 
 def ranked(trials: Sequence[Trial], direction: str) -> list[Trial]:
@@ -64,7 +70,8 @@ class Result:
         direction: `"max"` or `"min"`.
         seed: The seed; the same search with it gives the same trials and scores.
         directory: Where the search keeps its state and its best model.
-        model_path: The best model's `.keras` file. Without a `directory` of your own it is deleted with this object.
+        model_path: The best model's `.keras` file, or a `.weights.h5` file where the model cannot be such a file.
+            Without a `directory` of your own it is deleted with this object.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Result:
         directory: Path,
         model_path: Path,
         *,
+        load: Callable[[], keras.Model] | None = None,
         temporary: bool = False,
     ) -> None:
         self.trials = list(trials)
@@ -86,6 +94,7 @@ class Result:
         self.seed = seed
         self.directory = directory
         self.model_path = model_path
+        self._load = load
         if temporary:
             weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
 
@@ -107,8 +116,17 @@ class Result:
 
     @cached_property
     def best_model(self) -> keras.Model:
-        """The model of the best trial as it was at its best epoch, compiled, loaded from `model_path`."""
-        return keras.saving.load_model(self.model_path)
+        """The model of the best trial as it was at its best epoch, compiled, loaded from `model_path`.
+
+        A model that Keras cannot make from the file alone, e.g. one with a class or a loss that is not registered with
+        `keras.saving.register_keras_serializable`, is built by the build function of the search and given the weights
+        and the optimizer's state of the file.
+
+        Raises:
+            FileNotFoundError: If the file is no longer there.
+            RuntimeError: If the model cannot be loaded in either way.
+        """
+        return keras.saving.load_model(self.model_path) if self._load is None else self._load()
 
     def rows(self) -> list[dict[str, Any]]:
         """The trials as plain dicts in the order in which they were started, e.g. for `pandas.json_normalize`."""
@@ -128,7 +146,7 @@ class Result:
         return head, lines
 
     def _failures(self) -> list[str]:
-        return [f"Trial {trial.number} failed: {trial.message}" for trial in self.trials if trial.score is None]
+        return [f"Trial {trial.number} failed: {trial.reason}" for trial in self.trials if trial.score is None]
 
     def table(self) -> str:
         """The trials as text, best first; what is inactive is blank. `rich.print(result)` shows it in colour."""
@@ -140,12 +158,13 @@ class Result:
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.table import Column, Table
+        from rich.text import Text  # a str would be read as markup, in which [dense] is a style
 
         head, lines = self._cells()
-        table = Table(*(Column(name, overflow="fold") for name in head))
+        table = Table(*(Column(Text(name), overflow="fold") for name in head))
         for i, line in enumerate(lines):
-            table.add_row(*line, style="bold green" if i == 0 else "red" if line[1] == "failed" else None)
-        return Group(table, *self._failures())
+            table.add_row(*map(Text, line), style="bold green" if i == 0 else "red" if line[1] == "failed" else None)
+        return Group(table, *map(Text, self._failures()))
 
     def __repr__(self) -> str:
         best = f"{self.objective}={self.best_score:.4g} with {dict(self.best)}"

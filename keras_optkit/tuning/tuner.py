@@ -1,4 +1,4 @@
-"""The search itself: `Tuner` runs the trials of a KerasTuner oracle, `search` is the one call that does everything."""
+"""The search itself: `Tuner` runs the trials of a KerasTuner oracle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import inspect
 import io
 import json
 import math
-import shutil
+import os
+import threading
 import time
 import traceback
 import weakref
@@ -19,95 +20,52 @@ import keras
 import keras_tuner
 import numpy as np
 from keras_tuner.engine.trial import TrialStatus
-from keras_tuner.errors import FailedTrialError, FatalError, FatalTypeError, FatalValueError
+from keras_tuner.errors import FailedTrialError, FatalError, FatalValueError
 
 from keras_optkit import arguments
+from keras_optkit.private import clear_session
 from keras_optkit.tuning import logs
-from keras_optkit.tuning.hypermodel import HyperModel
+from keras_optkit.tuning.best_epoch import BestEpoch, names_of
+from keras_optkit.tuning.books import AtomicBooks, check_books, damaged, delete_search, keep_books_of, locked
+from keras_optkit.tuning.callbacks import Callbacks, Copies, Factory, of_search
+from keras_optkit.tuning.data import check_ends, is_dataset
+from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
+from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.oracle import TRAINING, stream
 from keras_optkit.tuning.result import Result, Trial, ranked, shown
 from keras_optkit.tuning.space import Values
 
-Callbacks = Callable[..., list[keras.callbacks.Callback]]
+_PRINTING = threading.Lock()  # sys.stdout is one for all threads
+
+#: What an oracle that promotes trials, as Hyperband does, adds to their values.
+EPOCHS, INITIAL_EPOCH, PARENT = "tuner/epochs", "tuner/initial_epoch", "tuner/trial_id"
 
 
-class BestEpoch(keras.callbacks.Callback):
-    """Keeps the model of the best epoch, and ends the training when the loss or the objective is no longer finite.
-
-    Args:
-        objective: What is best.
-        path: Where the model is saved.
-        to_beat: The model is saved only when it is better than this, too.
-    """
-
-    def __init__(self, objective: keras_tuner.Objective, path: Path, to_beat: float | None) -> None:
-        super().__init__()
-        self.objective = objective
-        self.path = path
-        self.to_beat = to_beat
-        self.epochs = 0
-        self.best_epoch: int | None = None
-        self.metrics: dict[str, float] = {}
-        self.failure = ""
-
-    @property
-    def score(self) -> float | None:
-        """The best value of the objective so far."""
-        return self.metrics.get(self.objective.name)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Looks at the epoch's metrics."""
-        self.epochs += 1
-        metrics = {name: float(value) for name, value in (logs or {}).items()}
-        name = self.objective.name
-        if name not in metrics:
-            known = ", ".join(map(repr, metrics))
-            near = arguments.near(name, metrics)
-            raise FatalValueError(f"objective must be a metric of the training ({known}), got {name!r}.{near}")
-        for watched in ("loss", "val_loss", name):
-            if not math.isfinite(metrics.get(watched, 0.0)):
-                self.failure = f"{watched} is {metrics[watched]} in epoch {epoch + 1}."
-                self.model.stop_training = True
-                return
-        if self.score is None or self.objective.better_than(metrics[name], self.score):
-            self.metrics, self.best_epoch = metrics, epoch + 1
-            if self.to_beat is None or self.objective.better_than(metrics[name], self.to_beat):
-                self.model.save(self.path)
+class OtherSearchError(ValueError):
+    """The directory holds another search."""
 
 
-def _arity(callbacks: Callbacks | None) -> int:
-    """How many of (values, log directory) the factory of callbacks takes: its parameters without defaults."""
-    if callbacks is None:
-        return 0
-    wanted = "callbacks must be a function of (), (hp) or (hp, log_dir) that returns a list of new callbacks"
-    if not callable(callbacks):
-        raise TypeError(f"{wanted}, since each trial needs its own, e.g. lambda: [...], got {callbacks!r}.")
-    parameters = inspect.signature(callbacks).parameters.values()
-    count = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    if count > 2:
-        raise TypeError(f"{wanted}, got {callbacks!r} with {count} arguments.")
-    return count
+def _path(name: str, path: Any) -> Path:
+    """The argument as a path."""
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise TypeError(f"{name} must be the path of a directory, got {path!r}.")
+    return Path(path)
 
 
-def _delete_search(directory: Path) -> None:
-    """Deletes what KerasTuner and `Tuner` wrote into a directory, and nothing else."""
-    for trial in directory.glob("trial_*/trial.json"):
-        shutil.rmtree(trial.parent)
-    for state in (*directory.glob("oracle.json"), *directory.glob("tuner*.json")):
-        state.unlink()
-
-
-class Tuner(keras_tuner.Tuner):
+class Tuner(keras_tuner.Tuner, AtomicBooks):
     """Runs the trials that an oracle of KerasTuner proposes. `search` makes one; use it directly for other oracles.
 
-    What it does differently from KerasTuner's: every trial is seeded by the oracle's seed and its number; a training
-    whose loss is no longer finite ends and its trial has failed; callbacks are made anew for every trial; only the best
-    model is kept, as a `.keras` file; HParams are written for every trial.
+    What it does differently from KerasTuner's: every trial is seeded by the oracle's seed and its number; a run
+    whose loss is no longer finite ends and its trial has failed; models are kept with their optimizers, as `.keras`
+    files where that is possible; HParams are written for every trial. A trial that an oracle such as
+    `keras_tuner.oracles.HyperbandOracle` promotes continues the run that it comes from, weights and optimizer, at the
+    epoch where that ended.
 
     Args:
         oracle: Proposes the points, e.g. `keras_tuner.oracles.BayesianOptimizationOracle`.
         hypermodel: What to build.
-        directory: Where state and the best model are kept. A search that is there already is continued.
+        directory: Where state and models are kept. A search that is there already is continued. Only one search at a
+            time can run in it.
         executions_per_trial: Trainings per trial, with different seeds; the score is their mean.
         callbacks: As in `search`.
         log_dir: As in `search`.
@@ -115,6 +73,12 @@ class Tuner(keras_tuner.Tuner):
         verbose: 0: silent. 1: two lines a trial. 2: Keras's progress bars, too.
         definition: What besides the space must be unchanged for a search in `directory` to be continued, as JSON-ready
             values.
+        keep_models: Of how many of the best trials the model is kept, for `get_best_models`; None: of all.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument has a wrong value, or if `directory` holds another search.
+        RuntimeError: If a file in `directory` is damaged, with its name.
 
     Example:
     ```python
@@ -157,13 +121,16 @@ class Tuner(keras_tuner.Tuner):
         overwrite: bool = False,
         verbose: int = 1,
         definition: Mapping[str, Any] | None = None,
+        keep_models: int | None = None,
     ) -> None:
         if not isinstance(hypermodel, HyperModel):
             raise TypeError(f"hypermodel must be a keras_optkit.tuning.HyperModel, got {hypermodel!r}.")
         arguments.integer("executions_per_trial", executions_per_trial, 1)
-        self.arity = _arity(callbacks)
-        self.callbacks = callbacks
-        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.keep_models = arguments.integer("keep_models", keep_models, 1, optional=True)
+        arguments.boolean("overwrite", overwrite)
+        self.callbacks = Factory(callbacks)
+        path = _path("directory", directory).absolute()
+        self.log_dir = None if log_dir is None else _path("log_dir", log_dir)
         self.verbose = arguments.choice("verbose", verbose, (0, 1, 2))
         self.definition = json.loads(json.dumps({"space": hypermodel.space.get_config(), **(definition or {})}))
         self.records: dict[str, dict[str, Any]] = {}  # what KerasTuner's trials have no place for, by trial
@@ -171,10 +138,11 @@ class Tuner(keras_tuner.Tuner):
         self._started = 0.0
         self._used: weakref.WeakSet[keras.callbacks.Callback] = weakref.WeakSet()
         oracle.verbose = 0
-        path = Path(directory).absolute()
+        keep_books_of(oracle)
         if overwrite:
-            _delete_search(path)
-        with contextlib.redirect_stdout(io.StringIO()):  # KerasTuner prints whether it reloads
+            with locked(path):
+                delete_search(path)
+        with _PRINTING, contextlib.redirect_stdout(io.StringIO()):  # KerasTuner prints whether it reloads
             # If it were given the hypermodel here, it would build a model to find the space, which is known.
             super().__init__(
                 oracle, directory=str(path.parent), project_name=path.name, executions_per_trial=executions_per_trial
@@ -207,24 +175,91 @@ class Tuner(keras_tuner.Tuner):
         Raises:
             ValueError: If the search in the directory is another one.
         """
+        if "definition" not in state:
+            raise OtherSearchError(
+                f"directory must be new or hold the same search, got {self.project_dir!r} with one of KerasTuner's "
+                "own. Choose another directory, or pass overwrite=True to start over."
+            )
         old = state["definition"]
         different = [name for name in self.definition if json.dumps(self.definition[name]) != json.dumps(old.get(name))]
         if different:
             changes = "; ".join(f"{name} was {old.get(name)!r} and is {self.definition[name]!r}" for name in different)
-            raise ValueError(
+            raise OtherSearchError(
                 f"directory must be new or hold the same search, got {self.project_dir!r}, where {changes}. "
-                "Choose another directory, or pass overwrite=True to start anew."
+                "Choose another directory, or pass overwrite=True to start over."
             )
         self.definition = old
         self.records = state["records"]
 
+    def reload(self) -> None:
+        """Reads the state of the search in the directory.
+
+        Raises:
+            RuntimeError: If a file of it is damaged or missing, with its name.
+            ValueError: If the search in the directory is another one.
+        """
+        path = Path(self.project_dir)
+        check_books(path)
+        try:
+            super().reload()
+        except (OtherSearchError, OSError):
+            raise
+        except Exception as error:  # JSON, but not what was written
+            raise damaged(path, f"{type(error).__name__}: {error}") from error
+        # A trial that KerasTuner had saved, but not yet noted as started, when the process ended.
+        for trial_id in self.oracle.trials.keys() - set(self.oracle.start_order):
+            del self.oracle.trials[trial_id]
+
     # The course of a search
 
     def search(self, *args: Any, **kwargs: Any) -> None:
-        """Runs all trials; the arguments are those of `model.fit`."""
-        if self.records and self.verbose:
-            print(f"Continuing the search in {self.project_dir}: {len(self.oracle.end_order)} trials are finished.")
-        super().search(*args, **kwargs)
+        """Runs all trials; the arguments are those of `model.fit`.
+
+        Args:
+            *args: Positional arguments of `fit`.
+            **kwargs: Keyword arguments of `fit`. `callbacks` are a list, copied for each run as KerasTuner does, or a
+                function as in `search`; they come after those of the constructor. `verbose` is about Keras's progress
+                bars.
+
+        Raises:
+            TypeError: If an argument has a wrong type, or `fit` has none of that name.
+            ValueError: If an argument has a wrong value, e.g. data without an end and no `steps_per_epoch`.
+            RuntimeError: If another search runs in the directory, or a file in it is damaged.
+            OSError: If the disk does not take what is to be kept. What is there can be continued.
+        """
+        if type(self.hypermodel).fit is HyperModel.fit:
+            bound = inspect.signature(keras.Model.fit).bind_partial(None, *args)
+            positional = dict(list(bound.arguments.items())[1:])
+            if both := positional.keys() & kwargs.keys():
+                raise TypeError(f"search got several values for the argument {min(both)!r}.")
+            args, kwargs = (), positional | kwargs
+        space = self.hypermodel.space
+        for name in FIT_ARGUMENTS:
+            if name in space and kwargs.get(name) is not None:
+                raise ValueError(f"{name} must be None where it is a parameter of the space, got {kwargs[name]!r}.")
+        if "batch_size" in space and is_dataset(kwargs.get("x")):
+            raise ValueError("batch_size must be left out of the space where x is a dataset, which has its own.")
+        check_ends(kwargs, {"x": "x", "validation_data": "validation_data"})
+        of_search(kwargs.get("callbacks"))  # raises now rather than in the first trial
+        kwargs.setdefault("verbose", 1 if self.verbose == 2 else 0)
+        with locked(Path(self.project_dir)):
+            if Path(self._get_tuner_fname()).exists():  # another search may have run since this object was made
+                self.reload()
+            self.save()
+            if self.records and self.verbose:
+                print(f"Continuing the search in {self.project_dir}: {len(self.oracle.end_order)} trials are finished.")
+            super().search(*args, **kwargs)
+
+    def on_search_begin(self) -> None:
+        """KerasTuner's hook before the first trial."""
+        super().on_search_begin()
+        self.oracle.verbose = 0  # KerasTuner takes `verbose` of `fit` for that of its own reports
+
+    def on_search_end(self) -> None:
+        """KerasTuner's hook after the last trial."""
+        super().on_search_end()
+        for trial_id in self.oracle.start_order:
+            self._forget_end(trial_id)
 
     def number(self, trial: keras_tuner.engine.trial.Trial) -> int:
         """The number of a trial: 0 for the first that was started."""
@@ -234,7 +269,9 @@ class Tuner(keras_tuner.Tuner):
         """KerasTuner's hook before a trial."""
         super().on_trial_begin(trial)
         self._started = time.perf_counter()
-        self.records[trial.trial_id] = {}
+        trial.metrics = type(trial.metrics)()  # without those of an attempt that was interrupted
+        trial.message = None
+        self.records[trial.trial_id] = {"epochs": 0, "best_epoch": None, "metrics": {}}
         self.save()
         if self.verbose:
             number, total = self.number(trial), self.oracle.max_trials or "?"
@@ -246,17 +283,20 @@ class Tuner(keras_tuner.Tuner):
         """KerasTuner's hook after a trial."""
         record = self.records[trial.trial_id]
         record["seconds"] = time.perf_counter() - self._started
-        trial.status = record["status"]
+        trial.status = record.get("status", trial.status)  # a subclass may run its trials in its own way
         if trial.status != TrialStatus.COMPLETED:
             trial.metrics = type(trial.metrics)()  # without the placeholder that run_trial returned
         self.save()  # before the oracle notes that the trial has ended, which must not be without its record
         super().on_trial_end(trial)
         trials = self.trials()
         order = ranked(trials, self.oracle.objective.direction)
-        kept = [self.oracle.start_order[order[0].number]] if order else []
+        kept = [self.oracle.start_order[found.number] for found in order[: self.keep_models]]
         for trial_id in self.oracle.end_order:
             if trial_id not in kept:
-                self.model_path(trial_id).unlink(missing_ok=True)
+                self.kept_model(trial_id).remove()
+        parent = trial.hyperparameters.values.get(PARENT)
+        if parent is not None and trial.trial_id in self.oracle.end_order:
+            self._forget_end(parent)  # nothing else continues it
         this = next((found for found in trials if found.number == self.number(trial)), None)
         if self.verbose and this is not None:
             epoch = f"{shown(this.score)} in epoch {this.best_epoch}"
@@ -267,17 +307,19 @@ class Tuner(keras_tuner.Tuner):
     def run_trial(self, trial: keras_tuner.engine.trial.Trial, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Builds and trains the model of a trial, `executions_per_trial` times; returns the mean score."""
         record = self.records[trial.trial_id]
-        record.update(status=TrialStatus.COMPLETED, epochs=0)
+        record["status"] = TrialStatus.COMPLETED
+        objective = self.oracle.objective
+        also = of_search(kwargs.pop("callbacks", None))
         best: float | None = None
         found = []
         try:
             for execution in range(self.executions_per_trial):
-                watch = BestEpoch(self.oracle.objective, self.model_path(trial.trial_id), best)
+                watch = BestEpoch(objective, lambda model: self._keep(trial, model), best)
                 try:
-                    self._train(trial, execution, watch, args, kwargs)
+                    self._train(trial, execution, watch, also, args, dict(kwargs))
                 finally:
                     record["epochs"] += watch.epochs
-                if best is None or self.oracle.objective.better_than(watch.score, best):
+                if best is None or objective.better_than(watch.score, best):
                     best, record["best_epoch"] = watch.score, watch.best_epoch
                 found.append(watch.metrics)
         except FatalError:
@@ -287,34 +329,84 @@ class Tuner(keras_tuner.Tuner):
             record["message"] = f"{kind}{error}"
             record["status"] = TrialStatus.FAILED if isinstance(error, FailedTrialError) else TrialStatus.INVALID
             self.first_error = self.first_error or error
-            # If the exception went on, KerasTuner would print its traceback; on_trial_end tells it of the failure.
-            trial.message = traceback.format_exc()
-            return {self.oracle.objective.name: -math.inf if self.oracle.objective.direction == "max" else math.inf}
-        record["metrics"] = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
-        return {self.oracle.objective.name: record["metrics"][self.oracle.objective.name]}
+            # If the exception were passed on, KerasTuner would print its traceback; on_trial_end reports the failure.
+            values = self.hypermodel.point(trial.hyperparameters)
+            trial.message = f"Failed with {dict(values)}.\n{traceback.format_exc()}"
+            worst = {"max": -math.inf, "min": math.inf}
+            directions = getattr(objective, "name_to_direction", {}) | {objective.name: objective.direction}
+            return {name: worst[direction] for name, direction in directions.items()}
+        common = set.intersection(*map(set, found))
+        record["metrics"] = {
+            name: float(np.mean([metrics[name] for metrics in found])) for name in found[0] if name in common
+        }
+        return {name: record["metrics"][name] for name in {objective.name, *names_of(objective)}}
+
+    def _keep(self, trial: keras_tuner.engine.trial.Trial, model: keras.Model) -> None:
+        """Keeps the model of a trial; says once if it is none for a `.keras` file."""
+        why_not = self.kept_model(trial.trial_id).save(model)
+        if why_not and self.verbose and not any("why_not_keras" in record for record in self.records.values()):
+            print(f"    The weights are kept, since the model cannot be a .keras file. {why_not}", flush=True)
+        if why_not:
+            self.records[trial.trial_id]["why_not_keras"] = why_not
 
     def _train(
         self,
         trial: keras_tuner.engine.trial.Trial,
         execution: int,
         watch: BestEpoch,
+        also: Copies | Factory,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        keras.backend.clear_session()  # frees the last model, too: it collects garbage
+        clear_session()  # frees the last model, too: it collects garbage
         seed = stream(self.oracle.seed, TRAINING, self.number(trial), execution)
         keras.utils.set_random_seed(int(seed.generate_state(1)[0]))
-        values = self.hypermodel.point(trial.hyperparameters)
+        values, rounds = self.hypermodel.point(trial.hyperparameters), trial.hyperparameters.values
         with self._session(trial, execution, values) as (directory, metric):
             model = self.hypermodel.build(trial.hyperparameters)
-            callbacks = self._callbacks(values, directory)
+            run = self._run_name(trial, execution)
+            callbacks = self._new([*self.callbacks(values, directory, run), *also(values, directory, run)])
+            watch.patient = bool(callbacks)
             if directory is not None:
                 callbacks.append(keras.callbacks.TensorBoard(directory, write_graph=False))
-            kwargs = {"verbose": 1 if self.verbose == 2 else 0, **kwargs, "callbacks": [*callbacks, watch]}
-            self.hypermodel.fit(trial.hyperparameters, model, *args, **kwargs)
-            if watch.failure or watch.best_epoch is None:
-                raise FailedTrialError(watch.failure or "No epoch was finished.")
+            if EPOCHS in rounds:
+                if "epochs" in values:
+                    raise FatalValueError("epochs must not be a parameter of the space where the oracle sets them.")
+                kwargs.update(epochs=rounds[EPOCHS], initial_epoch=rounds[INITIAL_EPOCH])
+            if PARENT in rounds:
+                self._end(rounds[PARENT], execution).load_into(model)
+            watch.set_model(model)
+            returned = self.hypermodel.fit(trial.hyperparameters, model, *args, **kwargs, callbacks=[*callbacks, watch])
+            self._take(returned, watch)
+            if EPOCHS in rounds:
+                self._end(trial.trial_id, execution).save_weights(model)
+            assert watch.best_epoch is not None
             metric(f"best_{watch.objective.name}", watch.score, watch.best_epoch - 1)
+
+    def _take(self, returned: Any, watch: BestEpoch) -> None:
+        """Raises if a run has no score; a `fit` of the hypermodel's own may return one, or metrics."""
+        if not watch.epochs and isinstance(returned, int | float | np.floating | dict):
+            watch.on_epoch_end(0, returned if isinstance(returned, dict) else {self.oracle.objective.name: returned})
+        if watch.failure or not watch.epochs:
+            raise FailedTrialError(watch.failure or "No epoch was finished.")
+        if watch.best_epoch is None:
+            known = any(record["metrics"] for record in self.records.values())
+            if getattr(watch.model, "stop_training", False) or known:  # a later epoch may have it, or another trial has
+                raise FailedTrialError(f"No epoch had the objective: {watch.missing()}")
+            raise FatalValueError(watch.missing())
+
+    def _new(self, callbacks: list[Any]) -> list[Any]:
+        """Raises if one of the callbacks was in another run."""
+        for callback in callbacks:
+            if callback in self._used:
+                raise FatalValueError(f"callbacks must return new callbacks for every trial, got {callback!r} again.")
+        self._used.update(callbacks)
+        return callbacks
+
+    def _run_name(self, trial: keras_tuner.engine.trial.Trial, execution: int) -> Path:
+        """The directory of one run, below that of all logs."""
+        name = Path(f"trial_{trial.trial_id}")
+        return name / f"execution_{execution}" if self.executions_per_trial > 1 else name
 
     @contextlib.contextmanager
     def _session(
@@ -324,36 +416,60 @@ class Tuner(keras_tuner.Tuner):
         if self.log_dir is None:
             yield None, lambda *_: None
             return
-        name = f"trial_{trial.trial_id}"
-        directory = self.log_dir / name
+        directory = self.log_dir / self._run_name(trial, execution)
         # TensorBoard merges equal names, so those of two searches must differ; and it cuts off long ones at the end.
-        group = f"{name} ({self.log_dir.name} in {self.log_dir.parent})"
-        if self.executions_per_trial > 1:
-            directory /= f"execution_{execution}"
+        group = f"trial_{trial.trial_id} ({self.log_dir.name} in {self.log_dir.parent})"
         with logs.hparams_session(directory, group, values) as metric:
             yield directory, metric
 
-    def _callbacks(self, values: Values, directory: Path | None) -> list[keras.callbacks.Callback]:
-        if self.callbacks is None:
-            return []
-        made = self.callbacks(*(values, directory)[: self.arity])
-        if not isinstance(made, list | tuple) or not all(isinstance(c, keras.callbacks.Callback) for c in made):
-            raise FatalTypeError(f"callbacks must return a list of keras.callbacks.Callback, got {made!r}.")
-        again = [callback for callback in made if callback in self._used]
-        if again:
-            raise FatalValueError(f"callbacks must return new callbacks for every trial, got {again[0]!r} again.")
-        self._used.update(made)
-        return list(made)
+    # The results
 
-    # What came of it
+    def kept_model(self, trial_id: str) -> KeptModel:
+        """The model of a trial, as far as it is kept."""
+        return KeptModel(Path(self.get_trial_dir(trial_id)))
 
     def model_path(self, trial_id: str) -> Path:
-        """Where the model of a trial is, if it is the best."""
-        return Path(self.get_trial_dir(trial_id)) / "model.keras"
+        """The file with the model of a trial, if it is kept."""
+        return self.kept_model(trial_id).path
+
+    def _end(self, trial_id: str, execution: int) -> KeptModel:
+        """The state in which a run of a trial ended, for one that continues it."""
+        return KeptModel(Path(self.get_trial_dir(trial_id)), f"end_{execution}")
+
+    def _forget_end(self, trial_id: str) -> None:
+        for execution in range(self.executions_per_trial):
+            self._end(trial_id, execution).remove()
 
     def load_model(self, trial: keras_tuner.engine.trial.Trial) -> keras.Model:
-        """The trained model of a trial; only the best is kept."""
-        return keras.saving.load_model(self.model_path(trial.trial_id))
+        """The trained model of a trial, as it was at its best epoch.
+
+        Raises:
+            FileNotFoundError: If it is not kept; see `keep_models`.
+            RuntimeError: If it cannot be loaded.
+        """
+        return self._loader(trial)()
+
+    def _loader(self, trial: keras_tuner.engine.trial.Trial) -> Callable[[], keras.Model]:
+        """`load_model` of a trial, without this object, which may hold much more."""
+        hypermodel, hp, kept = self.hypermodel, trial.hyperparameters, self.kept_model(trial.trial_id)
+        why_not = self.records.get(trial.trial_id, {}).get("why_not_keras", "")
+        message = f"No model is kept of trial {self.number(trial)}; keep_models={self.keep_models}. {why_not}".rstrip()
+
+        def load() -> keras.Model:
+            if not kept.path.exists():
+                raise FileNotFoundError(message)
+            return kept.load(lambda: hypermodel.build(hp))
+
+        return load
+
+    def get_best_models(self, num_models: int = 1) -> list[keras.Model]:
+        """The trained models of the best trials, best first; fewer, if fewer trials were completed.
+
+        Raises:
+            FileNotFoundError: If one of them is not kept; see `keep_models`.
+        """
+        best = self.oracle.get_best_trials(arguments.integer("num_models", num_models, 1))
+        return [self.load_model(trial) for trial in best if trial.status == TrialStatus.COMPLETED]
 
     def trials(self) -> list[Trial]:
         """The finished trials in the order in which they were started."""
@@ -390,8 +506,9 @@ class Tuner(keras_tuner.Tuner):
         trials, objective = self.trials(), self.oracle.objective
         order = ranked(trials, objective.direction)
         if not order:
-            first = f"; the first: {trials[0].message}" if trials else ""
+            first = f"; the first: {trials[0].reason}" if trials else ""
             raise RuntimeError(f"All {len(trials)} trials failed{first}") from self.first_error
+        best = self.oracle.trials[self.oracle.start_order[order[0].number]]
         return Result(
             trials,
             self.hypermodel.space,
@@ -399,6 +516,7 @@ class Tuner(keras_tuner.Tuner):
             objective.direction,
             self.oracle.seed,
             Path(self.project_dir),
-            self.model_path(self.oracle.start_order[order[0].number]),
+            self.model_path(best.trial_id),
+            load=self._loader(best),
             temporary=temporary,
         )

@@ -1,0 +1,100 @@
+"""What a search looks at while a model is trained: the objective, and whether the loss is still finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import keras_tuner
+import numpy as np
+from keras_tuner.errors import FatalTypeError, FatalValueError
+
+from keras_optkit import arguments
+
+
+def names_of(objective: keras_tuner.Objective) -> list[str]:
+    """The metrics that an objective is made of: several, where an oracle has several objectives."""
+    return list(getattr(objective, "name_to_direction", [objective.name]))
+
+
+def numbers_of(logs: Mapping[str, Any] | None) -> dict[str, float]:
+    """What is one number in the logs of an epoch; callbacks may put anything else into them."""
+    found = {}
+    for name, value in (logs or {}).items():
+        array = np.asarray(value)
+        if array.size == 1 and array.dtype.kind in "biuf":
+            found[name] = float(array.item())
+    return found
+
+
+class BestEpoch(keras.callbacks.Callback):
+    """Keeps the model of the best epoch, and ends the training when the loss or the objective is no longer finite.
+
+    An epoch whose logs do not have the objective is passed over, e.g. one without validation (`validation_freq`).
+
+    Args:
+        objective: What is best.
+        save: Keeps the model.
+        to_beat: The model is kept only when it is better than this, too.
+
+    Attributes:
+        patient: Whether the objective may be missing although there was a validation, since a callback may be the one
+            that puts it into the logs.
+    """
+
+    def __init__(
+        self,
+        objective: keras_tuner.Objective,
+        save: Callable[[keras.Model], Any],
+        to_beat: float | None,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.save = save
+        self.to_beat = to_beat
+        self.patient = False
+        self.epochs = 0
+        self.best_epoch: int | None = None
+        self.metrics: dict[str, float] = {}
+        self.failure = ""
+        self._seen: dict[str, None] = {}  # names, in order
+
+    @property
+    def score(self) -> float | None:
+        """The best value of the objective so far."""
+        return self.metrics.get(self.objective.name)
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Looks at the epoch's metrics."""
+        self.epochs += 1
+        metrics = numbers_of(logs)
+        self._seen.update(dict.fromkeys(metrics))
+        wanted = names_of(self.objective)
+        for watched in ("loss", "val_loss", *wanted):
+            if not math.isfinite(metrics.get(watched, 0.0)):
+                self.failure = f"{watched} is {metrics[watched]} in epoch {epoch + 1}."
+                self.model.stop_training = True
+                return
+        missing = [name for name in wanted if name not in metrics]
+        for name in missing:
+            if (logs or {}).get(name) is not None:
+                raise FatalTypeError(f"objective {name!r} must be one number, got {logs[name]!r} in the logs.")  # type: ignore[index]
+        if missing:
+            validated = any(name.startswith("val_") for name in metrics)
+            if not self.patient and (validated or not missing[0].startswith("val_")):
+                raise FatalValueError(self.missing())
+            return
+        metrics[self.objective.name] = score = float(self.objective.get_value(metrics))
+        if self.score is None or self.objective.better_than(score, self.score):
+            self.metrics, self.best_epoch = metrics, epoch + 1
+            if self.to_beat is None or self.objective.better_than(score, self.to_beat):
+                self.save(self.model)
+
+    def missing(self) -> str:
+        """What to say where no epoch had the objective, with the names that there were."""
+        names = names_of(self.objective)
+        name = next((name for name in names if name not in self._seen), names[0])
+        known = ", ".join(map(repr, self._seen))
+        return f"objective must be a metric of the training ({known}), got {name!r}.{arguments.near(name, self._seen)}"
