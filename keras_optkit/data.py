@@ -7,6 +7,7 @@ batch from the number of the epoch and of the batch alone. `keras_optkit.callbac
 from __future__ import annotations
 
 import abc
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -69,13 +70,20 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
     """
 
     def __init__(self, workers: int = 1, use_multiprocessing: bool = False, max_queue_size: int = 10):
-        super().__init__(workers, use_multiprocessing, max_queue_size)
+        super().__init__(
+            arguments.integer("workers", workers, 0),
+            arguments.boolean("use_multiprocessing", use_multiprocessing),
+            arguments.integer("max_queue_size", max_queue_size, 1),
+        )
         self.epoch = 0
         self._begun_at = 0
 
     @abc.abstractmethod
     def batch(self, index: int) -> Any:
-        """Batch number `index`, counted from 0, of epoch number `self.epoch`, as `PyDataset.__getitem__` returns it."""
+        """Batch number `index`, counted from 0, of epoch number `self.epoch`, as `PyDataset.__getitem__` returns it.
+
+        Lists in it become tuples, as `fit` makes them of the lists in its arguments.
+        """
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -87,7 +95,7 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         return len(self) - self._begun_at
 
     def __getitem__(self, index: int) -> Any:
-        return self.batch(index + self._begun_at)
+        return tree.lists_to_tuples(self.batch(index + self._begun_at))  # tf.data would stack the arrays of a list
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells these data from others, as JSON; a continued training must find the same. Extend it if you can."""
@@ -144,15 +152,17 @@ class Shuffled(EpochDataset):
     order of epoch e = numpy.random.default_rng((seed, e)).permutation(n)
     ```
 
-    Batch i holds the rows `order[i * batch_size : (i + 1) * batch_size]` of every array. Floating-point numbers are
-    given in `keras.config.floatx()`, as `fit(x, y)` does; anything else as it is.
+    Batch i holds the rows `order[i * batch_size : (i + 1) * batch_size]` of every array. As in `fit(x, y)`, arrays
+    are NumPy's, tensors, or pandas DataFrames and Series; several inputs or outputs are a list, tuple or dict of them;
+    and floating-point values are given in `keras.config.floatx()`, anything else as it is.
 
     When not to use it: for data that do not fit into memory and are not `numpy.memmap`; see `PerEpoch` for `tf.data`.
 
     Args:
-        x: An array, or arrays in (nested) tuples, lists and dicts; all with the same number n of rows.
+        x: An array, or arrays in (nested) lists, tuples and dicts; all with the same number n of rows. Strings work on
+            TensorFlow only.
         y: Targets, likewise, or None.
-        sample_weight: Weights, likewise, or None; only with `y`.
+        sample_weight: Weights, likewise, or None; only with `y`. None among several of them: each row weighs 1.
         batch_size: Rows of a batch.
         seed: A whole number, not negative.
         shuffle: False: rows in order, the same in every epoch.
@@ -161,8 +171,12 @@ class Shuffled(EpochDataset):
         use_multiprocessing: Whether they are processes.
         max_queue_size: Batches that they compute ahead.
 
+    Attributes:
+        arrays: `(x,)`, `(x, y)` or `(x, y, sample_weight)` as NumPy arrays.
+        rows: n.
+
     Raises:
-        TypeError: For something that is no array.
+        TypeError: For something that is no array, such as a list of Python numbers.
         ValueError: For arrays of different lengths or without rows, and for numbers out of range.
 
     Example:
@@ -198,44 +212,48 @@ class Shuffled(EpochDataset):
         super().__init__(workers, use_multiprocessing, max_queue_size)
         if sample_weight is not None and y is None:
             raise ValueError("sample_weight must be None without y.")
-        given = {"x": x, "y": y, "sample_weight": sample_weight}
-        self._arrays = tuple(_arrays(name, part) for name, part in given.items() if part is not None)
+        self.arrays: tuple[Any, ...] = (_arrays("x", x),)
+        if y is not None:
+            self.arrays += (_arrays("y", y),)
+        if sample_weight is not None:
+            ones = np.ones(len(tree.flatten(self.arrays)[0]), keras.config.floatx())
+            self.arrays += (_arrays("sample_weight", sample_weight, instead_of_none=ones),)
         self.batch_size = arguments.integer("batch_size", batch_size, 1)
         self.seed = arguments.integer("seed", seed, 0)
         self.shuffle = arguments.boolean("shuffle", shuffle)
         self.drop_remainder = arguments.boolean("drop_remainder", drop_remainder)
-        lengths = {len(array) for array in tree.flatten(self._arrays)}
+        lengths = {len(array) for array in tree.flatten(self.arrays)}
         if len(lengths) != 1:
             raise ValueError(f"x, y and sample_weight must have the same number of rows, got {sorted(lengths)}.")
-        (self._rows,) = lengths
+        (self.rows,) = lengths
         if len(self) == 0:
             at_least = f"{self.batch_size} rows, for one batch" if self.drop_remainder else "one row"
-            raise ValueError(f"x must have at least {at_least}, got {self._rows}.")
+            raise ValueError(f"x must have at least {at_least}, got {self.rows}.")
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""
-        whole, rest = divmod(self._rows, self.batch_size)
+        whole, rest = divmod(self.rows, self.batch_size)
         return whole + (rest > 0 and not self.drop_remainder)
 
     def batch(self, index: int) -> Any:
         """Batch number `index` of epoch number `self.epoch`: `(x,)`, `(x, y)` or `(x, y, sample_weight)`."""
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
         chosen = self._order_of(self.epoch)[rows] if self.shuffle else rows
-        return tree.map_structure(lambda array: _as_floatx(array[chosen]), self._arrays)
+        return tree.map_structure(lambda array: _as_fit_gives(array[chosen]), self.arrays)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         held = self._order  # in one step: several threads may be here
         if held is None or held[0] != epoch:
-            held = self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self._rows)
+            held = self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         return held[1]
 
     def fingerprint(self) -> dict[str, Any]:
         """Sizes, seed, and for each array its shape, dtype and a checksum of some rows."""
-        chosen = np.unique(np.linspace(0, self._rows - 1, _SAMPLED).astype(int))
+        chosen = np.unique(np.linspace(0, self.rows - 1, _SAMPLED).astype(int))
         described = [
             f"{array.dtype} {array.shape} {zlib.crc32(repr(array[chosen].tolist()).encode()):08x}"
-            for array in tree.flatten(self._arrays)
+            for array in tree.flatten(self.arrays)
         ]
         return super().fingerprint() | {
             "batch_size": self.batch_size,
@@ -324,17 +342,48 @@ class PerEpoch(EpochDataset):
         return tree.map_structure(lambda part: part.numpy(), batch)
 
 
-def _arrays(name: str, given: Any) -> Any:
-    """Every array of a structure as one of NumPy's, without a copy where there can be."""
+def _arrays(name: str, given: Any, instead_of_none: Any = None) -> Any:
+    """Every array of a structure as one of NumPy's, without a copy where there can be; lists become tuples."""
 
     def one(part: Any) -> np.ndarray:
-        array = part if isinstance(part, np.ndarray) else np.asarray(keras.ops.convert_to_numpy(part))
-        if array.dtype == object or array.ndim == 0:
-            raise TypeError(f"{name} must be an array, or arrays in tuples, lists and dicts; got {part!r} among them.")
+        array = _as_numpy(instead_of_none if part is None else part)
+        if array.ndim == 0 or not _can_be_given(array):
+            raise TypeError(f"{allowed}; got {part!r} of type {type(part).__name__} among them.")
         return array
 
-    return tree.map_structure(one, given)
+    allowed = f"{name} must be an array, or arrays in lists, tuples and dicts (np.array makes one of a list of numbers)"
+    arrays = tree.map_structure(one, tree.lists_to_tuples(given))
+    if not tree.flatten(arrays):
+        raise TypeError(f"{allowed}; got {given!r}, without any.")
+    return arrays
 
 
-def _as_floatx(array: np.ndarray) -> np.ndarray:
-    return array.astype(keras.config.floatx(), copy=False) if array.dtype.kind == "f" else array
+def _as_numpy(part: Any) -> np.ndarray:
+    if isinstance(part, np.ndarray):
+        return part
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(part, pandas.Series):
+        return part.to_numpy()[:, None]  # as `fit` takes it
+    return np.asarray(part if hasattr(part, "__array__") else keras.ops.convert_to_numpy(part))
+
+
+def _can_be_given(array: np.ndarray) -> bool:
+    if _may_be_strings(array):
+        on_tensorflow = keras.config.backend() == "tensorflow"  # the others have no tensors of strings
+        return on_tensorflow and all(isinstance(element, str | bytes) for element in array.flat)
+    try:
+        return bool(keras.backend.standardize_dtype(array.dtype))
+    except ValueError:
+        return False
+
+
+def _may_be_strings(array: np.ndarray) -> bool:
+    return array.dtype.kind in "OSU"
+
+
+def _as_fit_gives(array: np.ndarray) -> Any:
+    if _may_be_strings(array):
+        return keras.ops.convert_to_tensor(array.astype(object), dtype="string")
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(array.dtype)):
+        return array.astype(keras.config.floatx(), copy=False)
+    return array
