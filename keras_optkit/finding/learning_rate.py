@@ -204,7 +204,11 @@ def find_learning_rate(
     model.fit(x, y, verbose=0)
     ```
     """
-    swept = _swept_optimizer(checked_model(model), optimizer)
+    checked_model(model)
+    if not isinstance(optimizer, keras.optimizers.Optimizer | None):
+        raise TypeError(
+            f"optimizer must be an optimizer or None, got {optimizer!r} of type {type(optimizer).__name__}."
+        )
     arguments.real("low", low, 0, closed="neither")
     arguments.real("high", high, low, closed="neither")
     arguments.integer("steps", steps, 10)
@@ -215,7 +219,7 @@ def find_learning_rate(
     arguments.choice("verbose", verbose, ("auto", 0, 1, 2))
     given = batches(data, batch_size, seed) | {"class_weight": _checked_class_weight(class_weight, data)}
     given["x"] = build(model, given["x"])
-    sweep = Sweep(np.geomspace(low, high, steps), swept)
+    sweep = Sweep(np.geomspace(low, high, steps), _swept_optimizer(model, optimizer))
     # Keras would begin an iterator again with the batches that it has looked at first
     recorder = Recorder(sweep, beta, stop_factor, verbose, again=not isinstance(data, Iterator))
     with as_found(model):
@@ -239,7 +243,7 @@ def _swept_optimizer(model: Any, chosen: Any) -> Any:
             )
     else:
         held = [inner for outer in optimizers_of(model) for inner in innermost(outer)]
-        found = [inner for inner in _inside(chosen) if any(inner is one for one in held)]
+        found = [inner for inner in innermost(chosen) if any(inner is one for one in held)]
         if len(found) != 1:
             raise ValueError(
                 f"optimizer must be one that model holds, {', '.join(_named(one) for one in held)}; got {chosen!r}."
@@ -247,12 +251,6 @@ def _swept_optimizer(model: Any, chosen: Any) -> Any:
     if not hasattr(found[0], "learning_rate"):
         raise ValueError(f"model must have an optimizer with a learning rate, got {type(found[0]).__name__}.")
     return found[0]
-
-
-def _inside(chosen: Any) -> list[Any]:
-    if not isinstance(chosen, keras.optimizers.Optimizer):
-        raise TypeError(f"optimizer must be an optimizer or None, got {chosen!r} of type {type(chosen).__name__}.")
-    return innermost(chosen)
 
 
 def _named(optimizer: Any) -> str:

@@ -14,6 +14,7 @@ from keras import tree
 from keras_optkit import arguments
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import Shuffled
+from keras_optkit.optimizers.fitting import build_optimizer
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
 from keras_optkit.private import forget_trace, sublayers
 
@@ -77,9 +78,12 @@ def checked_model(model: Any) -> Any:
 
 def used_optimizers(model: Any) -> list[Any]:
     """The optimizers that the training step may use: with Keras's own step the one of `compile`, else all it holds."""
-    if type(model).train_step is keras.Model.train_step and model.optimizer is not None:
-        return [model.optimizer]
-    return optimizers_of(model)
+    return [model.optimizer] if _has_own_step(model) else optimizers_of(model)
+
+
+def _has_own_step(model: Any) -> bool:
+    """Whether the training step is Keras's own, with the optimizer of `compile`."""
+    return type(model).train_step is keras.Model.train_step and model.optimizer is not None
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -137,29 +141,34 @@ def build(model: Any, data: Any) -> Any:
     Returns:
         The same data, which have not lost a batch.
     """
-    if _is_built(model):
-        return data
+    if not _is_built(model):
+        data = _build_by_first_batch(model, data)
+    if _has_own_step(model) or keras.config.backend() != "tensorflow":
+        build_optimizer(model)
+    return data
+
+
+def _is_built(model: Any) -> bool:
+    """Whether there is all that a step uses; Keras's own step is known to use the optimizer of `compile` alone."""
+    optimizers = [] if _has_own_step(model) else optimizers_of(model)
+    inside = [inner for optimizer in optimizers for inner in innermost(optimizer)]
+    return all(part.built for part in [model, *sublayers(model), *inside])
+
+
+def _build_by_first_batch(model: Any, data: Any) -> Any:
     batch, data = _first_batch(data)
-    strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
-    if strategy is None:
+    if keras.config.backend() != "tensorflow":
         x, *_ = keras.utils.unpack_x_y_sample_weight(batch)
         model(tree.map_structure(lambda part: keras.KerasTensor(*_kind(part)), x))
         return data
     import tensorflow as tf
 
     # a trace makes all variables at the values that they begin with, whatever the model's train_step is
+    strategy = model.distribute_strategy
     step = tf.function(lambda batch: strategy.run(model.train_step, args=(batch,)))
     with strategy.scope():
         step.get_concrete_function(tree.map_structure(lambda part: tf.TensorSpec(*_kind(part)), batch))
     return data
-
-
-def _is_built(model: Any) -> bool:
-    """Whether `TrainingState` sees all that the step changes; it can build the optimizer of `compile` itself."""
-    others = [inner for optimizer in optimizers_of(model) for inner in innermost(optimizer)]
-    if model.optimizer is not None:
-        others = [inner for inner in others if inner not in innermost(model.optimizer)]
-    return all(part.built for part in [model, *sublayers(model), *others])
 
 
 def _first_batch(data: Any) -> tuple[Any, Any]:
