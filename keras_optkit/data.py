@@ -359,30 +359,27 @@ def _arrays(name: str, given: Any, instead_of_none: Any = None) -> Any:
 
 
 def _as_numpy(part: Any) -> np.ndarray:
-    if isinstance(part, np.ndarray):
-        return part
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(part, pandas.Series):
-        return part.to_numpy()[:, None]  # as `fit` takes it
-    return np.asarray(part if hasattr(part, "__array__") else keras.ops.convert_to_numpy(part))
+        part = part.to_numpy()[:, None]  # as `fit` takes it
+    array = np.asarray(part if hasattr(part, "__array__") else keras.ops.convert_to_numpy(part))
+    for kind in (str, bytes):  # which have a width then, and so a checksum
+        if array.dtype == object and all(isinstance(element, kind) for element in array.flat):
+            return array.astype(kind)
+    return array
 
 
 def _can_be_given(array: np.ndarray) -> bool:
-    if _may_be_strings(array):
-        on_tensorflow = keras.config.backend() == "tensorflow"  # the others have no tensors of strings
-        return on_tensorflow and all(isinstance(element, str | bytes) for element in array.flat)
+    if array.dtype.kind in "SU":
+        return keras.config.backend() == "tensorflow"  # the others have no tensors of strings
     try:
         return bool(keras.backend.standardize_dtype(array.dtype))
     except ValueError:
         return False
 
 
-def _may_be_strings(array: np.ndarray) -> bool:
-    return array.dtype.kind in "OSU"
-
-
 def _as_fit_gives(array: np.ndarray) -> Any:
-    if _may_be_strings(array):
+    if array.dtype.kind in "SU":
         return keras.ops.convert_to_tensor(array.astype(object), dtype="string")
     if keras.backend.is_float_dtype(keras.backend.standardize_dtype(array.dtype)):
         return array.astype(keras.config.floatx(), copy=False)

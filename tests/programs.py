@@ -10,8 +10,8 @@ it should be. Of each program is checked that
   NumPy makes of what Keras's optimizers are given by the same program, run eagerly;
 - **passive**: with all callbacks, the weights at the end are bitwise those without;
 - **Checkpoint**: what it wrote last are the weights at the end;
-- **killed**: killed with SIGKILL after a random batch and run again, everything is bitwise as without: weights, state of
-  all optimizers, seeds, history.
+- **killed**: killed with SIGKILL after a random batch and run again, everything is bitwise as without: weights, state
+  of all optimizers, seeds, logs.
 
 Every run is a process of its own, forked from one that has imported TensorFlow or JAX and has not used it yet.
 """
@@ -34,6 +34,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import keras
+import numpy as np
+
+import keras_optkit as ok
+from keras_optkit.optimizers.of_model import innermost, optimizers_of
+
 #: The programs, by the backend that they are for.
 PROGRAMS = {
     "actor_critic": "tensorflow",
@@ -52,15 +61,6 @@ PROGRAMS = {
 
 #: Updates whose monitored values are compared.
 COMPARED = 3
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
-import keras
-import numpy as np
-
-import keras_optkit as ok
-from keras_optkit.optimizers.of_model import innermost, optimizers_of
 
 
 class Enough(Exception):
@@ -146,7 +146,7 @@ def state(model: Any, tools: Tools) -> list[np.ndarray]:
     held = {id(inner): inner for one in [*optimizers_of(model), *tools.optimizers] for inner in innermost(one)}
     for optimizer in held.values():
         variables += optimizer.variables
-    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+    return [copied(variable) for variable in variables]
 
 
 # -- the runs, each in a process of its own ---------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def first_step(name: str, directory: Path, *, stock: bool) -> Any:
     """The weights after one batch."""
     made = Count(1, enough)
     model = trained(name, Tools(directory, lambda _: [made], stock=stock))
-    return [np.array(keras.ops.convert_to_numpy(w)) for w in model.trainable_weights]
+    return [copied(w) for w in model.trainable_weights]
 
 
 def by_hand(name: str, directory: Path) -> Any:
@@ -182,9 +182,9 @@ def by_hand(name: str, directory: Path) -> Any:
             plain = optimizer.apply
 
             def apply(gradients: Any, variables: Any) -> None:
-                pairs = [(np.array(g), np.array(v), v) for g, v in zip(gradients, variables, strict=True)]
+                pairs = [(copied(g), copied(v), v) for g, v in zip(gradients, variables, strict=True)]
                 plain(gradients, variables)
-                batches[-1] += [(g, before, np.array(v)) for g, before, v in pairs]
+                batches[-1] += [(g, before, copied(v)) for g, before, v in pairs]
 
             vars(optimizer)["apply"] = apply
             return super()._made(optimizer)
@@ -200,6 +200,10 @@ def by_hand(name: str, directory: Path) -> Any:
         }
         for batch in batches
     ]
+
+
+def copied(array: Any) -> np.ndarray:
+    return np.array(keras.ops.convert_to_numpy(array))
 
 
 def norm(arrays: Any) -> float:
@@ -233,7 +237,9 @@ def whole(name: str, directory: Path, *, kill_at: int | None = None, bare: bool 
         checkpoints[-1].load_latest(model)
         found["checkpoint"] = same(ended, model.get_weights())
         fits = sorted((path for path in directory.iterdir()), key=lambda path: path.stat().st_mtime)
-        found["monitored"] = {tag: dict(zip(c.steps.tolist(), c.values.tolist(), strict=True)) for tag, c in monitored(fits[0]).items()}
+        found["monitored"] = {
+            tag: dict(zip(c.steps.tolist(), c.values.tolist(), strict=True)) for tag, c in monitored(fits[0]).items()
+        }
     return found
 
 
@@ -320,14 +326,16 @@ def check(name: str) -> dict[str, str]:
         def monitor() -> str:
             if "monitored" not in runs["whole"]:
                 return "none"
-            hand = (by_hand_on_jax if keras.config.backend() == "jax" else by_hand)
+            hand = by_hand_on_jax if keras.config.backend() == "jax" else by_hand
             expected, worst = in_a_process(hand, name, directory / "first"), 0.0
             for update, values in enumerate(expected, 1):
                 for tag, value in values.items():
                     found = runs["whole"]["monitored"].get(tag, {}).get(update)
                     assert found is not None, f"{tag} was not written for update {update}"
                     worst = max(worst, abs(found - value) / value)
-                    assert abs(found - value) <= 1e-3 * value, f"{tag} of update {update} is {found:.6g}, by hand {value:.6g}"
+                    assert abs(found - value) <= 1e-3 * value, (
+                        f"{tag} of update {update} is {found:.6g}, by hand {value:.6g}"
+                    )
             return f"{3 * len(expected)} values, within {worst:.0e}"
 
         def killed() -> str:
@@ -361,7 +369,7 @@ def initial(name: str, directory: Path) -> Any:
             return super().sgd(0.0)
 
     model = trained(name, Still(directory, lambda _: [Count(1, enough)], stock=True))
-    return [np.array(keras.ops.convert_to_numpy(w)) for w in model.trainable_weights]
+    return [copied(w) for w in model.trainable_weights]
 
 
 def by_hand_on_jax(name: str, directory: Path) -> Any:
@@ -376,13 +384,6 @@ def by_hand_on_jax(name: str, directory: Path) -> Any:
 
         def on_train_begin(self, logs: Any = None) -> None:
             model = self.model
-            plain = ok.data.Shuffled.batch
-            data = [None]
-
-            def batch(this: Any, index: int) -> Any:
-                data[0] = this
-                return plain(this, index)
-
             x, y = batches[0]
             loss_of = model.loss
 
@@ -392,9 +393,9 @@ def by_hand_on_jax(name: str, directory: Path) -> Any:
                 )
                 return keras.ops.mean(keras.losses.get(loss_of)(y, y_pred))
 
-            before = [np.array(v) for v in model.trainable_variables]
+            before = [copied(v) for v in model.trainable_variables]
             gradients = jax.grad(loss)([v.value for v in model.trainable_variables])
-            model_of.append(([np.array(g) for g in gradients], before))
+            model_of.append(([copied(g) for g in gradients], before))
 
     seen = ok.data.Shuffled.__getitem__
 
@@ -407,7 +408,7 @@ def by_hand_on_jax(name: str, directory: Path) -> Any:
     ok.data.Shuffled.__getitem__ = item  # type: ignore[method-assign]
     model = trained(name, Tools(directory, lambda _: [See(), Count(1, enough)], stock=True))
     gradients, before = model_of[0]
-    after = [np.array(v) for v in model.trainable_variables]
+    after = [copied(v) for v in model.trainable_variables]
     return [
         {
             "train/gradient_norm": norm(gradients),
