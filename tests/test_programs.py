@@ -1,4 +1,4 @@
-"""Programs in the form of public ones, with everything dropped in; `tests/programs.py` runs all of them and kills them."""
+"""Programs in the form of public ones, with everything dropped in; `tests/programs.py` runs and kills all of them."""
 
 import keras
 import numpy as np
