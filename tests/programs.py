@@ -373,7 +373,7 @@ def initial(name: str, directory: Path) -> Any:
 
 
 def by_hand_on_jax(name: str, directory: Path) -> Any:
-    """As `by_hand`, of the first update: JAX differentiates the loss on the first batch, as a function of the weights."""
+    """As `by_hand`, of the first update: JAX differentiates the loss on the first batch as a function of weights."""
     import jax
 
     batches: list[Any] = []
