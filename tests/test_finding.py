@@ -361,6 +361,7 @@ class Halves(keras.Model):
         self.outer = keras.layers.Dense(1, use_bias=False, kernel_initializer=start)
         self.first, self.others = first, {"second": second} if second else {}
         self.mean = keras.metrics.Mean(name="loss")
+        self.seen = tensorflow_variable(0)
 
     def call(self, x):
         return self.outer(self.inner(x))
@@ -376,7 +377,15 @@ class Halves(keras.Model):
         for optimizer, half, gradients in zip(optimizers, halves, tape.gradient(loss, halves), strict=False):
             optimizer.apply(gradients, half)
         self.mean.update_state(loss)
+        self.seen.assign_add(1)
         return {"loss": self.mean.result()}
+
+
+def tensorflow_variable(value):
+    """One that Keras does not track."""
+    import tensorflow as tf
+
+    return tf.Variable(value)
 
 
 def numpy_halves(x, y, rates, others, batch=8):
@@ -411,6 +420,7 @@ class TestSeveralOptimizers:
         kept = np.full(12, 0.02) if chosen == "second" else 0.3 * 0.5 ** (np.arange(12) / 10)
         rates = (found.learning_rates, kept) if chosen == "first" else (kept, found.learning_rates)
         np.testing.assert_allclose(found.losses, numpy_halves(x, y, *rates), rtol=2e-5)
+        assert int(model.seen) == 0
         for m in (model, twin):
             m.fit(ok.data.Shuffled(x, y, batch_size=8), epochs=2, verbose=0)
         for mine, other in zip(model.get_weights(), twin.get_weights(), strict=True):

@@ -166,8 +166,11 @@ def _build_by_first_batch(model: Any, data: Any) -> Any:
     # a trace makes all variables at the values that they begin with, whatever the model's train_step is
     strategy = model.distribute_strategy
     step = tf.function(lambda batch: strategy.run(model.train_step, args=(batch,)))
+    specs = tree.map_structure(
+        lambda part: part if isinstance(part, tf.TypeSpec) else tf.TensorSpec(*_kind(part)), batch
+    )
     with strategy.scope():
-        step.get_concrete_function(tree.map_structure(lambda part: tf.TensorSpec(*_kind(part)), batch))
+        step.get_concrete_function(specs)
     return data
 
 
