@@ -425,24 +425,24 @@ def main(names: list[str]) -> int:
     unknown = sorted(set(names) - set(PROGRAMS))
     if unknown:
         raise SystemExit(f"unknown: {', '.join(unknown)}. Programs: {', '.join(PROGRAMS)}")
-    wanted = names or list(PROGRAMS)
-    rows = []
-    for name in wanted:
-        if PROGRAMS[name] == keras.config.backend():
-            rows.append(check(name))
-        else:
-            environment = os.environ | {"KERAS_BACKEND": PROGRAMS[name], "PROGRAMS_AS_JSON": "1"}
-            run = subprocess.run(
-                [sys.executable, __file__, name], env=environment, stdout=subprocess.PIPE, text=True, check=False
-            )
-            rows += json.loads(run.stdout.splitlines()[-1])
-    if "PROGRAMS_AS_JSON" in os.environ:
-        print(json.dumps(rows))
-        return 0
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for row in rows:
-        print(f"| {' | '.join(row.get(column, '').replace('|', chr(92) + '|') for column in COLUMNS)} |")
-    return int(any(value.startswith("FAILED") for row in rows for value in row.values()))
+    as_json = "PROGRAMS_AS_JSON" in os.environ
+    if not as_json:
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    failed = False
+    for name in names or PROGRAMS:
+        row = check(name) if PROGRAMS[name] == keras.config.backend() else elsewhere(name)
+        failed |= any(value.startswith("FAILED") for value in row.values())
+        shown = " | ".join(row.get(column, "").replace("|", "\\|") for column in COLUMNS)
+        print(json.dumps(row) if as_json else f"| {shown} |", flush=True)
+    return int(failed)
+
+
+def elsewhere(name: str) -> dict[str, str]:
+    """The row of a program that is for another backend, which a process can have but one of."""
+    environment = os.environ | {"KERAS_BACKEND": PROGRAMS[name], "PROGRAMS_AS_JSON": "1"}
+    command = [sys.executable, __file__, name]
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def _checked_class_weight(class_weight: Any, data: Any) -> Any:
             f"class_weight must be a dict of class to weight, or None, got {class_weight!r} of type "
             f"{type(class_weight).__name__}."
         )
-    if isinstance(data, tuple) and tree.is_nested(data[1:2][0] if len(data) > 1 else None):
+    if isinstance(data, tuple) and len(data) > 1 and tree.is_nested(data[1]):
         raise ValueError("class_weight must be None for a model with several outputs.")
     return {
         arguments.integer("each class of class_weight", number_of_class): arguments.real(

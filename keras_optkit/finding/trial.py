@@ -132,7 +132,7 @@ def batches(data: Any, batch_size: int | None, seed: int) -> dict[str, Any]:
 
 
 def build(model: Any, data: Any) -> Any:
-    """Makes what the first training step would make, variables of layers and of optimizers, without training.
+    """Makes the variables of layers and optimizers that the first training step would make, without training.
 
     Args:
         model: A compiled model.
@@ -143,7 +143,7 @@ def build(model: Any, data: Any) -> Any:
     """
     if not _is_built(model):
         data = _build_by_first_batch(model, data)
-    if _has_own_step(model) or keras.config.backend() != "tensorflow":
+    if _has_own_step(model) or (model.optimizer is not None and keras.config.backend() != "tensorflow"):
         build_optimizer(model)
     return data
 
