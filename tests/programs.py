@@ -5,7 +5,9 @@
 runs those of `tests/example_programs` (all, without a name), prints a table in Markdown and fails if anything is not as
 it should be. Of each program is checked that
 
-- **first step**: after one batch, the weights are those of Keras's optimizers with the same formula, up to rounding;
+- **first step**: after one batch, the weights are those of Keras's optimizers with the same formula, up to rounding.
+  Those are given the gradient of an embedding as one tensor: a row that occurs several times in a batch they would
+  otherwise square once for each time, before the sum;
 - **monitor**: in the first updates, norm of the gradient, norm of the weights and update-to-weight ratio are those that
   NumPy makes of what Keras's optimizers are given by the same program, run eagerly;
 - **passive**: with all callbacks, the weights at the end are bitwise those without;
@@ -113,6 +115,11 @@ class Tools:
 
     def _made(self, optimizer: Any) -> Any:
         self.optimizers.append(optimizer)
+        if self.stock and keras.config.backend() == "tensorflow":
+            plain = optimizer.apply
+            vars(optimizer)["apply"] = lambda gradients, variables: plain(
+                [keras.ops.convert_to_tensor(gradient) for gradient in gradients], variables
+            )
         return optimizer
 
     def callbacks(self, fit: str = "fit") -> list[Any]:
@@ -179,7 +186,7 @@ def by_hand(name: str, directory: Path) -> Any:
 
     class Recording(Tools):
         def _made(self, optimizer: Any) -> Any:
-            plain = optimizer.apply
+            plain = super()._made(optimizer).apply
 
             def apply(gradients: Any, variables: Any) -> None:
                 pairs = [(copied(g), copied(v), v) for g, v in zip(gradients, variables, strict=True)]
@@ -187,7 +194,7 @@ def by_hand(name: str, directory: Path) -> Any:
                 batches[-1] += [(g, before, copied(v)) for g, before, v in pairs]
 
             vars(optimizer)["apply"] = apply
-            return super()._made(optimizer)
+            return optimizer
 
     ended = Count(COMPARED, enough)
     trained(name, Recording(directory, lambda _: [Begin(), ended], stock=True))
