@@ -147,13 +147,13 @@ def trained(name: str, tools: Tools) -> Any:
         return enough.args[0]
 
 
-def state(model: Any, tools: Tools) -> list[np.ndarray]:
-    """Weights, seeds, and the variables of all optimizers."""
+def state(model: Any, tools: Tools) -> dict[str, np.ndarray]:
+    """Weights, seeds, and the variables of all optimizers, by path."""
     variables = [*model.variables]
     held = {id(inner): inner for one in [*optimizers_of(model), *tools.optimizers] for inner in innermost(one)}
     for optimizer in held.values():
         variables += optimizer.variables
-    return [copied(variable) for variable in variables]
+    return {f"{i} {variable.path}": copied(variable) for i, variable in enumerate(variables)}
 
 
 # -- the runs, each in a process of its own ---------------------------------------------------------------------------
@@ -240,9 +240,9 @@ def whole(name: str, directory: Path, *, kill_at: int | None = None, bare: bool 
     found: dict[str, Any] = {"state": state(model, tools), "batches": count.batches, "logs": histories.logs}
     found["resumed"] = tools.resumed_from or [resume.resumed_from for resume in resumes]
     if checkpoints:
-        ended = model.get_weights()
+        found["weights"] = weights(model)
         checkpoints[-1].load_latest(model)
-        found["checkpoint"] = same(ended, model.get_weights())
+        found["checkpoint"] = weights(model)
         fits = sorted((path for path in directory.iterdir()), key=lambda path: path.stat().st_mtime)
         found["monitored"] = {
             tag: dict(zip(c.steps.tolist(), c.values.tolist(), strict=True)) for tag, c in monitored(fits[0]).items()
@@ -254,11 +254,15 @@ def monitored(fit: Path) -> Any:
     return ok.callbacks.read_monitor(fit / "monitor")
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two lists of arrays are bitwise equal."""
-    return len(one) == len(other) and all(
-        np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(one, other, strict=True)
-    )
+def weights(model: Any) -> dict[str, np.ndarray]:
+    return {f"{i} {weight.path}": copied(weight) for i, weight in enumerate(model.weights)}
+
+
+def unequal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[str]:
+    """The names of what is not bitwise equal."""
+    return sorted(one.keys() ^ other.keys()) + [
+        name for name in one if name in other and one[name].tobytes() != other[name].tobytes()
+    ]
 
 
 def in_a_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -320,14 +324,16 @@ def check(name: str) -> dict[str, str]:
         def passive() -> str:
             runs["bare"] = in_a_process(whole, name, directory / "bare", bare=True)
             runs["whole"] = in_a_process(whole, name, directory / "whole")
-            weights = same(runs["bare"]["state"], runs["whole"]["state"])
-            assert weights, "other weights than without callbacks"
+            different = unequal(runs["bare"]["state"], runs["whole"]["state"])
+            assert not different, f"other than without callbacks: {', '.join(different)}"
             return "bitwise"
 
         def checkpoint() -> str:
             if "checkpoint" not in runs["whole"]:
                 return "none"
-            assert runs["whole"]["checkpoint"], "other weights than at the end"
+            held = runs["whole"]["checkpoint"]
+            different = unequal(held, runs["whole"]["weights"])
+            assert not different, f"other than at the end: {', '.join(different)}"
             return "bitwise"
 
         def monitor() -> str:
@@ -351,7 +357,8 @@ def check(name: str) -> dict[str, str]:
             assert in_a_process(whole, name, directory / "killed", kill_at=at) is None, "was not killed"
             again = in_a_process(whole, name, directory / "killed")
             assert again["resumed"], "began from the beginning"
-            assert same(again["state"], runs["whole"]["state"]), f"killed after {at} of {total} batches: other state"
+            different = unequal(again["state"], runs["whole"]["state"])
+            assert not different, f"killed after {at} of {total} batches: other {', '.join(different)}"
             logs = runs["whole"]["logs"][len(runs["whole"]["logs"]) - len(again["logs"]) :]
             assert again["logs"] == logs, f"killed after {at} of {total} batches: other logs"
             return f"after {at} of {total} batches, resumed at {again['resumed']}: bitwise"

@@ -1,7 +1,6 @@
 """Programs in the form of public ones, with everything dropped in; `tests/programs.py` runs and kills all of them."""
 
 import keras
-import numpy as np
 import programs
 import pytest
 from small import boom
@@ -26,6 +25,5 @@ def test_a_program_that_is_interrupted_and_run_again(name, tmp_path):
         run(tmp_path / "broken", programs.Count(8, boom))
     again, place = run(tmp_path / "broken")
     assert place[0] == 1  # the second epoch
-    assert len(again) == len(whole) > 10
-    for one, other in zip(again, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert len(whole) > 10
+    assert programs.unequal(again, whole) == []
