@@ -10,8 +10,8 @@ it should be. Of each program is checked that
   otherwise square once for each time, before the sum;
 - **monitor**: in the first updates, norm of the gradient, norm of the weights and update-to-weight ratio are those that
   NumPy makes of what Keras's optimizers are given by the same program, run eagerly;
-- **passive**: monitor, Checkpoint and Resume change nothing: all is bitwise as with the guard alone (which is part of the
-  compiled step, and may move it by rounding);
+- **passive**: monitor, Checkpoint and Resume change nothing: all is bitwise as with the guard alone (which is part of
+  the compiled step, and may change it by rounding);
 - **Checkpoint**: what it wrote last are the weights at the end;
 - **killed**: killed with SIGKILL after a random batch and run again, everything is bitwise as without: weights, state
   of all optimizers, seeds, logs.
@@ -117,9 +117,11 @@ class Tools:
     def _made(self, optimizer: Any) -> Any:
         self.optimizers.append(optimizer)
         if self.stock and keras.config.backend() == "tensorflow":
+            import tensorflow as tf
+
             plain = optimizer.apply
             vars(optimizer)["apply"] = lambda gradients, variables: plain(
-                [keras.ops.convert_to_tensor(gradient) for gradient in gradients], variables
+                [tf.convert_to_tensor(gradient) for gradient in gradients], variables
             )
         return optimizer
 
