@@ -7,6 +7,7 @@ batch from the number of the epoch and of the batch alone. `keras_optkit.callbac
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -66,13 +67,20 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
     """
 
     def __init__(self, workers: int = 1, use_multiprocessing: bool = False, max_queue_size: int = 10):
-        super().__init__(workers, use_multiprocessing, max_queue_size)
+        super().__init__(
+            arguments.integer("workers", workers, 0),
+            arguments.boolean("use_multiprocessing", use_multiprocessing),
+            arguments.integer("max_queue_size", max_queue_size, 1),
+        )
         self.epoch = 0
         self._begun_at = 0
 
     @abc.abstractmethod
     def batch(self, index: int) -> Any:
-        """Batch number `index`, counted from 0, of epoch number `self.epoch`, as `PyDataset.__getitem__` returns it."""
+        """Batch number `index`, counted from 0, of epoch number `self.epoch`, as `PyDataset.__getitem__` returns it.
+
+        Lists in it become tuples, as `fit` makes them of the lists in its arguments.
+        """
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -84,7 +92,7 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         return len(self) - self._begun_at
 
     def __getitem__(self, index: int) -> Any:
-        return self.batch(index + self._begun_at)
+        return tree.lists_to_tuples(self.batch(index + self._begun_at))  # tf.data would stack the arrays of a list
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells these data from others, as JSON; a continued run must find the same. Extend it if you can.
@@ -155,15 +163,17 @@ class Shuffled(EpochDataset):
     order of epoch e = numpy.random.default_rng((seed, e)).permutation(n)
     ```
 
-    Batch i holds the rows `order[i * batch_size : (i + 1) * batch_size]` of every array. Floating-point numbers are
-    given in `keras.config.floatx()`, as `fit(x, y)` does; anything else as it is.
+    Batch i holds the rows `order[i * batch_size : (i + 1) * batch_size]` of every array. As in `fit(x, y)`, arrays
+    are NumPy's, tensors, or pandas DataFrames and Series; several inputs or outputs are a list, tuple or dict of them;
+    and floating-point values are given in `keras.config.floatx()`, anything else as it is.
 
     When not to use it: for data that do not fit into memory and are not `numpy.memmap`; see `PerEpoch` for `tf.data`.
 
     Args:
-        x: An array, or arrays in (nested) tuples, lists and dicts; all with the same number n of rows.
+        x: An array, or arrays in (nested) lists, tuples and dicts; all with the same number n of rows. Strings work on
+            TensorFlow only.
         y: Targets, likewise, or None.
-        sample_weight: Weights, likewise, or None; only with `y`.
+        sample_weight: Weights, likewise, or None; only with `y`. None among several of them: each row weighs 1.
         batch_size: Rows of a batch.
         seed: A whole number, not negative.
         shuffle: False: rows in order, the same in every epoch.
@@ -172,8 +182,12 @@ class Shuffled(EpochDataset):
         use_multiprocessing: Whether they are processes.
         max_queue_size: Batches that they compute ahead.
 
+    Attributes:
+        arrays: `(x,)`, `(x, y)` or `(x, y, sample_weight)` as NumPy arrays.
+        rows: n.
+
     Raises:
-        TypeError: For something that is no array.
+        TypeError: For something that is no array, such as a list of Python numbers.
         ValueError: For arrays of different lengths or without rows, and for numbers out of range.
 
     Example:
@@ -209,36 +223,40 @@ class Shuffled(EpochDataset):
         super().__init__(workers, use_multiprocessing, max_queue_size)
         if sample_weight is not None and y is None:
             raise ValueError("sample_weight must be None without y.")
-        given = {"x": x, "y": y, "sample_weight": sample_weight}
-        self._arrays = tuple(_arrays(name, part) for name, part in given.items() if part is not None)
+        self.arrays: tuple[Any, ...] = (_arrays("x", x),)
+        if y is not None:
+            self.arrays += (_arrays("y", y),)
+        if sample_weight is not None:
+            ones = np.ones(len(tree.flatten(self.arrays)[0]), keras.config.floatx())
+            self.arrays += (_arrays("sample_weight", sample_weight, instead_of_none=ones),)
         self.batch_size = arguments.integer("batch_size", batch_size, 1)
         self.seed = arguments.integer("seed", seed, 0)
         self.shuffle = arguments.boolean("shuffle", shuffle)
         self.drop_remainder = arguments.boolean("drop_remainder", drop_remainder)
-        lengths = {len(array) for array in tree.flatten(self._arrays)}
+        lengths = {len(array) for array in tree.flatten(self.arrays)}
         if len(lengths) != 1:
             raise ValueError(f"x, y and sample_weight must have the same number of rows, got {sorted(lengths)}.")
-        (self._rows,) = lengths
+        (self.rows,) = lengths
         if len(self) == 0:
             at_least = f"{self.batch_size} rows, for one batch" if self.drop_remainder else "one row"
-            raise ValueError(f"x must have at least {at_least}, got {self._rows}.")
+            raise ValueError(f"x must have at least {at_least}, got {self.rows}.")
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""
-        whole, rest = divmod(self._rows, self.batch_size)
+        whole, rest = divmod(self.rows, self.batch_size)
         return whole + (rest > 0 and not self.drop_remainder)
 
     def batch(self, index: int) -> Any:
         """Batch number `index` of epoch number `self.epoch`: `(x,)`, `(x, y)` or `(x, y, sample_weight)`."""
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
         chosen = self._order_of(self.epoch)[rows] if self.shuffle else rows
-        return tree.map_structure(lambda array: _as_floatx(array[chosen]), self._arrays)
+        return tree.map_structure(lambda array: _as_fit_gives(array[chosen]), self.arrays)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         held = self._order  # in one step: several threads may be here
         if held is None or held[0] != epoch:
-            held = self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self._rows)
+            held = self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         return held[1]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -249,7 +267,7 @@ class Shuffled(EpochDataset):
             "batch_size": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "arrays": [checksum(array) for array in tree.flatten(self._arrays)],
+            "arrays": [checksum(array) for array in tree.flatten(self.arrays)],
         }
 
 
@@ -336,17 +354,45 @@ class PerEpoch(EpochDataset):
         return tree.map_structure(lambda part: part.numpy(), batch)
 
 
-def _arrays(name: str, given: Any) -> Any:
-    """Every array of a structure as one of NumPy's, without a copy where there can be."""
+def _arrays(name: str, given: Any, instead_of_none: Any = None) -> Any:
+    """Every array of a structure as one of NumPy's, without a copy where there can be; lists become tuples."""
 
     def one(part: Any) -> np.ndarray:
-        array = part if isinstance(part, np.ndarray) else np.asarray(keras.ops.convert_to_numpy(part))
-        if array.dtype == object or array.ndim == 0:
-            raise TypeError(f"{name} must be an array, or arrays in tuples, lists and dicts; got {part!r} among them.")
+        array = _as_numpy(instead_of_none if part is None else part)
+        if array.ndim == 0 or not _can_be_given(array):
+            raise TypeError(f"{allowed}; got {part!r} of type {type(part).__name__} among them.")
         return array
 
-    return tree.map_structure(one, given)
+    allowed = f"{name} must be an array, or arrays in lists, tuples and dicts (np.array makes one of a list of numbers)"
+    arrays = tree.map_structure(one, tree.lists_to_tuples(given))
+    if not tree.flatten(arrays):
+        raise TypeError(f"{allowed}; got {given!r}, without any.")
+    return arrays
 
 
-def _as_floatx(array: np.ndarray) -> np.ndarray:
-    return array.astype(keras.config.floatx(), copy=False) if array.dtype.kind == "f" else array
+def _as_numpy(part: Any) -> np.ndarray:
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(part, pandas.Series):
+        part = part.to_numpy()[:, None]  # as `fit` takes it
+    array = np.asarray(part if hasattr(part, "__array__") else keras.ops.convert_to_numpy(part))
+    for kind in (str, bytes):  # which have a width then, and so a checksum
+        if array.dtype == object and all(isinstance(element, kind) for element in array.flat):
+            return array.astype(kind)
+    return array
+
+
+def _can_be_given(array: np.ndarray) -> bool:
+    if array.dtype.kind in "SU":
+        return keras.config.backend() == "tensorflow"  # the others have no tensors of strings
+    try:
+        return bool(keras.backend.standardize_dtype(array.dtype))
+    except ValueError:
+        return False
+
+
+def _as_fit_gives(array: np.ndarray) -> Any:
+    if array.dtype.kind in "SU":
+        return keras.ops.convert_to_tensor(array.astype(object), dtype="string")
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(array.dtype)):
+        return array.astype(keras.config.floatx(), copy=False)
+    return array

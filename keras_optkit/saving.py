@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from keras_optkit.private import sublayers
+
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 #: The key of the one entry that a time is in a config.
@@ -82,3 +84,14 @@ class FromSignature:
             return value
 
         return cls(**{name: read(value) for name, value in config.items()})
+
+
+def mark_as_built(model: Any) -> None:
+    """Marks a model as built if all layers in it are.
+
+    Keras does so when a model is called. One that is trained by a `train_step` of its own may never be, such as a GAN,
+    and Keras would not save it.
+    """
+    inside = sublayers(model)
+    if not model.built and inside and all(layer.built for layer in inside):
+        model.built = True

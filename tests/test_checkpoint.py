@@ -584,3 +584,27 @@ def test_it_says_what_it_writes(tmp_path, capsys):
 def test_it_refuses_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         Checkpoint(**{"directory": "here"} | arguments)
+
+
+class WithoutCall(keras.Model):
+    """Trains what is inside of it; Keras never marks it as built."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = linear_model("sgd", dtype="float32")
+
+    def train_step(self, data):
+        return self.inside.train_step(data)
+
+
+@pytest.mark.only_on("tensorflow", because="a model without call cannot be trained on JAX")
+@pytest.mark.parametrize("save", ["weights", "model"])
+def test_a_model_without_call_is_saved(save, tmp_path):
+    x, y = regression(dtype="float32")
+    model = WithoutCall()
+    model.compile("sgd")
+    fit(model, x, y, Checkpoint(tmp_path, monitor=None, top_k=0, save=save), epochs=1)
+    assert not np.allclose(model.inside.get_weights()[0], 0.5)
+    fresh = WithoutCall()
+    Checkpoint(tmp_path).load_latest(fresh)
+    assert_weights(fresh, model.get_weights())

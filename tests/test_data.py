@@ -74,6 +74,85 @@ def test_nested_arrays_and_sample_weights_stay_together():
     assert alone.shape == (3, 2)
 
 
+def two_of_each():
+    keras.utils.set_random_seed(0)
+    inputs = [keras.Input((2,)), keras.Input((1,))]
+    joined = keras.layers.concatenate(inputs)
+    model = keras.Model(inputs, [keras.layers.Dense(1)(joined), keras.layers.Dense(1)(joined)])
+    model.compile("sgd", loss=["mse", "mse"])
+    return model
+
+
+OF_EACH = {
+    "lists": ([X, X[:, :1]], [Y, Y], [Y / 10, Y / 5]),
+    "tuples": ((X, X[:, :1]), (Y, Y), (Y / 10, Y / 5)),
+    "one_weight_for_all": ([X, X[:, :1]], [Y, Y], Y / 10),
+    "one_without_weights": ([X, X[:, :1]], [Y, Y], [Y / 10, None]),
+    "tensors": ([keras.ops.convert_to_tensor(X), X[:, :1]], [keras.ops.convert_to_tensor(Y), Y], None),
+}
+
+
+@pytest.mark.parametrize("form", OF_EACH)
+def test_several_inputs_and_outputs_train_as_in_fit(form):
+    x, y, weight = OF_EACH[form]
+    model, stock = two_of_each(), two_of_each()
+    data = ok.data.Shuffled(x, y, weight, batch_size=4, shuffle=False)
+    model.fit(data, epochs=2, verbose=0)
+    if form == "one_without_weights" and keras.config.backend() == "jax":  # where Keras fails on None
+        weight = [Y / 10, np.ones(10)]
+    stock.fit(x, y, sample_weight=weight, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    for mine, theirs in zip(model.get_weights(), stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+class Pairs(ok.data.EpochDataset):
+    """Batches with lists in them, two levels deep."""
+
+    def __len__(self):
+        return 2
+
+    def batch(self, index):
+        return [{"inputs": [X[5 * index :][:5], X[5 * index :][:5, :1]]}, Y[5 * index :][:5]]
+
+
+def test_lists_in_batches_of_one_s_own_become_tuples():
+    batch = Pairs()[1]
+    assert isinstance(batch, tuple)
+    assert isinstance(batch[0]["inputs"], tuple)
+    inputs = {"inputs": [keras.Input((2,)), keras.Input((1,))]}
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.concatenate(inputs["inputs"])))
+    model.compile("sgd", loss="mse")
+    assert np.isfinite(model.fit(Pairs(), verbose=0).history["loss"][0])
+
+
+class ArrayLike:
+    """As `fit` takes it, too."""
+
+    def __array__(self, dtype=None, copy=None):
+        return X.astype(dtype)
+
+
+def test_arrays_of_other_kinds():
+    (x,) = ok.data.Shuffled(ArrayLike(), shuffle=False)[0]
+    np.testing.assert_array_equal(x, X)
+    (half,) = ok.data.Shuffled(keras.ops.cast(X, "bfloat16"), shuffle=False)[0]
+    assert half.dtype == np.float32
+    data = ok.data.Shuffled(X, Y)
+    assert data.rows == 10
+    np.testing.assert_array_equal(data.arrays[1], Y)
+
+
+@pytest.mark.only_on("tensorflow", because="the others have no tensors of strings")
+def test_strings():
+    import tensorflow as tf
+
+    words = ["a", "b", "c"]
+    for given in (np.array(words), np.array(words, object), tf.constant(words)):
+        data = ok.data.Shuffled(given, shuffle=False, batch_size=2)
+        assert [part.numpy().tolist() for (part,) in (data[0], data[1])] == [[b"a", b"b"], [b"c"]]
+    assert data.fingerprint() == ok.data.Shuffled(tf.constant(words), shuffle=False, batch_size=2).fingerprint()
+
+
 def test_fit_counts_the_epochs_on_and_trains_on_each_row_once():
     model, data, seen = counting_model(), ok.data.Shuffled(X, Y, batch_size=1, seed=2), Seen()
     model.fit(data, epochs=2, callbacks=[seen], verbose=0)
@@ -156,7 +235,23 @@ def test_an_epoch_cannot_begin_outside(batch):
         ({"shuffle": "yes"}, TypeError, "shuffle must be True or False"),
         ({"y": None, "sample_weight": Y}, ValueError, "sample_weight must be None without y"),
         ({"x": np.array([None] * 10)}, TypeError, "x must be an array"),
-        ({"x": {"a": 1.0}}, TypeError, "x must be an array, or arrays in tuples, lists and dicts; got 1.0"),
+        (
+            {"x": {"a": 1.0}},
+            TypeError,
+            "x must be an array, or arrays in lists, tuples and dicts .*; got 1.0 of type float",
+        ),
+        ({"x": X.tolist()}, TypeError, r"np.array makes one of a list of numbers\); got 0.0"),
+        ({"y": [1, 2]}, TypeError, r"y must be an array, .*; got 1 of type int"),
+        ({"x": []}, TypeError, r"x must be an array, .*; got \[\], without any"),
+        ({"x": [X, None]}, TypeError, "x must be an array, .*; got None"),
+        ({"x": object()}, TypeError, "x must be an array, .*; got <object"),
+        ({"x": np.zeros(10, "datetime64[s]")}, TypeError, "x must be an array"),
+        ({"sample_weight": [Y, "x"]}, TypeError, "sample_weight must be an array, .*; got 'x'"),
+        ({"workers": "x"}, TypeError, "workers must be an integer at least 0, got 'x'"),
+        ({"workers": -1}, ValueError, "workers must be an integer at least 0, got -1"),
+        ({"max_queue_size": float("nan")}, TypeError, "max_queue_size must be an integer at least 1, got nan"),
+        ({"max_queue_size": 0}, ValueError, "max_queue_size must be an integer at least 1, got 0"),
+        ({"use_multiprocessing": "no"}, TypeError, "use_multiprocessing must be True or False"),
     ],
 )
 def test_bad_arguments_are_refused(change, error, message):

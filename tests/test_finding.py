@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_optkit as ok
 from keras_optkit.callbacks.state import TrainingState
-from keras_optkit.finding import BatchSizes, LearningRates, Measured, curve
+from keras_optkit.finding import BatchSizes, LearningRates, Measured, batch_size, curve
 from keras_optkit.finding.batch_size import is_out_of_memory, noise_scale
 from keras_optkit.private import global_seed
 from keras_optkit.testing.problems import two_replicas
@@ -266,6 +266,212 @@ def test_weights_of_samples_and_classes():
     assert found.losses[0] == pytest.approx(plain, rel=1e-5)
 
 
+def two_inputs():
+    """Two inputs and two outputs, by name."""
+    inputs = {"a": keras.Input((2,)), "b": keras.Input((1,))}
+    joined = keras.layers.concatenate([inputs["a"], inputs["b"]])
+    outputs = [keras.layers.Dense(1, kernel_initializer="ones", name=name)(joined) for name in "yz"]
+    model = keras.Model(list(inputs.values()), outputs)
+    model.compile("sgd", loss=["mse", "mse"])
+    return model
+
+
+def test_several_inputs_and_outputs_are_given_as_to_fit():
+    x, y = regression(24)
+    forms = [
+        ([x[:, :2], x[:, 2:]], [y, y], [np.full(24, 2.0), np.full(24, 2.0)]),
+        ((x[:, :2], x[:, 2:]), [y, y], np.full(24, 2.0)),
+    ]
+    for data in forms:
+        rows = np.random.default_rng((0, 0)).permutation(24)[:8]
+        found = find(two_inputs(), data, batch_size=8, steps=10)
+        expected = 4 * np.mean((x[rows].sum(1, keepdims=True) - y[rows]) ** 2)
+        assert found.losses[0] == pytest.approx(expected, rel=1e-4)
+    sizes = ok.find_batch_size(two_inputs(), forms[0], [8], steps=1, noise_warm_up=0, verbose=0)
+    assert sizes.noise_scale > 0
+    with pytest.raises(ValueError, match="class_weight must be None for a model with several outputs"):
+        find(two_inputs(), forms[1][:2], class_weight={0: 1.0})
+
+
+FINDERS = {
+    "learning_rate": lambda model, data: find(model, data, steps=20),
+    "batch_size": lambda model, data: ok.find_batch_size(
+        model, data, [4, 8], steps=2, warm_up=1, noise_batches=3, noise_warm_up=3, verbose=0
+    ),
+}
+
+
+# -- models with several optimizers, and those that are not built -----------------------------------------------------
+
+
+class Layered(keras.Model):
+    """Built by its first step."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(4, "tanh")
+        self.normal = keras.layers.BatchNormalization()
+        self.out = keras.layers.Dense(1)
+
+    def call(self, x, training=False):
+        return self.out(self.normal(self.hidden(x), training=training))
+
+
+def unbuilt():
+    keras.utils.set_random_seed(3)
+    model = Layered()
+    model.compile(ok.optimizers.Adam(0.01), loss="mse", metrics=["mae"])
+    return model
+
+
+def lazy_sequential():
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+    model.compile(STOCK.Adam(0.01), loss="mse")
+    return model
+
+
+@pytest.mark.parametrize(("make", "finder"), [(unbuilt, "learning_rate"), (lazy_sequential, "batch_size")])
+def test_a_model_that_its_first_step_builds(make, finder):
+    x, y = regression()
+    model, twin = make(), make()
+    FINDERS[finder](model, (x, y))
+    logs = [m.fit(ok.data.Shuffled(x, y, seed=1), epochs=2, verbose=0).history for m in (model, twin)]
+    assert logs[0] == logs[1]
+    assert same(TrainingState.of(model), TrainingState.of(twin))
+
+
+def test_building_takes_no_batch_away():
+    x, y = regression(24)
+    model = keras.Sequential(
+        [keras.layers.Dense(1, use_bias=False, kernel_initializer=keras.initializers.Constant(0.5))]
+    )
+    model.compile("sgd", loss="mse")
+    found = find(model, endless(x, y), high=0.01, steps=10)
+    assert found.losses[0] == pytest.approx(np.mean((x[:8] @ np.full((3, 1), START) - y[:8]) ** 2), rel=1e-4)
+
+
+class Halves(keras.Model):
+    """Two layers, each trained by an optimizer of its own, in an attribute and in a dict; all are built by a step."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        start = keras.initializers.Constant(START)
+        self.inner = keras.layers.Dense(2, use_bias=False, kernel_initializer=start)
+        self.outer = keras.layers.Dense(1, use_bias=False, kernel_initializer=start)
+        self.first, self.others = first, {"second": second} if second else {}
+        self.mean = keras.metrics.Mean(name="loss")
+        self.seen = tensorflow_variable(0)
+
+    def call(self, x):
+        return self.outer(self.inner(x))
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(self(x) - y))
+        halves = [self.inner.trainable_variables, self.outer.trainable_variables]
+        optimizers = [self.first, *self.others.values()]
+        for optimizer, half, gradients in zip(optimizers, halves, tape.gradient(loss, halves), strict=False):
+            optimizer.apply(gradients, half)
+        self.mean.update_state(loss)
+        self.seen.assign_add(1)
+        return {"loss": self.mean.result()}
+
+
+def tensorflow_variable(value):
+    """One that Keras does not track."""
+    import tensorflow as tf
+
+    return tf.Variable(value)
+
+
+def numpy_halves(x, y, rates, others, batch=8):
+    """The losses of `Halves`, whose first optimizer has these rates and whose second one the others."""
+    inner, outer, losses, queue, epoch = np.full((3, 2), START), np.full((2, 1), START), [], [], 0
+    for rate, other in zip(rates, others, strict=True):
+        if not queue:
+            order = np.random.default_rng((0, epoch)).permutation(len(x))
+            queue, epoch = [order[i : i + batch] for i in range(0, len(x), batch)], epoch + 1
+        r, queue = queue[0], queue[1:]
+        error = x[r] @ inner @ outer - y[r]
+        losses.append(np.mean(error**2))
+        gradients = 2 / len(r) * x[r].T @ error @ outer.T, 2 / len(r) * (x[r] @ inner).T @ error
+        inner, outer = inner - rate * gradients[0], outer - other * gradients[1]
+    return np.array(losses)
+
+
+@pytest.mark.only_on("tensorflow", because="a train_step with a gradient tape")
+class TestSeveralOptimizers:
+    @staticmethod
+    def halves(second="adam"):
+        model = Halves(STOCK.SGD(0.02), ok.optimizers.Adam(warm()) if second == "adam" else second)
+        model.compile(optimizer=None)
+        return model
+
+    @pytest.mark.parametrize("chosen", ["first", "second"])
+    def test_the_rate_of_the_chosen_one_is_swept_and_all_are_put_back(self, chosen):
+        x, y = regression()
+        model, twin = (self.halves(ok.optimizers.SGD(stock_schedule())) for _ in range(2))
+        optimizer = model.first if chosen == "first" else model.others["second"]
+        found = find(model, (x, y), optimizer=optimizer, batch_size=8, high=0.2, steps=12)
+        kept = np.full(12, 0.02) if chosen == "second" else 0.3 * 0.5 ** (np.arange(12) / 10)
+        rates = (found.learning_rates, kept) if chosen == "first" else (kept, found.learning_rates)
+        np.testing.assert_allclose(found.losses, numpy_halves(x, y, *rates), rtol=2e-5)
+        assert int(model.seen) == 0
+        for m in (model, twin):
+            m.fit(ok.data.Shuffled(x, y, batch_size=8), epochs=2, verbose=0)
+        for mine, other in zip(model.get_weights(), twin.get_weights(), strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+    def test_without_a_choice_it_is_an_error(self):
+        model = self.halves()
+        with pytest.raises(ValueError, match=r"must be one of the 2 .* SGD \('sgd\S*'\), Adam \('adam\S*'\); got None"):
+            find(model, regression())
+
+    def test_all_are_put_back_after_measuring_batches_and_the_noise_is_not_measured(self):
+        x, y = regression()
+        model, twin = self.halves(), self.halves()
+        with pytest.warns(UserWarning, match="the noise scale was not measured, since the model's train_step may use"):
+            found = ok.find_batch_size(model, (x, y), [4, 8], steps=2, verbose=0)
+        assert found.noise_scale is None
+        assert found.suggestion in (4, 8)
+        assert "The noise scale was not measured" in found.table()
+        for m in (model, twin):
+            m.fit(ok.data.Shuffled(x, y, batch_size=8), epochs=2, verbose=0)
+        for mine, other in zip(model.get_weights(), twin.get_weights(), strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+    def test_the_only_one_that_a_model_holds_needs_no_choice(self):
+        assert len(find(self.halves(second=None), regression(), steps=10).losses) == 10
+
+    def test_a_part_that_was_compiled_before_does_not_matter(self):
+        x, y = regression()
+        part = linear_model("adam")
+        model = keras.Sequential([keras.Input((3,)), part])
+        model.compile("sgd", loss="mse")
+        assert len(find(model, (x, y), steps=10).losses) == 10
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_one_of_the_optimizers_in_keras_s_multioptimizer(chosen):
+    x, y = regression()
+    start = keras.initializers.Constant(START)
+    layers = [keras.layers.Dense(n, use_bias=False, kernel_initializer=start) for n in (2, 1)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    inner = [STOCK.SGD(0.02), STOCK.SGD(0.03)]
+    of_layer = {layer.name: optimizer for layer, optimizer in zip(layers, inner, strict=True)}
+    model.compile(STOCK.MultiOptimizer(lambda v: of_layer[v.path.split("/")[-2]]), loss="mse")
+    with pytest.raises(ValueError, match="optimizer must be one of the 2"):
+        find(model, (x, y))
+    found = find(model, (x, y), optimizer=inner[chosen], batch_size=8, high=0.2, steps=12)
+    rates = (found.learning_rates, np.full(12, 0.03)) if chosen == 0 else (np.full(12, 0.02), found.learning_rates)
+    np.testing.assert_allclose(found.losses, numpy_halves(x, y, *rates), rtol=2e-5)
+    assert np.all(model.get_weights()[0] == START)
+
+
 # -- where there is nothing to find -----------------------------------------------------------------------------------
 
 
@@ -333,10 +539,7 @@ def test_a_sweep_without_updates_ends():
 
 
 def flat(state):
-    return [
-        *(value for values in [*state.variables, *state.metrics] for value in values),
-        *keras.tree.flatten([state.optimizer, state.generators]),
-    ]
+    return keras.tree.flatten(vars(state))
 
 
 def same(one, other):
@@ -361,13 +564,6 @@ OPTIMIZERS = {
     "ours": lambda: ok.optimizers.AdamW(warm(), gradient_accumulation_steps=3),
     "averaged": lambda: ok.optimizers.ScheduleFreeAdamW(0.01),
     "scaled": lambda: ok.optimizers.LossScale(ok.optimizers.AdamW(0.01)),
-}
-
-FINDERS = {
-    "learning_rate": lambda model, data: find(model, data, steps=20),
-    "batch_size": lambda model, data: ok.find_batch_size(
-        model, data, [4, 8], steps=2, warm_up=1, noise_batches=3, verbose=0
-    ),
 }
 
 
@@ -458,10 +654,16 @@ def test_everything_is_put_back_after_an_exception(finder, error, calls, schedul
         ({"stop_factor": 1.0}, "stop_factor must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"verbose": 3}, "verbose must be one of"),
+        ({"seed": -1}, "seed must be an integer at least 0"),
+        ({"optimizer": 3}, "optimizer must be an optimizer or None, got 3"),
+        ({"optimizer": STOCK.SGD()}, r"optimizer must be one that model holds, SGD \('sgd\S*'\); got <keras"),
+        ({"class_weight": []}, r"class_weight must be a dict of class to weight, or None, got \[\]"),
+        ({"class_weight": {0: "x"}}, r"class_weight\[0\] must be a finite number"),
+        ({"class_weight": {"x": 1.0}}, "each class of class_weight must be an integer"),
     ],
 )
 def test_arguments_of_the_learning_rate_finder(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         find(linear_model("sgd"), regression(), **arguments)
 
 
@@ -471,6 +673,10 @@ def test_arguments_of_the_learning_rate_finder(arguments, message):
         (lambda x, _: x, TypeError, "data must be a tuple .* got a ndarray"),
         (lambda x, y: [x, y], TypeError, "got a list"),
         (lambda x, y: (x, y, y, y), TypeError, "got a tuple of 4 parts"),
+        (lambda *_: 3.0, TypeError, "data must be .* got a float"),
+        (lambda *_: "x", TypeError, "data must be .* got a str"),
+        (lambda *_: object(), TypeError, "data must be .* got a object"),
+        (lambda x, y: (x.tolist(), y), TypeError, "x must be an array, or arrays in lists"),
         (lambda x, y: (x, y[:3]), ValueError, "the same number of rows"),
     ],
 )
@@ -491,10 +697,10 @@ def test_models_that_cannot_be_trained(finder):
     with pytest.raises(TypeError, match=r"model must be a keras.Model, got 'model'"):
         FINDERS[finder]("model", data)
     model = keras.Sequential([keras.layers.Dense(1)])
-    with pytest.raises(ValueError, match="model must be built"):
-        FINDERS[finder](model, data)
-    model.build((None, 3))
     with pytest.raises(ValueError, match="model must be compiled"):
+        FINDERS[finder](model, data)
+    model.compile(optimizer=None, loss="mse")
+    with pytest.raises(ValueError, match="model must have an optimizer"):
         FINDERS[finder](model, data)
 
 
@@ -546,6 +752,7 @@ def test_the_noise_scale_is_the_estimate_of_the_paper():
     assert noise_scale(gradients.sum(0), list((gradients**2).sum(1)), 3) == pytest.approx(noise / signal)
     assert noise_scale(np.zeros(4), [1.0, 1.0], 3) == np.inf
     assert noise_scale(np.ones(4), [4.0], 3) is None
+    assert noise_scale(np.full(4, np.nan), [4.0, np.nan], 3) is None
 
 
 NOISE = {
@@ -560,10 +767,62 @@ def test_the_noise_scale_is_that_of_the_data(optimizer):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1200, 3)).astype("float32")
     y = (x.sum(1, keepdims=True) + rng.normal(size=(1200, 1))).astype("float32")
-    found = ok.find_batch_size(linear_model(NOISE[optimizer]()), (x, y), [4], steps=1, noise_batches=300, verbose=0)
+    found = ok.find_batch_size(
+        linear_model(NOISE[optimizer]()), (x, y), [4], steps=1, noise_batches=300, noise_warm_up=0, verbose=0
+    )
     each = 2 * x * (x @ np.full((3, 1), START) - y)  # the gradient of every example
     mean, noise = each.mean(0), each.var(0, ddof=1).sum()
     assert found.noise_scale == pytest.approx(noise / (mean @ mean - noise / len(x)), rel=0.1)
+
+
+def test_the_noise_is_measured_after_a_warm_up_and_all_is_put_back():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1200, 3)).astype("float32")
+    y = (x @ np.array([[9.0], [-9.0], [9.0]]) + rng.normal(size=(1200, 1))).astype("float32")  # far from the weights
+    model = linear_model(ok.optimizers.SGD(0.05, momentum=0.5))
+    before = TrainingState.of(model)
+    fresh, later = (
+        ok.find_batch_size(model, (x, y), [8, 32], steps=1, noise_batches=30, noise_warm_up=n, verbose=0).noise_scale
+        for n in (0, 12)
+    )
+    assert same(before, TrainingState.of(model))
+
+    w, velocity = np.full((3, 1), START), 0.0
+    order = np.random.default_rng((0, 0)).permutation(1200)
+    of_examples = lambda w, r: 2 * x[r] * (x[r] @ w - y[r])  # noqa: E731
+    scales = []
+    for i in range(13):
+        if i in (0, 12):
+            each = of_examples(w, order[: 30 * 32])
+            mean, noise = each.mean(0), each.var(0, ddof=1).sum()
+            scales.append(noise / (mean @ mean - noise / len(each)))
+        # the second half of the warm-up begins an epoch
+        rows = order if i < 6 else np.random.default_rng((0, 1)).permutation(1200)
+        velocity = 0.5 * velocity - 0.05 * of_examples(w, rows[32 * (i % 6) :][:32]).mean(0)[:, None]
+        w = w + velocity
+    assert scales[1] > 4 * scales[0]
+    np.testing.assert_allclose([fresh, later], scales, rtol=0.25)  # b is 32, and so the noise is that of 30 means
+
+
+def test_a_noise_scale_that_still_rises_is_a_lower_bound():
+    rows = measured(100, 200, 400, 800)
+    limited = batch_size._with_doubt(BatchSizes(rows, 8.0), [2.0, 8.0], 100)
+    assert limited.doubt == (
+        "the noise scale is a lower bound, and so may be the suggestion: it rose from 2 to 8 examples between updates "
+        "50 and 100; raise noise_warm_up"
+    )
+    assert limited.table().endswith("raise noise_warm_up.")
+    assert batch_size._with_doubt(BatchSizes(rows, 64.0), [2.0, 64.0], 100).doubt == ""  # which limits nothing
+    assert batch_size._with_doubt(BatchSizes(rows, 8.0), [7.0, 8.0], 100).doubt == ""
+
+
+def test_a_warm_up_that_breaks_says_so():
+    x, y = regression(64)
+    with pytest.warns(
+        UserWarning, match="the noise scale was not measured, since the gradient is not finite after 60 upd"
+    ):
+        found = ok.find_batch_size(linear_model(STOCK.SGD(1e4)), (x, y), [8], steps=1, noise_warm_up=60, verbose=0)
+    assert found.noise_scale is None
 
 
 def test_sizes_are_measured_as_far_as_there_are_examples():
@@ -578,14 +837,16 @@ def test_sizes_are_measured_as_far_as_there_are_examples():
 @pytest.mark.parametrize("make", [Given, endless, as_dataset])
 def test_examples_are_taken_from_data_that_give_batches(make):
     x, y = regression(24)
-    found = ok.find_batch_size(linear_model("sgd"), make(x, y), [2, 16], steps=1, noise_batches=2, verbose=0)
+    found = ok.find_batch_size(
+        linear_model("sgd"), make(x, y), [2, 16], steps=1, noise_batches=2, noise_warm_up=0, verbose=0
+    )
     assert [row.size for row in found.rows] == [2, 16]
     assert found.noise_scale > 0
 
 
 def test_with_no_noise_the_noise_scale_is_0():
     x, y = np.ones((8, 3), "float32"), np.ones((8, 1), "float32")
-    assert ok.find_batch_size(linear_model("sgd"), (x, y), [2], steps=1, verbose=0).noise_scale == 0
+    assert ok.find_batch_size(linear_model("sgd"), (x, y), [2], steps=1, noise_warm_up=0, verbose=0).noise_scale == 0
 
 
 class Greedy(keras.layers.Layer):
@@ -601,7 +862,8 @@ def test_a_size_that_does_not_fit_into_memory_ends_the_measuring():
     model.compile("adam", loss="mse")
     x, y = np.ones((4200, 3), "float32"), np.ones((4200, 1), "float32")
     before = TrainingState.of(model)
-    found = ok.find_batch_size(model, (x, y), [4, 4096, 4100], steps=1, noise_batches=2, verbose=0)  # 1 PiB
+    sizes = [4, 4096, 4100]  # 1 PiB
+    found = ok.find_batch_size(model, (x, y), sizes, steps=1, noise_batches=2, noise_warm_up=0, verbose=0)
     assert [(row.size, row.seconds is None) for row in found.rows] == [(4, False), (4096, True)]
     assert found.suggestion == 4
     assert "4096" in found.table()
@@ -665,6 +927,9 @@ def test_batch_sizes_as_table_and_plot():
         ({"steps": 0}, ValueError, "steps must be"),
         ({"warm_up": 0}, ValueError, "warm_up must be"),
         ({"noise_batches": -1}, ValueError, "noise_batches must be"),
+        ({"noise_warm_up": -1}, ValueError, "noise_warm_up must be"),
+        ({"sizes": 8}, TypeError, "sizes must be integers in a list, or None, got 8"),
+        ({"seed": "x"}, TypeError, "seed must be an integer"),
         ({"verbose": "loud"}, ValueError, "verbose must be one of"),
     ],
 )

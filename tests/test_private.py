@@ -8,8 +8,8 @@ from keras import layers
 from tensorflow.python.framework import config
 
 from keras_optkit.private import (
-    compile_arguments,
     clear_session,
+    compile_arguments,
     current_layer,
     forget_trace,
     global_seed,

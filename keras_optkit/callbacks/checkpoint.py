@@ -24,6 +24,7 @@ from keras_optkit.callbacks.callback import Callback, running_fit
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.files import atomic_path, atomic_write, leftovers
 from keras_optkit.registry import register
+from keras_optkit.saving import mark_as_built
 
 _ENDINGS = {"model": ".keras", "weights": ".weights.h5"}
 
@@ -189,6 +190,7 @@ class Checkpoint(Callback):
         if path is None:
             raise ValueError(f"directory={self.directory!r} holds no checkpoint {what}.")
         if model is not None:
+            mark_as_built(model)
             model.load_weights(path)
             return model
         if path.name.endswith(_ENDINGS["weights"]):
@@ -293,6 +295,7 @@ class Checkpoint(Callback):
             _Entry("", self._epoch + 1, self._updates(), value, regular, error, ""), _ENDINGS[self.save]
         )
         with atomic_path(self._list.directory / entry.file) as unfinished:
+            mark_as_built(model)
             if self.save == "model":
                 model.save(unfinished)
             else:

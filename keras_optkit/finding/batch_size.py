@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from keras_optkit import arguments
 from keras_optkit.callbacks.callback import number
 from keras_optkit.callbacks.instrument import compile_anew
 from keras_optkit.data import Shuffled
-from keras_optkit.finding.trial import as_found, checked_arrays, checked_model, innermost, run, state_as_found
+from keras_optkit.finding.trial import (
+    as_found,
+    build,
+    checked_arrays,
+    checked_model,
+    run,
+    state_as_found,
+    used_optimizers,
+)
 from keras_optkit.optimizers import Optimizer, Rule
 from keras_optkit.optimizers.fitting import build_optimizer
 
@@ -30,6 +39,12 @@ NEARLY = 0.9
 
 #: Batches of up to this many times the noise scale may be suggested.
 ABOVE_NOISE = 2
+
+#: A noise scale that has grown by more than this in the second half of the warm-up is still rising.
+RISING = 1.5
+
+#: Examples of a batch of the warm-up before the noise is measured, or the next size below that.
+USUAL = 32
 
 
 @dataclass(frozen=True)
@@ -59,19 +74,25 @@ class BatchSizes:
 
     Attributes:
         rows: What was measured, by size.
-        noise_scale: B, in examples; infinite where the gradient is lost in its noise; None if it was not measured.
+        noise_scale: B, in examples, after the warm-up; infinite where the gradient is lost in its noise; None if it was
+            not measured.
+        doubt: What is wrong with the noise scale, or "".
     """
 
     rows: tuple[Measured, ...]
     noise_scale: float | None
+    doubt: str = ""
 
     @property
     def suggestion(self) -> int | None:
         """The size to use; None if not even the smallest fits into memory. See `find_batch_size` for the rule."""
+        return self._suggestion(math.inf if self.noise_scale is None else self.noise_scale)
+
+    def _suggestion(self, noise_scale: float) -> int | None:
         fit = [row for row in self.rows if row.throughput is not None]
         if not fit:
             return None
-        highest = math.inf if self.noise_scale is None else ABOVE_NOISE * self.noise_scale
+        highest = ABOVE_NOISE * noise_scale
         useful = [row for row in fit if row.size <= highest] or fit[:1]
         best = max(_throughput(row) for row in useful)
         return next(row.size for row in useful if _throughput(row) >= NEARLY * best)
@@ -89,7 +110,8 @@ class BatchSizes:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         shown = ["  ".join([*map(str.rjust, line[:4], widths), line[4]]).rstrip() for line in lines]
         noise = "not measured" if self.noise_scale is None else f"{self.noise_scale:.3g} examples"
-        return "\n".join([*shown, "", f"gradient noise scale: {noise}"])
+        doubt = [f"{self.doubt[:1].upper()}{self.doubt[1:]}."] * bool(self.doubt)
+        return "\n".join([*shown, "", f"gradient noise scale: {noise}", *doubt])
 
     def __str__(self) -> str:
         return self.table()
@@ -136,6 +158,7 @@ def find_batch_size(
     steps: int = 10,
     warm_up: int = 2,
     noise_batches: int = 16,
+    noise_warm_up: int = 100,
     seed: int = 0,
     verbose: str | int = "auto",
 ) -> BatchSizes:
@@ -155,21 +178,27 @@ def find_batch_size(
     tr(Σ)  ≈  (mean |g_k|² - |ḡ|²) / (1/b - 1/B')
     ```
 
-    which are unbiased; their ratio is less so, and uncertain for small K. b is the smallest size. An estimate of |G|²
-    that is not positive makes B infinite: the gradient cannot be told from its noise.
+    which are unbiased; their ratio is less so, and uncertain for small K. b is the largest size for which there are K
+    batches. An estimate of |G|² that is not positive makes B infinite: the gradient cannot be told from its noise.
+
+    At random weights, where all examples pull in one direction, B is far below what it is for nearly all of training:
+    it rises steeply in the first updates and slowly after that. So the model is first trained for `noise_warm_up`
+    updates, with its own optimizer and batches of 32, and B is measured in the middle and at the end of them. Where it
+    rises by more than half in between, it is a lower bound; `doubt` and a warning say so if it limits the suggestion.
 
     The suggestion is the smallest size with at least 90 % of the best throughput among the sizes up to 2 B (the
     smallest size, if none is).
 
     Everything is put back as after `find_learning_rate`, also when memory runs out.
 
-    When not to use it: for the noise scale at the beginning of a training, where B is far below what it is later:
-    measure it again after some epochs. Nor for the time of the input pipeline: the batches here come from memory.
-    Dropout and batch normalisation count as noise of the gradient, which for the latter depends on b.
-    With several replicas, sizes are those of the global batch, and memory is that of one device.
+    When not to use it: for the time of the input pipeline: the batches here come from memory. Nor for the last word on
+    B, which keeps rising as the loss falls: measure it again later in training, with `noise_warm_up=0`. Dropout and
+    batch normalization count as noise of the gradient, which for the latter depends on b. B is not measured, and
+    `doubt` says so, where a `train_step` may use other optimizers than that of `compile`, each of which has a gradient
+    of its own. With several replicas, sizes are those of the global batch, and memory is that of one device.
 
     Args:
-        model: A built and compiled model.
+        model: A compiled model.
         data: A tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)` of arrays; or a `tf.data.Dataset`, `PyDataset` or
             generator of batches, of which as many are kept in memory as make up the largest size.
         sizes: The sizes to try, rising. None: the powers of two from 8 to `max_size`.
@@ -177,6 +206,7 @@ def find_batch_size(
         steps: Steps that are timed, at least 1. Under gradient accumulation they are micro-batches.
         warm_up: Steps before them, in which the step is compiled, at least 1.
         noise_batches: K, at most; as many as there are examples for. 0: the noise scale is not measured.
+        noise_warm_up: Training steps before the noise is measured. 0: it is measured at the weights that the model has.
         seed: Of the order of the examples.
         verbose: 0 is silent, 1 and "auto" show a progress bar, 2 a line.
 
@@ -185,7 +215,7 @@ def find_batch_size(
 
     Raises:
         TypeError: For a value of a wrong type.
-        ValueError: For a value out of range, a model that is not built or not compiled, or data with fewer examples
+        ValueError: For a value out of range, a model that is not compiled, or data with fewer examples
             than the smallest size.
 
     Source: McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1.
@@ -212,10 +242,11 @@ def find_batch_size(
     arguments.integer("steps", steps, 1)
     arguments.integer("warm_up", warm_up, 1)
     arguments.integer("noise_batches", noise_batches, 0)
+    arguments.integer("noise_warm_up", noise_warm_up, 0)
+    arguments.integer("seed", seed, 0)
     arguments.choice("verbose", verbose, ("auto", 0, 1, 2))
     wanted = _checked_sizes(sizes, max_size)
-    arrays = _examples(data, max(wanted[-1], wanted[0] * noise_batches))
-    examples = len(tree.flatten(arrays)[0])
+    arrays, examples = _examples(data, max(wanted[-1], wanted[0] * noise_batches))
     tried = [size for size in wanted if size <= examples]
     if not tried:
         raise ValueError(f"data must have at least {wanted[0]} examples, the smallest size, got {examples}.")
@@ -223,12 +254,13 @@ def find_batch_size(
     def data_of(size: int) -> Shuffled:
         return Shuffled(*arrays, batch_size=size, seed=seed, drop_remainder=True)
 
+    build(model, data_of(tried[0]))
     bar = keras.utils.Progbar(
         len(tried), verbose=1 if verbose == "auto" else int(verbose), stateful_metrics=("batch_size",), unit_name="size"
     )
     rows: list[Measured] = []
-    noise = None
-    count = min(noise_batches, examples // tried[0])
+    noise: list[float | None] = []
+    doubt = ""
     with as_found(model):
         model.steps_per_execution = 1
         compile_anew(model)
@@ -237,49 +269,77 @@ def find_batch_size(
             bar.update(len(rows), [("batch_size", size)], finalize=False)
             if rows[-1].seconds is None:
                 break
-        if count >= 2 and rows[0].seconds is not None:
-            noise = _noise_scale(model, data_of(tried[0]), count)
+        fit = [row.size for row in rows if row.seconds is not None]
+        if fit and min(noise_batches, examples // fit[0]) >= 2:
+            if used_optimizers(model) != [model.optimizer]:
+                doubt = (
+                    "the noise scale was not measured, since the model's train_step may use other optimizers than that "
+                    "of compile, each of which has a gradient of its own"
+                )
+            else:
+                size = max([size for size in fit if examples // size >= noise_batches], default=fit[0])
+                count = min(noise_batches, examples // size)
+                usual = max([size for size in fit if size <= USUAL], default=fit[0])
+                noise = _noise_scales(model, data_of(size), count, data_of(usual), noise_warm_up)
     bar.update(len(rows), finalize=True)
-    found = BatchSizes(tuple(rows), noise)
+    found = _with_doubt(BatchSizes(tuple(rows), noise[-1] if noise else None, doubt), noise, noise_warm_up)
+    if found.doubt:
+        warnings.warn(f"find_batch_size: {found.doubt}.", stacklevel=2)
     if found.suggestion is None:
         warnings.warn(f"find_batch_size: not even batches of {tried[0]} examples fit into memory.", stacklevel=2)
     return found
 
 
+def _with_doubt(found: BatchSizes, noise: Sequence[float | None], updates: int) -> BatchSizes:
+    if not noise:
+        return found
+    last, before = noise[-1], noise[0]
+    if last is None:
+        doubt = f"the noise scale was not measured, since the gradient is not finite after {updates} updates"
+    elif before is not None and last > RISING * before and found.suggestion != found._suggestion(math.inf):
+        doubt = (
+            f"the noise scale is a lower bound, and so may be the suggestion: it rose from {before:.3g} to {last:.3g} "
+            f"examples between updates {updates // 2} and {updates}; raise noise_warm_up"
+        )
+    else:
+        return found
+    return dataclasses.replace(found, doubt=doubt)
+
+
 def _checked_sizes(sizes: Sequence[int] | None, max_size: int) -> list[int]:
     if sizes is None:
         return [2**k for k in range(min(3, int(math.log2(max_size))), int(math.log2(max_size)) + 1)]
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise TypeError(f"sizes must be integers in a list, or None, got {sizes!r} of type {type(sizes).__name__}.")
     checked = [arguments.integer("each of sizes", size, 1) for size in sizes]
     if not checked or checked != sorted(set(checked)):
         raise ValueError(f"sizes must be at least one integer, and rising, got {sizes!r}.")
     return checked
 
 
-def _examples(data: Any, count: int) -> tuple[Any, ...]:
-    """Arrays of examples: those that were given, or those of the first batches, up to about `count` of them."""
+def _examples(data: Any, count: int) -> tuple[tuple[Any, ...], int]:
+    """Arrays of examples, those that were given or those of the first batches, about `count`; and their number."""
     arrays = checked_arrays(data)
-    if arrays is not None:
-        return tree.map_structure(_as_array, arrays)
-    taken: list[tuple[Any, ...]] = []
-    rows = 0
-    for batch in _given_batches(data):
-        taken.append(tree.map_structure(_as_array, batch if isinstance(batch, tuple) else (batch,)))
-        rows += len(tree.flatten(taken[-1])[0])
-        if rows >= count:
-            break
-    if not taken:
-        raise ValueError(f"data must hold at least one batch, got {data!r}.")
-    return tree.map_structure(lambda *parts: np.concatenate(parts), *taken)
+    if arrays is None:
+        taken: list[tuple[Any, ...]] = []
+        rows = 0
+        for batch in _given_batches(data):
+            given = Shuffled(*(batch if isinstance(batch, tuple | list) else (batch,)))
+            taken.append(given.arrays)
+            rows += given.rows
+            if rows >= count:
+                break
+        if not taken:
+            raise ValueError(f"data must hold at least one batch, got {data!r}.")
+        arrays = tree.map_structure(lambda *parts: np.concatenate(parts), *taken)
+    held = Shuffled(*arrays)
+    return held.arrays, held.rows
 
 
 def _given_batches(data: Any) -> Iterator[Any]:
     if isinstance(data, keras.utils.PyDataset) and data.num_batches is not None:
         return (data[i] for i in range(data.num_batches))
     return iter(data)
-
-
-def _as_array(part: Any) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(part))
 
 
 # -- time and memory --------------------------------------------------------------------------------------------------
@@ -299,7 +359,7 @@ def _measured(model: Any, data: Shuffled, warm_up: int, steps: int) -> Measured:
 
 
 class Timer(keras.callbacks.Callback):
-    """Times the training steps, and ends the training after so many."""
+    """Times the training steps, and ends the run after so many."""
 
     def __init__(self, steps: int):
         super().__init__()
@@ -401,7 +461,20 @@ class Gradients(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
+def _noise_scales(model: Any, data: Shuffled, count: int, training_data: Shuffled, updates: int) -> list[float | None]:
+    """The noise scale in the middle and at the end of so many updates; without any, at the weights as they are."""
+    with state_as_found(model):
+        found = []
+        for more in [updates // 2, updates - updates // 2] if updates > 1 else [updates]:
+            if more:
+                compile_anew(model)
+                run(model, [Timer(more)], x=training_data)
+            found.append(_noise_scale(model, data, count))
+        return found
+
+
 def _noise_scale(model: Any, data: Shuffled, count: int) -> float | None:
+    data.epoch = 0  # the same batches every time
     with state_as_found(model), _keeping_gradients(model) as optimizer:
         gradients = Gradients(optimizer, count)
         run(model, [gradients], x=data)
@@ -410,12 +483,12 @@ def _noise_scale(model: Any, data: Shuffled, count: int) -> float | None:
 
 @contextlib.contextmanager
 def _keeping_gradients(model: Any) -> Iterator[Optimizer]:
-    """Gives the model an optimizer that keeps gradients in the place of its own, with loss scaling if that has it."""
+    """Gives the model an optimizer that keeps gradients instead of its own, with loss scaling if that has it."""
     found = model.optimizer
     strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
     with strategy.scope() if strategy else contextlib.nullcontext():
         keeping = Optimizer(0.0, KeepGradient(), sparse="dense", fuse=False, name="gradients")
-        scaled = innermost(found) is not found
+        scaled = isinstance(found, keras.optimizers.LossScaleOptimizer)
         model.optimizer = keras.optimizers.LossScaleOptimizer(keeping) if scaled else keeping
     try:
         build_optimizer(model)
@@ -426,9 +499,12 @@ def _keeping_gradients(model: Any) -> Iterator[Optimizer]:
 
 
 def noise_scale(total: np.ndarray, squares: Sequence[float], size: int) -> float | None:
-    """tr(Σ) / |G|², from the sum of K gradients of batches of `size` examples, and their squared norms; see above."""
+    """tr(Σ) / |G|², from the sum of K gradients of batches of `size` examples, and their squared norms; see above.
+
+    None for fewer than two gradients, or if they are not finite.
+    """
     count = len(squares)
-    if count < 2:
+    if count < 2 or not np.all(np.isfinite(squares)):
         return None
     small, large = float(np.mean(squares)), float(total @ total) / count**2
     signal = (count * large - small) / (count - 1)

@@ -11,16 +11,16 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import number
-from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.instrument import compile_anew
 from keras_optkit.finding import curve
-from keras_optkit.finding.trial import as_found, batches, checked_model, innermost, run
+from keras_optkit.finding.trial import as_found, batches, build, checked_model, run, used_optimizers
 from keras_optkit.optimizers import Optimizer
+from keras_optkit.optimizers.of_model import innermost, optimizers_of
 from keras_optkit.precision import scalar_dtype
 from keras_optkit.private import schedule_of
 
@@ -100,6 +100,7 @@ def find_learning_rate(
     model: keras.Model,
     data: Any,
     *,
+    optimizer: Any = None,
     low: float = 1e-7,
     high: float = 10.0,
     steps: int = 100,
@@ -145,19 +146,22 @@ def find_learning_rate(
     state that it begins with, and so are the metrics. What cannot be put back is in the data: a generator has given
     batches away, and a `tf.data.Dataset` that shuffles goes on with its own order.
 
-    One rate is swept for the whole optimizer: groups keep their `lr_scale`. It takes the place of a schedule, and of
-    its multiplier, for the time of the sweep. Under gradient accumulation, an update of the weights has one rate, and
-    an update that loss scaling skips is tried again with the same one. With several replicas, losses and batches are
-    those of all. `steps_per_execution` is 1 meanwhile.
+    One rate is swept for the whole optimizer: groups keep their `lr_scale`. It replaces a schedule, and its multiplier,
+    for the time of the sweep. Where a model trains with several optimizers, by a `train_step` of its own or with
+    Keras's `MultiOptimizer`, `optimizer` says whose rate is swept; the others keep theirs. Under gradient accumulation,
+    an update of the weights has one rate, and an update that loss scaling skips is tried again with the same one. With
+    several replicas, losses and batches are those of all. `steps_per_execution` is 1 meanwhile.
 
-    When not to use it: with an optimizer that has no rate to find (`MultiOptimizer`, or Adafactor's relative steps); or
-    near the end of a training, where hardly anything falls.
+    When not to use it: with an optimizer that has no rate to find (Adafactor's relative steps); for the two sides of a
+    GAN, whose losses do not fall; or near the end of training, where hardly anything falls.
 
     Args:
-        model: A built and compiled model. The callbacks of later trainings have no part in the sweep.
+        model: A compiled model. Callbacks take no part in the sweep.
         data: A tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)` of arrays, which are shuffled and taken as often as it
             needs; or a `tf.data.Dataset`, `PyDataset`, DataLoader or generator of batches. One that ends is begun
             again, which a generator cannot.
+        optimizer: The optimizer whose rate is swept, one that the model holds. None: the one that it trains with, if
+            there are not several.
         low: The first rate, > 0.
         high: The last rate, above `low`.
         steps: The number of updates, at least 10.
@@ -175,9 +179,9 @@ def find_learning_rate(
 
     Raises:
         TypeError: For a value of a wrong type.
-        ValueError: For a value out of range, a model that is not built or not compiled, an optimizer without a learning
-            rate, a training step without a loss in its logs, a first loss that is not finite, or data that end too
-            early and cannot be begun again.
+        ValueError: For a value out of range, a model that is not compiled, or that trains with several optimizers of
+            which none was chosen, an optimizer without a learning rate, a training step without a loss in its logs, a
+            first loss that is not finite, or data that end too early and cannot be begun again.
 
     Source: Smith 2017, arXiv 1506.01186, section 3.3 (range test), here with an exponential sweep; the rules are in
     general use, `"valley"` and `"slide"` in the form above.
@@ -201,6 +205,10 @@ def find_learning_rate(
     ```
     """
     checked_model(model)
+    if not isinstance(optimizer, keras.optimizers.Optimizer | None):
+        raise TypeError(
+            f"optimizer must be an optimizer or None, got {optimizer!r} of type {type(optimizer).__name__}."
+        )
     arguments.real("low", low, 0, closed="neither")
     arguments.real("high", high, low, closed="neither")
     arguments.integer("steps", steps, 10)
@@ -209,39 +217,82 @@ def find_learning_rate(
     beta = 1 - 10 / steps if smoothing is None else smoothing
     arguments.real("stop_factor", stop_factor, 1, closed="neither")
     arguments.choice("verbose", verbose, ("auto", 0, 1, 2))
-    given = batches(data, batch_size, seed)
-    optimizer = innermost(model.optimizer)
-    if not hasattr(optimizer, "learning_rate"):
-        raise ValueError(f"model must have an optimizer with a learning rate, got {type(optimizer).__name__}.")
-    sweep = Sweep(np.geomspace(low, high, steps), optimizer)
+    given = batches(data, batch_size, seed) | {"class_weight": _checked_class_weight(class_weight, data)}
+    given["x"] = build(model, given["x"])
+    sweep = Sweep(np.geomspace(low, high, steps), _swept_optimizer(model, optimizer))
     # Keras would begin an iterator again with the batches that it has looked at first
     recorder = Recorder(sweep, beta, stop_factor, verbose, again=not isinstance(data, Iterator))
     with as_found(model):
         model.steps_per_execution = 1
-        with _swept(model, optimizer, sweep) as callbacks:
-            run(model, [*callbacks, recorder], class_weight=class_weight, **given)
+        with _following(sweep, model):
+            run(model, [recorder], **given)
     result = _result(recorder, rule, beta, stop_factor)
     if result.doubt:
         warnings.warn(f"find_learning_rate: {result.doubt}.", stacklevel=2)
     return result
 
 
+def _swept_optimizer(model: Any, chosen: Any) -> Any:
+    """The optimizer that updates the weights whose rate is swept: the one that was chosen, or the only one."""
+    if chosen is None:
+        found = [inner for optimizer in used_optimizers(model) for inner in innermost(optimizer)]
+        if len(found) > 1:
+            raise ValueError(
+                f"optimizer must be one of the {len(found)} that model may train with, "
+                f"{', '.join(_named(one) for one in found)}; got None."
+            )
+    else:
+        held = [inner for outer in optimizers_of(model) for inner in innermost(outer)]
+        found = [inner for inner in innermost(chosen) if any(inner is one for one in held)]
+        if len(found) != 1:
+            raise ValueError(
+                f"optimizer must be one that model holds, {', '.join(_named(one) for one in held)}; got {chosen!r}."
+            )
+    if not hasattr(found[0], "learning_rate"):
+        raise ValueError(f"model must have an optimizer with a learning rate, got {type(found[0]).__name__}.")
+    return found[0]
+
+
+def _named(optimizer: Any) -> str:
+    return f"{type(optimizer).__name__} ({optimizer.name!r})"
+
+
+def _checked_class_weight(class_weight: Any, data: Any) -> Any:
+    if class_weight is None:
+        return None
+    if not isinstance(class_weight, Mapping):
+        raise TypeError(
+            f"class_weight must be a dict of class to weight, or None, got {class_weight!r} of type "
+            f"{type(class_weight).__name__}."
+        )
+    if isinstance(data, tuple) and len(data) > 1 and tree.is_nested(data[1]):
+        raise ValueError("class_weight must be None for a model with several outputs.")
+    return {
+        arguments.integer("each class of class_weight", number_of_class): arguments.real(
+            f"class_weight[{number_of_class}]", weight
+        )
+        for number_of_class, weight in class_weight.items()
+    }
+
+
 class Sweep(LearningRateSchedule):
-    """A table of rates, one for each update since it was made; the last one ever after."""
+    """A table of rates, one for each update of an optimizer since it was made; the last one ever after."""
 
     def __init__(self, rates: np.ndarray, optimizer: Any):
         self.rates = rates
+        self.optimizer = optimizer
         self.batches_of_an_update = optimizer.gradient_accumulation_steps or 1
         self._first = number(optimizer.iterations)
         ours = isinstance(optimizer, Optimizer)
+        #: Whether the optimizer has a number, which is set before every update, and no schedule, to be replaced.
+        self.by_number = isinstance(optimizer.learning_rate, keras.Variable)
         # Keras counts micro-batches for schedules, but not in its public `iterations`
-        counts_batches = not (ours or isinstance(optimizer.learning_rate, keras.Variable))
-        self._steps_of_an_update = self.batches_of_an_update if counts_batches else 1
+        self._steps_of_an_update = 1 if ours else self.batches_of_an_update
         self._dtype = scalar_dtype() if ours else keras.config.floatx()  # Keras's Muon does not cast its rate
 
-    def place(self, updates: int) -> int:
-        """Which of the rates is the next one after so many updates of the optimizer."""
-        return updates - self._first
+    def place(self) -> int:
+        """Which of the rates is that of the next update."""
+        return number(self.optimizer.iterations) - self._first
 
     def __call__(self, step: Any) -> Tensor:
         """The rate of the update after `step` others, as the optimizer counts them for its schedules."""
@@ -251,16 +302,17 @@ class Sweep(LearningRateSchedule):
 
 
 @contextlib.contextmanager
-def _swept(model: Any, optimizer: Any, sweep: Sweep) -> Iterator[list[Any]]:
-    """Has the optimizer take its rate from the sweep, with the callbacks that are needed for it."""
-    if isinstance(optimizer.learning_rate, keras.Variable):
-        yield [ScheduleHyperparameters({"learning_rate": sweep})]
+def _following(sweep: Sweep, model: Any) -> Iterator[None]:
+    """Has an optimizer with a schedule follow the sweep instead."""
+    if sweep.by_number:
+        yield
         return
+    optimizer = sweep.optimizer
     found = optimizer._schedule if isinstance(optimizer, Optimizer) else schedule_of(optimizer)
     optimizer.learning_rate = sweep
     try:
         compile_anew(model)
-        yield []
+        yield
     finally:
         optimizer.learning_rate = found
 
@@ -301,7 +353,9 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002, D102
         self.model.reset_metrics()  # so that what the step puts into its logs is of this batch alone
-        self._place = self._next_place()
+        self._place = min(self._next_place(), len(self._sweep.rates) - 1)
+        if self._sweep.by_number:
+            self._sweep.optimizer.learning_rate.assign(self._sweep.rates[self._place])
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._seen += 1
@@ -329,7 +383,8 @@ class Recorder(keras.callbacks.Callback):
             )
 
     def _next_place(self) -> int:
-        return self._sweep.place(number(self.model.optimizer.iterations))
+        assert self.model is not None  # asking for the model has Keras fill its variables on JAX
+        return self._sweep.place()
 
     def _loss(self, logs: Mapping[str, Any]) -> float:
         """The metric outside of the step, as in the logs of an epoch; inside it may be that of one replica."""
