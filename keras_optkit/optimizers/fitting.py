@@ -30,7 +30,7 @@ def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled = getattr(self, "optimizer", None)
+        compiled: Any = getattr(self, "optimizer", None)
         # Keras may learn only in `build` which optimizers there are
         several = isinstance(compiled, keras.optimizers.MultiOptimizer)
         if self.built and (several or ours(compiled)):
@@ -55,7 +55,7 @@ def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _begin_training(model: Any, optimizer: Any) -> None:
     """Tells an optimizer of ours which weights it is to train, if it is the only one that trains the model."""
-    outer = getattr(model, "optimizer", None)
+    outer: Any = getattr(model, "optimizer", None)
     if ours(outer) != [optimizer] or isinstance(outer, keras.optimizers.MultiOptimizer):
         optimizer.begin_training(None)
         return
