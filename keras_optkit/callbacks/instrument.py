@@ -447,7 +447,7 @@ class _Steps:
         if found is None:
             self._kept = [c for c in self._kept if c.instruments != instruments]  # not any more
             found = self._compile(instruments)
-        self._kept.append(found)
+        self._kept = [*(c for c in self._kept if c is not found), found]  # the last one used is the last one dropped
         return found
 
     def _compile(self, instruments: tuple[Instrument, ...]) -> _Compiled:
