@@ -279,13 +279,14 @@ class _Losses:
             remove()
 
     def begin_epoch(self) -> None:
-        self._seen, self._since = [0.0, 0.0], [0.0, 0.0]
+        self._seen: list[float] | None = [0.0, 0.0]  # None: what the sums are when they are next looked at
+        self._since = [0.0, 0.0]
 
-    def state(self) -> list[list[float]]:
+    def state(self) -> list[list[float] | None]:
         """What `set_state` takes."""
         return [self._seen, self._since]
 
-    def set_state(self, state: list[list[float]]) -> None:
+    def set_state(self, state: list[Any]) -> None:
         self._seen, self._since = state
 
     def mean_since(self) -> float | None:
@@ -296,7 +297,8 @@ class _Losses:
 
     def _take(self) -> None:
         now = self._sums()
-        self._since = [since + new - old for since, new, old in zip(self._since, now, self._seen, strict=True)]
+        seen = now if self._seen is None else self._seen
+        self._since = [since + new - old for since, new, old in zip(self._since, now, seen, strict=True)]
         self._seen = now
 
     @contextlib.contextmanager
@@ -304,11 +306,13 @@ class _Losses:
         outermost, self._inside = not self._inside, True
         if outermost:
             self._take()
+        seen = None  # after an exception there may be nothing to look at
         try:
             yield
+            seen = self._sums() if outermost else None
         finally:
             if outermost:
-                self._inside, self._seen = False, self._sums()
+                self._inside, self._seen = False, seen
 
     def _sums(self) -> list[float]:
         model = self._callback.model
