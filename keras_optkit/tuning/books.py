@@ -20,10 +20,7 @@ Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tune
 
 
 _OF_A_TRIAL = ("trial.json", "model.keras", "*.weights.h5", "*.built.json")
-_LEFT_OVER = re.compile(  # other files that look alike are somebody else's
-    r"\.(oracle|trial|tuner\w*|(model|end_\d+)\.built)\.json\.[0-9a-f]{8}\.tmp"
-    r"|\.[0-9a-f]{8}\.tmp\.(model|end_\d+)\.(keras|weights\.h5)"
-)
+_NAMES = re.compile(r"(oracle|trial|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)")
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
 _IN_TRIAL = ("trial_id", "hyperparameters", "metrics", "status")
 
@@ -127,9 +124,8 @@ def locked(directory: Path) -> Iterator[None]:
         ) from error
     try:
         for place in (directory, *directory.glob("trial_*")):
-            for path in leftovers(place):
-                if _LEFT_OVER.fullmatch(path.name):
-                    path.unlink()
+            for path in leftovers(place, _NAMES):
+                path.unlink()
         yield
     finally:
         lock.release()
