@@ -17,7 +17,6 @@ from typing import Any
 
 import keras
 
-from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.of_model import ours, ours_of
 from keras_optkit.optimizers.saved import opening
 
@@ -57,11 +56,7 @@ def _begin_training(model: Any, optimizer: Any) -> None:
     if ours(outer) != [optimizer] or isinstance(outer, keras.optimizers.MultiOptimizer):
         optimizer.begin_training(None)
         return
-    variables = model.trainable_variables
-    grows = hasattr(outer, "begin_training") or hasattr(outer, "make_room")
-    optimizer.begin_training(variables, inside=not grows)
-    if hasattr(outer, "make_room") and outer.built and not distribute.TENSORFLOW:
-        outer.make_room(variables)
+    optimizer.begin_training(model.trainable_variables, inside=outer is not optimizer)
 
 
 def refusing_stock_averages(function: Callable[..., Any]) -> Callable[..., Any]:
