@@ -59,11 +59,7 @@ def _begin_training(model: Any, optimizer: Any) -> None:
     if ours(outer) != [optimizer] or isinstance(outer, keras.optimizers.MultiOptimizer):
         optimizer.begin_training(None)
         return
-    variables = model.trainable_variables
-    grows = hasattr(outer, "begin_training") or hasattr(outer, "make_room")
-    optimizer.begin_training(variables, inside=not grows)
-    if hasattr(outer, "make_room") and outer.built and not distribute.TENSORFLOW:
-        outer.make_room(variables)
+    optimizer.begin_training(model.trainable_variables, inside=outer is not optimizer)
 
 
 def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -111,10 +111,6 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
         """How many of them are the last ones."""
         return int(ops.convert_to_numpy(self._own["skipped_in_a_row"])) if self.built else 0
 
-    def make_room(self, variables: Sequence[Any]) -> None:
-        """Has Keras's class train all of these variables, of which some were unfrozen since it was built."""
-        super(keras.optimizers.LossScaleOptimizer, self).build(list(variables))
-
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Assigns a value to each of `variables`, also to those of the inner optimizer, which Keras leaves out."""
         inner = {id(variable) for variable in self.inner_optimizer.variables}
