@@ -109,10 +109,13 @@ class Tools:
     def adam(self, rate: float, **arguments: Any) -> Any:
         if self.stock:
             return self._made(keras.optimizers.Adam(rate, **arguments))
-        return self._made(ok.optimizers.Adam(rate, epsilon=1e-7, epsilon_hat=True, **arguments))
+        # with Keras's ε, and like it moving the rows of an embedding that are not in a batch
+        return self._made(ok.optimizers.Adam(rate, epsilon=1e-7, epsilon_hat=True, sparse="dense", **arguments))
 
     def sgd(self, rate: float, **arguments: Any) -> Any:
-        return self._made((keras.optimizers if self.stock else ok.optimizers).SGD(rate, **arguments))
+        if self.stock:
+            return self._made(keras.optimizers.SGD(rate, **arguments))
+        return self._made(ok.optimizers.SGD(rate, sparse="dense", **arguments))
 
     def _made(self, optimizer: Any) -> Any:
         self.optimizers.append(optimizer)
