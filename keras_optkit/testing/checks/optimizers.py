@@ -180,7 +180,7 @@ def _drive(card: Card, case: Mapping[str, Any], name: str, pair: tuple[float, fl
     _close(trained(variable, lambda _: variable.assign(pair[1])), expected, what=f"{case}: {name} from a variable,")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_decay_mask(card: Card) -> None:
     """The "auto" mask decays matrices only, "all" decays everything; each by η λ θ more than without decay."""
@@ -195,7 +195,7 @@ def check_decay_mask(card: Card) -> None:
         _close(decayed, expected, what=mask)
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_clipping(card: Card) -> None:
     """Each form of clipping equals clipping the gradients beforehand."""
@@ -230,7 +230,7 @@ def check_modes_agree(card: Card) -> None:
             _close(got[-1], eager[-1], what=f"{case} {mode}")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_packing(card: Card) -> None:
     """Packed equals unpacked, and the order of the variables does not matter."""
@@ -243,7 +243,7 @@ def check_packing(card: Card) -> None:
     _close(turned[-1][::-1], packed[-1], rtol=1e-14, what="reversed")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_accumulation(card: Card) -> None:
     """K micro-batches, or fewer at the end, equal one batch: weights, slots, count, clipping, decay, average, rate."""
@@ -271,7 +271,12 @@ def check_accumulation(card: Card) -> None:
         assert int(many.iterations) == 3
 
 
-@check("optimizer", only_on="tensorflow", because="tf.distribute; on JAX one step sees the arrays of all devices whole")
+@check(
+    "optimizer",
+    only_on="tensorflow",
+    because="tf.distribute; on JAX one step sees the arrays of all devices whole",
+    engine=True,
+)
 def check_replicas(card: Card) -> None:
     """Two replicas equal one device on the same global batch, with every form of clipping, averaged and accumulated."""
     import tensorflow as tf
@@ -311,7 +316,7 @@ def _flat(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.ravel(a) for a in arrays])
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 def check_fit(card: Card) -> None:
     """`fit` eagerly, as a graph and under XLA, and a custom loop over the same batches, give the same weights.
 
@@ -446,7 +451,7 @@ def _rule_keeps_dtype(optimizer: Optimizer, dtype: str) -> None:
         assert tuple(tensor.shape) == tuple(expected), f"{name} changes its shape to {tensor.shape}"
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 def check_master_weights(card: Card) -> None:
     """With float32 masters, half-precision weights are those of a float32 run, rounded; saved and loaded as well."""
 
@@ -473,7 +478,7 @@ def check_master_weights(card: Card) -> None:
         _equal([numbers(w) for w in weights], half[-1], what=f"{dtype}, continued,")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 def check_loss_scaling(card: Card) -> None:
     """Under loss scaling an infinite gradient leaves weights, slots and step count bitwise untouched.
 
@@ -504,7 +509,7 @@ def check_loss_scaling(card: Card) -> None:
 # -- groups, rows, gradients that are not finite -----------------------------------------------------------------------
 
 
-@check("optimizer", only_on="tensorflow", because="elsewhere a step is compiled as a whole or not at all")
+@check("optimizer", only_on="tensorflow", because="elsewhere a step is compiled as a whole or not at all", engine=True)
 def check_fused(card: Card) -> None:
     """The fused step equals the step operation by operation, with a missing gradient and accumulated, too."""
     for case, common in itertools.product(card.cases, ({}, {"gradient_accumulation_steps": 2, "clipnorm": 0.5})):
@@ -518,7 +523,7 @@ def check_fused(card: Card) -> None:
             _close(got[-1], plain[-1], rtol=1e-12, what=f"{case} {common}")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_groups(card: Card) -> None:
     """Groups equal separate optimizers on the parts; a frozen group keeps its values and has no state."""
@@ -555,7 +560,7 @@ def check_groups(card: Card) -> None:
     assert [row.rule == "frozen" for row in rows] == [i == 3 for i in range(len(values))]
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_group_rules(card: Card) -> None:
     """A group with another rule equals a separate optimizer, whichever of the two is the guest, and can be saved."""
@@ -601,7 +606,7 @@ def check_group_rules(card: Card) -> None:
             raise AssertionError("state for a group with a rule of its own was taken by an optimizer without it")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_skip_nonfinite(card: Card) -> None:
     """An update with a non-finite gradient changes nothing bitwise, is counted and named; the k-th in a row raises."""
@@ -643,6 +648,7 @@ def check_skip_nonfinite(card: Card) -> None:
     requires=("elementwise",),
     only_on="tensorflow",
     because="tf.IndexedSlices; elsewhere the gradients of embeddings are dense",
+    engine=True,
 )
 def check_rows(card: Card) -> None:
     """A sparse gradient updates its rows as a dense one would, repeated rows summed, and leaves the others bitwise."""
@@ -738,7 +744,7 @@ def check_learning_rate(card: Card) -> None:
     _close([ops.convert_to_numpy(w) for w in weights], by_hand(halved), rtol=1e-6, what="multiplier")
 
 
-@check("optimizer", unless={"averages"})
+@check("optimizer", unless={"averages"}, engine=True)
 @float64()
 def check_average(card: Card) -> None:
     """The moving average follows its formula and is what the weights are set to at the end."""
@@ -756,7 +762,7 @@ def check_average(card: Card) -> None:
     _close([ops.convert_to_numpy(w) for w in weights], expected)
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_evaluation_weights(card: Card) -> None:
     """Going to the weights to evaluate at and back is exact, training does not notice it, and a file may hold either.
@@ -901,7 +907,7 @@ def check_more_variables(card: Card) -> None:
         raise AssertionError("the variables of another model were accepted")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_paths(card: Card) -> None:
     """No two variables have one path, and their values alone, all that an `.h5` file holds, are enough to continue."""
@@ -922,7 +928,7 @@ def check_paths(card: Card) -> None:
     _equal([ops.convert_to_numpy(w) for w in copies], [ops.convert_to_numpy(w) for w in weights], what="continued")
 
 
-@check("optimizer")
+@check("optimizer", engine=True)
 @float64()
 def check_foreign_state(card: Card) -> None:
     """State of another optimizer, of another model or of Keras is refused with the difference, and nothing changes."""
