@@ -72,11 +72,11 @@ class Batches(keras.callbacks.Callback):
 
 def compiled(optimizer=None, units=5, **arguments):
     keras.utils.set_random_seed(1)
-    layers = [
-        keras.layers.Dense(units, "tanh"),
-        keras.layers.BatchNormalization(),
+    layers = [  # with names, as in a process of its own, since the state holds them
+        keras.layers.Dense(units, "tanh", name="hidden"),
+        keras.layers.BatchNormalization(name="normal"),
         keras.layers.Dropout(0.3),
-        keras.layers.Dense(1),
+        keras.layers.Dense(1, name="output"),
     ]
     model = keras.Sequential([keras.Input((3,)), *layers])
     model.compile(optimizer=optimizer or ok.optimizers.AdamW(1e-2), loss="mse", metrics=["mae"], **arguments)
