@@ -1,6 +1,7 @@
 """Shared set-up: the environment must be set before TensorFlow is imported, which it is not on another backend."""
 
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -14,6 +15,7 @@ import keras_optkit as ok
 from keras_optkit.testing import tools
 
 ok.testing.prepare()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, and a shell has what it runs behind ignore it
 
 
 def _without_autotuning():

@@ -33,6 +33,11 @@ def checkpoint(model):
     return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
 
 
+def state_of(optimizer):
+    """Without the schema, which has the names of layers, that Keras numbers through in a process."""
+    return {name: value for name, value in problems.state_of(optimizer).items() if name != "schema"}
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A trained model and the path of its checkpoint."""
@@ -56,8 +61,8 @@ def test_training_goes_on_as_if_nothing_had_happened(saved, built, pack_below):
     for a, b in zip(fit(other), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     assert int(other.optimizer.iterations) == int(model.optimizer.iterations) == 4
-    names = problems.state_of(model.optimizer)
-    for name, value in problems.state_of(other.optimizer).items():
+    names = state_of(model.optimizer)
+    for name, value in state_of(other.optimizer).items():
         np.testing.assert_allclose(value, names[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
@@ -91,7 +96,7 @@ def test_variables_that_joined_later_are_in_it(tmp_path):
     other.compile(adamw(), loss="mse")
     other.optimizer.build(other.trainable_variables)
     checkpoint(other).restore(path).assert_consumed()
-    ours, theirs = problems.state_of(optimizer), problems.state_of(other.optimizer)
+    ours, theirs = state_of(optimizer), state_of(other.optimizer)
     assert len(ours) == len(theirs)
     for name, value in ours.items():
         np.testing.assert_array_equal(theirs[name], value, err_msg=name)
@@ -110,7 +115,7 @@ def test_from_two_replicas_to_one_and_back(tmp_path):
         again = compiled(adamw())
         again.optimizer.build(again.trainable_variables)
         checkpoint(again).restore(path)
-    states = [problems.state_of(model.optimizer) for model in (pair, single, again)]
+    states = [state_of(model.optimizer) for model in (pair, single, again)]
     for name, value in states[0].items():
         for other in states[1:]:
             np.testing.assert_array_equal(other[name], value, err_msg=name)
