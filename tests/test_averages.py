@@ -317,6 +317,9 @@ OPTIMIZERS = {
     ),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+#: One of each kind of average, our own EMA, a rule's, Keras's, and one inside of another optimizer.
+KINDS = ["ema", "schedule-free sgd", "keras", "loss scale"]
+each_kind = pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in KINDS], ids=KINDS)
 
 
 def compiled(make=OPTIMIZERS["ema"], **arguments):
@@ -376,7 +379,7 @@ def test_averaged_weights_are_shown_where_training_is_judged_and_nowhere_else(ma
     assert any(np.any(a != b) for a, b in zip(expected[0], hidden.seen["on_train_batch_end"][3], strict=True))
 
 
-@every_optimizer
+@each_kind
 def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
     model, path = compiled(make), str(tmp_path / "{epoch}.keras")
     checkpoint = keras.callbacks.ModelCheckpoint(path)
@@ -387,7 +390,7 @@ def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
 
 
 @pytest.mark.parametrize(("save_freq", "place"), [("epoch", 0), ("epoch", 1), (3, 1)])
-@every_optimizer
+@each_kind
 def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save_freq, place, tmp_path):
     seen = []
 
@@ -453,7 +456,7 @@ class Judge(keras.callbacks.Callback):
             )
 
 
-@every_optimizer
+@each_kind
 def test_other_callbacks_judge_the_averaged_weights_and_leave_no_trace(make, tmp_path):
     model, plain, judge = compiled(make), compiled(make), Judge(tmp_path)
     shown = Probe("on_predict_end", look=lambda model: values(model.trainable_variables))
@@ -575,7 +578,7 @@ def test_exceptions_in_a_single_evaluation(name, method, error):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-@every_optimizer
+@each_kind
 def test_backup_and_restore_goes_on_bitwise(make, place, tmp_path):
     """It is given the weights of training, both ways: a Schedule-Free run from the others would be off by rounding."""
     whole = compiled(make)
@@ -607,7 +610,7 @@ def test_a_rate_that_is_lowered_meanwhile_stays(name, place):
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("stopping", [keras.callbacks.EarlyStopping, ok.callbacks.EarlyStopping], ids=["keras", "ours"])
-@every_optimizer
+@each_kind
 def test_early_stopping_restores_the_averaged_weights_it_has_measured(make, stopping, place):
     callbacks = [AveragedWeights()]
     callbacks.insert(place, stopping("val_loss", patience=2, restore_best_weights=True, mode="max"))
