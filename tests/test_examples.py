@@ -149,7 +149,7 @@ def test_quickstart(example, tmp_path, capsys):
         curve = scalars(run, "epoch/val_accuracy")
         assert len(curve) == 2
         assert all(0 <= value <= 1 for value in curve)
-        assert len(scalars(run, "train/gradient_norm")) == 7  # 2 x 39 updates, every 10th
+        assert len(scalars(run, "train/gradient_norm")) == 11  # 2 x 39 updates: 1, 2, 4, 8 and every 10th
     searched = {
         strategy: [session_hparams(trial) for trial in sorted((logs / f"search-{strategy}").glob("trial_*"))]
         for strategy in ("random", "grid")

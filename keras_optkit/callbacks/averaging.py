@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from keras_optkit.callbacks.instrument import around
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.distribute import is_lost
 from keras_optkit.optimizers.fitting import build_optimizer
-from keras_optkit.optimizers.of_model import innermost_of, optimizers_of
+from keras_optkit.optimizers.of_model import innermost, innermost_of, optimizers_of
 from keras_optkit.precision import at_least_float32
 from keras_optkit.private import known_variables, sublayers
 from keras_optkit.registry import register
@@ -206,7 +206,8 @@ class AveragedWeights(Callback):
         self._exchange = None  # fit has left the model with the weights to evaluate at
         self._end()
         if self.start is None:
-            self._put_averages_in()  # of those that Keras does not know
+            # `fit` has done so for the compiled one, and callbacks before this one may have set its weights since
+            self._put_averages_in(besides=innermost(self.model.optimizer))
         elif self._means:
             self._put_means_in()
         else:
@@ -432,9 +433,9 @@ class AveragedWeights(Callback):
         found = [optimizer for optimizer in innermost_of(self.model) if _averages(optimizer)]
         return [o for o in found if is_lost(o.iterations) or number(o.iterations)] if updated else found
 
-    def _put_averages_in(self) -> None:
+    def _put_averages_in(self, *, besides: Sequence[Any] = ()) -> None:
         for optimizer in self._averaging(updated=True):
-            if not is_lost(optimizer.iterations):
+            if not is_lost(optimizer.iterations) and not any(optimizer is other for other in besides):
                 known = None if isinstance(optimizer, Optimizer) else known_variables(optimizer)
                 optimizer.finalize_variable_values(self.model.trainable_weights if known is None else known)
 
