@@ -1364,13 +1364,15 @@ def _first_bad(grads: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
 
     One pass, without a condition, since XLA takes seconds to compile both branches for many buckets.
     """
-    places, sizes = [], [math.prod(values.shape) for _, values in grads]
-    for (_, values), size in zip(grads, sizes, strict=True):
+    places, sizes = [], []
+    for _, values in grads:
         flags = ops.isfinite(ops.reshape(values, (-1,)))
-        # there is no minimum of nothing
-        places.append(ops.min(ops.where(flags, size, ops.arange(size, dtype="int32"))) if size else 0)
-    found = ops.stack([ops.cast(place, "int32") for place in places])
-    finite = ops.equal(found, np.array(sizes, "int32"))
+        size = ops.shape(flags)[0]  # of rows it may be known in the step alone
+        numbered = ops.where(flags, size, ops.arange(size, dtype="int32"))
+        places.append(ops.cast(ops.min(numbered, initial=size), "int32"))  # there may be none
+        sizes.append(ops.cast(size, "int32"))
+    found = ops.stack(places)
+    finite = ops.equal(found, ops.stack(sizes))
     first = ops.argmin(ops.cast(finite, "int32"))
     numbers = ops.convert_to_tensor([b for b, _ in grads], "int32")
     return ops.all(finite), ops.stack([ops.take(numbers, first), ops.take(found, first)])
