@@ -167,6 +167,7 @@ WRONG_VALUES = {
     "decay_mask": "biases",
     "decay_exclude": "bias",
     "layer_decay": 0.0,
+    "layer_blocks": 12,  # without layer_decay
     "sparse": None,
     "fuse": np.array([1.0]),
     "master_weights": "float32",
