@@ -708,7 +708,8 @@ class SignRule(ok.optimizers.Rule):
         return {"m": 0.0}
 
     def update(self, u, slots, p, h):
-        m = self.beta * slots["m"] + (1 - self.beta) * u
+        beta = h(self.beta)
+        m = beta * slots["m"] + (1 - beta) * u
         return h.learning_rate * ops.sign(m), {"m": m}
 
 
@@ -748,7 +749,8 @@ class WrongCorrectionRule(ok.optimizers.Rule):
         return {"m": 0.0}
 
     def update(self, u, slots, p, h):
-        m = self.beta * slots["m"] + (1 - self.beta) * u
+        beta = h(self.beta)
+        m = beta * slots["m"] + (1 - beta) * u
         correction = 1 - self.beta ** ops.cast(h.step - 1 + 1e-3, u.dtype)
         return h.learning_rate * m / correction, {"m": m}
 
