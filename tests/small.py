@@ -165,3 +165,10 @@ def interrupted(run, directory, *, after, batch=None, every="epoch"):
     with pytest.raises(RuntimeError, match="boom"):
         run(At(boom, batch=batch, epoch=after), Resume(directory, every))
     return run(Resume(directory, every))
+
+
+def without_names(part):
+    """Optimizers' states without their schemas, which have names of layers, that Keras numbers through in a process."""
+    if isinstance(part, dict):
+        return {name: without_names(value) for name, value in part.items() if name != "schema"}
+    return list(map(without_names, part)) if isinstance(part, list) else part

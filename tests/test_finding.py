@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small import without_names
 
 import keras_optkit as ok
 from keras_optkit.callbacks.state import TrainingState
@@ -536,13 +537,6 @@ def test_a_sweep_without_updates_ends():
 
 
 # -- what is left behind ----------------------------------------------------------------------------------------------
-
-
-def without_names(part):
-    """Optimizers' states without their schemas, which have names of layers, that Keras numbers through in a process."""
-    if isinstance(part, dict):
-        return {name: without_names(value) for name, value in part.items() if name != "schema"}
-    return list(map(without_names, part)) if isinstance(part, list) else part
 
 
 def flat(state):

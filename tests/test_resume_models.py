@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from small import without_names
 from test_resume import Crash, CrashAt
 
 import keras_optkit as ok
@@ -46,7 +47,7 @@ def resumed(tmp_path, make, data, *, crash=7, every=2, warns=None, **arguments):
 
 
 def packed(state):
-    return bundle.pack(vars(state))
+    return bundle.pack(without_names(vars(state)))
 
 
 def assert_same(one, other):
