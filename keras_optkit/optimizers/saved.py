@@ -182,7 +182,7 @@ class SavedState(keras.optimizers.Optimizer):
             if usable is None:
                 self._updates.assign(saved["iterations"])
                 self._multiplier.assign(saved["multiplier"])
-                self._pack_anew([int(saved["iterations"])] * len(self._held.variables))
+                self._pack_again([int(saved["iterations"])] * len(self._held.variables))
                 return
             saved = usable
         schema = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
