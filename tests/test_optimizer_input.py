@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_optkit as ok
+from keras_optkit.testing import problems
 
 TENSORFLOW = keras.config.backend() == "tensorflow"
 ONLY_ON_TENSORFLOW = pytest.mark.only_on("tensorflow", because="elsewhere there are no gradients of rows")
@@ -434,3 +435,15 @@ def test_seeds_that_keras_cannot_draw_with(make, seed):
 def test_rates_below_zero_or_beyond_float32(make):
     with pytest.raises(ValueError, match=r"must be a finite number in \["):
         make()
+
+
+@pytest.mark.only_on("tensorflow", because="it tracks lists")
+def test_a_list_that_tensorflow_tracks_is_a_list_of_variables():
+    import tensorflow as tf
+
+    holder = tf.Module()
+    holder.weights = problems.variables([np.ones(2), np.ones((2, 2))])
+    optimizer = ok.optimizers.Adam(0.1)
+    optimizer.build(holder.weights)
+    assert [row.shape for row in optimizer.explain(holder.weights).rows] == [(2,), (2, 2)]
+    assert len(problems.state_of(optimizer)) > 4  # there is state for both

@@ -484,7 +484,7 @@ class Optimizer(FromSignature, SavedState):
             ValueError: If some of the variables that it was built with are missing, if its groups freeze all of them,
                 or under a distribution strategy that is not supported.
         """
-        if hasattr(variables, "trainable_variables"):
+        if isinstance(variables, keras.Layer):  # lists that TensorFlow tracks have `trainable_variables`, too
             self.set_model(variables)
             variables = variables.trainable_variables
         variables = _different(variables)
@@ -784,10 +784,11 @@ class Optimizer(FromSignature, SavedState):
         Returns:
             A table: its `rows` can be read, and printing it shows it.
         """
-        variables = _different(getattr(model, "trainable_variables", model))
+        known = model if isinstance(model, keras.Layer) else None
+        variables = _different(model if known is None else known.trainable_variables)
         if not variables:
             raise ValueError(f"model must have trainable variables, got {model!r}. Is it built?")
-        places = self._places(variables, model if hasattr(model, "trainable_variables") else None)
+        places = self._places(variables, known)
         found, groups = self._treatments(variables, places)
         rate, decay = _as_number(self.learning_rate), _as_number(self._present(self.weight_decay) or 0.0)
         rows = []
