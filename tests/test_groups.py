@@ -548,3 +548,57 @@ def test_each_of_several_optimizers_has_its_groups():
     model.fit(np.ones((4, 3), "float32"), verbose=0)
     same = [bool(np.all(a == b)) for a, b in zip(before, model.get_weights(), strict=True)]
     assert same == [True, False, False, True]
+
+
+# -- what is set between two fits -------------------------------------------------------------------------------------
+
+
+def losses(changes, rate, *, eagerly, on_batches=False):
+    """The loss of one update, then of two after attributes of the optimizer were set."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(ok.optimizers.SGD(rate, momentum=0.9), "mse", run_eagerly=eagerly)
+    x = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+    found = []
+    for epochs in (1, 2):
+        if on_batches:
+            found += [float(model.train_on_batch(x, x[:, :1])) for _ in range(epochs)]
+        else:
+            found += model.fit(x, x[:, :1], epochs=epochs, verbose=0, shuffle=False).history["loss"]
+        for name, value in changes.items():
+            setattr(model.optimizer, name, value)
+    return found
+
+
+SETTINGS = [
+    {"learning_rate": ok.schedules.Cosine(0.02, 1000)},
+    {"momentum": 0.1},
+    {"weight_decay": 5.0},
+    {"clipnorm": 0.01},
+]
+
+
+@pytest.mark.parametrize("on_batches", [False, True], ids=["fit", "train_on_batch"])
+@pytest.mark.parametrize("changes", SETTINGS, ids=lambda changes: next(iter(changes)))
+def test_what_is_set_between_two_fits_acts_in_the_second(changes, on_batches):
+    for rate in (0.01, ok.schedules.Cosine(0.05, 500)):
+        found = losses(changes, rate, eagerly=False, on_batches=on_batches)
+        assert found == pytest.approx(losses(changes, rate, eagerly=True), rel=1e-5)
+        assert found[2] != pytest.approx(losses({}, rate, eagerly=True)[2], rel=1e-3)
+
+
+def test_a_schedule_cannot_be_set_while_a_compiled_step_runs():
+    class Sets(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch:
+                self.model.optimizer.learning_rate = ok.schedules.Cosine(0.01, 10)
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    x = np.ones((8, 4), "float32")
+    model.compile(ok.optimizers.SGD(0.01), "mse")
+    with pytest.raises(ValueError, match="learning_rate can be set to a number while `fit` runs a compiled step"):
+        model.fit(x, x[:, :1], epochs=2, verbose=0, callbacks=[Sets()])
+    model.optimizer.learning_rate = ok.schedules.Cosine(0.01, 10)  # it may after it
+    model.compile(ok.optimizers.SGD(0.01), "mse", run_eagerly=True)
+    model.fit(x, x[:, :1], epochs=2, verbose=0, callbacks=[Sets()])
+    assert float(model.optimizer.learning_rate) < 0.01

@@ -14,11 +14,12 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-from keras_optkit.callbacks.instrument import compile_anew
+from keras_optkit.callbacks.instrument import compile_anew, frozen
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, ours_of
 from keras_optkit.optimizers.saved import opening
@@ -48,7 +49,10 @@ def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
             last = Flush() if flush else Finalize()
             given.arguments["callbacks"] = _with(last, given.arguments.get("callbacks"), self)
             args, kwargs = given.args[1:], given.kwargs
-        return function(self, *args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for optimizer in found if function.__name__ == "fit" and not self.run_eagerly else ():
+                stack.enter_context(optimizer.in_compiled_fit())
+            return function(self, *args, **kwargs)
 
     return wrapped
 
@@ -66,7 +70,8 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
     """`compile`, `fit` or `train_on_batch` of `keras.Model`, which shows the model to optimizers of ours.
 
     From it they know the paths of layers. Where layers were frozen or unfrozen since, the optimizer makes room for them
-    before `Resume` restores its state, and a step is compiled again, since the old one trains what was trained then.
+    before `Resume` restores its state, and a step is compiled again, since the old one trains what was trained then. So
+    it is where a keyword, a hyperparameter or the schedule of an optimizer was set.
     """
 
     @functools.wraps(function)
@@ -89,24 +94,45 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-#: The variables, by id, that models trained when they were shown last.
-_trained: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Shown:
+    """What a compiled step of a model has in it, as it was when the model was shown last.
+
+    Attributes:
+        optimizers: Those of ours.
+        trained: The trained variables, by id.
+        settings: What the optimizers' keywords and hyperparameters were.
+    """
+
+    optimizers: list[weakref.ref[Any]]
+    trained: frozenset[int]
+    settings: list[Any]
+
+
+_shown: weakref.WeakKeyDictionary[Any, _Shown] = weakref.WeakKeyDictionary()
 
 
 def _show(model: Any, *, again: bool = True) -> bool:
-    """Shows the model to all optimizers of ours; returns whether there are any and other variables are trained now.
+    """Shows the model to all optimizers of ours; returns whether a step that is compiled is not the right one any more.
 
     Finding them takes milliseconds in a model of hundreds of layers, so `train_on_batch` does it once.
     """
-    if again or model not in _trained:
+    before = _shown.get(model)
+    if again or before is None:
         found = ours_of(model)
         for optimizer in found:
             optimizer.set_model(model)
         if not (found and model.built):
             return False
-    trained = {id(v) for v in model.trainable_variables}
-    before, _trained[model] = _trained.get(model, trained), trained
-    return before != trained
+    else:
+        found = [held for held in (reference() for reference in before.optimizers) if held is not None]
+    now = _Shown(
+        [weakref.ref(optimizer) for optimizer in found],
+        frozenset(id(v) for v in model.trainable_variables),
+        [frozen(optimizer.compiled_in()) for optimizer in found],
+    )
+    _shown[model] = now
+    return before is not None and (before.trained, before.settings) != (now.trained, now.settings)
 
 
 def make_room(model: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -221,6 +222,7 @@ class Optimizer(FromSignature, SavedState):
             decay_exclude=None,
             undecayed=None,
             used=False,
+            in_compiled_fit=False,
             opened=is_opening(),
             model=None,
             groups=checked_groups(groups),
@@ -340,6 +342,11 @@ class Optimizer(FromSignature, SavedState):
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
         if isinstance(value, Schedule) or (callable(value) and not is_dynamic(value)):
+            if self._held.in_compiled_fit and self._held.used:
+                raise ValueError(
+                    f"learning_rate can be set to a number while `fit` runs a compiled step, got {value!r}. Set a "
+                    "schedule or a function between two fits, or compile the model with run_eagerly=True."
+                )
             self._schedule, multiplier = _schedule_and_multiplier(value)
             self._multiplier.assign(multiplier)
             return
@@ -351,6 +358,21 @@ class Optimizer(FromSignature, SavedState):
                 return
             rate = -rate if replaced or scheduled == 0 else rate / scheduled
         self._multiplier.assign(np.array(rate))  # TensorFlow takes the float -0.0 for 0.0
+
+    @contextlib.contextmanager
+    def in_compiled_fit(self) -> Iterator[None]:
+        """Around a `fit` whose steps are compiled, and so have the schedule in them that there was before."""
+        before, self._held.in_compiled_fit = self._held.in_compiled_fit, True
+        try:
+            yield
+        finally:
+            self._held.in_compiled_fit = before
+
+    def compiled_in(self) -> dict[str, Any]:
+        """What a compiled step has in it as it is now: the rule, the schedule and the common keywords."""
+        names = [name for name in constructor_parameters(Optimizer) if name not in ("learning_rate", "rule", "name")]
+        keywords = {name: getattr(self, name) for name in names}
+        return {"rules": self._rules, "schedule": self._schedule, **keywords}
 
     def _rate(self, iterations: Tensor, multiplier: Tensor) -> Tensor:
         return multiplier if self._schedule is None else _scheduled_rate(self._schedule(iterations), multiplier)

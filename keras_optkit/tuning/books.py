@@ -123,7 +123,7 @@ def locked(directory: Path) -> Iterator[None]:
             f"directory={str(directory)!r} is in use by the search of another process, or by another of this one."
         ) from error
     try:
-        for place in (directory, *directory.glob("trial_*")):
+        for place in (directory, *(path for path in directory.glob("trial_*") if path.is_dir())):
             for path in leftovers(place, _NAMES):
                 path.unlink()
         yield
