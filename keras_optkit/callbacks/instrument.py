@@ -314,9 +314,14 @@ def detach(instrument: Instrument) -> None:
 
 
 def renew(model: Any) -> None:
-    """Has the step without instruments traced again, which an optimizer that was changed calls for."""
+    """Has the step without instruments traced again, which an optimizer that was changed calls for.
+
+    Steps with instruments are kept, since those are compared with the optimizer before they are used again.
+    """
     steps = vars(model).get(_HELD_AS)
-    if steps is not None:
+    if steps is None:
+        compile_anew(model)
+    else:
         steps.renew()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import keras
 
-from keras_optkit.callbacks.instrument import compile_anew, frozen
+from keras_optkit.callbacks.instrument import frozen, renew
 from keras_optkit.optimizers import distribute
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, ours_of
 from keras_optkit.optimizers.saved import opening
@@ -83,7 +83,7 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
         built = self.built
         if _show(self, again=function.__name__ == "fit"):
             if getattr(self, "train_function", None) is not None:
-                compile_anew(self)
+                renew(self)
             if distribute.TENSORFLOW:  # elsewhere `begin_training` does, or refuses
                 make_room(self)
         result = function(self, *args, **kwargs)
