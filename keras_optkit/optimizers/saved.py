@@ -46,9 +46,9 @@ class SavedState(keras.optimizers.Optimizer):
     Files are independent of the packing, of the number of replicas and of the paths of the variables; entries are
     numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras, and
     `tf.train.Checkpoint` through `distribute.in_checkpoints`. State for other variables is refused, except that a model
-    file always opens: weights may have been frozen or unfrozen between the last step and saving. One thing is as
-    it is packed, the place of the last
-    gradient that was not finite, so that after loading with another packing `nonfinite` may name another variable.
+    file always opens: weights may have been frozen or unfrozen between the last step and saving. One thing is as it is
+    packed, the place of the last gradient that was not finite, so that after loading with another packing `nonfinite`
+    may name another variable.
     """
 
     def _schema(self) -> dict[str, Any]:
