@@ -1,9 +1,11 @@
 """TrainingMonitor in real training, against hand-written loops in NumPy and gradients of a tape of one's own."""
 
+import collections
 import contextlib
 import importlib
 import json
 import math
+import pathlib
 import re
 import shutil
 
@@ -45,13 +47,16 @@ def events(directory):
     from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
     from tensorboard.util import tensor_util
 
-    read = EventAccumulator(str(directory), size_guidance={TENSORS: 0})
-    read.Reload()
-    return {
-        tag: [(e.step, float(tensor_util.make_ndarray(e.tensor_proto))) for e in read.Tensors(tag)]
-        for tag in read.Tags()["tensors"]
-        if read.summary_metadata[tag].plugin_data.plugin_name == "scalars"
-    }
+    # TensorBoard reads a directory by name, which puts the tenth file of a process and second before the ninth
+    files = sorted(pathlib.Path(directory).glob("*tfevents*"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)])
+    found = collections.defaultdict(list)
+    for file in files:
+        read = EventAccumulator(str(file), size_guidance={TENSORS: 0})
+        read.Reload()
+        for tag in read.Tags()["tensors"]:
+            if read.summary_metadata[tag].plugin_data.plugin_name == "scalars":
+                found[tag] += [(e.step, float(tensor_util.make_ndarray(e.tensor_proto))) for e in read.Tensors(tag)]
+    return dict(found)
 
 
 def steps_of(found, tag):

@@ -68,15 +68,17 @@ class EventFile:
         from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
         last: dict[bool, int] = {True: -1, False: -1}
-        if not Path(directory).is_dir():
-            return last, set()
-        events = EventAccumulator(directory, size_guidance={TENSORS: 1})  # keeps the last value of each tag
-        events.Reload()
-        for tag in events.Tags()["tensors"]:
-            if tag.split("/")[0] in _OURS:
-                of_epoch = tag.startswith(_EPOCH)
-                last[of_epoch] = max(last[of_epoch], events.Tensors(tag)[-1].step)
-        return last, {tag for tag in (_LAYOUT, _HPARAMS) if tag in events.summary_metadata}
+        there: set[str] = set()
+        # each for itself: together, TensorBoard reads the tenth of a process and second before the ninth
+        for path in Path(directory).glob("*tfevents*"):
+            events = EventAccumulator(str(path), size_guidance={TENSORS: 1})  # keeps the last value of each tag
+            events.Reload()
+            for tag in events.Tags()["tensors"]:
+                if tag.split("/")[0] in _OURS:
+                    of_epoch = tag.startswith(_EPOCH)
+                    last[of_epoch] = max(last[of_epoch], events.Tensors(tag)[-1].step)
+            there |= {tag for tag in (_LAYOUT, _HPARAMS) if tag in events.summary_metadata}
+        return last, there
 
     def write(self, values: dict[str, float], step: int, *, of_epoch: bool) -> bool:
         """Writes scalars, unless there are some of this step or a later one already; returns whether it has."""
