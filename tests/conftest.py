@@ -1,11 +1,17 @@
-"""Shared set-up: the environment must be set before TensorFlow is imported, which it is not on another backend."""
+"""Shared set-up: the environment must be set before the backend is imported."""
 
+import gc
 import os
+import pathlib
 import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# most programs that JAX compiles here occur in several tests, and in both workers
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import keras
 import pytest
@@ -46,23 +52,62 @@ settings.register_profile("thorough", max_examples=500, derandomize=False, **_co
 settings.load_profile("share")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run all combinations of what is marked `each_once`")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what is marked `only_on(backend, because=...)` for another backend than the present one."""
-    here, elsewhere = [], []
-    for item in items:
-        mark = item.get_closest_marker("only_on")
-        (here if mark is None or _backend(*mark.args, **mark.kwargs) == keras.config.backend() else elsewhere).append(
-            item
-        )
-    if elsewhere:
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = here
+    """Leaves out tests of another backend, and combinations that repeat what others show.
+
+    `only_on(backend, because=...)` marks what is not for other backends than that one. Of a test with several
+    parameters that is marked `each_once`, as many combinations are run as it takes to have every value of each.
+    """
+    kept = [item for item in items if _is_for(item, keras.config.backend())]
+    if not config.getoption("all"):
+        kept = _each_once(kept)
+    left_out = set(items) - set(kept)
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = kept
+
+
+def _is_for(item, backend):
+    mark = item.get_closest_marker("only_on")
+    return mark is None or _backend(*mark.args, **mark.kwargs) == backend
+
+
+def _each_once(items):
+    """The first combination with all values new, and so on in turn; then what is left of the longest parameters."""
+    seen, kept = {}, []
+    combinations = [item for item in items if item.get_closest_marker("each_once")]
+    values = {item: _values(item) for item in combinations}
+    for fewest in range(max((len(each) for each in values.values()), default=0), 0, -1):
+        for item in combinations:
+            if sum(value not in seen for value in values[item]) >= fewest:
+                seen |= dict.fromkeys(values[item])
+                kept.append(item)
+    chosen = set(kept)
+    return [item for item in items if item not in values or item in chosen]
+
+
+def _values(item):
+    """What identifies each mark's row of values among those of a test."""
+    rows = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    rows = [row.replace(",", " ").split() if isinstance(row, str) else row for row in rows]
+    return {(item.function, *(id(item.callspec.params[name]) for name in row)) for row in rows}
 
 
 def _backend(backend, *, because):
     """Of a mark, which has to say why."""
     assert because
     return backend
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_objects():
+    """What a module leaves behind is not looked through again by each collection of garbage, of which a search has many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

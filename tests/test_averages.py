@@ -1,5 +1,6 @@
 """Averaged weights: Lookahead and Schedule-Free against others' code, AveragedWeights in real fits, recalibration."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -161,6 +162,7 @@ INNER = {
 }
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize(("period", "alpha"), [(5, 0.5), (3, 0.8), (1, 0.3)])
 @pytest.mark.parametrize("inner", INNER)
@@ -175,6 +177,7 @@ def test_lookahead_is_pytorch_optimizers(inner, period, alpha, dtype, tolerance)
     )
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("inner", INNER)
 def test_lookahead_with_a_whole_step_is_the_inner_optimizer(inner, mode):
@@ -261,6 +264,7 @@ def test_an_optimizer_that_has_been_used_is_refused():
         Lookahead(inner)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("outer", [Lookahead, ScheduleFree])
 @pytest.mark.parametrize(
     "inner",
@@ -349,21 +353,19 @@ class Probe(keras.callbacks.Callback):
             setattr(self, moment, lambda *_, m=moment, **__: self.seen[m].append(look(self.model)))
 
 
-def averages(make, epochs=3):
-    """The weights that `fit` ends with after each number of epochs, as they come without the callback."""
-    found = []
-    for epoch in range(1, epochs + 1):
-        model = compiled(make)
-        fit(model, epochs=epoch)
-        found.append(values(model.trainable_variables))
-    return found
+@functools.cache
+def without(make, epochs=3, **arguments):
+    """A model that was trained without the callback; not to be changed."""
+    model = compiled(make)
+    fit(model, epochs=epochs, **arguments)
+    return model
 
 
 @every_optimizer
 def test_averaged_weights_are_shown_where_training_is_judged_and_nowhere_else(make):
     plain, hidden = compiled(make), Probe("on_epoch_begin", "on_train_batch_end")
     fit(plain, hidden)
-    expected = averages(make)
+    expected = [values(without(make, epochs).trainable_variables) for epochs in (1, 2, 3)]
     first, last = (Probe("on_epoch_end", "on_test_batch_end", "on_train_batch_end", "on_epoch_begin") for _ in range(2))
     model = compiled(make)
     fit(model, first, AveragedWeights(), last)
@@ -389,6 +391,7 @@ def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
         assert loaded.evaluate(X[:20], Y[:20], verbose=0) == pytest.approx(measured, rel=1e-6)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("save_freq", "place"), [("epoch", 0), ("epoch", 1), (3, 1)])
 @each_kind
 def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save_freq, place, tmp_path):
@@ -403,22 +406,25 @@ def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save
     checkpoint = Saved(str(path), save_freq=save_freq, save_weights_only=True)
     callbacks = [AveragedWeights()]
     callbacks.insert(place, checkpoint)
-    model, plain = compiled(make), compiled(make)
+    model = compiled(make)
     fit(model, *callbacks, epochs=2)
-    fit(plain, epochs=2)
-    same(everything(model), everything(plain))
+    same(everything(model), everything(without(make, 2)))
     files = sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     assert len(files) == len(seen)
     for file, updates in zip(files, seen, strict=True):
-        stopped, loaded = compiled(make), compiled(make)
-        one_epoch = updates // 4
-        if one_epoch:
-            fit(stopped, epochs=one_epoch)
-        # fit ends with the averaged weights; the rest of an epoch is trained on from there where both are kept
-        if updates % 4:
-            if "keras" in str(type(stopped.optimizer)) and not hasattr(stopped.optimizer, "swap_weights"):
+        epochs, rest = divmod(updates, 4)
+        if (
+            rest
+        ):  # fit ends with the averaged weights; the rest of an epoch is trained on from there where both are kept
+            if not isinstance(make(), ok.optimizers.Optimizer):
                 continue
-            fit(stopped, epochs=1, steps_per_epoch=updates % 4)
+            stopped = compiled(make)
+            if epochs:
+                fit(stopped, epochs=epochs)
+            fit(stopped, epochs=1, steps_per_epoch=rest)
+        else:
+            stopped = without(make, epochs)
+        loaded = compiled(make)
         loaded.optimizer.build(loaded.trainable_variables)  # Keras's own refuse to be loaded otherwise
         loaded.load_weights(file)
         close(values(loaded.trainable_variables), values(stopped.trainable_variables), 1e-6, file.name)
@@ -458,11 +464,9 @@ class Judge(keras.callbacks.Callback):
 
 @each_kind
 def test_other_callbacks_judge_the_averaged_weights_and_leave_no_trace(make, tmp_path):
-    model, plain, judge = compiled(make), compiled(make), Judge(tmp_path)
-    shown = Probe("on_predict_end", look=lambda model: values(model.trainable_variables))
-    fit(model, judge, AveragedWeights(), shown)
-    fit(plain)
-    same(everything(model), everything(plain))
+    model, judge = compiled(make), Judge(tmp_path)
+    fit(model, judge, AveragedWeights())
+    same(everything(model), everything(without(make)))
     for evaluated, tested, predicted, batch, saved in judge.found:
         assert evaluated == pytest.approx(tested, rel=1e-5)
         assert evaluated == pytest.approx(np.mean((predicted - Y) ** 2), rel=1e-5)
@@ -510,6 +514,7 @@ class Fails(keras.callbacks.Callback):
 HOOKED = ("evaluate", "predict", "save", "save_weights", "export", "test_on_batch", "predict_on_batch")
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(
     ("moment", "n", "error"),
     [
@@ -549,12 +554,12 @@ def test_an_exception_that_a_callback_catches_leaves_the_weights_of_training(nam
                 except KeyboardInterrupt:
                     pass
 
-    model, plain = compiled(make), compiled(make)
+    model = compiled(make)
     fit(model, Careful(), AveragedWeights())
-    fit(plain)
-    same(everything(model), everything(plain))
+    same(everything(model), everything(without(make)))
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "^C"])
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
 @pytest.mark.parametrize("name", ["ema", "schedule-free sgd", "keras"])
@@ -577,12 +582,12 @@ def test_exceptions_in_a_single_evaluation(name, method, error):
 # -- together with other callbacks ------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("place", [0, 1])
 @each_kind
 def test_backup_and_restore_goes_on_bitwise(make, place, tmp_path):
     """It is given the weights of training, both ways: a Schedule-Free run from the others would be off by rounding."""
-    whole = compiled(make)
-    fit(whole, epochs=4)
+    whole = without(make, 4)
 
     def with_backup(model, *more):
         callbacks = [AveragedWeights()]
@@ -597,6 +602,7 @@ def test_backup_and_restore_goes_on_bitwise(make, place, tmp_path):
     close(everything(resumed), everything(whole), 1e-7 if "keras" in type(whole.optimizer).__module__ else 0.0)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("name", ["ema", "keras"])
 def test_a_rate_that_is_lowered_meanwhile_stays(name, place):
@@ -608,6 +614,7 @@ def test_a_rate_that_is_lowered_meanwhile_stays(name, place):
     np.testing.assert_allclose(rates, [start, start, start / 2, start / 4], rtol=1e-6)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("stopping", [keras.callbacks.EarlyStopping, ok.callbacks.EarlyStopping], ids=["keras", "ours"])
 @each_kind
@@ -643,8 +650,6 @@ def test_a_callback_that_owns_its_methods_gets_them_back():
 
 
 def test_a_callback_list_and_a_single_callback_will_do():
-    plain = compiled()
-    fit(plain)
     for callbacks in (AveragedWeights(), keras.callbacks.CallbackList([AveragedWeights()], add_history=True)):
         model = compiled()
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -659,7 +664,7 @@ def test_a_callback_list_and_a_single_callback_will_do():
             verbose=0,
             callbacks=callbacks,
         )
-        same(everything(model), everything(plain))
+        same(everything(model), everything(without(OPTIMIZERS["ema"])))
 
 
 def test_mixed_precision():

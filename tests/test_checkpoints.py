@@ -45,6 +45,7 @@ def saved(tmp_path):
     return model, tf.train.CheckpointManager(checkpoint(model), tmp_path, max_to_keep=1).save()
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("pack_below", [None, 0])
 def test_training_goes_on_as_if_nothing_had_happened(saved, built, pack_below):

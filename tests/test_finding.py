@@ -568,6 +568,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_goes_on_as_if_there_had_been_no_finder(optimizer, finder):
@@ -620,6 +621,7 @@ class Fails:
         return ops.mean(ops.square(y_true - y_pred))
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("calls", [1, 3])

@@ -191,6 +191,7 @@ def test_epochs_end_with_averaged_weights_and_batches_with_those_of_training(nam
     assert any(np.any(a != b) for a, b in zip(shown.epochs[-1], shown.batches[-1], strict=True))
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("moment", ["on_train_batch_end", "on_test_batch_end", "on_epoch_end"])
 @pytest.mark.parametrize("name", ["ema", "schedule-free"])
 def test_after_an_exception_the_model_is_as_without_the_callback(name, moment):

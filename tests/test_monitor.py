@@ -48,7 +48,9 @@ def events(directory):
     from tensorboard.util import tensor_util
 
     # TensorBoard reads a directory by name, which puts the tenth file of a process and second before the ninth
-    files = sorted(pathlib.Path(directory).glob("*tfevents*"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)])
+    files = sorted(
+        pathlib.Path(directory).glob("*tfevents*"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)]
+    )
     found = collections.defaultdict(list)
     for file in files:
         read = EventAccumulator(str(file), size_guidance={TENSORS: 0})
@@ -73,6 +75,7 @@ def numpy_run(x, y, rates, batch=4):
     return np.array(found)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_values_are_those_of_each_single_batch(room, execution, tmp_path):
@@ -387,6 +390,7 @@ def assert_values_of_layers(found, model, noted, x, y, steps, batch=4, rtol=1e-4
             assert dict(found[tag])[step] == pytest.approx(value, rel=rtol), (tag, step)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("execution", ["graph", "xla"])
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_layers_have_the_norms_that_a_tape_gives(room, execution, tmp_path):
@@ -507,6 +511,7 @@ class BuildsItself(keras.Model):
         return self.only(x)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("execution", ["graph", "eager"])
 @pytest.mark.parametrize("make", [Subclassed, BuildsItself])
 def test_layers_of_a_model_that_the_first_step_builds(make, execution, tmp_path):

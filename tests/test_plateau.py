@@ -239,6 +239,7 @@ def test_an_update_that_loss_scaling_skips_is_not_counted():
     np.testing.assert_allclose(seen.seen[-4:], np.array([1, 1, 0.5, 0.5]) * 1e-12, rtol=1e-6)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(
     "disturb",
     [

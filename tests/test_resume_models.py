@@ -264,6 +264,7 @@ def _by_kind():
     return lambda variable: made[variable.path.split("/")[-1]]
 
 
+@pytest.mark.each_once
 @pytest.mark.only_on("tensorflow", because="Keras on JAX has no place for the state of a second optimizer")
 @pytest.mark.parametrize("compiled", ["rmsprop", None])
 @pytest.mark.parametrize(("a", "b"), [("ours", "keras"), ("lookahead", "scaled"), ("ours scaled", "several")])

@@ -431,6 +431,7 @@ def test_new_weights_join_at_the_update_that_thaws_them():
     assert json.loads(schema[: schema.rindex("}") + 1])["since"] == [6] * 6 + [0] * 2
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("after", [0, 2, 3])
 @pytest.mark.parametrize("first", [False, True])
 def test_an_interruption_makes_no_difference(after, first, tmp_path):
