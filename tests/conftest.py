@@ -105,7 +105,7 @@ def _backend(backend, *, because):
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_objects():
-    """What a module leaves behind is not looked through again by each collection of garbage, of which a search has many."""
+    """What a module leaves behind is not looked through again by each collection of garbage."""
     gc.collect()
     gc.freeze()
 
