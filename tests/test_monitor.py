@@ -48,7 +48,9 @@ def events(directory):
     from tensorboard.util import tensor_util
 
     # TensorBoard reads a directory by name, which puts the tenth file of a process and second before the ninth
-    files = sorted(pathlib.Path(directory).glob("*tfevents*"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)])
+    files = sorted(
+        pathlib.Path(directory).glob("*tfevents*"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)]
+    )
     found = collections.defaultdict(list)
     for file in files:
         read = EventAccumulator(str(file), size_guidance={TENSORS: 0})

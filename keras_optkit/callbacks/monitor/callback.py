@@ -17,7 +17,7 @@ from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
 from keras_optkit.callbacks.instrument import attach, detach, is_built
 from keras_optkit.callbacks.monitor.files import EventFile, LineFile
-from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped, used
+from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
 from keras_optkit.callbacks.monitor.step import (
     CHANGE,
     GRADIENT,
@@ -29,7 +29,7 @@ from keras_optkit.callbacks.monitor.step import (
     matching_layers,
 )
 from keras_optkit.optimizers.layer_paths import LayerTree
-from keras_optkit.optimizers.of_model import optimizers_of
+from keras_optkit.optimizers.of_model import optimizers_of, used_optimizers_of
 from keras_optkit.registry import register
 
 #: The clip rate is that of so many updates, the last ones that were written.
@@ -263,7 +263,7 @@ class TrainingMonitor(Callback):
             self._step += 1
         self._epoch_step = self._step
         values = {f"epoch/{name}": value for name, value in self._numbers(logs or {}).items()}
-        optimizers = used(self.model)
+        optimizers = used_optimizers_of(self.model)
         for name, optimizer in optimizers.items():
             if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 values[_tag("epoch/loss_scale", name, optimizers)] = number(optimizer.dynamic_scale)
@@ -357,7 +357,7 @@ class TrainingMonitor(Callback):
 
     def _of_optimizers(self, read: Reading) -> dict[str, float]:
         """What there is for each optimizer that has made an update; its name is in the tag where there are several."""
-        optimizers = used(self.model)
+        optimizers = used_optimizers_of(self.model)
         names = {id(optimizer): name for name, optimizer in optimizers.items()}
         values = {}
         for optimizer, scalars in read.updates:
