@@ -435,17 +435,40 @@ def test_layers_on_two_replicas_are_those_of_one(room, tmp_path):
         np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6, err_msg=tag)
 
 
-def test_the_gradient_under_accumulation_is_the_micro_batch_s_and_the_change_that_of_the_update(tmp_path):
-    """Also in the update of the two micro-batches that an epoch ends with."""
-    model = counting_model(ok.optimizers.SGD(0.5, gradient_accumulation_steps=3, global_clipnorm=1e-3))
-    x = np.array([1, 2, 6, 2, 4], "float32")[:, None]
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
+def test_the_clip_rate_under_accumulation_is_about_the_mean(room, scaled, tmp_path):
+    optimizer = room.SGD(0.125, global_clipnorm=2.0, gradient_accumulation_steps=2)
+    model = counting_model(STOCK.LossScaleOptimizer(optimizer, initial_scale=8.0) if scaled else optimizer)
+    x = np.array([1, 2, 4, 1, 1, 2.5], "float32")[:, None]  # with means 1.5, 2.5 and 1.75
     fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
+    assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == [0, 1 / 2, pytest.approx(1 / 3)]
+
+
+@pytest.mark.parametrize("length", ["known", "unknown"])
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # what Keras says of any data of unknown length
+def test_under_accumulation_the_gradient_is_the_micro_batch_s_and_change_and_clipping_those_of_the_update(
+    length, tmp_path
+):
+    """Also in the update of the two micro-batches that an epoch ends with, however that end is found."""
+    model = counting_model(ok.optimizers.SGD(0.5, gradient_accumulation_steps=3, global_clipnorm=2.0))
+    x = np.array([1, 2, 6, 2, 1], "float32")[:, None]  # with means 3, which is clipped, and 1.5
+    monitor = TrainingMonitor(tmp_path, every=1)
+    if length == "known":
+        fit(model, x, x, monitor, batch_size=1)
+    else:
+        import tensorflow as tf  # on JAX, too
+
+        data = tf.data.Dataset.from_tensor_slices((x, x)).batch(1)
+        fit(model, data.filter(lambda *_: True), None, monitor, batch_size=None)
     found = events(tmp_path)
-    assert found["train/gradient_norm"] == [(1, 6.0), (2, 4.0)]
-    assert found["train/update_ratio"] == [
-        (step, pytest.approx(5e-4 / (1.0005 - 5e-4 * step), rel=1e-3)) for step in (1, 2)
-    ]
-    assert "train/clip_rate" not in found
+    assert found["train/gradient_norm"] == [(1, 6.0), (2, 1.0), (3, 6.0), (4, 1.0)]
+    weights = [1, 0, -0.75, -1.75, -2.5]
+    assert [value for _, value in found["train/weight_norm"]] == pytest.approx(np.abs(weights[:-1]), abs=1e-6)
+    changes = [value * abs(w) for (_, value), w in zip(found["train/update_ratio"], weights, strict=False) if w]
+    assert changes == pytest.approx([1.0, 1.0, 0.75])
+    assert [value for _, value in found["train/clip_rate"]] == [1, 1 / 2, pytest.approx(2 / 3), 1 / 2]
+    assert monitor._batches == 10
 
 
 # -- models that the first step builds, and layers that are unfrozen --------------------------------------------------

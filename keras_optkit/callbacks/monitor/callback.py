@@ -95,9 +95,9 @@ class TrainingMonitor(Callback):
     over several calls of `fit`, and in a new process with the same `log_dir`, whether its optimizer was restored or
     begins at 0. Where the callback itself is restored (`load_state_dict`), steps that are in the files are computed,
     but not written again. With `steps_per_execution=k` there are values for every k-th update at most. Updates that are
-    skipped are not written. Under gradient accumulation the gradient is that of the micro-batch, and there is no clip
-    rate, since clipping sees the mean. The directory's first `fit` writes a layout for TensorBoard's custom scalars and
-    the HParams.
+    skipped are not written. Under gradient accumulation the gradient is that of the last micro-batch; the clip rate is
+    about their mean, which is what is clipped. The directory's first `fit` writes a layout for TensorBoard's custom
+    scalars and the HParams.
 
     When not to use it: on a backend other than TensorFlow and JAX. A custom `train_step` that does not go through
     `optimizer.scale_loss` (on JAX: does not update Keras's metric "loss") has no `train/loss`, and one that does not go
@@ -166,7 +166,6 @@ class TrainingMonitor(Callback):
         self._clips: dict[str, list[float]] = {}
         self._noise: list[float] = []
         self._epoch = 0
-        self._looked = False  # whether a step has computed values since the last write
         self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
         self._probe: Any = None
         self._files: Any = ()
@@ -194,7 +193,7 @@ class TrainingMonitor(Callback):
         self._step = self._offset + begun_at
         self._due = self._next_due()
         self._stopwatch, self._batches = Stopwatch(), 0
-        self._looked, self._batch = False, None
+        self._batch = None
         self._counted = self._step, 0
         self._wait = self._until_due()
 
@@ -238,9 +237,7 @@ class TrainingMonitor(Callback):
         self._batch = batch
         if self._wait <= 0:
             self._write_if_due()
-        looks = self._wait <= self.model.steps_per_execution
-        self._probe.want(looks)
-        self._looked |= looks
+        self._probe.want(self._wait <= self.model.steps_per_execution)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._epoch = epoch
@@ -302,7 +299,9 @@ class TrainingMonitor(Callback):
         self._epoch_step, self._writes = state["epoch_step"], state["writes"]
         self._clips = {tag: list(window) for tag, window in state["clips"].items()}
         self._noise = list(state["noise"])
-        self._wait, self._batch, self._looked = self._until_due(), None, False
+        self._wait, self._batch = self._until_due(), None
+        if self._probe is not None:
+            self._probe.fresh = False
         self._counted = self._step, self._batches
 
     def _next_due(self) -> int:
@@ -316,23 +315,22 @@ class TrainingMonitor(Callback):
 
     def _finish_batch(self) -> None:
         """Counts the batches of the step that was begun last, where no other step is known to begin."""
-        if self._batch is not None:
+        if self._batch is not None and not self._probe.ended:
             left = (self.params.get("steps") or math.inf) - self._batch
             self._batches += min(self.model.steps_per_execution, left)
-            self._batch = None
+        self._batch = None
 
     def _write_if_due(self) -> None:
         self._step = self._offset + self._updates()
         updates, batches = self._step - self._counted[0], self._batches - self._counted[1]
         if batches > 0:
             self._most, self._counted = max(self._most, updates / batches), (self._step, self._batches)
-        if self._step >= self._due and self._looked:
+        if self._step >= self._due and self._probe.fresh:
             new = self._write(self._values(), of_epoch=False)
             self._writes += 1
             if new and self.histograms and self._writes % self.histograms == 0:
                 self._write_histograms()
             self._due = self._next_due()
-            self._looked = False
         self._wait = self._until_due()
 
     # -- what ---------------------------------------------------------------------------------------------------------
