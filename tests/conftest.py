@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -63,6 +64,19 @@ def _backend(backend, *, because):
     """Of a mark, which has to say why."""
     assert because
     return backend
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """What is made with `tempfile`, here or in a process that a test starts, is in pytest's own directory.
+
+    A process that is killed leaves it behind, and so do workers of pytest-xdist, which run no exit handlers.
+    """
+    directory = str(tmp_path_factory.mktemp("temporary"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", directory)
+        patch.setattr(tempfile, "tempdir", directory)
+        yield directory
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ from test_callbacks import (
 
 import keras_optkit as ok
 from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters, TrainingMonitor
+from keras_optkit.callbacks.monitor.files import EventFile
 from keras_optkit.callbacks.monitor.step import Probe
 from keras_optkit.schedules import Linear
 from keras_optkit.testing.problems import two_replicas
@@ -42,17 +43,19 @@ from keras_optkit.testing.problems import two_replicas
 on_tensorflow = pytest.mark.only_on("tensorflow", because="tapes, or what does not come out of what JAX differentiates")
 
 
+def event_files(directory):
+    """In the order written; by their names, the tenth of a process and second comes before the ninth."""
+    files = pathlib.Path(directory).glob("*tfevents*")
+    return sorted(files, key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
+
+
 def events(directory):
     """Tag of a scalar to a list of (step, value), in the order written, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
     from tensorboard.util import tensor_util
 
-    # TensorBoard reads a directory by name, which puts the tenth file of a process and second before the ninth
-    files = sorted(
-        pathlib.Path(directory).glob("*tfevents*"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)]
-    )
     found = collections.defaultdict(list)
-    for file in files:
+    for file in event_files(directory):
         read = EventAccumulator(str(file), size_guidance={TENSORS: 0})
         read.Reload()
         for tag in read.Tags()["tensors"]:
@@ -952,6 +955,24 @@ def test_a_torn_event_file_is_continued(tmp_path):
     assert steps_of(found, "epoch/loss") == [12]
 
 
+def test_event_files_are_continued_from_their_last_step_whatever_their_names(tmp_path):
+    """TensorBoard numbers the files of a process and second, without leading zeros."""
+    x, y = regression(dtype="float32")
+    model = linear_model(STOCK.SGD(0.01), dtype="float32")
+    names = [tmp_path / f"events.out.tfevents.1.host.1.{number}" for number in (9, 10)]
+    for name in names:
+        fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+        (new,) = set(event_files(tmp_path)).difference(names)
+        new.rename(name)
+    (tmp_path / "monitor.jsonl").unlink()  # which has the steps as well
+    files = EventFile(str(tmp_path))
+    files.close()
+    assert files.last == {True: 12, False: 12}
+    model.compile(STOCK.SGD(0.01), loss="mse")  # whose count begins at 0
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    assert steps_of(events(tmp_path), "train/loss") == list(range(1, 19))
+
+
 def test_nothing_to_read_or_plot_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"log_dir must be the directory of a TrainingMonitor.*monitor\.jsonl"):
         ok.callbacks.read_monitor(tmp_path)
@@ -994,7 +1015,7 @@ def summaries(directory, plugin):
 
     return [
         value
-        for file in sorted(directory.glob("events*"))
+        for file in event_files(directory)
         for event in EventFileLoader(str(file)).Load()
         for value in event.summary.value
         if value.metadata.plugin_data.plugin_name == plugin
