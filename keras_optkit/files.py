@@ -1,14 +1,18 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, that show what was changed in them, and a directory's lock."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import filelock
 
 #: What is in the names of files that are being written; a process that was killed may leave one behind.
 TEMPORARY = ".tmp"
@@ -100,3 +104,81 @@ def leftovers(directory: Path, names: re.Pattern[str]) -> list[Path]:
     """
     found = {path: _UNFINISHED.fullmatch(path.name) for path in directory.iterdir()}
     return sorted(path for path, match in found.items() if match and names.fullmatch(match[1] or match[2]))
+
+
+def refuse_unless_file(path: Path, *, links: bool = True) -> None:
+    """Raises if something that is no file has the name of one that is to be written.
+
+    Args:
+        path: The name.
+        links: Whether it may be a link to a file.
+
+    Raises:
+        RuntimeError: If there is something else.
+    """
+    if path.is_symlink() and not links:
+        raise RuntimeError(f"{path} must be a file, and is a link. Remove it.")
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise RuntimeError(f"{path} must be a file, and is something else. Remove it.")
+
+
+def lock(directory: Path, names: re.Pattern[str], *, user: str, folders: str = "") -> Callable[[], None]:
+    """Makes sure that nobody else writes into a directory, for as long as this process lives.
+
+    What was being written there when the process before ended is removed.
+
+    Args:
+        directory: Made if it does not exist.
+        names: Matches the names of the files that are written there.
+        user: What writes there, for the message: "fit", "search".
+        folders: A pattern of folders in it that are written to as well.
+
+    Returns:
+        What ends it.
+
+    Raises:
+        RuntimeError: If somebody does, or if the lock is no file.
+        OSError: If the directory cannot be made or written to.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "lock"
+    refuse_unless_file(path, links=False)  # what a link points to would be emptied
+    held = filelock.FileLock(path, timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout as error:
+        raise RuntimeError(
+            f"directory={str(directory)!r} is in use by another process, or by another {user} of this one."
+        ) from error
+    try:
+        inside = (path for path in directory.glob(folders) if path.is_dir()) if folders else ()
+        for place in (directory, *inside):
+            for path in leftovers(place, names):
+                if path.is_file():
+                    path.unlink()
+    except BaseException:
+        held.release()
+        raise
+    return held.release
+
+
+def sealed(held: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """A mapping as JSON for people to read, and the same as one string with its digest, which is what is believed."""
+    believed = json.dumps(held)
+    digest = hashlib.sha256(believed.encode("utf-8")).hexdigest()
+    return json.dumps({**held, "sealed": believed, "sha256": digest}, indent=indent).encode("utf-8")
+
+
+def opened(content: bytes, indent: int | None = None) -> tuple[dict[str, Any], bool]:
+    """What `sealed` has been given, and whether what is there for people to read is as it was written, too.
+
+    Raises:
+        ValueError: If it is not what was written.
+    """
+    whole = json.loads(content)
+    if not isinstance(whole, dict) or not isinstance(believed := whole.get("sealed"), str):
+        raise ValueError("it has no digest")
+    if hashlib.sha256(believed.encode("utf-8")).hexdigest() != whole.get("sha256"):
+        raise ValueError("its digest is wrong")
+    held = json.loads(believed)
+    return held, sealed(held, indent) == content

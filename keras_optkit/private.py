@@ -73,6 +73,17 @@ def known_variables(optimizer: Any) -> list[Any] | None:
     return getattr(optimizer, "_trainable_variables", None)
 
 
+def accumulated_gradients(optimizer: Any) -> tuple[list[Any], Any] | None:
+    """Of one of Keras's optimizers, the sums of the gradients of the micro-batches since the last update, and how many.
+
+    The sums are in the order of `known_variables`. Fall-back: None, and nothing is known of the mean of the gradients.
+    """
+    sums, calls = getattr(optimizer, "_accumulated_gradients", None), getattr(optimizer, "_iterations", None)
+    if sums is None or calls is None:
+        return None
+    return [keras.ops.copy(v) for v in sums], calls % optimizer.gradient_accumulation_steps
+
+
 def compile_arguments(model: Any) -> dict[str, Any]:
     """What a model was compiled with, the functions and objects themselves.
 

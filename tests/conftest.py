@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import signal
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -108,6 +109,19 @@ def frozen_objects():
     """What a module leaves behind is not looked through again by each collection of garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """What is made with `tempfile`, here or in a process that a test starts, is in pytest's own directory.
+
+    A process that is killed leaves it behind, and so do workers of pytest-xdist, which run no exit handlers.
+    """
+    directory = str(tmp_path_factory.mktemp("temporary"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", directory)
+        patch.setattr(tempfile, "tempdir", directory)
+        yield directory
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,9 @@ def test_fit_equals_large_batches(how):
 
 
 @pytest.mark.usefixtures("float64")
-def test_data_whose_length_nobody_knows():
+@pytest.mark.parametrize(("k", "more"), [(3, {}), (3, {"fuse": True}), (None, {}), (None, {"fuse": True})])
+def test_data_whose_length_nobody_knows(k, more):
+    """TensorFlow begins a step for which there is no batch, and that must not count."""
     x, y = data()
 
     def batches():
@@ -71,10 +73,11 @@ def test_data_whose_length_nobody_knows():
 
     spec = (tf.TensorSpec((8, 4), tf.float32), tf.TensorSpec((8, 1), tf.float32))
     dataset = tf.data.Dataset.from_generator(batches, output_signature=spec)
-    expected, _ = fit(compiled(adamw(None)), x, y, 24, epochs=1)
-    model = compiled(adamw(3))
+    expected, _ = fit(compiled(adamw(None)), x, y, 24 if k else 8, epochs=1)
+    model = compiled(adamw(k, **more))
     with pytest.warns(UserWarning, match="ran out of data"):  # what Keras says of any data of unknown length
         model.fit(dataset, epochs=1, verbose=0, shuffle=False)
+    assert int(model.optimizer.iterations) == (3 if k else 8)
     assert_close([ops.convert_to_numpy(w) for w in model.weights], expected)
 
 

@@ -336,6 +336,18 @@ def test_what_cannot_be_driven_raises_before_any_update(optimizer, schedules, er
     assert "apply" not in vars(model.optimizer)
 
 
+@pytest.mark.only_on("tensorflow", because="on JAX, Keras builds optimizers before the first step")
+@pytest.mark.parametrize("make", [STOCK.SGD, STOCK.RMSprop])
+def test_keras_s_optimizers_that_the_first_step_builds_have_the_momentum_that_is_driven(make):
+    x, y = regression(dtype="float32")
+    trained = []
+    for momentum in (0.0, 0.5):
+        model = linear_model(make(0.02, momentum=momentum), dtype="float32")
+        fit(model, x, y, ScheduleHyperparameters({"momentum": MOMENTUM}), epochs=1)
+        trained.append(model.get_weights()[0])
+    np.testing.assert_array_equal(*trained)
+
+
 @pytest.mark.only_on("jax", because="elsewhere they can be driven")
 @pytest.mark.parametrize(
     ("optimizer", "name"),

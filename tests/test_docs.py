@@ -72,6 +72,19 @@ def test_blocks_share_one_namespace_and_keep_their_line_numbers(tmp_path, monkey
     assert error.traceback[-1].lineno + 1 == (first + second).splitlines().index("    1 / 0") + 1
 
 
+def test_examples_leave_nothing_outside_of_pytest_s_directory(temporary_files, tmp_path, monkeypatch):
+    """Neither by themselves nor in processes that they start."""
+    code = """
+import pathlib, subprocess, sys, tempfile
+ask = [sys.executable, "-c", "import tempfile; print(tempfile.gettempdir())"]
+pathlib.Path("seen").write_text(tempfile.mkdtemp() + "\\n" + subprocess.check_output(ask, text=True))
+"""
+    run(f"```python{code}```\n", tmp_path, monkeypatch)
+    made, elsewhere = map(Path, (tmp_path / "seen").read_text().splitlines())
+    assert made.parent == elsewhere == Path(temporary_files)
+    assert tmp_path.parent in elsewhere.parents
+
+
 @pytest.mark.parametrize("module", hooks.modules())
 def test_every_module_says_what_is_public(module):
     names = hooks.modules()[module].__all__

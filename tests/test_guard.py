@@ -548,18 +548,22 @@ def test_a_model_without_call_is_guarded_by_its_gradients():
 
 
 @pytest.mark.only_on("tensorflow", because=ON_TAPES)
-def test_gradients_of_every_optimizer_count_and_every_rate_is_lowered():
+@pytest.mark.parametrize(
+    ("compiled", "momentum"), [({}, 0.0), ({"optimizer": None}, 0.5)], ids=["unused default", "none, with momentum"]
+)
+def test_gradients_of_every_optimizer_count_and_every_rate_is_lowered(compiled, momentum):
     x, _ = data(batches=6)
     x[16:24] *= 1e30
-    parts = [keras.optimizers.SGD(0.5**5), ok.optimizers.SGD(0.5**6)]
+    parts = [keras.optimizers.SGD(0.5**5), ok.optimizers.SGD(0.5**6, momentum=momentum)]
     model, guard = Reconstructs(parts), quiet(every=2, recover_after=None)
     model.encoder.build((None, 4))
     model.decoder.build((None, 2))
-    model.compile()  # with an optimizer that is not used
+    model.compile(**compiled)
     fit(model, x, None, guard)
     assert [(f.batch, f.kind) for f in guard.failures] == [(2, "gradient")]
     assert [float(part.learning_rate.numpy()) for part in parts] == [0.5**6, 0.5**7]
-    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+    variables = [*model.variables, *(v for part in parts for v in part.variables)]
+    assert all(np.all(np.isfinite(v.numpy())) for v in variables)
 
 
 # -- ways to train ----------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from test_callbacks import (
 
 import keras_optkit as ok
 from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters, TrainingMonitor
+from keras_optkit.callbacks.monitor.files import EventFile
 from keras_optkit.callbacks.monitor.step import Probe
 from keras_optkit.schedules import Linear
 from keras_optkit.testing.problems import two_replicas
@@ -42,17 +43,19 @@ from keras_optkit.testing.problems import two_replicas
 on_tensorflow = pytest.mark.only_on("tensorflow", because="tapes, or what does not come out of what JAX differentiates")
 
 
+def event_files(directory):
+    """In the order written; by their names, the tenth of a process and second comes before the ninth."""
+    files = pathlib.Path(directory).glob("*tfevents*")
+    return sorted(files, key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
+
+
 def events(directory):
     """Tag of a scalar to a list of (step, value), in the order written, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
     from tensorboard.util import tensor_util
 
-    # TensorBoard reads a directory by name, which puts the tenth file of a process and second before the ninth
-    files = sorted(
-        pathlib.Path(directory).glob("*tfevents*"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)]
-    )
     found = collections.defaultdict(list)
-    for file in files:
+    for file in event_files(directory):
         read = EventAccumulator(str(file), size_guidance={TENSORS: 0})
         read.Reload()
         for tag in read.Tags()["tensors"]:
@@ -437,17 +440,40 @@ def test_layers_on_two_replicas_are_those_of_one(room, tmp_path):
         np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6, err_msg=tag)
 
 
-def test_the_gradient_under_accumulation_is_the_micro_batch_s_and_the_change_that_of_the_update(tmp_path):
-    """Also in the update of the two micro-batches that an epoch ends with."""
-    model = counting_model(ok.optimizers.SGD(0.5, gradient_accumulation_steps=3, global_clipnorm=1e-3))
-    x = np.array([1, 2, 6, 2, 4], "float32")[:, None]
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
+def test_the_clip_rate_under_accumulation_is_about_the_mean(room, scaled, tmp_path):
+    optimizer = room.SGD(0.125, global_clipnorm=2.0, gradient_accumulation_steps=2)
+    model = counting_model(STOCK.LossScaleOptimizer(optimizer, initial_scale=8.0) if scaled else optimizer)
+    x = np.array([1, 2, 4, 1, 1, 2.5], "float32")[:, None]  # with means 1.5, 2.5 and 1.75
     fit(model, x, x, TrainingMonitor(tmp_path, every=1), batch_size=1, epochs=1)
+    assert [rate for _, rate in events(tmp_path)["train/clip_rate"]] == [0, 1 / 2, pytest.approx(1 / 3)]
+
+
+@pytest.mark.parametrize("length", ["known", "unknown"])
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # what Keras says of any data of unknown length
+def test_under_accumulation_the_gradient_is_the_micro_batch_s_and_change_and_clipping_those_of_the_update(
+    length, tmp_path
+):
+    """Also in the update of the two micro-batches that an epoch ends with, however that end is found."""
+    model = counting_model(ok.optimizers.SGD(0.5, gradient_accumulation_steps=3, global_clipnorm=2.0))
+    x = np.array([1, 2, 6, 2, 1], "float32")[:, None]  # with means 3, which is clipped, and 1.5
+    monitor = TrainingMonitor(tmp_path, every=1)
+    if length == "known":
+        fit(model, x, x, monitor, batch_size=1)
+    else:
+        import tensorflow as tf  # on JAX, too
+
+        data = tf.data.Dataset.from_tensor_slices((x, x)).batch(1)
+        fit(model, data.filter(lambda *_: True), None, monitor, batch_size=None)
     found = events(tmp_path)
-    assert found["train/gradient_norm"] == [(1, 6.0), (2, 4.0)]
-    assert found["train/update_ratio"] == [
-        (step, pytest.approx(5e-4 / (1.0005 - 5e-4 * step), rel=1e-3)) for step in (1, 2)
-    ]
-    assert "train/clip_rate" not in found
+    assert found["train/gradient_norm"] == [(1, 6.0), (2, 1.0), (3, 6.0), (4, 1.0)]
+    weights = [1, 0, -0.75, -1.75, -2.5]
+    assert [value for _, value in found["train/weight_norm"]] == pytest.approx(np.abs(weights[:-1]), abs=1e-6)
+    changes = [value * abs(w) for (_, value), w in zip(found["train/update_ratio"], weights, strict=False) if w]
+    assert changes == pytest.approx([1.0, 1.0, 0.75])
+    assert [value for _, value in found["train/clip_rate"]] == [1, 1 / 2, pytest.approx(2 / 3), 1 / 2]
+    assert monitor._batches == 10
 
 
 # -- models that the first step builds, and layers that are unfrozen --------------------------------------------------
@@ -932,6 +958,24 @@ def test_a_torn_event_file_is_continued(tmp_path):
     assert steps_of(found, "epoch/loss") == [12]
 
 
+def test_event_files_are_continued_from_their_last_step_whatever_their_names(tmp_path):
+    """TensorBoard numbers the files of a process and second, without leading zeros."""
+    x, y = regression(dtype="float32")
+    model = linear_model(STOCK.SGD(0.01), dtype="float32")
+    names = [tmp_path / f"events.out.tfevents.1.host.1.{number}" for number in (9, 10)]
+    for name in names:
+        fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+        (new,) = set(event_files(tmp_path)).difference(names)
+        new.rename(name)
+    (tmp_path / "monitor.jsonl").unlink()  # which has the steps as well
+    files = EventFile(str(tmp_path))
+    files.close()
+    assert files.last == {True: 12, False: 12}
+    model.compile(STOCK.SGD(0.01), loss="mse")  # whose count begins at 0
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    assert steps_of(events(tmp_path), "train/loss") == list(range(1, 19))
+
+
 def test_nothing_to_read_or_plot_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"log_dir must be the directory of a TrainingMonitor.*monitor\.jsonl"):
         ok.callbacks.read_monitor(tmp_path)
@@ -974,7 +1018,7 @@ def summaries(directory, plugin):
 
     return [
         value
-        for file in sorted(directory.glob("events*"))
+        for file in event_files(directory)
         for event in EventFileLoader(str(file)).Load()
         for value in event.summary.value
         if value.metadata.plugin_data.plugin_name == plugin

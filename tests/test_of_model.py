@@ -81,6 +81,7 @@ def test_those_inside_of_others_are_not_listed_but_reached():
     assert of_model.innermost(multi) == [a, b]
     assert of_model.innermost(scaled) == [c]
     assert of_model.ours_of(model) == [a, c]
+    assert of_model.paths_of(of_model.named_optimizers_of(model)) == {"optimizer/0": a, "optimizer/1": b, "also/1": c}
 
 
 def test_updates_are_counted_by_the_optimizer_that_is_used():
@@ -91,10 +92,12 @@ def test_updates_are_counted_by_the_optimizer_that_is_used():
     assert of_model.update_counter(model) is unused.iterations
     used.apply([keras.ops.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
     assert of_model.update_counter(model) is used.iterations
+    assert of_model.paths_of(of_model.used_optimizers_of(model)) == {"": used}
     for _ in range(2):
         used.apply([keras.ops.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
     unused.apply([keras.ops.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
     assert of_model.update_counter(model) is unused.iterations  # the compiled one, once it is used
+    assert of_model.paths_of(of_model.used_optimizers_of(model)) == {"optimizer": unused, "mine": used}
     model.compile(optimizer=None)
     assert of_model.update_counter(model) is used.iterations
     assert of_model.update_counter(keras.Sequential([])) is None

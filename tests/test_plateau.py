@@ -139,14 +139,20 @@ def rates(*optimizers):
 
 @pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
 @pytest.mark.parametrize("compiled", [{}, {"optimizer": None}], ids=["unused default", "none"])
-def test_the_rates_of_all_optimizers_that_the_model_holds_are_lowered(compiled):
+def test_the_rates_of_all_optimizers_that_the_model_holds_are_lowered(compiled, capsys):
     first, second = ok.optimizers.SGD(Linear(0.5, 48, final=0.5), name="same"), STOCK.SGD(0.25, name="same")
     model = Alternating(first, second)
     model.compile(**compiled)
-    history = fit(model, *regression(dtype="float32"), ReduceLROnPlateau("loss", **LOWERING), epochs=3).history
+    plateau = ReduceLROnPlateau("loss", verbose=1, **LOWERING)
+    history = fit(model, *regression(dtype="float32"), plateau, epochs=3).history
     assert rates(first, second) == [0.125, 0.0625]
-    assert history["learning_rate_same"] == [0.5, 0.5, 0.25]
-    assert history["learning_rate_same_2"] == [0.25, 0.25, 0.125]
+    rates_in_logs = {name: values for name, values in history.items() if name.startswith("learning_rate")}
+    assert rates_in_logs == {
+        "learning_rate_first": [0.5, 0.5, 0.25],
+        "learning_rate_others/second/0": [0.25, 0.25, 0.125],
+    }
+    said = "ReduceLROnPlateau: epoch 2, learning rate of "
+    assert f"{said}first 0.5 -> 0.25\n{said}others/second/0 0.25 -> 0.125\n" in capsys.readouterr().out
 
 
 def test_the_rates_inside_a_multi_optimizer_are_lowered():
@@ -155,8 +161,9 @@ def test_the_rates_inside_a_multi_optimizer_are_lowered():
     multi = STOCK.MultiOptimizer(lambda variable: first if "kernel" in variable.path else second)
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile(multi, loss="mse")
-    fit(model, *regression(dtype="float32"), ReduceLROnPlateau("loss", **LOWERING), epochs=3)
+    history = fit(model, *regression(dtype="float32"), ReduceLROnPlateau("loss", **LOWERING), epochs=3).history
     assert rates(first, second) == [0.125, 0.0625]
+    assert [history["learning_rate_0"][-1], history["learning_rate_1"][-1]] == [0.25, 0.125]
 
 
 @pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")

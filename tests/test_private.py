@@ -8,6 +8,7 @@ from keras import layers
 from tensorflow.python.framework import config
 
 from keras_optkit.private import (
+    accumulated_gradients,
     clear_session,
     compile_arguments,
     current_layer,
@@ -108,6 +109,17 @@ def test_an_optimizer_of_keras_knows_its_variables():
     optimizer = keras.optimizers.Adam()
     optimizer.build(variables)
     assert [id(v) for v in known_variables(optimizer)] == [id(v) for v in variables]
+
+
+def test_an_optimizer_of_keras_knows_its_micro_batches():
+    variables = [keras.Variable(1.0), keras.Variable(2.0)]
+    optimizer = keras.optimizers.Adam(gradient_accumulation_steps=3)
+    optimizer.build(variables)
+    for n in range(5):
+        optimizer.apply([keras.ops.convert_to_tensor(float(n))] * 2)
+    sums, count = accumulated_gradients(optimizer)
+    assert [float(s) for s in sums] == [7.0, 7.0]
+    assert int(count) == 2
 
 
 def test_a_model_knows_the_functions_that_it_was_compiled_with():

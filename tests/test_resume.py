@@ -883,9 +883,10 @@ def run_in(directory, epochs=3, **arguments):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished") / "here"
     with op_determinism():
-        run_in(tmp_path_factory.mktemp("finished") / "here")
-    return tmp_path_factory.getbasetemp() / "finished0" / "here"
+        run_in(directory)
+    return directory
 
 
 def as_directory(path):
@@ -924,7 +925,7 @@ def of_the_format(number):
     [
         (as_directory, RuntimeError, r"finished.npz must be a file, and is something else. Remove it"),
         (as_pipe, RuntimeError, r"bundle-00000010.npz must be a file, and is something else"),
-        (locked_by_link, RuntimeError, r"lock must be a file of Resume's, and is a link"),
+        (locked_by_link, RuntimeError, r"lock must be a file, and is a link"),
         (with_other_names, RuntimeError, r"No bundle is left to resume from:(.|\n)*.part looks like a bundle"),
         (of_the_format(1), ValueError, r"has format 1, of another version of keras_optkit; this one reads 2"),
     ],

@@ -23,6 +23,8 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 
 import keras_optkit as ok
 from keras_optkit.tuning import Choice, Float, Int, Space
+from keras_optkit.tuning.books import check_books
+from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.oracle import RandomOracle
 from keras_optkit.tuning.searching import checked_data, fit_data, infer_direction
 
@@ -1193,6 +1195,43 @@ def test_a_damaged_book_is_named(tmp_path, finished, name, content, reason):
     assert mine.exists()
 
 
+@pytest.mark.parametrize("name", ["oracle.json", "trial_0/trial.json", "tuner0.json"])
+def test_a_byte_that_was_changed_in_a_book_is_found(tmp_path, finished, name):
+    shutil.copytree(finished, tmp_path / "copy")
+    book = tmp_path / "copy" / name
+    content = book.read_bytes()
+    named = re.escape(str(book))
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        book.write_bytes(changed)
+        with pytest.raises(RuntimeError, match=rf"'{named}' is damaged"):
+            check_books(tmp_path / "copy")
+    book.write_bytes(content)
+    check_books(tmp_path / "copy")
+
+
+def test_what_was_changed_in_the_model_s_book_is_not_built_from(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "copy")
+    book = tmp_path / "copy" / "trial_0" / "model.built.json"
+    book.write_text(book.read_text().replace('"optimizers": [', '"optimizers": [ ', 1))
+    kept = KeptModel(tmp_path / "copy" / "trial_0")
+    with pytest.raises(RuntimeError, match="it was changed after it had been written"):
+        kept.load_into(line(1))
+
+
+def test_books_without_digests_are_continued(tmp_path, finished):
+    """Those of a version before."""
+    shutil.copytree(finished, tmp_path / "copy")
+    for book in (tmp_path / "copy").rglob("*.json"):
+        whole = json.loads(book.read_text())
+        book.write_text(whole["sealed"])
+    found = tuner(tmp_path / "copy")
+    found.search(**FIT)
+    assert found.trials() == tuner(finished).trials()
+    assert "sealed" in json.loads((tmp_path / "copy" / "tuner0.json").read_text())
+
+
 def test_a_search_of_keras_tuner_is_not_taken_for_ours(tmp_path):
     Formula(
         RandomOracle(Space(x=Int(1, 1)), keras_tuner.Objective("score", "min"), 1, 0), directory=str(tmp_path)
@@ -1220,7 +1259,7 @@ def test_one_search_at_a_time_in_a_directory(tmp_path):
     tuner(tmp_path, build=build).search(**FIT)
     assert len(refused) == 2
     assert refused[0] == refused[1]
-    assert f"directory='{tmp_path}' is in use by the search of another process" in refused[0]
+    assert f"directory='{tmp_path}' is in use by another process, or by another search of this one" in refused[0]
     second()  # not any longer
     assert len(refused) == 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import time
@@ -22,10 +21,11 @@ from keras_optkit.callbacks import others
 from keras_optkit.callbacks.bundle import DamagedError
 from keras_optkit.callbacks.callback import Callback, running_fit
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
-from keras_optkit.files import atomic_path, atomic_write, leftovers
+from keras_optkit.files import atomic_path, atomic_write, leftovers, opened, sealed
 from keras_optkit.registry import register
 from keras_optkit.saving import mark_as_built
 
+_INDENT = 1  # of the list, which people read
 _ENDINGS = {"model": ".keras", "weights": ".weights.h5"}
 
 #: The names that files are given; see `_List.named`.
@@ -578,7 +578,7 @@ class _List:
             "announced": None if self._announced is None else _as_json(self._announced),
         }
         with atomic_write(self.directory / self.name) as file:
-            file.write(_sealed(held))
+            file.write(sealed(held, _INDENT))
 
     def finish(self) -> None:
         """Deletes what the list that was written last has left out."""
@@ -606,15 +606,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sealed(held: Mapping[str, Any]) -> bytes:
-    """The list for people to read, and the same as one string with its digest, which is what is believed."""
-    believed = json.dumps(held)
-    digest = hashlib.sha256(believed.encode("utf-8")).hexdigest()
-    return json.dumps({**held, "sealed": believed, "sha256": digest}, indent=1).encode("utf-8")
-
-
 def _opened(path: Path) -> Mapping[str, Any]:
-    """What `_sealed` has been given.
+    """The list, as it was written.
 
     Raises:
         ValueError: If it is not what was written.
@@ -624,13 +617,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise ValueError("it is not a file")
-    content = path.read_bytes()
-    whole = json.loads(content)
-    if not isinstance(whole, dict) or not isinstance(believed := whole.get("sealed"), str):
-        raise ValueError("it has no digest")
-    if hashlib.sha256(believed.encode("utf-8")).hexdigest() != whole.get("sha256"):
-        raise ValueError("its digest is wrong")
-    held = json.loads(believed)
-    if _sealed(held) != content:
+    held, unchanged = opened(path.read_bytes(), _INDENT)
+    if not unchanged:
         warnings.warn(f"{path} was changed. It is read as it was written, from its entry 'sealed'.", stacklevel=6)
     return held

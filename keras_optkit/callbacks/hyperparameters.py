@@ -275,9 +275,10 @@ class ScheduleHyperparameters(Callback):
     value.
 
     SGD and RMSprop keep no velocity when they are built with `momentum=0`; give them a momentum above 0 to have it
-    driven. An optimizer that was made with a schedule as its learning rate has one already, so that driving
-    `learning_rate` raises. Clipping thresholds must stay above 0. On JAX, `clipvalue` and the
-    `l1_regularization_strength` of Ftrl cannot be driven.
+    driven. (Keras's on TensorFlow are built by the first step, and new ones thus with the momentum that is driven.) An
+    optimizer that was made with a schedule as its learning rate has one already, so that driving `learning_rate`
+    raises. Clipping thresholds must stay above 0. On JAX, `clipvalue` and the `l1_regularization_strength` of Ftrl
+    cannot be driven.
 
     Of several optimizers that a model holds, those are driven that have the hyperparameter, each by its own updates.
     `keras.optimizers.MultiOptimizer` cannot be driven.

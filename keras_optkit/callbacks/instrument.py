@@ -29,7 +29,7 @@ import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_optkit.optimizers.distribute import outside_graph
+from keras_optkit.optimizers.distribute import NO_MORE_DATA, outside_graph
 from keras_optkit.optimizers.of_model import directly_inside, optimizers_of
 from keras_optkit.private import forget_trace, sublayers
 
@@ -165,6 +165,9 @@ class Instrument:
     def feed(self, iterator: Any) -> Any:
         """Called by the host with the iterator that the next step takes its batches from; returns that or another."""
         return iterator
+
+    def data_ended(self) -> None:
+        """Called by the host instead of a step that was begun, where data of unknown length turn out to have ended."""
 
     def driven(self) -> Mapping[Any, set[str]]:
         """Optimizer to the hyperparameters that a step with this one does not depend on."""
@@ -445,7 +448,12 @@ class _Steps:
         taking_part = tuple(instrument for instrument in self._active if instrument.wanted)
         if taking_part not in self._chosen:
             self._chosen[taking_part] = self._compiled(taking_part)
-        return self._chosen[taking_part].function(*state, iterator)
+        try:
+            return self._chosen[taking_part].function(*state, iterator)
+        except NO_MORE_DATA:
+            for instrument in self._active:
+                instrument.data_ended()
+            raise
 
     def _compiled(self, instruments: tuple[Instrument, ...]) -> _Compiled:
         found = next((c for c in self._kept if c.is_for(instruments, self._model)), None)

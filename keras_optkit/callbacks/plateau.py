@@ -16,7 +16,7 @@ from keras_optkit.callbacks.callback import Callback, number
 from keras_optkit.callbacks.instrument import around
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.optimizers import Optimizer
-from keras_optkit.optimizers.of_model import innermost_of, optimizers_of
+from keras_optkit.optimizers.of_model import named_optimizers_of, paths_of, used_optimizers_of
 from keras_optkit.registry import register
 
 
@@ -56,7 +56,9 @@ class ReduceLROnPlateau(Callback):
     finite, Keras's sums do not tell the losses of the rest of this epoch, and they are passed over.
 
     As with Keras's callback, the learning rate is added to the logs of the epoch, before it is lowered; with several
-    optimizers it is one for each, `learning_rate_` and the optimizer's name.
+    optimizers it is one for each, `learning_rate_` and the name of the attribute that holds it:
+    `learning_rate_d_optimizer`, `learning_rate_optimizers/0`. The parts of a `keras.optimizers.MultiOptimizer` are
+    numbered. An optimizer that `compile()` made and that makes no update is left out.
 
     When not to use it: with `ScheduleHyperparameters` on the learning rate, which would be overwritten.
 
@@ -138,12 +140,13 @@ class ReduceLROnPlateau(Callback):
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._detach_losses()
-        if not optimizers_of(self.model):
+        optimizers = named_optimizers_of(self.model)
+        if not optimizers:
             raise ValueError(
                 f"ReduceLROnPlateau lowers the learning rates of the optimizers that a model was compiled with or "
                 f"holds as attributes, and model {self.model.name!r} has none."
             )
-        self._optimizers()
+        _settable(optimizers)  # which of them make updates is not known yet
         self._reset()
         by_update = self.unit == "update"
         self._watched = Watched(self.model, self.monitor, "min" if by_update else self.mode, self.min_delta)
@@ -170,8 +173,8 @@ class ReduceLROnPlateau(Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: D102
         logs = {} if logs is None else logs
-        optimizers = self._optimizers()
-        logs.update(zip(_rate_names(optimizers), map(_rate, optimizers), strict=True))
+        for path, optimizer in self._optimizers().items():
+            logs["learning_rate" + (path and f"_{path}")] = _rate(optimizer)
         if self.unit == "epoch":
             value = self._watched.value(logs)
             if value is not None:
@@ -202,20 +205,19 @@ class ReduceLROnPlateau(Callback):
 
     def _reduce(self, when: str) -> bool:
         """Lowers the rates; False if none is above `min_lr`."""
-        above = [o for o in self._optimizers() if np.float32(_rate(o)) > np.float32(self.min_lr)]
-        for optimizer in above:
+        optimizers = self._optimizers()
+        above = {path: o for path, o in optimizers.items() if np.float32(_rate(o)) > np.float32(self.min_lr)}
+        for path, optimizer in above.items():
             old = _rate(optimizer)
             optimizer.learning_rate = max(old * self.factor, self.min_lr)
             if self.verbose:
-                print(f"{type(self).__name__}: {when}, learning rate {old:g} -> {_rate(optimizer):g}")
+                whose = path and f" of {path}"
+                print(f"{type(self).__name__}: {when}, learning rate{whose} {old:g} -> {_rate(optimizer):g}")
         return bool(above)
 
-    def _optimizers(self) -> list[Any]:
-        """All that update weights of the model; a MultiOptimizer may have none before the model is built."""
-        found = [o for o in innermost_of(self.model) if not isinstance(o, keras.optimizers.MultiOptimizer)]
-        for optimizer in found:
-            _refuse_unless_settable(optimizer)
-        return found
+    def _optimizers(self) -> dict[str, Any]:
+        """All that update weights of the model, by their paths."""
+        return _settable(used_optimizers_of(self.model))
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far; the learning rate itself is in the state of the optimizer."""
@@ -329,22 +331,18 @@ def _rate(optimizer: Any) -> float:
     return float(ops.convert_to_numpy(optimizer.learning_rate))
 
 
-def _rate_names(optimizers: list[Any]) -> list[str]:
-    """As Keras names the rate in the logs, or with the names of several; of one name, the second has a 2 behind it."""
-    if len(optimizers) == 1:
-        return ["learning_rate"]
-    names: list[str] = []
-    for optimizer in optimizers:
-        name, number = f"learning_rate_{optimizer.name}", 1
-        while (numbered := name + (f"_{number}" if number > 1 else "")) in names:
-            number += 1
-        names.append(numbered)
-    return names
+def _settable(optimizers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that update weights, by their paths; a MultiOptimizer may have none before the model is built.
 
-
-def _refuse_unless_settable(optimizer: Any) -> None:
-    if not isinstance(optimizer, Optimizer) and not isinstance(optimizer.learning_rate, keras.Variable):
-        raise TypeError(
-            f"ReduceLROnPlateau cannot lower the learning rate of this {type(optimizer).__name__}, which is a "
-            "schedule. Make it with a number, or take keras_optkit.optimizers, whose rate can be set over any schedule."
-        )
+    Raises:
+        TypeError: If the rate of one cannot be set.
+    """
+    found = {path: o for path, o in paths_of(optimizers).items() if not isinstance(o, keras.optimizers.MultiOptimizer)}
+    for optimizer in found.values():
+        if not isinstance(optimizer, Optimizer) and not isinstance(optimizer.learning_rate, keras.Variable):
+            raise TypeError(
+                f"ReduceLROnPlateau cannot lower the learning rate of this {type(optimizer).__name__}, which is a "
+                "schedule. Make it with a number, or take keras_optkit.optimizers, whose rate can be set over any "
+                "schedule."
+            )
+    return found

@@ -8,10 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from keras_optkit.callbacks import bundle
-from keras_optkit.files import leftovers
+from keras_optkit.files import lock, refuse_unless_file
 
 _NAME = re.compile(r"bundle-(\d{8})\.npz")
 _FINISHED = "finished.npz"
@@ -46,33 +44,15 @@ class Store:
             RuntimeError: If somebody does, or if something that is no file has the name of one that is to be written.
             OSError: If the directory cannot be made or written to.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "lock"
-        self._refuse_unless_file(path, links=False)  # what a link points to would be emptied
-        lock = filelock.FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            raise RuntimeError(
-                f"directory={str(self.directory)!r} is in use by another process, or by another fit of this one."
-            ) from error
+        names = re.compile(f"{_NAME.pattern}|{re.escape(_FINISHED)}")
+        release = lock(self.directory, names, user="fit")
         try:
             for path in [self._finished, *self._numbered()]:
-                self._refuse_unless_file(path)
-            for path in leftovers(self.directory, re.compile(f"{_NAME.pattern}|{re.escape(_FINISHED)}")):
-                if path.is_file():
-                    path.unlink()
+                refuse_unless_file(path)
         except BaseException:
-            lock.release()
+            release()
             raise
-        return lock.release
-
-    @staticmethod
-    def _refuse_unless_file(path: Path, *, links: bool = True) -> None:
-        if path.is_symlink() and not links:
-            raise RuntimeError(f"{path} must be a file of Resume's, and is a link. Remove it.")
-        if (path.exists() or path.is_symlink()) and not path.is_file():
-            raise RuntimeError(f"{path} must be a file, and is something else. Remove it.")
+        return release
 
     def newest(self, epochs: int) -> dict[str, Any] | None:
         """The newest bundle that a run of so many epochs can be resumed from; None if there are no bundles.

@@ -30,6 +30,9 @@ REPEATED = None if TENSORFLOW else 8
 if TENSORFLOW:
     import tensorflow as tf
 
+#: What a training step raises where the data end before it.
+NO_MORE_DATA = (StopIteration, tf.errors.OutOfRangeError) if TENSORFLOW else (StopIteration,)
+
 
 class Rows(NamedTuple):
     """Some rows of a tensor, or what to write into them.
@@ -141,10 +144,14 @@ def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], 
             for b, grad in enumerate(grads)
         ]
 
+    given = [] if tf.executing_eagerly() else [g.values if is_sparse(g) else g for g in _tensors_in(grads)]
+    # where data end, TensorFlow runs a step up to what needs the batch that is missing; without this it would count
+    computed = tf.group(*given) if given else None
+
     if step.collect is not None:
         grads = together(grads)
         before = _read(buckets, state, only=("accumulated", "given", "micro"))
-        _write(buckets, state, before, step.collect(before, grads))
+        _write(buckets, state, before, step.collect(before, grads), once=computed)
 
     def update() -> None:
         if step.outdated is not None:
@@ -152,12 +159,14 @@ def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], 
         read = [] if step.read is None else step.read(_scalars(state))
         outer = together(grads, here=not fuse or bool(rows))
         prepared = step.prepare(_scalars(state), outer, read) if rows else None
+        awaited = computed if step.due is None else None  # or else `due` has waited
 
         def compute(joined: list[Any], grads: list[Any], read: list[Tensor], prepared: Any) -> list[Any]:
             before = _read(buckets, state, joined=joined, without=rows)
             grads = together(grads)
             ready = prepared if rows else step.prepare(before, grads, read)
-            return _write(buckets, state, before, step.update(before, grads, ready), keep=inside if fuse else None)
+            new = step.update(before, grads, ready)
+            return _write(buckets, state, before, new, keep=inside if fuse else None, once=None if fuse else awaited)
 
         if fuse:
             compute = tf.function(compute, jit_compile=True, autograph=False)
@@ -166,7 +175,9 @@ def _run(step: Step, buckets: Sequence[Bucket], state: State, grads: list[Any], 
             for b, bucket in enumerate(buckets)
         ]
         dense = [None if b in rows else grad for b, grad in enumerate(outer)]
-        for b, new in enumerate(compute(joined, dense, read, prepared)):
+        with _once_there(awaited if fuse else None):
+            kept = compute(joined, dense, read, prepared)
+        for b, new in enumerate(kept):
             if new is not None:
                 _assign_all(state["weights"][b], buckets[b].split(new))
         for b, grad in rows.items():
@@ -227,9 +238,24 @@ def _read(
 
 
 def _write(
-    buckets: Sequence[Bucket], state: State, before: State, after: State, keep: Collection[int] | None = None
+    buckets: Sequence[Bucket],
+    state: State,
+    before: State,
+    after: State,
+    *,
+    keep: Collection[int] | None = None,
+    once: Any = None,
 ) -> list[Any]:
-    """Assigns what has changed. If `keep` is given, the weights of the buckets not in it are returned instead."""
+    """Assigns what has changed.
+
+    Args:
+        buckets: The buckets.
+        state: The variables.
+        before: Their values.
+        after: Their new values.
+        keep: If given, the weights of the buckets not in it are returned and not assigned.
+        once: On TensorFlow the operation that what does not depend on gradients, such as a counter, waits for.
+    """
     kept: list[Any] = [None] * len(buckets)
     for name, old in before.items():
         if name == "weights":
@@ -244,8 +270,20 @@ def _write(
         else:
             for variable, a, b in zip(*map(tree.flatten, (state[name], old, after[name])), strict=True):
                 if a is not b:
-                    variable.assign(b)
+                    with _once_there(once):
+                        variable.assign(b)
     return kept
+
+
+def _once_there(operation: Any) -> contextlib.AbstractContextManager[Any]:
+    """A scope in which everything waits for an operation, if there is one."""
+    return contextlib.nullcontext() if operation is None else tf.control_dependencies([operation])
+
+
+def _tensors_in(grads: Sequence[Any]) -> list[Any]:
+    """All gradients in those of the buckets."""
+    lists = [[grad.values] if isinstance(grad, Rows) else grad for grad in grads if grad is not None]
+    return [grad for parts in lists for grad in parts if grad is not None]
 
 
 def _write_rows(step: Step, state: State, b: int, grad: Rows, prepared: Any) -> None:

@@ -47,6 +47,28 @@ def named_optimizers_of(model: Any) -> dict[str, Any]:
     return found
 
 
+def used_optimizers_of(model: Any) -> dict[str, Any]:
+    """The same without the one that `compile` has made, if only others make updates."""
+    found = named_optimizers_of(model)
+    compiled = getattr(model, "optimizer", None)
+    if len(found) > 1 and compiled is not None and not _count(compiled):
+        found = {name: optimizer for name, optimizer in found.items() if optimizer is not compiled}
+    return found
+
+
+def paths_of(optimizers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that update weights, by what tells each from the others, "" if there is one.
+
+    That is the name of the outer one, of several, and the place in it, of several: "d_optimizer", "1", "d_optimizer/1".
+    """
+    found = {}
+    for outer, optimizer in optimizers.items():
+        inside = innermost(optimizer)
+        for place, inner in enumerate(inside):
+            found["/".join([outer] * (len(optimizers) > 1) + [str(place)] * (len(inside) > 1))] = inner
+    return found
+
+
 def _numbered(name: str) -> Iterator[str]:
     yield name
     for number in itertools.count(1):

@@ -912,6 +912,20 @@ class Optimizer(FromSignature, SavedState):
         with distribute.scope_of(self._updates):
             distribute.run(program, self._held.buckets, self._held.state, nothing)
 
+    def accumulated_gradients(self) -> tuple[dict[int, Tensor], Tensor]:
+        """The sums of the gradients of the micro-batches since the last update, and of how many they are.
+
+        Returns:
+            The sum for each variable, by `distribute.key`, and the number; of a built optimizer with
+            `gradient_accumulation_steps`.
+        """
+        held = self._held
+        sums: dict[int, Tensor] = {}
+        for bucket, stored in zip(held.buckets, held.state["accumulated"], strict=True):
+            parts = bucket.split(bucket.view(ops.copy(stored)))
+            sums |= {distribute.key(held.variables[i]): part for i, part in zip(bucket.indices, parts, strict=True)}
+        return sums, ops.copy(held.state["micro"])
+
     def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
         """One gradient or None for each variable the optimizer was built with."""
         missing = [_path(v) for g, v in zip(grads, variables, strict=True) if g is None]

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import keras_tuner
 
-from keras_optkit.files import atomic_write, leftovers
+from keras_optkit.files import atomic_write, lock, opened, sealed
 from keras_optkit.private import with_trials_saved_by
 
 Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tuner; KerasTuner does not export it
@@ -39,15 +38,34 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_json(path: str | Path, state: Any) -> str:
-    """Writes a file of JSON, as a whole or not at all; returns its text.
+    """Writes a mapping as a file of JSON with its digest, as a whole or not at all; returns its text.
 
     Raises:
         CannotWriteError: If the disk does not take it; what was there is kept.
     """
-    text = json.dumps(state)
+    content = sealed(state)
     with writing(path), atomic_write(path) as file:
-        file.write(text.encode())
-    return text
+        file.write(content)
+    return content.decode()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """What `write_json` was given, or what a version before the digests has written.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not what was written.
+    """
+    content = Path(path).read_bytes()
+    book = json.loads(content.decode("utf-8"))
+    if not isinstance(book, dict):
+        raise ValueError(f"it holds {type(book).__name__} instead of a mapping")
+    if not book.keys() & {"sealed", "sha256"}:
+        return book
+    book, unchanged = opened(content)
+    if not unchanged:  # KerasTuner reads what is outside of the seal
+        raise ValueError("it was changed after it had been written")
+    return book
 
 
 class AtomicBooks(Stateful):
@@ -60,6 +78,10 @@ class AtomicBooks(Stateful):
     def save(self, fname: str = "") -> str:  # that of KerasTuner's own classes, which call it, has no argument
         """Writes the state as a whole or not at all."""
         return write_json(fname, self.get_state())
+
+    def reload(self, fname: str = "") -> None:
+        """Reads the state."""
+        self.set_state(read_json(fname))
 
 
 def keep_books_of(oracle: keras_tuner.Oracle) -> None:
@@ -86,13 +108,11 @@ def check_books(directory: Path) -> None:
 
 def _read(path: Path, names: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
-        book = json.loads(path.read_text(encoding="utf-8"))
+        book = read_json(path)
     except FileNotFoundError as error:
         raise damaged(path, "it is missing") from error
-    except ValueError as error:  # neither JSON nor text
+    except ValueError as error:  # neither JSON nor text, or not what was written
         raise damaged(path, error) from error
-    if not isinstance(book, dict):
-        raise damaged(path, f"it holds {type(book).__name__} instead of a mapping")
     if missing := [name for name in names if name not in book]:
         raise damaged(path, f"it has no {missing[0]!r}")
     return book
@@ -114,21 +134,11 @@ def locked(directory: Path) -> Iterator[None]:
         RuntimeError: If another search is in it.
         OSError: If the directory cannot be made or written to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / "lock", timeout=0)
+    release = lock(directory, _NAMES, user="search", folders="trial_*")
     try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise RuntimeError(
-            f"directory={str(directory)!r} is in use by the search of another process, or by another of this one."
-        ) from error
-    try:
-        for place in (directory, *(path for path in directory.glob("trial_*") if path.is_dir())):
-            for path in leftovers(place, _NAMES):
-                path.unlink()
         yield
     finally:
-        lock.release()
+        release()
 
 
 def delete_search(directory: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import keras
 
 from keras_optkit.files import atomic_path
 from keras_optkit.optimizers.of_model import optimizers_of
 from keras_optkit.private import known_variables
-from keras_optkit.tuning.books import CannotWriteError, write_json, writing
+from keras_optkit.tuning.books import CannotWriteError, read_json, write_json, writing
 
 
 @contextlib.contextmanager
@@ -127,7 +125,7 @@ class KeptModel:
             RuntimeError: If they do not fit, or if the model cannot be built.
         """
         try:
-            built: dict[str, Any] = json.loads(self._built.read_text())
+            built = read_json(self._built)
             if not model.built:
                 model.build_from_config(built["model"])
                 model.built = True  # Keras leaves that open for a subclass, whose layers it has built

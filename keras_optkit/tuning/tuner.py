@@ -191,7 +191,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self.definition = old
         self.records = state["records"]
 
-    def reload(self) -> None:
+    def reload(self) -> None:  # type: ignore[override]
         """Reads the state of the search in the directory.
 
         Raises:

@@ -17,7 +17,7 @@ from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
 from keras_optkit.callbacks.instrument import attach, detach, is_built
 from keras_optkit.callbacks.monitor.files import EventFile, LineFile
-from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped, used
+from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
 from keras_optkit.callbacks.monitor.step import (
     CHANGE,
     GRADIENT,
@@ -29,7 +29,7 @@ from keras_optkit.callbacks.monitor.step import (
     matching_layers,
 )
 from keras_optkit.optimizers.layer_paths import LayerTree
-from keras_optkit.optimizers.of_model import optimizers_of
+from keras_optkit.optimizers.of_model import optimizers_of, used_optimizers_of
 from keras_optkit.registry import register
 
 #: The clip rate is that of so many updates, the last ones that were written.
@@ -95,9 +95,9 @@ class TrainingMonitor(Callback):
     over several calls of `fit`, and in a new process with the same `log_dir`, whether its optimizer was restored or
     begins at 0. Where the callback itself is restored (`load_state_dict`), steps that are in the files are computed,
     but not written again. With `steps_per_execution=k` there are values for every k-th update at most. Updates that are
-    skipped are not written. Under gradient accumulation the gradient is that of the micro-batch, and there is no clip
-    rate, since clipping sees the mean. The directory's first `fit` writes a layout for TensorBoard's custom scalars and
-    the HParams.
+    skipped are not written. Under gradient accumulation the gradient is that of the last micro-batch; the clip rate is
+    about their mean, which is what is clipped. The directory's first `fit` writes a layout for TensorBoard's custom
+    scalars and the HParams.
 
     When not to use it: on a backend other than TensorFlow and JAX. A custom `train_step` that does not go through
     `optimizer.scale_loss` (on JAX: does not update Keras's metric "loss") has no `train/loss`, and one that does not go
@@ -166,7 +166,6 @@ class TrainingMonitor(Callback):
         self._clips: dict[str, list[float]] = {}
         self._noise: list[float] = []
         self._epoch = 0
-        self._looked = False  # whether a step has computed values since the last write
         self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
         self._probe: Any = None
         self._files: Any = ()
@@ -194,7 +193,7 @@ class TrainingMonitor(Callback):
         self._step = self._offset + begun_at
         self._due = self._next_due()
         self._stopwatch, self._batches = Stopwatch(), 0
-        self._looked, self._batch = False, None
+        self._batch = None
         self._counted = self._step, 0
         self._wait = self._until_due()
 
@@ -238,9 +237,7 @@ class TrainingMonitor(Callback):
         self._batch = batch
         if self._wait <= 0:
             self._write_if_due()
-        looks = self._wait <= self.model.steps_per_execution
-        self._probe.want(looks)
-        self._looked |= looks
+        self._probe.want(self._wait <= self.model.steps_per_execution)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._epoch = epoch
@@ -263,7 +260,7 @@ class TrainingMonitor(Callback):
             self._step += 1
         self._epoch_step = self._step
         values = {f"epoch/{name}": value for name, value in self._numbers(logs or {}).items()}
-        optimizers = used(self.model)
+        optimizers = used_optimizers_of(self.model)
         for name, optimizer in optimizers.items():
             if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 values[_tag("epoch/loss_scale", name, optimizers)] = number(optimizer.dynamic_scale)
@@ -302,7 +299,9 @@ class TrainingMonitor(Callback):
         self._epoch_step, self._writes = state["epoch_step"], state["writes"]
         self._clips = {tag: list(window) for tag, window in state["clips"].items()}
         self._noise = list(state["noise"])
-        self._wait, self._batch, self._looked = self._until_due(), None, False
+        self._wait, self._batch = self._until_due(), None
+        if self._probe is not None:
+            self._probe.fresh = False
         self._counted = self._step, self._batches
 
     def _next_due(self) -> int:
@@ -316,23 +315,22 @@ class TrainingMonitor(Callback):
 
     def _finish_batch(self) -> None:
         """Counts the batches of the step that was begun last, where no other step is known to begin."""
-        if self._batch is not None:
+        if self._batch is not None and not self._probe.ended:
             left = (self.params.get("steps") or math.inf) - self._batch
             self._batches += min(self.model.steps_per_execution, left)
-            self._batch = None
+        self._batch = None
 
     def _write_if_due(self) -> None:
         self._step = self._offset + self._updates()
         updates, batches = self._step - self._counted[0], self._batches - self._counted[1]
         if batches > 0:
             self._most, self._counted = max(self._most, updates / batches), (self._step, self._batches)
-        if self._step >= self._due and self._looked:
+        if self._step >= self._due and self._probe.fresh:
             new = self._write(self._values(), of_epoch=False)
             self._writes += 1
             if new and self.histograms and self._writes % self.histograms == 0:
                 self._write_histograms()
             self._due = self._next_due()
-            self._looked = False
         self._wait = self._until_due()
 
     # -- what ---------------------------------------------------------------------------------------------------------
@@ -357,7 +355,7 @@ class TrainingMonitor(Callback):
 
     def _of_optimizers(self, read: Reading) -> dict[str, float]:
         """What there is for each optimizer that has made an update; its name is in the tag where there are several."""
-        optimizers = used(self.model)
+        optimizers = used_optimizers_of(self.model)
         names = {id(optimizer): name for name, optimizer in optimizers.items()}
         values = {}
         for optimizer, scalars in read.updates:

@@ -16,7 +16,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 from keras_optkit.callbacks.callback import number, running_fit
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters, drivable
 from keras_optkit.optimizers import Optimizer
-from keras_optkit.optimizers.of_model import innermost, named_optimizers_of, optimizers_of, ours_of, unscaled
+from keras_optkit.optimizers.of_model import optimizers_of, ours_of, paths_of, unscaled, used_optimizers_of
 
 _MIB = 2.0**20
 
@@ -90,15 +90,6 @@ def _accelerator_memory() -> dict[str, float]:
     return {tag: value / _MIB for tag, value in found.items() if value is not None}
 
 
-def used(model: Any) -> dict[str, Any]:
-    """The optimizers of a model by name, without the one that `compile` has made if only others make updates."""
-    found = named_optimizers_of(model)
-    compiled = getattr(model, "optimizer", None)
-    if len(found) > 1 and compiled is not None and number(compiled.iterations) == 0:
-        found = {name: optimizer for name, optimizer in found.items() if optimizer is not compiled}
-    return found
-
-
 def hyperparameters(model: Any) -> dict[str, float]:
     """The numbers of the optimizers that the last update used, but for the learning rate."""
     run = running_fit(model)
@@ -106,14 +97,10 @@ def hyperparameters(model: Any) -> dict[str, float]:
     for callback in run.callbacks if run else ():
         if isinstance(callback, ScheduleHyperparameters):
             driven |= callback.schedules
-    optimizers = used(model)
     found = {}
-    for outer, optimizer in optimizers.items():
-        inside = innermost(optimizer)
-        for place, inner in enumerate(inside):
-            path = [outer] * (len(optimizers) > 1) + [str(place)] * (len(inside) > 1)
-            for name, value in _of_last_update(inner, driven).items():
-                found["/".join(["hyperparameters", *path, name])] = value
+    for path, optimizer in paths_of(used_optimizers_of(model)).items():
+        for name, value in _of_last_update(optimizer, driven).items():
+            found["/".join(["hyperparameters", *([path] if path else []), name])] = value
     return found
 
 
@@ -150,7 +137,7 @@ def skipped(model: Any) -> int | None:
 def default_hparams(model: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the optimizers that TensorBoard's table can show, and those of `fit`."""
     run = running_fit(model)
-    optimizers = used(model)
+    optimizers = used_optimizers_of(model)
     found: dict[str, Any] = {}
     for of_model, outer in optimizers.items():
         optimizer = unscaled(outer)

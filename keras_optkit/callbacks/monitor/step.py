@@ -18,7 +18,7 @@ from keras_optkit.optimizers import Optimizer, distribute
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours_of, unscaled
 from keras_optkit.precision import at_least_float32
-from keras_optkit.private import in_stateless_scope, known_variables, sublayers
+from keras_optkit.private import accumulated_gradients, in_stateless_scope, known_variables, sublayers
 
 Tensor = Any
 
@@ -35,10 +35,26 @@ ACTIVATION = ("mean", "std", "zeros", "dead")
 
 
 def clips(optimizer: Any) -> bool:
-    """Whether an optimizer clips, and what it clips can be seen: not where that is the mean of several gradients."""
+    """Whether an optimizer clips."""
     inner = unscaled(optimizer)
-    limits = (getattr(inner, name, None) for name in _LIMITS)
-    return any(limit is not None for limit in limits) and not getattr(inner, "gradient_accumulation_steps", None)
+    return any(getattr(inner, name, None) is not None for name in _LIMITS)
+
+
+#: The sum of the gradients of the micro-batches before this one for each variable, by its key, and how many those are.
+Sums = tuple[Mapping[int, Tensor], Tensor]
+
+
+def _accumulated(optimizer: Any) -> Sums | None:
+    """What is to be clipped together with the gradient of this micro-batch; None without accumulation or clipping."""
+    inner = unscaled(optimizer)
+    if not (clips(optimizer) and inner.built and getattr(inner, "gradient_accumulation_steps", None)):
+        return None
+    if isinstance(inner, Optimizer):
+        return inner.accumulated_gradients()
+    found, known = accumulated_gradients(inner), known_variables(inner)
+    if found is None or known is None:
+        return None
+    return dict(zip(map(distribute.key, known), found[0], strict=True)), found[1]
 
 
 def layer_names(model: Any) -> dict[int, str]:
@@ -86,6 +102,10 @@ class Probe(Instrument):
 
     A step may make several updates, also under conditions. Each has a value of its own, which begins with the number of
     the execution that it was computed in; by that the host knows which updates were made in the last one.
+
+    Attributes:
+        fresh: Whether a step has computed since the last reading.
+        ended: Whether the step that was begun last is none, since the data had ended.
     """
 
     def __init__(self, model: Any, activations: str | None, noise_scale: bool):
@@ -98,10 +118,12 @@ class Probe(Instrument):
         self._watched: list[str] = []
         self._flushed: dict[str, np.ndarray] = {}
         self._flushes: list[Callable[[], None]] = []
+        self.fresh = self.ended = False
+        self._before: tuple[Any, ...] = ()
 
     def begin_fit(self) -> None:
         """Has the updates seen that end an epoch, outside of any step."""
-        self.wanted, self._flushed = False, {}
+        self.wanted, self.fresh, self.ended, self._flushed = False, False, False, {}
         self._flushes = [around(optimizer, "flush", self._see_flush(optimizer)) for optimizer in ours_of(self.model)]
 
     def release(self) -> None:
@@ -147,13 +169,21 @@ class Probe(Instrument):
 
     def want(self, wanted: bool) -> None:
         """Says whether the steps that begin from now on compute."""
+        self._before = self.wanted, self.fresh, self._flushed, self._execution
         self.wanted, self._flushed = wanted, {}
+        self.fresh, self.ended = self.fresh or wanted, False
         if wanted:
             self._execution += 1
             self["execution"] = self._execution
 
+    def data_ended(self) -> None:
+        """Goes back to the step before, which may yet have an update: that of the micro-batches that are left."""
+        self.wanted, self.fresh, self._flushed, self._execution = self._before
+        self.ended = True
+
     def read(self) -> Reading:
         """What the last step that was wanted has computed; waits for it."""
+        self.fresh = False
         read = Reading(scalars={name: float(self._on_host(name)) for name in _SCALARS if name in self._held})
         found: dict[str, dict[frozenset[int], np.ndarray]] = {}
         for update in self._updates.values():
@@ -238,11 +268,11 @@ class Probe(Instrument):
             if not optimizer.built:
                 with distribute.outside_graph():
                     optimizer.build(variables)
-            before = [ops.copy(v) for v in variables]
+            before, sums = [ops.copy(v) for v in variables], _accumulated(optimizer)
             scalars, scale = self._scalars(optimizer)
             yield
             after = [ops.convert_to_tensor(v) for v in variables]
-            self._see_update(optimizer, grads, variables, before, after, scalars, scale)
+            self._see_update(optimizer, grads, variables, before, after, scalars, scale, sums)
 
         return see_apply
 
@@ -264,10 +294,11 @@ class Probe(Instrument):
                     for name, rate in _rates(optimizer).items():
                         if isinstance(rate, keras.Variable):
                             scalars[name] = ops.convert_to_tensor(rate)
-                self._see_update(optimizer, grads, self._variables(optimizer), weights, after, scalars, scale)
+                self._see_update(optimizer, grads, self._variables(optimizer), weights, after, scalars, scale, sums)
 
             with holding(state):
                 scalars, scale = self._scalars(optimizer)
+                sums = _accumulated(optimizer)
             yield see_result
 
         return see_stateless_apply
@@ -306,6 +337,7 @@ class Probe(Instrument):
         after: Sequence[Tensor],
         scalars: dict[str, Tensor],
         scale: Tensor,
+        sums: Sums | None,
     ) -> None:
         names = layer_names(self.model)
         self._order = list(dict.fromkeys(names.values()))
@@ -319,7 +351,9 @@ class Probe(Instrument):
             [_nonfinite(g) for g in whole],
         ]
         if clips(optimizer):
-            scalars["clipped"] = self._clipped(unscaled(optimizer), own, whole, squares, scale)
+            inner = unscaled(optimizer)
+            seen = whole if isinstance(inner, Optimizer) else own  # Keras's clip in each replica, before the sum
+            scalars["clipped"] = self._clipped(inner, _to_clip(inner, seen, variables, scale, sums))
         update = self._update(optimizer, variables, names, scalars)
         head = [self["execution"], *scalars.values()]
         by_layer = [value for row in rows for value in _by_layer(row, variables, names, update.layers)]
@@ -330,24 +364,17 @@ class Probe(Instrument):
             half = distribute.sum_over_replicas(_dense(half, self.model.trainable_variables))
             self._hold("half_squares", sum(_squares(g) for g in half) / ops.square(scale))
 
-    def _clipped(
-        self,
-        inner: Any,
-        own: Sequence[Tensor | None],
-        whole: Sequence[Tensor | None],
-        squares: Sequence[Tensor],
-        scale: Tensor,
-    ) -> Tensor:
+    @staticmethod
+    def _clipped(inner: Any, grads: Sequence[Tensor | None]) -> Tensor:
         """Whether clipping changes the gradient, in any replica."""
-        if not isinstance(inner, Optimizer):  # Keras's clip in each replica, before the sum
-            whole, squares = own, [_squares(g) / ops.square(scale) for g in own]
+        squares = [_squares(g) for g in grads]
         if inner.global_clipnorm is not None:
             size, limit = ops.sqrt(sum(squares)), inner.global_clipnorm
         elif inner.clipnorm is not None:
             size, limit = ops.sqrt(ops.max(ops.stack(squares))), inner.clipnorm
         else:
-            largest = [ops.cast(ops.max(ops.abs(g)), "float32") for g in whole if g is not None]
-            size, limit = ops.max(ops.stack(largest)) / scale, inner.clipvalue
+            largest = [ops.cast(ops.max(ops.abs(g)), "float32") for g in grads if g is not None]
+            size, limit = ops.max(ops.stack(largest)), inner.clipvalue
         unchanged = distribute.in_all_replicas(ops.less_equal(size, ops.cast(limit, "float32")))
         return ops.cast(ops.logical_not(unchanged), "float32")
 
@@ -437,6 +464,24 @@ def _by_layer(
 
 def _dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor | None]:
     return [None if g is None else distribute.dense(g, v.shape) for g, v in zip(grads, variables, strict=True)]
+
+
+def _to_clip(
+    inner: Any, grads: Sequence[Tensor | None], variables: Sequence[Any], scale: Tensor, sums: Sums | None
+) -> list[Tensor | None]:
+    """What an optimizer clips: the gradients without the scale of the loss, or with those before, their means."""
+    unscaled_grads = [None if g is None else _wide(g) / ops.cast(scale, _wide(g).dtype) for g in grads]
+    if sums is None:
+        return unscaled_grads
+    of_variable, micro = sums
+    # Keras's divide by this, also in an update of fewer
+    count = micro + 1 if isinstance(inner, Optimizer) else inner.gradient_accumulation_steps
+    found: list[Tensor | None] = []
+    for g, variable in zip(unscaled_grads, variables, strict=True):
+        before = of_variable.get(distribute.key(variable))
+        total = g if before is None else before if g is None else before + ops.cast(g, before.dtype)
+        found.append(None if total is None else total / ops.cast(count, total.dtype))
+    return found
 
 
 def _wide(tensor: Any) -> Tensor:
