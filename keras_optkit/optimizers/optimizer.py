@@ -36,7 +36,7 @@ from keras_optkit.optimizers.groups import (
 from keras_optkit.optimizers.groups import keras_path as _path
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
-from keras_optkit.optimizers.saved import SavedState, is_opening
+from keras_optkit.optimizers.saved import Legacy, SavedState, is_opening
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.registry import cards
 from keras_optkit.saving import FromSignature, constructor_parameters
@@ -473,8 +473,10 @@ class Optimizer(FromSignature, SavedState):
         """
         variables, shapes = self.variables, [np.shape(value) for value in weights]
         if not self._held.variables and len(weights) > len(variables):
-            self._held.pending = [np.array(value) for value in weights]
+            self._held.pending = Legacy.of(weights)
             return
+        if self.built:
+            Legacy.of(weights).refuse_unless_for(variables)
         if len(weights) != len(variables):
             raise ValueError(f"weights must have one value for each of {len(variables)}, got {len(weights)}.")
         for variable, shape in zip(variables, shapes, strict=True):
@@ -726,19 +728,27 @@ class Optimizer(FromSignature, SavedState):
         """The state that there is for each bucket.
 
         What begins as the weights are is zeros until the first update: the weights of a model that is built by its
-        first step have no values while that step is traced.
+        first step have no values while that step is traced. Variables that join after others have names that say so,
+        since state is told by its variable's name in some kinds of files.
         """
+        joining = bool(self._held.variables)
+
+        def named(name: str, bucket: Bucket) -> str:
+            return f"{name}_joined_{bucket.since}" if joining or bucket.since else name
 
         def like_weights(name: str, bucket: Bucket) -> keras.Variable:
-            return self.add_variable(bucket.stored_shape, dtype=at_least_float32(bucket.dtype), name=name)
+            dtype = at_least_float32(bucket.dtype)
+            return self.add_variable(bucket.stored_shape, dtype=dtype, name=named(name, bucket))
 
         state: dict[str, list[Any]] = {
             "weights": [[variables[i] for i in b.indices] for b in buckets],
-            "slots": [self._new_slots(b) for b in buckets],
+            "slots": [self._new_slots(b, named) for b in buckets],
         }
         if self.gradient_accumulation_steps:
             state["accumulated"] = [like_weights("accumulated", b) for b in buckets]
-            state["given"] = [self.add_variable((len(b.indices),), dtype="int32", name="given") for b in buckets]
+            state["given"] = [
+                self.add_variable((len(b.indices),), dtype="int32", name=named("given", b)) for b in buckets
+            ]
         if self.use_ema:
             state["average"] = [like_weights("average", b) for b in buckets]
         if self.master_weights:
@@ -773,16 +783,16 @@ class Optimizer(FromSignature, SavedState):
         """The dtype of a slot; those that begin as the weights are as exact as the computation."""
         return at_least_float32(weights) if self.slot_dtype is None or callable(initial) else self.slot_dtype
 
-    def _new_slots(self, bucket: Bucket) -> dict[str, keras.Variable]:
+    def _new_slots(self, bucket: Bucket, named: Callable[[str, Bucket], str]) -> dict[str, keras.Variable]:
         slots = {}
         for name, initial in self._rules[bucket.treatment.rule].slots().items():
             dtype = self._slot_dtype(bucket.dtype, initial)
             if callable(initial):  # `_begun` sets it in the first update
                 zeros = ops.zeros(bucket.stored_shape, dtype)
                 shape = tuple(bucket.stored(initial(bucket.view(zeros))).shape)
-                slots[name] = self.add_variable(shape, dtype=dtype, name=name)
+                slots[name] = self.add_variable(shape, dtype=dtype, name=named(name, bucket))
             else:
-                slots[name] = self.add_variable(bucket.stored_shape, _filled(initial), dtype, name=name)
+                slots[name] = self.add_variable(bucket.stored_shape, _filled(initial), dtype, name=named(name, bucket))
         return slots
 
     def _begun(self, slots: Slots, p: Tensor, bucket: Bucket, iterations: Tensor) -> Slots:
