@@ -277,6 +277,8 @@ class Optimizer(FromSignature, SavedState):
         elif name == "layer_blocks":
             value = checked_blocks(value, self.__dict__.get("layer_decay"))
             self._refuse_unless_settable(name, value)
+        elif name in _READ_ONLY:
+            raise AttributeError(f"{name} cannot be set, got {value!r}: {_READ_ONLY[name]}")
         elif rule is not None and not (name.startswith("_") or hasattr(type(self), name) or name in self.__dict__):
             self._refuse_misspelt(name, value)
         super().__setattr__(name, value)
@@ -308,15 +310,28 @@ class Optimizer(FromSignature, SavedState):
     def _refuse_misspelt(self, name: str, value: Any) -> None:
         """Raises for an attribute that would do nothing, but is named like a keyword of this or of another optimizer.
 
+        Those of other libraries count, too.
+
         Attributes of other names may be set, as with Keras's optimizers.
         """
         own = {*constructor_parameters(type(self)), *_fields(self.rule)}
         if name in own:  # a subclass stores its argument
             return
-        makers = [card.make for card in cards("optimizer", package=None) if isinstance(card.make, type)]
-        others = {key for make in makers for key in constructor_parameters(make)}
-        hint = " Did you mean 'learning_rate'?" if name == "lr" else arguments.near(name, own, cutoff=0.8)
-        if hint or name in others:
+        others = {
+            card.make.__name__: constructor_parameters(card.make)
+            for card in cards("optimizer", package=None)
+            if isinstance(card.make, type)
+        }
+        theirs = [other for other, known in others.items() if name in known]
+        if theirs:
+            hint = f" It is a hyperparameter of {', '.join(sorted(theirs)[:4])}."
+        elif name in _ELSEWHERE:
+            meant = [keyword for keyword in _ELSEWHERE[name] if keyword in own]
+            hint = f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
+        else:
+            elsewhere = {key for known in others.values() for key in known}
+            hint = arguments.near(name, own, cutoff=0.8) or arguments.near(name, elsewhere, cutoff=0.9)
+        if hint or name in _ELSEWHERE:
             raise AttributeError(
                 f"{type(self).__name__} has no hyperparameter {name!r} (got {name}={value!r}).{hint} "
                 f"Allowed: {', '.join(sorted(own))}."
@@ -1488,6 +1503,36 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stochastic_rounding": arguments.boolean,
     "slot_dtype": lambda name, value: arguments.choice(name, value, (None, "float32", "bfloat16")),
     "loss_scale_factor": _positive,
+}
+
+#: Attributes that have no setter, and what to do instead.
+_READ_ONLY = {
+    "groups": "they decide about the state and are given to the constructor. Make a new optimizer.",
+    "iterations": "it is a variable, which counts the updates. Use optimizer.iterations.assign(n).",
+    "evaluating": "it says which weights the model holds. Use optimizer.swap_weights(evaluating).",
+}
+
+#: What other libraries and older versions of Keras call hyperparameters that have other names here.
+_ELSEWHERE = {
+    "lr": ("learning_rate",),
+    "lr_schedule": ("learning_rate",),
+    "learning_rate_schedule": ("learning_rate",),
+    "decay": ("weight_decay",),
+    "wd": ("weight_decay",),
+    "l2": ("weight_decay",),
+    "betas": ("beta_1", "beta_2"),
+    "b1": ("beta_1",),
+    "b2": ("beta_2",),
+    "eps": ("epsilon",),
+    "use_nesterov": ("nesterov",),
+    "grad_clip": ("clipvalue", "global_clipnorm"),
+    "gradient_clip": ("clipvalue", "global_clipnorm"),
+    "grad_norm": ("global_clipnorm",),
+    "max_norm": ("global_clipnorm",),
+    "max_grad_norm": ("global_clipnorm",),
+    "accumulate_grad_batches": ("gradient_accumulation_steps",),
+    "ema": ("use_ema",),
+    "ema_decay": ("ema_momentum",),
 }
 
 #: Keywords of which at most one can be given.
