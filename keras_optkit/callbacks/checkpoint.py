@@ -200,7 +200,12 @@ class Checkpoint(Callback):
             return model
         if path.name.endswith(_ENDINGS["weights"]):
             raise ValueError(f"model must be given for {path}, which holds weights alone.")
-        return keras.saving.load_model(path)
+        model = keras.saving.load_model(path)
+        if not all(layer.built for layer in sublayers(model)):  # they may have been so when it was saved
+            alone = keras.saving.load_model(path, compile=False)
+            with _refusing_unbuilt_layers(alone, path):
+                alone.load_weights(path)
+        return model
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -669,5 +674,5 @@ def _refusing_unbuilt_layers(model: Any, path: Path) -> Iterator[None]:
     if missed:
         raise ValueError(
             f"model must be built, and {len(missed)} layers of {model.name!r} that {path} has weights for are not: "
-            f"{', '.join(missed[:10])}. Call the model on a batch of data first, and load again."
+            f"{', '.join(missed[:10])}. Make the model, call it on a batch of data, and load into it."
         )
