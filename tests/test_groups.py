@@ -189,6 +189,37 @@ def test_a_schedule_in_the_rule_of_a_group_follows_the_updates():
     np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), -0.3, rtol=1e-12)
 
 
+def test_a_group_with_a_rule_of_its_own_that_joins_later_counts_by_itself():
+    """Each weight against its formula; clipping is by the norm of all of them, and they have one decay."""
+    groups = [
+        ok.Group("weight_0", rule="RMSprop", lr_scale=0.3, required=False),
+        ok.Group("weight_1", rule="AdamW", lr_scale=0.5, required=False),
+    ]
+    optimizer = ok.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1, global_clipnorm=1.0, groups=groups)
+    start, grads = problems.start([(2, 3)] * 3), problems.gradients(6, [(2, 3)] * 3)
+    weights = problems.variables(start)
+    expected, state = [np.array(value) for value in start], [{"t": 0, "m": 0.0, "v": 0.0} for _ in start]
+    for step, given in enumerate(grads):
+        here = [2] if step < 3 else [0, 1, 2]
+        optimizer.apply([ops.convert_to_tensor(given[i]) for i in here], [weights[i] for i in here])
+        shrink = 1 / max(1.0, np.sqrt(sum(np.sum(given[i] ** 2) for i in here)))
+        for i in here:
+            g, s, rate = given[i] * shrink, state[i], 0.1 * (0.3, 0.5, 1.0)[i]
+            s["t"] += 1
+            if i == 0:
+                s["v"] = 0.9 * s["v"] + 0.1 * g**2
+                change = rate * g / np.sqrt(s["v"] + 1e-8)
+            elif i == 1:
+                s["m"], s["v"] = 0.9 * s["m"] + 0.1 * g, 0.999 * s["v"] + 0.001 * g**2
+                change = rate * s["m"] / (1 - 0.9 ** s["t"]) / (np.sqrt(s["v"] / (1 - 0.999 ** s["t"])) + 1e-8)
+            else:
+                s["m"] = 0.9 * s["m"] + rate * g
+                change = s["m"]
+            expected[i] = expected[i] - change - rate * 0.1 * expected[i]
+    for weight, value in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(weight), value, rtol=1e-12)
+
+
 # -- layer_decay when variables join ----------------------------------------------------------------------------------
 
 
