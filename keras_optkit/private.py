@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,11 +99,15 @@ def forget_trace(function: Callable[..., Any]) -> None:
 
     jax.jit keeps its traces by function, and the bound methods of one object are all one to it. As long as something
     holds the old compiled step, the traceback of a failed `fit` for example, a new one would go on with its trace, and
-    so with the hyperparameters of then. Fall-back: the public `jax.clear_caches`, which forgets every function.
+    so with the hyperparameters of then. Of a plain function that lives on, set as an attribute of a model, it keeps
+    more, which the public `jax.clear_caches` alone forgets, with every other function. It is the fall-back, too.
     """
     import jax
 
-    getattr(jax.jit(function), "clear_cache", jax.clear_caches)()
+    if inspect.ismethod(function):
+        getattr(jax.jit(function), "clear_cache", jax.clear_caches)()
+    else:
+        jax.clear_caches()
 
 
 def schedule_of(optimizer: Any) -> Any:

@@ -11,6 +11,7 @@ from keras_optkit.optimizers.fitting import (
     telling_of_files,
     telling_optimizers,
 )
+from keras_optkit.optimizers.state_tree import describing_optimizers, restoring_optimizers
 
 
 def wrap_keras() -> None:
@@ -29,6 +30,8 @@ def wrap_keras() -> None:
     for method in ("fit", "evaluate", "predict"):
         setattr(keras.Model, method, refusing_stock_averages(getattr(keras.Model, method)))
     keras.Model.compile_from_config = telling_of_files(keras.Model.compile_from_config)
+    keras.Model.get_state_tree = describing_optimizers(keras.Model.get_state_tree)
+    keras.Model.set_state_tree = restoring_optimizers(keras.Model.set_state_tree)
     for method in ON_FAILURE:  # around the others, so that optimizers see what `prepare_fit` has made of the model
         setattr(keras.Model, method, telling_callbacks(getattr(keras.Model, method)))
     keras.Model._keras_optkit = True

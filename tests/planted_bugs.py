@@ -753,7 +753,7 @@ def _(right):
 
 @bug("state of another model is accepted", "AdamW", "foreign_state", Optimizer, "_refuse_unless_same")
 def _(right):
-    return lambda self, saved, keys: right(self, saved, [key for key in keys if key != "variables"])
+    return lambda self, saved, keys: right(self, saved, [key for key in keys if key not in ("variables", "in_model")])
 
 
 @bug("state is filed in the order in which variables arrived", "AdamW", "more_variables", Optimizer, "_add")

@@ -586,6 +586,39 @@ def test_it_refuses_bad_arguments(arguments, error, message):
         Checkpoint(**{"directory": "here"} | arguments)
 
 
+@keras.saving.register_keras_serializable("tests")
+class Unbuilt(keras.Model):
+    """Counts as built before its layers are."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.body, self.unused = keras.layers.Dense(1), keras.layers.Dense(1)
+        self.built = True
+
+    def call(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("save", ["weights", "model"])
+def test_weights_of_layers_that_are_not_built_are_refused_and_not_passed_over(save, tmp_path):
+    x, y = regression(dtype="float32")
+    model, fresh = Unbuilt(), Unbuilt()
+    for each in (model, fresh):
+        each.compile(ok.optimizers.Adam(0.01), "mse")
+    checkpoint = Checkpoint(tmp_path, monitor=None, top_k=0, save=save)
+    fit(model, x, y, checkpoint, epochs=1)
+    message = r"1 layers of 'unbuilt.*' that .* has weights for are not: dense.*call it"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_latest(fresh)
+    if save == "model":
+        with pytest.warns(UserWarning, match="its saved state .* is kept"), pytest.raises(ValueError, match=message):
+            checkpoint.load_latest()
+    fresh(x)
+    checkpoint.load_latest(fresh)
+    assert_weights(fresh, model.get_weights())
+    assert int(fresh.optimizer.iterations) == int(model.optimizer.iterations) > 0
+
+
 class WithoutCall(keras.Model):
     """Trains what is inside of it; Keras never marks it as built."""
 

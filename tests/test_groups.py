@@ -1,6 +1,10 @@
 """Groups, layer-wise decay of the learning rate, and what `explain` says of them."""
 
+import copy
+import gc
 import json
+import pickle
+import weakref
 
 import keras
 import numpy as np
@@ -183,6 +187,37 @@ def test_a_schedule_in_the_rule_of_a_group_follows_the_updates():
         optimizer.apply([ops.convert_to_tensor(np.ones(2))] * 2, weights)
     np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), -0.1 - 0.1 - 0.15 - 0.05 + 0.05, rtol=1e-6)
     np.testing.assert_allclose(ops.convert_to_numpy(weights[1]), -0.3, rtol=1e-12)
+
+
+def test_a_group_with_a_rule_of_its_own_that_joins_later_counts_by_itself():
+    """Each weight against its formula; clipping is by the norm of all of them, and they have one decay."""
+    groups = [
+        ok.Group("weight_0", rule="RMSprop", lr_scale=0.3, required=False),
+        ok.Group("weight_1", rule="AdamW", lr_scale=0.5, required=False),
+    ]
+    optimizer = ok.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1, global_clipnorm=1.0, groups=groups)
+    start, grads = problems.start([(2, 3)] * 3), problems.gradients(6, [(2, 3)] * 3)
+    weights = problems.variables(start)
+    expected, state = [np.array(value) for value in start], [{"t": 0, "m": 0.0, "v": 0.0} for _ in start]
+    for step, given in enumerate(grads):
+        here = [2] if step < 3 else [0, 1, 2]
+        optimizer.apply([ops.convert_to_tensor(given[i]) for i in here], [weights[i] for i in here])
+        shrink = 1 / max(1.0, np.sqrt(sum(np.sum(given[i] ** 2) for i in here)))
+        for i in here:
+            g, s, rate = given[i] * shrink, state[i], 0.1 * (0.3, 0.5, 1.0)[i]
+            s["t"] += 1
+            if i == 0:
+                s["v"] = 0.9 * s["v"] + 0.1 * g**2
+                change = rate * g / np.sqrt(s["v"] + 1e-8)
+            elif i == 1:
+                s["m"], s["v"] = 0.9 * s["m"] + 0.1 * g, 0.999 * s["v"] + 0.001 * g**2
+                change = rate * s["m"] / (1 - 0.9 ** s["t"]) / (np.sqrt(s["v"] / (1 - 0.999 ** s["t"])) + 1e-8)
+            else:
+                s["m"] = 0.9 * s["m"] + rate * g
+                change = s["m"]
+            expected[i] = expected[i] - change - rate * 0.1 * expected[i]
+    for weight, value in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(weight), value, rtol=1e-12)
 
 
 # -- layer_decay when variables join ----------------------------------------------------------------------------------
@@ -585,6 +620,47 @@ def test_what_is_set_between_two_fits_acts_in_the_second(changes, on_batches):
         found = losses(changes, rate, eagerly=False, on_batches=on_batches)
         assert found == pytest.approx(losses(changes, rate, eagerly=True), rel=1e-5)
         assert found[2] != pytest.approx(losses({}, rate, eagerly=True)[2], rel=1e-3)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Counting(keras.Sequential):
+    """Counts the traces of its training step."""
+
+    traces = 0
+
+    def train_step(self, *given):
+        self.traces += 1
+        return super().train_step(*given)
+
+
+def test_a_step_is_traced_once_for_many_fits_of_a_model_which_can_be_copied_and_is_not_kept_alive():
+    def rate_of(model):
+        return lambda: 0.01 if model.stop_training else 0.1
+
+    def fit(model):
+        model.fit(x, x[:, :1], verbose=0)
+
+    model = Counting([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(ok.optimizers.SGD(ok.schedules.Cosine(0.1, 50), clipnorm=1.0), "mse")
+    x = np.ones((8, 4), "float32")
+    for _ in range(3):
+        fit(model)
+    assert model.traces == 1
+    for copier in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        copied = copier(model)
+        for each in (model, copied):
+            each.train_on_batch(x, x[:, :1])
+        np.testing.assert_array_equal(copied.get_weights()[0], model.get_weights()[0])
+    fit(model)
+    traces = model.traces
+    model.optimizer.learning_rate = rate_of(model)
+    fit(model)
+    fit(model)
+    assert model.traces == traces + 1
+    held = weakref.ref(model)
+    del model, each, copied
+    gc.collect()
+    assert held() is None
 
 
 def test_a_schedule_cannot_be_set_while_a_compiled_step_runs():

@@ -267,15 +267,25 @@ def test_counts_may_change_after_build():
         ("globalclipnorm", "global_clipnorm"),
         ("weight_deacy", "weight_decay"),
         ("lr", "learning_rate"),
+        ("decay", "weight_decay"),
+        ("max_grad_norm", "global_clipnorm"),
+        ("use_nesterov", "nesterov"),
         ("momentun", "momentum"),
-        ("beta_1", None),  # of other optimizers
+        ("beta1", "beta_1"),  # of other optimizers
+        ("beta_1", "It is a hyperparameter of Adam, AdamW"),
     ],
 )
 def test_a_misspelt_attribute(name, meant):
     optimizer = ok.optimizers.SGD(0.1)
     with pytest.raises(AttributeError, match=f"SGD has no hyperparameter '{name}'") as error:
         setattr(optimizer, name, 0.1)
-    assert meant is None or f"Did you mean '{meant}'?" in str(error.value)
+    assert meant in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "instead"), [("groups", "new optimizer"), ("iterations", r"assign\(n\)")])
+def test_attributes_that_cannot_be_set_say_what_to_do(name, instead):
+    with pytest.raises(AttributeError, match=f"{name} cannot be set, got 3: .*{instead}"):
+        setattr(ok.optimizers.SGD(0.1), name, 3)
 
 
 def test_attributes_of_ones_own():

@@ -92,6 +92,22 @@ def test_a_trace_is_forgotten_and_others_are_not():
     assert hasattr(held[0], "clear_cache")
 
 
+def test_the_trace_of_a_function_that_lives_on_is_forgotten():
+    """As of a `train_step` that was set as an attribute of a model, of which `clear_cache` leaves something."""
+    traces = []
+
+    def step(x):
+        traces.append(x)
+        return x
+
+    for forgets in (False, True):
+        if forgets:
+            forget_trace(step)
+        for _ in range(2):
+            jax.jit(step, donate_argnums=0)(jax.numpy.ones(2))  # as Keras compiles it
+        assert len(traces) == 1 + forgets
+
+
 def test_the_generator_of_unseeded_draws_can_be_set_back():
     set_global_seed(None)
     assert global_seed() is None

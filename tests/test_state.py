@@ -365,6 +365,99 @@ def test_an_h5_file_of_other_variables_is_refused_aloud_when_training_begins(tmp
     assert int(ops.convert_to_numpy(opened.optimizer.iterations)) == 3
 
 
+def twins(*frozen, optimizer=None):
+    """A model with two layers of one shape, whose optimizer packs nothing unless one is given."""
+    layers = [*(constant(3, name=name) for name in ("one", "two")), constant(1, name="head")]
+    model = keras.Sequential([keras.Input((3,)), *layers], name="twins")
+    for name in frozen:
+        model.get_layer(name).trainable = False
+    if optimizer is None:
+        optimizer = optimizers.Adam(0.05, use_ema=True, name="a")
+        optimizer.pack_below = 0
+    return compiled(optimizer, model)
+
+
+def refit(model, *, one, two):
+    for name, trainable in (("one", one), ("two", two)):
+        model.get_layer(name).trainable = trainable
+    fit(compiled(model.optimizer, model))
+    return model
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_state_reaches_its_weights_where_they_joined_in_another_order(packed, tmp_path):
+    def fresh():
+        optimizer = optimizers.Adam(0.05, gradient_accumulation_steps=2, name="another") if packed else None
+        return twins(optimizer=optimizer)
+
+    trained = twins("one", optimizer=fresh().optimizer if packed else None)
+    fit(trained)
+    refit(trained, one=True, two=True)
+    models = [fresh(), fresh(), fresh()]
+    models[0].optimizer.build(models[0].trainable_variables)
+    for model in models[:2]:  # one that is built, and one that is not
+        model.set_state_tree(trained.get_state_tree())
+    trained.save_weights(tmp_path / "all.weights.h5")
+    models[2].load_weights(tmp_path / "all.weights.h5")
+    again = trained.get_state_tree("numpy_array")
+    for model in [trained, *models]:
+        fit(model)
+    for model in models:
+        same(values(model.variables), values(trained.variables))
+    trained.set_state_tree(again)  # of the same packing, also where steps are compiled
+    fit(trained)
+    same(values(trained.variables), values(models[0].variables))
+
+    trained.save(tmp_path / "model.h5")
+    opened = keras.models.load_model(tmp_path / "model.h5")
+    with pytest.warns(UserWarning, match=r"`\.h5` file is not used"):
+        fit(opened)
+
+
+def test_an_h5_file_of_weights_that_joined_later_is_refused_where_numbers_and_shapes_fit(tmp_path):
+    trained = twins("one")
+    fit(trained)
+    refit(trained, one=True, two=True).save(tmp_path / "model.h5")
+    opened = keras.models.load_model(tmp_path / "model.h5")
+    opened.optimizer.pack_below = 0
+    with pytest.warns(UserWarning, match=r"not used: of the state in it, average_joined_3, .* and here none is"):
+        fit(opened)
+
+
+def test_state_of_another_layer_of_the_same_shape_is_refused(tmp_path):
+    trained, other = twins("one"), twins("two")
+    fit(trained)
+    fit(other)
+    trained.save_weights(tmp_path / "two.weights.h5")
+    message = (
+        r"(?s)belong to this Adam.*variable 0: two/kernel, number 2 of the model's weights != one/kernel, number 0"
+    )
+    for load in (
+        lambda model: model.load_weights(tmp_path / "two.weights.h5"),
+        lambda model: model.set_state_tree(trained.get_state_tree()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(other)
+    # a model's own file opens, and what fits of it is used
+    trained.get_layer("one").trainable, trained.get_layer("two").trainable = True, False
+    trained.save(tmp_path / "other.keras")
+    with pytest.warns(UserWarning, match="is not used for 4 variables.*which start without state"):
+        keras.models.load_model(tmp_path / "other.keras")
+
+
+def test_a_state_tree_without_a_description_is_used_as_far_as_paths_fit_and_says_so():
+    trained, model = twins(), twins()
+    fit(trained)
+    tree = trained.get_state_tree("numpy_array")
+    del tree["optimizer_variables"]["a"]["packed"]
+    model.optimizer.build(model.trainable_variables)
+    model.set_state_tree(tree)
+    same(values(model.optimizer.variables), values(trained.optimizer.variables))
+    del tree["optimizer_variables"]["a"]["m_1"]
+    with pytest.warns(UserWarning, match=r"no value for 1 variables of a, which keep theirs: a/m_1"):
+        model.set_state_tree(tree)
+
+
 # -- several optimizers -----------------------------------------------------------------------------------------------
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +22,10 @@ from keras_optkit import arguments
 from keras_optkit.callbacks import others
 from keras_optkit.callbacks.bundle import DamagedError
 from keras_optkit.callbacks.callback import Callback, running_fit
+from keras_optkit.callbacks.instrument import around
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.files import atomic_path, atomic_write, leftovers, opened, sealed
+from keras_optkit.private import sublayers
 from keras_optkit.registry import register
 from keras_optkit.saving import mark_as_built
 
@@ -177,8 +181,8 @@ class Checkpoint(Callback):
             model: A built model whose weights are set to those of the file; None makes a new one, from a `.keras` file.
 
         Raises:
-            ValueError: If there is no such file, if it or the list of files is not what was written, or if it holds
-                weights alone and no model was given.
+            ValueError: If there is no such file, if it or the list of files is not what was written, if it holds
+                weights alone and no model was given, or if it holds weights of layers of the model that are not built.
         """
         return self._loaded(self.best, "with a value", model)
 
@@ -191,11 +195,17 @@ class Checkpoint(Callback):
             raise ValueError(f"directory={self.directory!r} holds no checkpoint {what}.")
         if model is not None:
             mark_as_built(model)
-            model.load_weights(path)
+            with _refusing_unbuilt_layers(model, path):
+                model.load_weights(path)
             return model
         if path.name.endswith(_ENDINGS["weights"]):
             raise ValueError(f"model must be given for {path}, which holds weights alone.")
-        return keras.saving.load_model(path)
+        model = keras.saving.load_model(path)
+        if not all(layer.built for layer in sublayers(model)):  # they may have been so when it was saved
+            alone = keras.saving.load_model(path, compile=False)
+            with _refusing_unbuilt_layers(alone, path):
+                alone.load_weights(path)
+        return model
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -621,3 +631,35 @@ def _opened(path: Path) -> Mapping[str, Any]:
     if not unchanged:
         warnings.warn(f"{path} was changed. It is read as it was written, from its entry 'sealed'.", stacklevel=6)
     return held
+
+
+@contextlib.contextmanager
+def _refusing_unbuilt_layers(model: Any, path: Path) -> Iterator[None]:
+    """While a model loads weights: raises for layers that have none yet, which Keras passes over.
+
+    It does so where the model itself counts as built, as after `model.build` of a class that builds no layers, and
+    something else was loaded, such as the optimizer.
+    """
+    missed: list[str] = []
+
+    @contextlib.contextmanager
+    def noting(layer: Any, store: Any) -> Iterator[None]:
+        if not layer.built and list(store.keys()):
+            missed.append(layer.name)
+        yield
+
+    unbuilt = [layer for layer in sublayers(model) if not layer.built]
+    remove = [around(layer, "load_own_variables", functools.partial(noting, layer)) for layer in unbuilt]
+    try:
+        yield
+    except ValueError:  # Keras's, where nothing at all was loaded
+        if not missed:
+            raise
+    finally:
+        for each in remove:
+            each()
+    if missed:
+        raise ValueError(
+            f"model must be built, and {len(missed)} layers of {model.name!r} that {path} has weights for are not: "
+            f"{', '.join(missed[:10])}. Make the model, call it on a batch of data, and load into it."
+        )

@@ -96,7 +96,7 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Shown:
-    """What a compiled step of a model has in it, as it was when the model was shown last.
+    """What a compiled step of a model has in it, as it was when the model was shown last; a copy of the model has none.
 
     Attributes:
         optimizers: Those of ours.
@@ -108,8 +108,13 @@ class _Shown:
     trained: frozenset[int]
     settings: list[Any]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
-_shown: weakref.WeakKeyDictionary[Any, _Shown] = weakref.WeakKeyDictionary()
+
+#: Where a model holds what it was shown as, past Keras's and TensorFlow's tracking of attributes. A table of all models
+#: would keep one for ever whose schedule refers to it.
+_HELD_AS = "_keras_optkit_shown"
 
 
 def _show(model: Any, *, again: bool = True) -> bool:
@@ -117,7 +122,7 @@ def _show(model: Any, *, again: bool = True) -> bool:
 
     Finding them takes milliseconds in a model of hundreds of layers, so `train_on_batch` does it once.
     """
-    before = _shown.get(model)
+    before = vars(model).get(_HELD_AS)
     if again or before is None:
         found = ours_of(model)
         for optimizer in found:
@@ -131,7 +136,7 @@ def _show(model: Any, *, again: bool = True) -> bool:
         frozenset(id(v) for v in model.trainable_variables),
         [frozen(optimizer.compiled_in()) for optimizer in found],
     )
-    _shown[model] = now
+    vars(model)[_HELD_AS] = now
     return before is not None and (before.trained, before.settings) != (now.trained, now.settings)
 
 

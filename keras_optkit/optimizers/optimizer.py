@@ -36,7 +36,7 @@ from keras_optkit.optimizers.groups import (
 from keras_optkit.optimizers.groups import keras_path as _path
 from keras_optkit.optimizers.packing import PACK_BELOW, Bucket, pack
 from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, is_dynamic
-from keras_optkit.optimizers.saved import SavedState, is_opening
+from keras_optkit.optimizers.saved import Legacy, SavedState, is_opening
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 from keras_optkit.registry import cards
 from keras_optkit.saving import FromSignature, constructor_parameters
@@ -277,6 +277,8 @@ class Optimizer(FromSignature, SavedState):
         elif name == "layer_blocks":
             value = checked_blocks(value, self.__dict__.get("layer_decay"))
             self._refuse_unless_settable(name, value)
+        elif name in _READ_ONLY:
+            raise AttributeError(f"{name} cannot be set, got {value!r}: {_READ_ONLY[name]}")
         elif rule is not None and not (name.startswith("_") or hasattr(type(self), name) or name in self.__dict__):
             self._refuse_misspelt(name, value)
         super().__setattr__(name, value)
@@ -308,15 +310,28 @@ class Optimizer(FromSignature, SavedState):
     def _refuse_misspelt(self, name: str, value: Any) -> None:
         """Raises for an attribute that would do nothing, but is named like a keyword of this or of another optimizer.
 
+        Those of other libraries count, too.
+
         Attributes of other names may be set, as with Keras's optimizers.
         """
         own = {*constructor_parameters(type(self)), *_fields(self.rule)}
         if name in own:  # a subclass stores its argument
             return
-        makers = [card.make for card in cards("optimizer", package=None) if isinstance(card.make, type)]
-        others = {key for make in makers for key in constructor_parameters(make)}
-        hint = " Did you mean 'learning_rate'?" if name == "lr" else arguments.near(name, own, cutoff=0.8)
-        if hint or name in others:
+        others = {
+            card.make.__name__: constructor_parameters(card.make)
+            for card in cards("optimizer", package=None)
+            if isinstance(card.make, type)
+        }
+        theirs = [other for other, known in others.items() if name in known]
+        if theirs:
+            hint = f" It is a hyperparameter of {', '.join(sorted(theirs)[:4])}."
+        elif name in _ELSEWHERE:
+            meant = [keyword for keyword in _ELSEWHERE[name] if keyword in own]
+            hint = f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
+        else:
+            elsewhere = {key for known in others.values() for key in known}
+            hint = arguments.near(name, own, cutoff=0.8) or arguments.near(name, elsewhere, cutoff=0.9)
+        if hint or name in _ELSEWHERE:
             raise AttributeError(
                 f"{type(self).__name__} has no hyperparameter {name!r} (got {name}={value!r}).{hint} "
                 f"Allowed: {', '.join(sorted(own))}."
@@ -473,8 +488,10 @@ class Optimizer(FromSignature, SavedState):
         """
         variables, shapes = self.variables, [np.shape(value) for value in weights]
         if not self._held.variables and len(weights) > len(variables):
-            self._held.pending = [np.array(value) for value in weights]
+            self._held.pending = Legacy.of(weights)
             return
+        if self.built:
+            Legacy.of(weights).refuse_unless_for(variables)
         if len(weights) != len(variables):
             raise ValueError(f"weights must have one value for each of {len(variables)}, got {len(weights)}.")
         for variable, shape in zip(variables, shapes, strict=True):
@@ -726,19 +743,27 @@ class Optimizer(FromSignature, SavedState):
         """The state that there is for each bucket.
 
         What begins as the weights are is zeros until the first update: the weights of a model that is built by its
-        first step have no values while that step is traced.
+        first step have no values while that step is traced. Variables that join after others have names that say so,
+        since state is told by its variable's name in some kinds of files.
         """
+        joining = bool(self._held.variables)
+
+        def named(name: str, bucket: Bucket) -> str:
+            return f"{name}_joined_{bucket.since}" if joining or bucket.since else name
 
         def like_weights(name: str, bucket: Bucket) -> keras.Variable:
-            return self.add_variable(bucket.stored_shape, dtype=at_least_float32(bucket.dtype), name=name)
+            dtype = at_least_float32(bucket.dtype)
+            return self.add_variable(bucket.stored_shape, dtype=dtype, name=named(name, bucket))
 
         state: dict[str, list[Any]] = {
             "weights": [[variables[i] for i in b.indices] for b in buckets],
-            "slots": [self._new_slots(b) for b in buckets],
+            "slots": [self._new_slots(b, named) for b in buckets],
         }
         if self.gradient_accumulation_steps:
             state["accumulated"] = [like_weights("accumulated", b) for b in buckets]
-            state["given"] = [self.add_variable((len(b.indices),), dtype="int32", name="given") for b in buckets]
+            state["given"] = [
+                self.add_variable((len(b.indices),), dtype="int32", name=named("given", b)) for b in buckets
+            ]
         if self.use_ema:
             state["average"] = [like_weights("average", b) for b in buckets]
         if self.master_weights:
@@ -773,16 +798,16 @@ class Optimizer(FromSignature, SavedState):
         """The dtype of a slot; those that begin as the weights are as exact as the computation."""
         return at_least_float32(weights) if self.slot_dtype is None or callable(initial) else self.slot_dtype
 
-    def _new_slots(self, bucket: Bucket) -> dict[str, keras.Variable]:
+    def _new_slots(self, bucket: Bucket, named: Callable[[str, Bucket], str]) -> dict[str, keras.Variable]:
         slots = {}
         for name, initial in self._rules[bucket.treatment.rule].slots().items():
             dtype = self._slot_dtype(bucket.dtype, initial)
             if callable(initial):  # `_begun` sets it in the first update
                 zeros = ops.zeros(bucket.stored_shape, dtype)
                 shape = tuple(bucket.stored(initial(bucket.view(zeros))).shape)
-                slots[name] = self.add_variable(shape, dtype=dtype, name=name)
+                slots[name] = self.add_variable(shape, dtype=dtype, name=named(name, bucket))
             else:
-                slots[name] = self.add_variable(bucket.stored_shape, _filled(initial), dtype, name=name)
+                slots[name] = self.add_variable(bucket.stored_shape, _filled(initial), dtype, name=named(name, bucket))
         return slots
 
     def _begun(self, slots: Slots, p: Tensor, bucket: Bucket, iterations: Tensor) -> Slots:
@@ -1492,6 +1517,36 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stochastic_rounding": arguments.boolean,
     "slot_dtype": lambda name, value: arguments.choice(name, value, (None, "float32", "bfloat16")),
     "loss_scale_factor": _positive,
+}
+
+#: Attributes that have no setter, and what to do instead.
+_READ_ONLY = {
+    "groups": "they decide about the state and are given to the constructor. Make a new optimizer.",
+    "iterations": "it is a variable, which counts the updates. Use optimizer.iterations.assign(n).",
+    "evaluating": "it says which weights the model holds. Use optimizer.swap_weights(evaluating).",
+}
+
+#: What other libraries and older versions of Keras call hyperparameters that have other names here.
+_ELSEWHERE = {
+    "lr": ("learning_rate",),
+    "lr_schedule": ("learning_rate",),
+    "learning_rate_schedule": ("learning_rate",),
+    "decay": ("weight_decay",),
+    "wd": ("weight_decay",),
+    "l2": ("weight_decay",),
+    "betas": ("beta_1", "beta_2"),
+    "b1": ("beta_1",),
+    "b2": ("beta_2",),
+    "eps": ("epsilon",),
+    "use_nesterov": ("nesterov",),
+    "grad_clip": ("clipvalue", "global_clipnorm"),
+    "gradient_clip": ("clipvalue", "global_clipnorm"),
+    "grad_norm": ("global_clipnorm",),
+    "max_norm": ("global_clipnorm",),
+    "max_grad_norm": ("global_clipnorm",),
+    "accumulate_grad_batches": ("gradient_accumulation_steps",),
+    "ema": ("use_ema",),
+    "ema_decay": ("ema_momentum",),
 }
 
 #: Keywords of which at most one can be given.

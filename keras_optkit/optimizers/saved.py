@@ -7,14 +7,16 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_optkit.optimizers.distribute import on_host
+from keras_optkit.optimizers.distribute import key, on_host
+from keras_optkit.optimizers.groups import Treatment
 from keras_optkit.optimizers.packing import Bucket
 
 _FORMAT = 2
@@ -44,11 +46,12 @@ class SavedState(keras.optimizers.Optimizer):
     """The part of `Optimizer` that writes its state to a file and reads it from one.
 
     Files are independent of the packing, of the number of replicas and of the paths of the variables; entries are
-    numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras, and
-    `tf.train.Checkpoint` through `distribute.in_checkpoints`. State for other variables is refused, except that a model
-    file always opens: weights may have been frozen or unfrozen between the last step and saving. One thing is as it is
-    packed, the place of the last gradient that was not finite, so that after loading with another packing `nonfinite`
-    may name another variable.
+    numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras,
+    `tf.train.Checkpoint` through `distribute.in_checkpoints`, and state trees through `state_tree.py`. State for other
+    variables is refused, also if they have the same shapes in the same model. A model file always opens, though:
+    weights may have been frozen or unfrozen between the last step and saving. One thing is as it is packed, the place
+    of the last gradient that was not finite, so that after loading with another packing `nonfinite` may name another
+    variable.
     """
 
     def _schema(self) -> dict[str, Any]:
@@ -66,7 +69,20 @@ class SavedState(keras.optimizers.Optimizer):
             "trainable": [bool(getattr(v, "trainable", True)) for v in self._in_model_order()],
             "rules": self._own_rules(),
             "since": self._since(),
+            "in_model": self._in_model(),
         }
+
+    def _in_model(self) -> dict[str, Any] | None:
+        """Where among the model's weights the variables are, which tells layers of one shape apart; None if unknown.
+
+        Paths would not: Keras numbers the names of layers through in a process.
+        """
+        model = self._held.model and self._held.model()
+        if model is None:
+            return None
+        weights = {key(v): place for place, v in enumerate(model.weights)}
+        places = [weights.get(key(v)) for v in self._in_model_order()]
+        return None if None in places else {"weights": len(weights), "places": places}
 
     def _own_rules(self) -> dict[str, str]:
         """The rules of groups by the places of the variables that they are for."""
@@ -99,6 +115,21 @@ class SavedState(keras.optimizers.Optimizer):
         state, held = self._held.state or {}, self._held
         names = [[f"given.{held.places[i]}" for i in bucket.indices] for bucket in held.buckets]
         return list(zip(state["given"], names, strict=True)) if "given" in state else []
+
+    def packed(self) -> dict[str, Any]:
+        """The description, and by which variables, named by their paths, the state is held as it is packed now.
+
+        `unpacked` makes the entries of a file of their values.
+        """
+        places = self._held.places
+        return {
+            "schema": self._schema(),
+            "entries": {
+                name: [variable.path, bucket and {"form": bucket.form, "places": [places[i] for i in bucket.indices]}]
+                for name, (variable, bucket) in self._entries().items()
+            },
+            "given": [[flags.path, names] for flags, names in self._given()],
+        }
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state, parameter by parameter: a file does not depend on how parameters were packed."""
@@ -163,16 +194,17 @@ class SavedState(keras.optimizers.Optimizer):
                 stacklevel=2,
             )
 
-    def _restore(self, saved: dict[str, np.ndarray] | list[np.ndarray], *, waited: bool = False) -> None:
+    def _restore(self, saved: dict[str, np.ndarray] | Legacy, *, waited: bool = False) -> None:
         """Restores state, as in the files of Keras 3 or as the arrays of an `.h5` file.
 
         Args:
             saved: The state.
             waited: Whether it was loaded before there was something to train.
         """
-        if isinstance(saved, list):
+        if isinstance(saved, Legacy):
             try:
-                self.set_weights(saved)
+                saved.refuse_unless_for(self.variables)
+                self.set_weights(saved.values)
             except ValueError as error:
                 warnings.warn(f"The optimizer state of the `.h5` file is not used: {error}", stacklevel=2)
             return
@@ -185,7 +217,9 @@ class SavedState(keras.optimizers.Optimizer):
                 self._pack_again([int(saved["iterations"])] * len(self._held.variables))
                 return
             saved = usable
-        schema = self._refuse_unless_same(saved, ("optimizer", "learning_rate", "state", "variables", "rules"))
+        schema = self._refuse_unless_same(
+            saved, ("optimizer", "learning_rate", "state", "variables", "in_model", "rules")
+        )
         fresh = schema["state"] is None  # it was saved before build
         if not fresh and schema["since"] != self._since():
             self._pack_again(schema["since"])
@@ -208,12 +242,16 @@ class SavedState(keras.optimizers.Optimizer):
     def _usable(self, saved: dict[str, np.ndarray], *, waited: bool) -> dict[str, np.ndarray] | None:
         """Of the state in a model's file, that of the variables which are trained now; None if it cannot be told.
 
-        Variables are known by their order and shapes; those that were frozen after the last step by a flag, or if it
-        was changed meanwhile by their names, which may be those of another layer in a model of models.
+        Variables are known by their places among the model's weights. In older files they are by order and shapes;
+        those that were frozen after the last step by a flag, or if it was changed meanwhile by their names, which may
+        be those of another layer in a model of models.
         """
         theirs, ours = json.loads(saved["schema"].tobytes()), self._schema()
         flags = theirs.get("trainable", [True] * len(theirs["variables"]))
-        if waited and "names" in theirs:
+        there, here = theirs.get("in_model"), ours["in_model"]
+        if _comparable(there, here):
+            flags = [place in here["places"] for place in there["places"]]
+        elif waited and "names" in theirs:
             flags = [name in ours["names"] for name in theirs["names"]]
         kept = [place for place, flag in enumerate(flags) if flag]
         fits = [theirs["variables"][place] for place in kept] == ours["variables"]
@@ -238,6 +276,8 @@ class SavedState(keras.optimizers.Optimizer):
                 part[f"{stem}.{places[int(end)]}"] = value
         lists = ("variables", "names", "trainable", "since")
         schema = theirs | {name: [theirs[name][place] for place in kept] for name in lists}
+        if there is not None:
+            schema["in_model"] = there | {"places": [there["places"][place] for place in kept]}
         schema["rules"] = {str(places[int(p)]): rule for p, rule in theirs["rules"].items() if int(p) in places}
         return part | {"schema": np.frombuffer(json.dumps(schema).encode(), np.uint8)}
 
@@ -247,14 +287,98 @@ class SavedState(keras.optimizers.Optimizer):
         if theirs["format"] != _FORMAT:
             raise ValueError(f"The optimizer state has format {theirs['format']!r}; this version reads {_FORMAT}.")
         if theirs["state"] is None:  # saved before build
-            keys = [key for key in keys if key not in ("state", "variables", "rules")]
-        lines = [line for key in keys for line in _differences(key, theirs[key], ours[key])]
+            keys = [key for key in keys if key not in ("state", "variables", "in_model", "rules")]
+        lines = [line for key in keys if key != "in_model" for line in _differences(key, theirs[key], ours[key])]
+        if "in_model" in keys and not lines:
+            lines = _other_layers(theirs, ours)
         if lines:
             raise ValueError(
                 f"The saved optimizer state does not belong to this {type(self).__name__} (saved != here):\n  "
                 + "\n  ".join(lines)
             )
         return theirs
+
+
+def unpacked(packed: dict[str, Any], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The entries of a file.
+
+    Args:
+        packed: What `SavedState.packed` returned.
+        values: The values of the variables in it by their paths.
+    """
+    schema = packed["schema"]
+    store = {"schema": np.frombuffer(json.dumps(schema).encode(), np.uint8)}
+    for name, (path, bucket) in packed["entries"].items():
+        if bucket is None:
+            store[name] = values[path]
+            continue
+        shapes = tuple(tuple(schema["variables"][place][1]) for place in bucket["places"])
+        parts = Bucket(tuple(bucket["places"]), shapes, "", Treatment(), bucket["form"]).separate(values[path])
+        slot = name.rsplit(".", 1)[0]
+        store |= {f"{slot}.{place}": part for place, part in zip(bucket["places"], parts, strict=True)}
+    for path, names in packed["given"]:
+        store |= dict(zip(names, values[path], strict=True))
+    return store
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """What an `.h5` file holds of an optimizer.
+
+    Attributes:
+        values: The values of `Optimizer.variables`.
+        paths: The variables' paths in the file, "adam/m"; None where they are not known.
+    """
+
+    values: list[np.ndarray]
+    paths: list[str] | None
+
+    @classmethod
+    def of(cls, weights: Sequence[Any]) -> Legacy:
+        """Of what Keras hands to `set_weights`: HDF5's own objects, which have a name, or arrays."""
+        names = [getattr(weight, "name", None) for weight in weights]
+        known = all(isinstance(name, str) for name in names)
+        paths = [str(name).partition("/optimizer_weights/")[2] for name in names] if known else None
+        return cls([np.array(weight) for weight in weights], paths)
+
+    def refuse_unless_for(self, variables: Sequence[Any]) -> None:
+        """Raises if the weights joined the optimizer in another order than here, which the names tell."""
+        theirs, ours = _joined(self.paths or []), _joined(v.path for v in variables)
+        if self.paths is not None and theirs != ours:
+            raise ValueError(
+                f"of the state in it, {', '.join(theirs[:4]) or 'none'} is of weights that joined the optimizer after "
+                f"others, and here {', '.join(ours[:4]) or 'none'} is. Use a `.keras` or a `.weights.h5` file, which "
+                "tell which weights these are."
+            )
+
+
+#: How the names end of the state of weights that joined after others.
+_JOINED = re.compile(r"_joined_\d+(_\d+)?$")
+
+
+def _joined(paths: Iterable[str]) -> list[str]:
+    """The names of the state of weights that joined after others."""
+    return [path.split("/")[-1] for path in paths if _JOINED.search(path)]
+
+
+def _comparable(a: Any, b: Any) -> bool:
+    """Whether places are those in models of as many weights."""
+    return a is not None and b is not None and a["weights"] == b["weights"]
+
+
+def _other_layers(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The variables that are of another layer of the model, as far as it is known."""
+    there: Any = theirs.get("in_model")
+    here = ours["in_model"]
+    if not _comparable(there, here):
+        return []
+    pairs = enumerate(zip(there["places"], here["places"], strict=True))
+    lines = [
+        f"variable {i}: {theirs['names'][i]}, number {a} of the model's weights != {ours['names'][i]}, number {b}"
+        for i, (a, b) in pairs
+        if a != b
+    ]
+    return lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more"]
 
 
 def _differences(key: str, theirs: Any, ours: Any) -> list[str]:
