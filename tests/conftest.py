@@ -54,18 +54,21 @@ settings.load_profile("share")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="run all combinations of what is marked `each_once`")
+    parser.addoption(
+        "--all", action="store_true", help="run what is marked `long`, too, and all combinations of `each_once`"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out tests of another backend, and combinations that repeat what others show.
 
     `only_on(backend, because=...)` marks what is not for other backends than that one. Of a test with several
-    parameters that is marked `each_once`, as many combinations are run as it takes to have every value of each.
+    parameters that is marked `each_once`, as many combinations are run as it takes to have every value of each. What is
+    marked `long` shows at length what others show as well.
     """
     kept = [item for item in items if _is_for(item, keras.config.backend())]
     if not config.getoption("all"):
-        kept = _each_once(kept)
+        kept = _each_once([item for item in kept if not item.get_closest_marker("long")])
     left_out = set(items) - set(kept)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))

@@ -103,6 +103,7 @@ def test_timing_reports_net_and_ratio_of_each_round(bench, monkeypatch):
     assert costs == dict.fromkeys(seconds, cost)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's account in /proc")
 def test_memory_and_fit(bench, capsys):
     bench.main(["--sets", "mlp", "--memory", "--fit", "--repeats", "1", "--markdown"])

@@ -219,6 +219,7 @@ def fashion(tmp_path):
     return directory
 
 
+@pytest.mark.long  # the quickstart trains the same rows
 def test_fashion_mnist(example, fashion, tmp_path, capsys):
     example("fashion_mnist").main(["--data", str(fashion), "--epochs", "2"])
     printed = capsys.readouterr().out

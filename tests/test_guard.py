@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import random
 
 import keras
 import numpy as np
@@ -204,6 +205,29 @@ def test_random_numbers_of_the_data_go_on():
     linear("sgd").fit(batches(), steps_per_epoch=20, epochs=2, shuffle=False, verbose=0, callbacks=[guard])
     assert guard.failures
     assert drawn == expected[: len(drawn)]
+
+
+def test_what_is_drawn_while_the_guard_looks_for_the_cause_is_not_drawn_again():
+    """As the thread that makes the batches does."""
+    x, y = data()
+    drawn = []
+
+    class Draws(NonFiniteGuard):
+        def _failure(self, batch):
+            drawn.append((np.random.randint(1000), random.randrange(1000)))
+            return super()._failure(batch)
+
+    def each(*_, **__):
+        drawn.append((np.random.randint(1000), random.randrange(1000)))
+
+    guard = Draws(verbose=0)
+    np.random.seed(0)
+    random.seed(0)
+    fit(linear("sgd"), x, bad_targets(y, 3), guard, keras.callbacks.LambdaCallback(on_train_batch_end=each))
+    assert guard.failures
+    np.random.seed(0)
+    random.seed(0)
+    assert drawn == [(np.random.randint(1000), random.randrange(1000)) for _ in drawn]
 
 
 # -- what counts ------------------------------------------------------------------------------------------------------

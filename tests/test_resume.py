@@ -81,6 +81,10 @@ def compiled(optimizer=None, units=5, **arguments):
     ]
     model = keras.Sequential([keras.Input((3,)), *layers])
     model.compile(optimizer=optimizer or ok.optimizers.AdamW(1e-2), loss="mse", metrics=["mae"], **arguments)
+    # TensorFlow traces a step twice that makes variables
+    model.compute_metrics(X, Y, model(X))
+    model.reset_metrics()
+    model.optimizer.build(model.trainable_variables)
     return model
 
 
@@ -125,7 +129,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("every", [1, 3, 10, 100, "epoch", datetime.timedelta(microseconds=1), datetime.timedelta(1)])
 def test_goes_on_wherever_it_was_left(tmp_path, uninterrupted, every):
-    for crash in (4, 1, 9, 13):
+    for crash in (4, 1, 13):
         assert train(tmp_path, every=every, crash=crash) is None
     model = train(tmp_path, every=every)
     assert_same(model, uninterrupted)
@@ -155,8 +159,7 @@ def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
 )
 def test_with_other_optimizers(tmp_path, make):
     expected = train(tmp_path / "whole", model=compiled(make()))
-    for crash in (8, 9):
-        assert train(tmp_path / "cut", model=compiled(make()), crash=crash) is None
+    assert train(tmp_path / "cut", model=compiled(make()), crash=17) is None
     assert_same(train(tmp_path / "cut", model=compiled(make())), expected)
 
 
@@ -1124,7 +1127,9 @@ def test_outside_of_fit_it_raises(tmp_path):
 
 
 @pytest.mark.only_on("tensorflow", because="a command about TensorFlow, which runs once")
-@pytest.mark.parametrize("scenario", ["cnn", "transformer", "replicas"])
+@pytest.mark.parametrize(
+    "scenario", ["cnn", *(pytest.param(name, marks=pytest.mark.long) for name in ("transformer", "replicas"))]
+)
 def test_killed_trainings_end_as_if_left_alone(scenario):
     """A share of what `python tests/kill.py` does, in processes of its own."""
     command = [sys.executable, Path(__file__).with_name("kill.py"), "--runs", "1", "--kills", "3"]

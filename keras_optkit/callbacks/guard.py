@@ -28,7 +28,7 @@ from keras_optkit.callbacks.instrument import (
     detach,
     is_built,
 )
-from keras_optkit.callbacks.state import Copies, TrainingState
+from keras_optkit.callbacks.state import Copies, TrainingState, generators_now
 from keras_optkit.optimizers import Optimizer, distribute
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
 from keras_optkit.private import known_variables, sublayers
@@ -405,8 +405,9 @@ class NonFiniteGuard(Callback):
                 f"NonFiniteGuard has no good state to go back to: model {model.name!r} was built by batch {batch + 1}, "
                 "which was bad. Build it before `fit`, for example by calling it on a batch."
             )
-        # what goes on: the generators of random numbers, and the rate that somebody may have set meanwhile
-        state = dataclasses.replace(good.state, generators=TrainingState.of(model).generators)
+        # what goes on: the generators of random numbers, and the rate that somebody may have set meanwhile. Those of
+        # Python and NumPy are not even set to what they are: the thread that makes the batches may draw in between.
+        state = dataclasses.replace(good.state, generators={"keras": generators_now()["keras"]})
         rates = [number(rate) for rate in self._rates if rate is not None]
         same_epoch = good.epoch == self._epoch
         state.into(model, metrics=same_epoch)

@@ -525,8 +525,11 @@ def generators_now() -> dict[str, Any]:
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
-    """Sets what `generators_now` returned."""
-    set_global_seed(states["keras"])
-    np.random.set_state(states["numpy"])
-    python = states["python"]
-    random.setstate((python["version"], tuple(int(n) for n in python["numbers"]), python["gauss"]))
+    """Sets what `generators_now` returned, or those of it that are given."""
+    if "keras" in states:
+        set_global_seed(states["keras"])
+    if "numpy" in states:
+        np.random.set_state(states["numpy"])
+    if "python" in states:
+        python = states["python"]
+        random.setstate((python["version"], tuple(int(n) for n in python["numbers"]), python["gauss"]))
