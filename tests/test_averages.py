@@ -320,9 +320,12 @@ OPTIMIZERS = {
         keras.optimizers.Adam(0.02, use_ema=True, ema_momentum=0.8), initial_scale=8.0
     ),
 }
-every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 #: One of each kind of average, our own EMA, a rule's, Keras's, and one inside of another optimizer.
 KINDS = ["ema", "schedule-free sgd", "keras", "loss scale"]
+every_optimizer = pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, id=name, marks=[] if name in KINDS else pytest.mark.long) for name, make in OPTIMIZERS.items()],
+)
 each_kind = pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in KINDS], ids=KINDS)
 
 

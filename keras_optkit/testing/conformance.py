@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -148,30 +148,43 @@ def not_on(backend: str, kind: str | None = None) -> dict[str, str]:
     }
 
 
-def profile(card: Card) -> tuple[Any, ...]:
-    """What the engine can see of an algorithm: the traits of an optimizer's rule; for anything else, its name."""
+class Profile(NamedTuple):
+    """What the engine can see of an algorithm.
+
+    Attributes:
+        traits: Those of an optimizer's rule; for anything else, its name.
+        slots: The kinds of values that its state for each parameter starts as.
+    """
+
+    traits: tuple[Any, ...]
+    slots: frozenset[str] = frozenset()
+
+    def covers(self, other: Profile) -> bool:
+        """Whether checks of the engine need not run on the other one: it has fewer kinds of state, but has some."""
+        return self.traits == other.traits and bool(other.slots) and other.slots < self.slots
+
+
+def profile(card: Card) -> Profile:
+    """What the engine can see of the algorithm of a card."""
     if card.kind != "optimizer":
-        return (card.name,)
+        return Profile((card.name,))
     rule = card.make(**card.cases[0]).rule
-    slots = {"function" if callable(initial) else "constant" for initial in rule.slots().values()}
-    return (
-        rule.elementwise,
-        rule.averages,
-        rule.handles_decay,
-        bool(rule.scalars()),
-        *sorted(slots),
-        *sorted(card.tags),
-        *sorted(card.known_failures),
-    )
+    slots = frozenset("function" if callable(initial) else "constant" for initial in rule.slots().values())
+    traits = (rule.elementwise, rule.averages, rule.handles_decay, bool(rule.scalars()))
+    return Profile((*traits, *sorted(card.tags), *sorted(card.known_failures)), slots)
 
 
 def one_of_each_profile(which: Iterable[Card]) -> list[Card]:
-    """The cards whose optimizer has the least state of those of the same profile, in the given order."""
-    found: dict[tuple[Any, ...], Card] = {}
+    """The cards whose optimizer has the least state of those of the same profile, in the given order.
+
+    One whose profile is covered by another one's is left out.
+    """
+    found: dict[Profile, Card] = {}
     which = list(which)
     for card in sorted(which, key=_slots):
         found.setdefault(profile(card), card)
-    return [card for card in which if card in found.values()]
+    chosen = [card for own, card in found.items() if not any(other.covers(own) for other in found)]
+    return [card for card in which if card in chosen]
 
 
 def _slots(card: Card) -> int:
