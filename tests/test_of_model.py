@@ -1,6 +1,7 @@
 """Which optimizers a model has."""
 
 import keras
+import numpy as np
 import pytest
 
 import keras_optkit as ok
@@ -115,3 +116,19 @@ def test_callbacks_count_the_updates_of_the_optimizer_that_is_used():
     other.compile(optimizer=None)
     callback.set_model(other)
     assert callback._updates() == 0
+
+
+@pytest.mark.parametrize("make", [sgd, lambda: keras.optimizers.SGD(0.1)], ids=["ours", "keras"])
+def test_the_optimizer_of_a_frozen_teacher_makes_no_updates(make):
+    teacher = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    teacher.compile(make(), "mse", run_eagerly=True)
+    x, y = np.zeros((4, 3)), np.zeros((4, 2))
+    teacher.train_on_batch(x, y)
+    model = Holder(teacher=teacher)
+    model.compile(make(), "mse", run_eagerly=True)
+    model(x)
+    assert of_model.update_counter(model) is teacher.optimizer.iterations
+    teacher.trainable = False
+    assert of_model.used_optimizers_of(model) == {"optimizer": model.optimizer}
+    assert of_model.update_counter(model) is model.optimizer.iterations
+    assert of_model.optimizers_of(model) == [model.optimizer, teacher.optimizer]

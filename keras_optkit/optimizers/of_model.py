@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_optkit.private import sublayers
+from keras_optkit.private import known_variables, sublayers
 
 if TYPE_CHECKING:
     from keras_optkit.optimizers.optimizer import Optimizer
@@ -48,9 +48,12 @@ def named_optimizers_of(model: Any) -> dict[str, Any]:
 
 
 def used_optimizers_of(model: Any) -> dict[str, Any]:
-    """The same without the one that `compile` has made, if only others make updates."""
-    found = named_optimizers_of(model)
+    """The same without the one that `compile` has made, if only others make updates.
+
+    An optimizer that an inner model was compiled with is left out while all that it trains is frozen, as in a teacher.
+    """
     compiled = getattr(model, "optimizer", None)
+    found = _training(model)
     if len(found) > 1 and compiled is not None and not _count(compiled):
         found = {name: optimizer for name, optimizer in found.items() if optimizer is not compiled}
     return found
@@ -120,8 +123,27 @@ def update_counter(model: Any) -> Any:
     compiled = getattr(model, "optimizer", None)
     if compiled is not None and _count(compiled):  # without looking through all layers, which callbacks would do often
         return compiled.iterations
-    found = optimizers_of(model)
+    found = _training(model).values()
     return max(found, key=_count).iterations if found else None
+
+
+def _training(model: Any) -> dict[str, Any]:
+    """By name, the optimizer that a model was compiled with, and all others that update weights of it."""
+    compiled = getattr(model, "optimizer", None)
+    found = named_optimizers_of(model).items()
+    return {name: optimizer for name, optimizer in found if optimizer is compiled or _trains(model, optimizer)}
+
+
+def _trains(model: Any, optimizer: Any) -> bool:
+    """Whether an optimizer updates weights of a model that are trained now, as far as it is known.
+
+    It is not before both are built.
+    """
+    trained = {id(v) for v in model.trainable_variables}
+    if not trained:
+        return True
+    known = [known_variables(inner) for inner in innermost(optimizer)]
+    return any(not variables or any(id(v) in trained for v in variables) for variables in known)
 
 
 def _count(optimizer: Any) -> int:
