@@ -1,6 +1,6 @@
 """What the tests cost in processor time, which says more than seconds on a machine that does other things, too.
 
-    PYTHONPATH=tests python -m pytest -n 2 -p costs   # writes build/costs-*.tsv, anew
+    PYTHONPATH=tests python -m pytest -n 2 -p costs   # replaces build/costs-*.tsv
     python tests/costs.py [NUMBER]                    # prints the cost of files, and of the costliest functions
 
 The time of processes that a test starts is its own, once they have ended.

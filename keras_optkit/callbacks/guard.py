@@ -405,8 +405,8 @@ class NonFiniteGuard(Callback):
                 f"NonFiniteGuard has no good state to go back to: model {model.name!r} was built by batch {batch + 1}, "
                 "which was bad. Build it before `fit`, for example by calling it on a batch."
             )
-        # what goes on: the generators of random numbers, and the rate that somebody may have set meanwhile. Those of
-        # Python and NumPy are not even set to what they are: the thread that makes the batches may draw in between.
+        # The learning rate stays as it is, and so do random numbers. Python's and NumPy's generators are not touched,
+        # since the thread that makes the batches may be drawing from them.
         state = dataclasses.replace(good.state, generators={"keras": generators_now()["keras"]})
         rates = [number(rate) for rate in self._rates if rate is not None]
         same_epoch = good.epoch == self._epoch

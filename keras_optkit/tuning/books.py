@@ -79,7 +79,7 @@ class AtomicBooks(Stateful):
         """Writes the state as a whole or not at all."""
         return write_json(fname, self.get_state())
 
-    def reload(self, fname: str = "") -> None:
+    def reload(self, fname: str = "") -> None:  # likewise
         """Reads the state."""
         self.set_state(read_json(fname))
 

@@ -191,7 +191,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self.definition = old
         self.records = state["records"]
 
-    def reload(self) -> None:  # type: ignore[override]
+    def reload(self) -> None:  # type: ignore[override]  # without a name, as KerasTuner has it
         """Reads the state of the search in the directory.
 
         Raises:
