@@ -1531,7 +1531,7 @@ _ELSEWHERE = {
     "lr": ("learning_rate",),
     "lr_schedule": ("learning_rate",),
     "learning_rate_schedule": ("learning_rate",),
-    "decay": ("weight_decay",),
+    "decay": ("weight_decay", "learning_rate"),  # in old versions of Keras that of the rate, by a schedule here
     "wd": ("weight_decay",),
     "l2": ("weight_decay",),
     "betas": ("beta_1", "beta_2"),
