@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import signal
+import sys
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -13,6 +14,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if not {"--all", "PYTEST_XDIST_WORKER"} & {*sys.argv, *os.environ}:  # workers have what their parent has set
+    # what is compiled here runs for a moment: without most of its optimization it is the same arithmetic, sooner
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 import keras
 import pytest
@@ -105,6 +110,20 @@ def _backend(backend, *, because):
     """Of a mark, which has to say why."""
     assert because
     return backend
+
+
+gc.disable()
+
+
+@pytest.fixture(autouse=True)
+def collected_garbage():
+    """Garbage is collected after each test, in this thread, and at no other time.
+
+    A collection that happens to run in the thread which makes the batches of an interrupted `fit` deletes the iterator
+    of these batches, which waits for that thread. It never ends, and there is no other one in the process any more.
+    """
+    yield
+    gc.collect(1)
 
 
 @pytest.fixture(autouse=True, scope="module")

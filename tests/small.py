@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_optkit.callbacks import Resume
+from keras_optkit.testing.problems import begun
 
 
 def regression(n=24, seed=0, dtype="float64"):
@@ -23,7 +24,7 @@ def linear_model(optimizer, dtype="float64", **arguments):
         [keras.Input((3,), dtype=dtype), keras.layers.Dense(1, use_bias=False, kernel_initializer=start, dtype=dtype)]
     )
     model.compile(optimizer=optimizer, loss="mse", **arguments)
-    return model
+    return begun(model)
 
 
 def mean_output(_, p):
@@ -34,7 +35,7 @@ def counting_model(optimizer, **arguments):
     """One weight whose gradient is the mean of its inputs, so that a test can choose every gradient."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
     model.compile(optimizer=optimizer, loss=mean_output, **arguments)
-    return model
+    return begun(model)
 
 
 def fit(model, x, y, *callbacks, batch_size=4, epochs=2, **arguments):
@@ -115,7 +116,7 @@ def noisy_model(optimizer="sgd", **arguments):
     """A model with moving statistics, so that a snapshot has to hold more than what is trained."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dense(1)])
     model.compile(optimizer=optimizer, loss="mse", metrics=["mae"], **arguments)
-    return model
+    return begun(model)
 
 
 class Snapshots(keras.callbacks.Callback):

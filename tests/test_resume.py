@@ -24,6 +24,7 @@ from keras_optkit.callbacks.identity import versions
 from keras_optkit.callbacks.resume import Resume
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.private import op_determinism
+from keras_optkit.testing.problems import begun
 
 ROWS, BATCH = 40, 4
 X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype("float32")
@@ -81,11 +82,7 @@ def compiled(optimizer=None, units=5, **arguments):
     ]
     model = keras.Sequential([keras.Input((3,)), *layers])
     model.compile(optimizer=optimizer or ok.optimizers.AdamW(1e-2), loss="mse", metrics=["mae"], **arguments)
-    # TensorFlow traces a step twice that makes variables
-    model.compute_metrics(X, Y, model(X))
-    model.reset_metrics()
-    model.optimizer.build(model.trainable_variables)
-    return model
+    return begun(model)
 
 
 def shuffled(**arguments):

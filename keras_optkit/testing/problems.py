@@ -124,6 +124,19 @@ def regression(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x, np.sin(x.sum(axis=1, keepdims=True)).astype("float32")
 
 
+def begun(model: Any) -> Any:
+    """Has the optimizer and the metrics of a compiled model make their variables, and returns the model.
+
+    TensorFlow traces a training step that makes any a second time, which takes long.
+    """
+    if keras.config.backend() == "tensorflow":
+        model.optimizer.build(model.trainable_variables)
+        outputs = [ops.zeros((1, *output.shape[1:])) for output in model.outputs]
+        model.compute_metrics(None, *[outputs[0] if len(outputs) == 1 else outputs] * 2)
+        model.reset_metrics()
+    return model
+
+
 def network(seed: int = 0) -> keras.Model:
     """A small network for `regression`, with biases, a normalisation and a constraint in it."""
     keras.utils.set_random_seed(seed)

@@ -22,6 +22,7 @@ from keras_optkit.data import Shuffled
 from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing.conformance import check
+from keras_optkit.testing.problems import begun
 from keras_optkit.testing.roundtrip import through_json
 
 
@@ -53,7 +54,7 @@ def _model(card: Card) -> keras.Model:
     )
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9, use_ema="averages" in card.tags)
     model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
-    return model
+    return begun(model)
 
 
 def _fit(model: keras.Model, *callbacks: Any, **arguments: Any) -> Any:
@@ -104,7 +105,7 @@ def _copy(card: Card, model: keras.Model) -> keras.Model:
     """A model with equal weights, seeds and optimizer that has not been touched by any callback."""
     copy = _model(card)
     copy.compile(optimizer=through_json(model.optimizer, {}), loss="mse", metrics=["mae"])
-    copy.optimizer.build(copy.trainable_variables)
+    begun(copy)
     own, other = ([*m.trainable_variables, *m.non_trainable_variables, *m.optimizer.variables] for m in (copy, model))
     for variable, value in zip(own, other, strict=True):
         variable.assign(value.numpy())
