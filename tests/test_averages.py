@@ -332,7 +332,7 @@ each_kind = pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in KINDS]
 def compiled(make=OPTIMIZERS["ema"], **arguments):
     model = problems.network()
     model.compile(make(), loss="mse", **arguments)
-    return problems.begun(model)
+    return model
 
 
 def fit(model, *callbacks, epochs=3, **arguments):
