@@ -129,8 +129,8 @@ def begun(model: Any) -> Any:
 
     TensorFlow traces a training step that makes any a second time, which takes long.
     """
+    model.optimizer.build(model.trainable_variables)
     if keras.config.backend() == "tensorflow":
-        model.optimizer.build(model.trainable_variables)
         outputs = [ops.zeros((1, *output.shape[1:])) for output in model.outputs]
         model.compute_metrics(None, *[outputs[0] if len(outputs) == 1 else outputs] * 2)
         model.reset_metrics()
