@@ -379,8 +379,8 @@ def _(right):
 
 @bug("what the fused step has computed is not assigned", "SGD", "fused", distribute, "_write")
 def _(right):
-    def write(buckets, *rest, keep=None):
-        result = right(buckets, *rest, keep=keep)
+    def write(buckets, *rest, keep=None, **more):
+        result = right(buckets, *rest, keep=keep, **more)
         return result if keep is None else [None] * len(buckets)
 
     return write

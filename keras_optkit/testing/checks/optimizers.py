@@ -512,8 +512,9 @@ def check_loss_scaling(card: Card) -> None:
 @check("optimizer", only_on="tensorflow", because="elsewhere a step is compiled as a whole or not at all", engine=True)
 def check_fused(card: Card) -> None:
     """The fused step equals the step operation by operation, with a missing gradient and accumulated, too."""
-    accumulated = {"gradient_accumulation_steps": 2, "clipnorm": 0.5}
-    settings: list[tuple[Any, dict[str, Any]]] = [(card.cases[0], {}), (card.cases[-1], accumulated)]
+    decay = {"weight_decay": 0.1, "decay_mask": "all"}  # by which a gradient of zeros is told from none
+    accumulated = {**decay, "gradient_accumulation_steps": 2, "clipnorm": 0.5}
+    settings: list[tuple[Any, dict[str, Any]]] = [(card.cases[0], decay), (card.cases[-1], accumulated)]
     for case, common in settings:
         grads: list[list[Any]] = problems.gradients(4)
         for arrays in grads:
