@@ -232,14 +232,14 @@ def whole(name: str, directory: Path, *, kill_at: int | None = None, bare: bool 
         if hasattr(module, "LOOP"):
             return [count]
         if bare:
-            return [ok.callbacks.NonFiniteGuard(), count]
+            return [ok.callbacks.NonFiniteGuard(spike=None), count]
         every = "epoch" if hasattr(module, "BY_EPOCH") else 2
         resumes.append(ok.callbacks.Resume(directory / fit / "resume", every=every))
         checkpoints.append(
             ok.callbacks.Checkpoint(directory / fit / "checkpoints", monitor=None, top_k=0, save="weights")
         )
         monitor = ok.callbacks.TrainingMonitor(directory / fit / "monitor", every=1)
-        return [monitor, ok.callbacks.NonFiniteGuard(), checkpoints[-1], histories, count, resumes[-1]]
+        return [monitor, ok.callbacks.NonFiniteGuard(spike=None), checkpoints[-1], histories, count, resumes[-1]]
 
     tools = Tools(directory, callbacks)
     with warnings.catch_warnings():

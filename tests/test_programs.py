@@ -15,7 +15,7 @@ def test_a_program_that_is_interrupted_and_run_again(name, tmp_path):
         resume = ok.callbacks.Resume(directory / "resume", every=2)
         monitor = ok.callbacks.TrainingMonitor(directory / "monitor", every=1)
         last = ok.callbacks.Checkpoint(directory / "last", monitor=None, top_k=0, save="weights")
-        guard = ok.callbacks.NonFiniteGuard()
+        guard = ok.callbacks.NonFiniteGuard(spike=None)
         tools = programs.Tools(directory, lambda _: [monitor, guard, last, *more, resume])
         keras.utils.set_random_seed(1)
         state = programs.state(programs.program(name).train(tools), tools)

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 import statistics
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -274,6 +275,7 @@ class NonFiniteGuard(Callback):
         self._epoch = 0
         self._first_of_epoch = False
         self._reset_metrics = False
+        self._said_blind = False
         self._in_a_row = 0
         self._since_copy = self._since_rate = 0  # good batches
         self._before_lowering: list[list[float]] = []  # the rates, for each lowering that has not been taken back
@@ -374,6 +376,14 @@ class NonFiniteGuard(Callback):
             raise RuntimeError(
                 "NonFiniteGuard sees neither loss nor gradients of a train_step that does not go through "
                 "optimizer.scale_loss and optimizer.apply (on JAX: the metric 'loss' and optimizer.stateless_apply)."
+            )
+        if self.spike is not None and not (self._sensor.sees_loss or self._said_blind):
+            self._said_blind = True
+            warnings.warn(
+                "NonFiniteGuard does not see the loss, as train_step does not call optimizer.scale_loss (on JAX: does "
+                "not update the metric 'loss'). It looks at gradients and weights, and finds no spike; spike=None says "
+                "that this is meant.",
+                stacklevel=2,
             )
         seen = number(self._sensor["seen"])
         if math.isnan(seen):
