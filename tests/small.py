@@ -8,7 +8,6 @@ import pytest
 from keras import ops
 
 from keras_optkit.callbacks import Resume
-from keras_optkit.testing.problems import begun
 
 
 def regression(n=24, seed=0, dtype="float64"):
@@ -116,7 +115,7 @@ def noisy_model(optimizer="sgd", **arguments):
     """A model with moving statistics, so that a snapshot has to hold more than what is trained."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dense(1)])
     model.compile(optimizer=optimizer, loss="mse", metrics=["mae"], **arguments)
-    return begun(model)
+    return model
 
 
 class Snapshots(keras.callbacks.Callback):

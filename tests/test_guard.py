@@ -15,7 +15,7 @@ import keras_optkit as ok
 from keras_optkit.callbacks import NonFiniteGuard, ScheduleHyperparameters, TrainingDivergedError
 from keras_optkit.callbacks.guard import _limit
 from keras_optkit.callbacks.state import TrainingState
-from keras_optkit.testing.problems import begun, two_replicas
+from keras_optkit.testing.problems import two_replicas
 
 ON_TENSORFLOW = "elsewhere the steps of one execution do not share scalars, and there is no tf.distribute"
 
@@ -40,14 +40,14 @@ def network(optimizer, **arguments):
         ]
     )
     model.compile(optimizer, loss="mse", metrics=["mae"], **arguments)
-    return begun(model)
+    return model
 
 
 def linear(optimizer, use_bias=True, **arguments):
     dense = keras.layers.Dense(1, use_bias=use_bias, kernel_initializer="ones", name="dense")
     model = keras.Sequential([keras.Input((4,)), dense])
     model.compile(optimizer, **({"loss": "mse"} | arguments))
-    return begun(model)
+    return model
 
 
 def fit(model, x, y, *callbacks, size=8, **arguments):

@@ -16,7 +16,6 @@ import keras_optkit as ok
 from keras_optkit.callbacks import NonFiniteGuard, ScheduleHyperparameters, TrainingMonitor
 from keras_optkit.callbacks.instrument import KEPT
 from keras_optkit.schedules import Linear
-from keras_optkit.testing.problems import begun
 
 MOMENTUM = Linear(0.5, 100, final=0.9)
 
@@ -37,7 +36,7 @@ def model_with(optimizer, **arguments):
     start = keras.initializers.Constant(0.5)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False, kernel_initializer=start)])
     model.compile(optimizer, loss=loss, **arguments)
-    return begun(model), loss
+    return model, loss
 
 
 def callbacks_of(directory):

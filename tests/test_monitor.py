@@ -38,7 +38,7 @@ from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters, Train
 from keras_optkit.callbacks.monitor.files import EventFile
 from keras_optkit.callbacks.monitor.step import Probe
 from keras_optkit.schedules import Linear
-from keras_optkit.testing.problems import begun, two_replicas
+from keras_optkit.testing.problems import two_replicas
 
 on_tensorflow = pytest.mark.only_on("tensorflow", because="tapes, or what does not come out of what JAX differentiates")
 
@@ -313,7 +313,7 @@ def network(optimizer, **arguments):
         name="net",
     )
     model.compile(optimizer, loss="mse", **arguments)
-    return begun(model)
+    return model
 
 
 def images(n=24):
