@@ -120,7 +120,7 @@ def test_from_two_replicas_to_one_and_back(tmp_path):
     for name, value in states[0].items():
         for other in states[1:]:
             np.testing.assert_array_equal(other[name], value, err_msg=name)
-    for slots in again.optimizer._held.state["slots"]:
+    for slots in again.optimizer._held.state.slots:
         for variable in slots.values():
             one, two = variable.value.values
             np.testing.assert_array_equal(one.numpy(), two.numpy())

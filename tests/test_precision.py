@@ -125,7 +125,7 @@ def test_slots_in_bfloat16_take_half_and_can_be_saved():
     for _ in range(3):
         optimizer.apply(grads, weights)
     assert [row.state_bytes for row in optimizer.explain(weights).rows] == [2 * 2 * 90000, 2 * 2 * 4]
-    assert {v.dtype for slots in optimizer._held.state["slots"] for v in slots.values()} == {"bfloat16"}
+    assert {v.dtype for slots in optimizer._held.state.slots for v in slots.values()} == {"bfloat16"}
     state = problems.state_of(optimizer)
     again = ok.optimizers.AdamW(slot_dtype="bfloat16", stochastic_rounding=True)
     copies = problems.variables([ops.convert_to_numpy(w) for w in weights], "float32")
@@ -151,7 +151,7 @@ def test_a_running_mean_in_bfloat16_needs_stochastic_rounding():
 def test_copies_of_the_weights_are_no_slots_to_round():
     optimizer = ok.optimizers.Lookahead(ok.optimizers.SGD(0.1, momentum=0.9), slot_dtype="bfloat16")
     optimizer.build(problems.variables([np.ones(3)], "float32"))
-    assert {name: v.dtype for name, v in optimizer._held.state["slots"][0].items()} == {
+    assert {name: v.dtype for name, v in optimizer._held.state.slots[0].items()} == {
         "v": "bfloat16",
         "slow": "float32",
     }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops, tree
 
-from keras_optkit import arguments
+from keras_optkit import arguments, backend
 from keras_optkit.callbacks.callback import Callback, number, running_fit
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.instrument import (
@@ -30,7 +30,7 @@ from keras_optkit.callbacks.instrument import (
     is_built,
 )
 from keras_optkit.callbacks.state import Copies, TrainingState, generators_now
-from keras_optkit.optimizers import Optimizer, distribute
+from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
 from keras_optkit.private import known_variables, sublayers
 from keras_optkit.registry import register
@@ -685,7 +685,7 @@ class _Sensor(Instrument):
         self.sees = True
         if not _leaves_bad_updates_out(optimizer):
             present = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
-            values = [g.values if distribute.is_sparse(g) else g for g, _ in present]
+            values = [g.values if backend.is_sparse(g) else g for g, _ in present]
             self._hold("gradient", _over_replicas(_bad(values)), [v for _, v in present])
 
     def _see_weights(self, values: Sequence[Tensor], variables: Sequence[Any]) -> None:
@@ -697,7 +697,7 @@ class _Sensor(Instrument):
         self[name] = ops.where(place > 0, place, self[name])
 
     def _place(self, variable: Any) -> int:
-        key = distribute.key(variable)
+        key = backend.key(variable)
         if key not in self._places:
             self.variables.append(variable)
             self._places[key] = len(self.variables)
@@ -705,7 +705,7 @@ class _Sensor(Instrument):
 
     def end(self) -> None:
         """Keeps what the first bad step since the host has looked was like."""
-        losses = [loss for loss in self._thread.losses if distribute.is_here(loss)]
+        losses = [loss for loss in self._thread.losses if backend.is_here(loss)]
         self._thread.losses = []
         self.sees_loss |= bool(losses)
         self.sees |= bool(losses)

@@ -29,7 +29,7 @@ import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_optkit.optimizers.distribute import NO_MORE_DATA, outside_graph
+from keras_optkit.backend import NO_MORE_DATA, outside_graph
 from keras_optkit.optimizers.of_model import directly_inside, optimizers_of
 from keras_optkit.private import forget_trace, sublayers
 

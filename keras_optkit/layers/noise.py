@@ -8,8 +8,7 @@ from typing import Any
 import keras
 from keras.optimizers.schedules import LearningRateSchedule, PolynomialDecay
 
-from keras_optkit import arguments
-from keras_optkit.optimizers import distribute
+from keras_optkit import arguments, backend
 from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
@@ -118,7 +117,7 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
         rate = ops.cast(self.current_rate, dtype)
         sizes = ops.shape(inputs)
         shape = [sizes[i] if n is None else n for i, n in enumerate(self.noise_shape or (None,) * len(sizes))]
-        with distribute.after(inputs):
+        with backend.after(inputs):
             self.step.assign_add(1)
             keep = keras.random.uniform(shape, dtype=dtype, seed=self.seed_generator) >= rate
         scale = ops.cast(ops.divide_no_nan(1.0, 1.0 - rate), inputs.dtype)  # at rate 1 nothing is kept

@@ -2,9 +2,11 @@
 
 from keras_optkit.optimizers.adam import Adam, AdamW
 from keras_optkit.optimizers.adaptive import Adagrad, RMSprop
-from keras_optkit.optimizers.groups import Explanation, Group
+from keras_optkit.optimizers.engine.nonfinite import Nonfinite
+from keras_optkit.optimizers.explain import Explanation
+from keras_optkit.optimizers.groups import Group
 from keras_optkit.optimizers.loss_scale import LossScale
-from keras_optkit.optimizers.optimizer import Nonfinite, Optimizer
+from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, flag, number
 from keras_optkit.optimizers.sgd import SGD
 from keras_optkit.optimizers.wrappers import Lookahead, ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD

@@ -19,10 +19,10 @@ from typing import Any
 
 import keras
 
+from keras_optkit import backend
 from keras_optkit.callbacks.instrument import frozen, renew
-from keras_optkit.optimizers import distribute
+from keras_optkit.optimizers.engine.files import opening
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, ours_of
-from keras_optkit.optimizers.saved import opening
 
 
 def telling_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def showing_model(function: Callable[..., Any]) -> Callable[..., Any]:
         if _show(self, again=function.__name__ == "fit"):
             if getattr(self, "train_function", None) is not None:
                 renew(self)
-            if distribute.TENSORFLOW:  # elsewhere `begin_training` does, or refuses
+            if backend.TENSORFLOW:  # elsewhere `begin_training` does, or refuses
                 make_room(self)
         result = function(self, *args, **kwargs)
         if not built:

@@ -7,12 +7,11 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
-from keras_optkit import arguments
-from keras_optkit.optimizers import distribute
+from keras_optkit import arguments, backend
 from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.rule import Rule
@@ -224,7 +223,7 @@ class Places:
         found = [[] if tree is None else tree.paths_of(v) for v in variables]
         self.paths = [paths or [other] for paths, other in zip(found, by_keras, strict=True)]
         if tree is not None and any(found):
-            self._tree, self._keys, self.hint = tree, [distribute.key(v) for v in variables], ""
+            self._tree, self._keys, self.hint = tree, [backend.key(v) for v in variables], ""
         else:  # no model, or another one
             self._tree, self._keys, self.hint = LayerTree.of_paths(by_keras), list(range(len(by_keras))), _UNKNOWN
         self.known = list(dict.fromkeys([*self._tree.all_paths(), *(path for paths in self.paths for path in paths)]))
@@ -283,41 +282,3 @@ def treatments(
         else:
             result.append(None)
     return result, found
-
-
-class Explained(NamedTuple):
-    """How one variable is trained; a row of `Explanation`."""
-
-    path: str
-    shape: tuple[int, ...]
-    group: str
-    rule: str
-    learning_rate: float
-    weight_decay: float
-    state_bytes: int
-
-
-class Explanation(NamedTuple):
-    """How every variable is trained. Printing it shows a table.
-
-    Attributes:
-        rows: One `Explained` for each variable, in the order in which the optimizer has them.
-    """
-
-    rows: tuple[Explained, ...]
-
-    def __str__(self) -> str:
-        head = ("variable", "shape", "group", "rule", "rate", "decay", "state, bytes")
-        total = f"{sum(row.state_bytes for row in self.rows):,}"
-        cells = [
-            (r.path, str(r.shape), r.group, r.rule, f"{r.learning_rate:g}", f"{r.weight_decay:g}", f"{r.state_bytes:,}")
-            for r in self.rows
-        ]
-        table = [head, *cells, (f"{len(self.rows)} variables", "", "", "", "", "", total)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for line in table:
-            left = [cell.ljust(width) for cell, width in zip(line[:4], widths[:4], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(line[4:], widths[4:], strict=True)]
-            lines.append("  ".join([*left, *right]).rstrip())
-        return "\n".join(lines)

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_optkit.optimizers import distribute
+from keras_optkit import backend
 from keras_optkit.private import sublayers
 
 #: A model with more layers than this is not opened further, and more plain layers in a row are taken together,
@@ -34,7 +34,7 @@ class Node:
         paths: `path` and, for a layer that is in several places, its paths there.
         inside: The layers directly inside of it.
         first: Those of `inside` that are nowhere else before, so that they make a tree.
-        own: Its own variables by name, without those of layers inside of it; their keys (`distribute.key`).
+        own: Its own variables by name, without those of layers inside of it; their keys (`backend.key`).
     """
 
     def __init__(self, layer: Any, path: str):
@@ -91,9 +91,9 @@ class LayerTree:
         root = nodes[id(model)] = Node(model, "")
         _visit(root, nodes)
         for node in nodes.values():
-            theirs = {distribute.key(v) for inner in node.inside for v in inner.layer.weights}
-            own = [v for v in node.layer.weights if distribute.key(v) not in theirs]
-            node.own = dict(zip(_unique(v.name for v in own), map(distribute.key, own), strict=True))
+            theirs = {backend.key(v) for inner in node.inside for v in inner.layer.weights}
+            own = [v for v in node.layer.weights if backend.key(v) not in theirs]
+            node.own = dict(zip(_unique(v.name for v in own), map(backend.key, own), strict=True))
         return cls(root)
 
     @classmethod
@@ -115,12 +115,12 @@ class LayerTree:
 
     def layer_of(self, variable: Any) -> Node | None:
         """The layer that a variable belongs to; None for one that is not in the model."""
-        places = self._places.get(distribute.key(variable))
+        places = self._places.get(backend.key(variable))
         return places[0][0] if places else None
 
     def paths_of(self, variable: Any) -> list[str]:
         """The paths of a variable, the one to show first; none for a variable that is not in the model."""
-        places = self._places.get(distribute.key(variable), [])
+        places = self._places.get(backend.key(variable), [])
         return [f"{path}/{name}".lstrip("/") for node, name in places for path in node.paths]
 
     def all_paths(self) -> list[str]:

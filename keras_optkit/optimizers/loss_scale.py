@@ -10,8 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_optkit import arguments
-from keras_optkit.optimizers import distribute
+from keras_optkit import arguments, backend
 from keras_optkit.registry import PACKAGE
 
 Tensor = Any
@@ -129,18 +128,18 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
         self._held.own = {"step_counter": self.step_counter, "dynamic_scale": self.dynamic_scale, **counts}
         if self._held.pending is not None:
             pending, self._held.pending = self._held.pending, None
-            with distribute.outside_graph():
+            with backend.outside_graph():
                 self.load_own_variables(pending)
 
     @property
     def _own(self) -> dict[str, Any]:
         return self._held.own
 
-    @distribute.untraced
+    @backend.untraced
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Updates the weights with the unscaled gradients, or lowers the scale if they are not finite."""
         if not self.built:
-            with distribute.outside_graph():
+            with backend.outside_graph():
                 self.build(list(trainable_variables or ()))
         if trainable_variables is not None and len(trainable_variables) == len(grads) == 0:
             return  # a frozen model
@@ -172,7 +171,7 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
 
     def check_finite(self, grads: Sequence[Any]) -> Tensor:
         """Whether the gradients of all replicas are finite."""
-        return distribute.in_all_replicas(super().check_finite([getattr(g, "values", g) for g in grads]))
+        return backend.in_all_replicas(super().check_finite([getattr(g, "values", g) for g in grads]))
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the own state; Keras writes that of the inner optimizer beside it."""

@@ -16,8 +16,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_optkit.optimizers.engine.files import unpacked
 from keras_optkit.optimizers.of_model import ours
-from keras_optkit.optimizers.saved import unpacked
 
 #: The name of the description, beside the variables of an optimizer.
 _NAME = "packed"

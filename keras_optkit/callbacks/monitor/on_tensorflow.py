@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops, tree
 
-from keras_optkit.optimizers import distribute
+from keras_optkit import backend
 
 Tensor = Any
 
@@ -32,9 +32,9 @@ def moments(calls: Sequence[Call], weights: Sequence[Any], unit_axis: int) -> Te
     sources = [*weights, *(part for call in calls for part in call.given)]
     bad = sum((_nonfinite(part) for part in sources), ops.zeros((), "float32"))
     local = [ops.cast(ops.size(values), "float32"), ops.sum(values), active, bad]
-    size, total, active, bad = distribute.sum_over_replicas(local)
+    size, total, active, bad = backend.sum_over_replicas(local)
     mean = total / size
-    (deviations,) = distribute.sum_over_replicas([ops.sum(ops.square(values - mean))])
+    (deviations,) = backend.sum_over_replicas([ops.sum(ops.square(values - mean))])
     dead = ops.mean(ops.cast(ops.equal(active, 0), "float32"))
     found = ops.stack([mean, ops.sqrt(deviations / size), 1 - ops.sum(active) / size, dead])
     return ops.where(bad > 0, float("nan"), found)

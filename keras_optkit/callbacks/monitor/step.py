@@ -11,10 +11,11 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_optkit import backend
 from keras_optkit.callbacks.callback import number
 from keras_optkit.callbacks.instrument import Hook, Instrument, around
 from keras_optkit.callbacks.monitor import on_tensorflow
-from keras_optkit.optimizers import Optimizer, distribute
+from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours_of, unscaled
 from keras_optkit.precision import at_least_float32
@@ -54,13 +55,13 @@ def _accumulated(optimizer: Any) -> Sums | None:
     found, known = accumulated_gradients(inner), known_variables(inner)
     if found is None or known is None:
         return None
-    return dict(zip(map(distribute.key, known), found[0], strict=True)), found[1]
+    return dict(zip(map(backend.key, known), found[0], strict=True)), found[1]
 
 
 def layer_names(model: Any) -> dict[int, str]:
     """For each weight that is trained, by its key, the path of its layer in the model."""
     tree = LayerTree.of(model)
-    found = {distribute.key(v): tree.layer_of(v) for v in model.trainable_variables}
+    found = {backend.key(v): tree.layer_of(v) for v in model.trainable_variables}
     return {key: node.path if node is not None and node.path else model.name for key, node in found.items()}
 
 
@@ -266,7 +267,7 @@ class Probe(Instrument):
                 return
             variables = self._variables(optimizer, trainable_variables)
             if not optimizer.built:
-                with distribute.outside_graph():
+                with backend.outside_graph():
                     optimizer.build(variables)
             before, sums = [ops.copy(v) for v in variables], _accumulated(optimizer)
             scalars, scale = self._scalars(optimizer)
@@ -319,10 +320,10 @@ class Probe(Instrument):
         self, optimizer: Any, variables: Sequence[Any], names: Mapping[int, str], scalars: Iterable[str]
     ) -> Update:
         """What is known of this update, now or from an earlier trace."""
-        key = id(optimizer), tuple(map(distribute.key, variables))
+        key = id(optimizer), tuple(map(backend.key, variables))
         layers: dict[str, frozenset[int]] = {}
         for variable in variables:
-            if (weight := distribute.key(variable)) in names:  # and not of a model that is trained beside this one
+            if (weight := backend.key(variable)) in names:  # and not of a model that is trained beside this one
                 layers[names[weight]] = layers.get(names[weight], frozenset()) | {weight}
         name = self._updates[key].name if key in self._updates else f"update/{len(self._updates)}"
         self._updates[key] = Update(optimizer, name, tuple(scalars), layers)
@@ -342,7 +343,7 @@ class Probe(Instrument):
         names = layer_names(self.model)
         self._order = list(dict.fromkeys(names.values()))
         own = _dense(grads, variables)
-        whole = distribute.sum_over_replicas(own)
+        whole = backend.sum_over_replicas(own)
         squares = [_squares(g) / ops.square(scale) for g in whole]
         rows = [
             squares,
@@ -361,7 +362,7 @@ class Probe(Instrument):
         half = getattr(self._thread, "half", None)
         if half is not None:
             self._thread.half = None
-            half = distribute.sum_over_replicas(_dense(half, self.model.trainable_variables))
+            half = backend.sum_over_replicas(_dense(half, self.model.trainable_variables))
             self._hold("half_squares", sum(_squares(g) for g in half) / ops.square(scale))
 
     @staticmethod
@@ -375,7 +376,7 @@ class Probe(Instrument):
         else:
             largest = [ops.cast(ops.max(ops.abs(g)), "float32") for g in grads if g is not None]
             size, limit = ops.max(ops.stack(largest)), inner.clipvalue
-        unchanged = distribute.in_all_replicas(ops.less_equal(size, ops.cast(limit, "float32")))
+        unchanged = backend.in_all_replicas(ops.less_equal(size, ops.cast(limit, "float32")))
         return ops.cast(ops.logical_not(unchanged), "float32")
 
     def _see_flush(self, optimizer: Any) -> Hook:
@@ -384,13 +385,13 @@ class Probe(Instrument):
             """An update at the end of an epoch from the micro-batches that are left."""
             begun_at = number(optimizer.iterations)
             names = layer_names(self.model) if self.wanted else {}
-            variables = [v for v in self._variables(optimizer) if distribute.key(v) in names]
+            variables = [v for v in self._variables(optimizer) if backend.key(v) in names]
             before = [ops.copy(v) for v in variables]
 
             def see_result(_: Any) -> None:
                 if not variables or number(optimizer.iterations) == begun_at:
                     return
-                layers = dict.fromkeys(names[distribute.key(v)] for v in variables)
+                layers = dict.fromkeys(names[backend.key(v)] for v in variables)
                 changes = [_squares(ops.subtract(_wide(v), _wide(b))) for v, b in zip(variables, before, strict=True)]
                 rows = [_by_layer(row, variables, names, layers) for row in ([_squares(b) for b in before], changes)]
                 self._flushed |= dict(zip(layers, np.array(ops.convert_to_numpy(ops.stack(rows))).T, strict=True))
@@ -422,7 +423,7 @@ class Probe(Instrument):
         columns = []
         for name, layer in found.items():
             seen = calls.get(id(layer), [])
-            if not seen or not all(distribute.is_here(call.output) for call in seen):
+            if not seen or not all(backend.is_here(call.output) for call in seen):
                 raise ValueError(
                     f"activations: the layer {name!r} is not called in the training step itself, but "
                     f"{'inside of a loop or a function in it' if seen else 'nowhere'}. Choose other layers."
@@ -457,13 +458,13 @@ def _by_layer(
 ) -> list[Tensor]:
     sums = dict.fromkeys(layers, ops.zeros((), "float32"))
     for value, variable in zip(values, variables, strict=True):
-        if (weight := distribute.key(variable)) in names:
+        if (weight := backend.key(variable)) in names:
             sums[names[weight]] = sums[names[weight]] + value
     return list(sums.values())
 
 
 def _dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor | None]:
-    return [None if g is None else distribute.dense(g, v.shape) for g, v in zip(grads, variables, strict=True)]
+    return [None if g is None else backend.dense(g, v.shape) for g, v in zip(grads, variables, strict=True)]
 
 
 def _to_clip(
@@ -478,7 +479,7 @@ def _to_clip(
     count = micro + 1 if isinstance(inner, Optimizer) else inner.gradient_accumulation_steps
     found: list[Tensor | None] = []
     for g, variable in zip(unscaled_grads, variables, strict=True):
-        before = of_variable.get(distribute.key(variable))
+        before = of_variable.get(backend.key(variable))
         total = g if before is None else before if g is None else before + ops.cast(g, before.dtype)
         found.append(None if total is None else total / ops.cast(count, total.dtype))
     return found

@@ -698,13 +698,13 @@ def _lazy_by_hand(
         np.add.at(dense, rows, value)
         before, state = ops.convert_to_numpy(weights[0]).copy(), {}
         if optimizer.built:
-            state = {n: ops.convert_to_numpy(v).copy() for n, v in optimizer._held.state["slots"][0].items()}
+            state = {n: ops.convert_to_numpy(v).copy() for n, v in optimizer._held.state.slots[0].items()}
         optimizer.apply([ops.convert_to_tensor(dense), ops.convert_to_tensor(np.ones(4))], weights)
         untouched = [i for i in range(len(table)) if i not in rows]
         after = ops.convert_to_numpy(weights[0]).copy()
         after[untouched] = before[untouched]
         weights[0].assign(after)
-        for name, variable in optimizer._held.state["slots"][0].items():
+        for name, variable in optimizer._held.state.slots[0].items():
             slot = ops.convert_to_numpy(variable).copy()
             initial = optimizer.rule.slots()[name]
             fresh = table if callable(initial) else np.full_like(table, initial)

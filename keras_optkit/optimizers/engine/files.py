@@ -15,9 +15,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_optkit.optimizers.distribute import key, on_host
+from keras_optkit.backend import key, on_host
+from keras_optkit.optimizers.engine.packing import Bucket
+from keras_optkit.optimizers.engine.state import State
 from keras_optkit.optimizers.groups import Treatment
-from keras_optkit.optimizers.packing import Bucket
 
 _FORMAT = 2
 
@@ -47,7 +48,7 @@ class SavedState(keras.optimizers.Optimizer):
 
     Files are independent of the packing, of the number of replicas and of the paths of the variables; entries are
     numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras,
-    `tf.train.Checkpoint` through `distribute.in_checkpoints`, and state trees through `state_tree.py`. State for other
+    `tf.train.Checkpoint` through `backend.in_checkpoints`, and state trees through `state_tree.py`. State for other
     variables is refused, also if they have the same shapes in the same model. A model file always opens, though:
     weights may have been frozen or unfrozen between the last step and saving. One thing is as it is packed, the place
     of the last gradient that was not finite, so that after loading with another packing `nonfinite` may name another
@@ -56,14 +57,13 @@ class SavedState(keras.optimizers.Optimizer):
 
     def _schema(self) -> dict[str, Any]:
         """What a file says about the state in it, so that a wrong file is refused."""
-        state = self._held.state or {}
+        state = self._held.state
+        copies = [name for name in (*PER_PARAMETER, "master") if state.has(name)]
         return {
             "format": _FORMAT,
             "optimizer": keras.saving.get_registered_name(type(self)),
             "learning_rate": "constant" if self._schedule is None else "schedule",
-            "state": sorted([*self.rule.slots(), *self.rule.scalars(), *({*PER_PARAMETER, "master"} & set(state))])
-            if self._held.variables
-            else None,
+            "state": sorted([*self.rule.slots(), *self.rule.scalars(), *copies]) if self._held.variables else None,
             "variables": [[_kind(v), list(v.shape)] for v in self._in_model_order()],
             "names": [_name(v) for v in self._in_model_order()],
             "trainable": [bool(getattr(v, "trainable", True)) for v in self._in_model_order()],
@@ -96,25 +96,27 @@ class SavedState(keras.optimizers.Optimizer):
 
     def _entries(self) -> dict[str, tuple[Any, Bucket | None]]:
         """The variables to save by name; one that holds a bucket's state with that bucket, to be split by."""
-        state = self._held.state or {"iterations": self._updates, "multiplier": self._multiplier}
+        state = self._held.state
+        if not state.has("iterations"):
+            state = State(iterations=self._updates, multiplier=self._multiplier)
         entries: dict[str, tuple[Any, Bucket | None]] = {}
-        for name, part in state.items():
+        for name, part in state._asdict().items():
             if isinstance(part, dict):
                 entries |= {f"{name}.{key}": (v, None) for key, v in part.items()}
-            elif not isinstance(part, list):
+            elif not isinstance(part, list | tuple):
                 entries[name] = (part, None)
         for b, bucket in enumerate(self._held.buckets):
-            packed = {f"slot.{name}": v for name, v in state["slots"][b].items()}
-            packed |= {name: state[name][b] for name in PER_PARAMETER if name in state}
-            packed |= state["master"][b] if "master" in state else {}
+            packed = {f"slot.{name}": v for name, v in state.slots[b].items()}
+            packed |= {name: getattr(state, name)[b] for name in PER_PARAMETER if state.has(name)}
+            packed |= state.master[b] if state.has("master") else {}
             entries |= {f"{name}.{bucket.indices[0]}": (v, bucket) for name, v in packed.items()}
         return entries
 
     def _given(self) -> list[tuple[Any, list[str]]]:
         """What notes which gradients the micro-batches since the last update had, with names for its parameters."""
-        state, held = self._held.state or {}, self._held
+        state, held = self._held.state, self._held
         names = [[f"given.{held.places[i]}" for i in bucket.indices] for bucket in held.buckets]
-        return list(zip(state["given"], names, strict=True)) if "given" in state else []
+        return list(zip(state.given, names, strict=True)) if state.has("given") else []
 
     def packed(self) -> dict[str, Any]:
         """The description, and by which variables, named by their paths, the state is held as it is packed now.

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from keras import ops
 
-from keras_optkit.optimizers import distribute
+from keras_optkit import backend
 from keras_optkit.optimizers.groups import Treatment
 
 Tensor = Any
@@ -23,6 +23,10 @@ Shape = tuple[int, ...]
 
 #: Element-wise parameters with fewer numbers than this are packed.
 PACK_BELOW = 2**16
+
+#: How many small parameters of one shape are packed by themselves. XLA compiles each part of a tensor that it is split
+#: into, but equal ones once; so where the whole step is always compiled, buckets are made that equal each other.
+REPEATED = None if backend.TENSORFLOW else 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Bucket:
         if self.form == "stacked":
             return ops.expand_dims(tensors[0], 0) if self.alone else ops.stack(tensors)
         parts = [t if len(t.shape) == 1 else ops.reshape(t, (-1,)) for t in tensors]
-        return ops.reshape(distribute.concatenate(parts), (1, -1))
+        return ops.reshape(backend.concatenate(parts), (1, -1))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The inverse of `join`."""
@@ -74,7 +78,7 @@ class Bucket:
             return [tensor]
         if self.form == "stacked":
             return [tensor[0]] if self.alone else list(ops.unstack(tensor, len(self.shapes)))
-        parts = distribute.split(ops.reshape(tensor, (-1,)), [math.prod(shape) for shape in self.shapes])
+        parts = backend.split(ops.reshape(tensor, (-1,)), [math.prod(shape) for shape in self.shapes])
         return [p if len(shape) == 1 else ops.reshape(p, shape) for p, shape in zip(parts, self.shapes, strict=True)]
 
     def separate(self, stored: np.ndarray) -> list[np.ndarray]:

@@ -1,0 +1,76 @@
+"""Every difference between TensorFlow and JAX: variables, gradients of some rows, replicas, random bits.
+
+Private names of either are not here but in `keras_optkit.private`.
+"""
+
+from keras_optkit.backend.replicas import (
+    in_all_replicas,
+    refuse_foreign,
+    refuse_unsupported_strategy,
+    sum_over_replicas,
+)
+from keras_optkit.backend.sparse import (
+    Rows,
+    add,
+    as_gradient,
+    cast,
+    dense,
+    described_shape,
+    is_sparse,
+    may_have_shape,
+    nonzero_rows,
+    rows,
+    touched,
+)
+from keras_optkit.backend.tensors import concatenate, random_bits, split
+from keras_optkit.backend.variables import (
+    NO_MORE_DATA,
+    after,
+    handle,
+    in_checkpoints,
+    is_here,
+    is_lost,
+    key,
+    on_cpu,
+    on_host,
+    outside_graph,
+    scope_of,
+    tensor,
+    untraced,
+)
+from keras_optkit.backend.which import TENSORFLOW
+
+__all__ = [
+    "NO_MORE_DATA",
+    "TENSORFLOW",
+    "Rows",
+    "add",
+    "after",
+    "as_gradient",
+    "cast",
+    "concatenate",
+    "dense",
+    "described_shape",
+    "handle",
+    "in_all_replicas",
+    "in_checkpoints",
+    "is_here",
+    "is_lost",
+    "is_sparse",
+    "key",
+    "may_have_shape",
+    "nonzero_rows",
+    "on_cpu",
+    "on_host",
+    "outside_graph",
+    "random_bits",
+    "refuse_foreign",
+    "refuse_unsupported_strategy",
+    "rows",
+    "scope_of",
+    "split",
+    "sum_over_replicas",
+    "tensor",
+    "touched",
+    "untraced",
+]

@@ -1,0 +1,112 @@
+"""Variables, and when and where they are made, read and assigned."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_optkit.backend.which import TENSORFLOW
+
+if TENSORFLOW:
+    import tensorflow as tf
+
+Tensor = Any
+
+
+#: What a training step raises where the data end before it.
+NO_MORE_DATA = (StopIteration, tf.errors.OutOfRangeError) if TENSORFLOW else (StopIteration,)
+
+
+def handle(variable: Any) -> Any:
+    """The backend's own variable inside of one of Keras's."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def tensor(variable: Any) -> Tensor:
+    """The present value as a tensor; on TensorFlow `.value` of a Keras variable is still the variable."""
+    value = handle(variable)
+    return tf.convert_to_tensor(value) if TENSORFLOW else value
+
+
+def on_host(variable: Any) -> np.ndarray:
+    """What a variable holds, to be read only; later updates leave it as it is.
+
+    On CPUs it is the memory of the tensor itself, where `ops.convert_to_numpy` on TensorFlow makes two copies.
+    """
+    value = np.asarray(tensor(variable))
+    value.setflags(write=False)
+    return value
+
+
+def key(variable: Any) -> int:
+    """What identifies a variable, whether it comes as a Keras variable or as the tf.Variable inside of one."""
+    return id(handle(variable) if TENSORFLOW else variable)
+
+
+def is_lost(variable: Any) -> bool:
+    """Whether a variable has lost its value, as all of a model on JAX have once the first step of a `fit` failed."""
+    if TENSORFLOW:
+        return False
+    try:
+        return variable.value is None
+    except TypeError:
+        return True
+
+
+def on_cpu(variable: Any) -> bool:
+    """Whether a variable lives on a CPU, or its first copy does."""
+    return TENSORFLOW and "CPU" in (handle(variable).device or "CPU")
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps AutoGraph from rewriting `function` and what it calls inside a user's `tf.function`."""
+    return tf.autograph.experimental.do_not_convert(function) if TENSORFLOW else function
+
+
+def scope_of(variable: Any) -> contextlib.AbstractContextManager[Any]:
+    """The scope of the strategy that a variable was made under."""
+    strategy = getattr(handle(variable), "distribute_strategy", None) if TENSORFLOW else None
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def outside_graph() -> contextlib.AbstractContextManager[None]:
+    """A scope in which variables can be made and read, also from inside a user's `tf.function`."""
+    return tf.init_scope() if TENSORFLOW else contextlib.nullcontext()
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to the computation that is traced or runs at present, and not to one inside of it."""
+    return not TENSORFLOW or tf.executing_eagerly() or tensor.graph is tf.compat.v1.get_default_graph()
+
+
+def after(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A scope in which variables are assigned only once the tensor is there.
+
+    Where data end, TensorFlow runs a step up to what needs the batch that is missing.
+    """
+    return tf.control_dependencies([tensor]) if TENSORFLOW else contextlib.nullcontext()
+
+
+def in_checkpoints(optimizer: Any) -> Any:
+    """What `tf.train.Checkpoint` finds in an optimizer's attributes: its state as in any other file. Elsewhere None."""
+    if not TENSORFLOW:
+        return None
+
+    class State(tf.train.experimental.PythonState):
+        def serialize(self) -> bytes:
+            store: dict[str, np.ndarray] = {}
+            optimizer.save_own_variables(store)
+            file = io.BytesIO()
+            np.savez(file, allow_pickle=False, **store)
+            return file.getvalue()
+
+        def deserialize(self, string_value: bytes) -> None:
+            with np.load(io.BytesIO(string_value), allow_pickle=False) as file, scope_of(optimizer.iterations):
+                optimizer.load_own_variables(dict(file))
+
+    return State()

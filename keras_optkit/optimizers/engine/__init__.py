@@ -1,0 +1,1 @@
+"""How updates are made: pure functions over one typed state, run on the backend's variables by `run`."""

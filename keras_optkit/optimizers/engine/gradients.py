@@ -1,0 +1,181 @@
+"""From the gradients of variables to those of buckets: checked, summed, joined, accumulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_optkit import backend
+from keras_optkit.backend import Rows
+from keras_optkit.optimizers.engine.packing import Bucket
+from keras_optkit.optimizers.engine.plan import Plan
+from keras_optkit.optimizers.engine.state import State, functions_of_weights
+from keras_optkit.optimizers.groups import keras_path
+from keras_optkit.optimizers.rule import Tensor
+from keras_optkit.precision import at_least_float32
+
+#: What there is of a parameter's gradient: nothing, some rows, or all of it.
+NONE, ROWS, WHOLE = range(3)
+
+
+class Grad(NamedTuple):
+    """The gradients of the parameters of a bucket.
+
+    Attributes:
+        value: They as one tensor, `(k, *shape)` or `(1, n)`; 0 where there is none.
+        mask: True for the numbers to update, in a shape that broadcasts; None: all.
+        given: For each parameter, whether there is a gradient; see `NONE`.
+    """
+
+    value: Tensor
+    mask: Any
+    given: tuple[int, ...]
+
+
+# -- as they are given ------------------------------------------------------------------------------------------------
+
+
+def different(variables: Iterable[Any]) -> list[Any]:
+    """The variables, each once."""
+    return list({backend.key(v): v for v in variables}.values())
+
+
+def checked(place: int, gradient: Any, variable: Any) -> Any:
+    """A gradient as a tensor or as rows, and raises if it is not one of this variable."""
+    if gradient is None:
+        return None
+    gradient = backend.as_gradient(gradient)
+    shape, dtype = tuple(variable.shape), getattr(gradient.dtype, "name", str(gradient.dtype))
+    if not dtype.startswith(("float", "bfloat", "int", "uint")):
+        raise TypeError(f"grads[{place}], of {keras_path(variable)}, must have real numbers, got {dtype}.")
+    if not backend.may_have_shape(gradient, shape):
+        raise ValueError(
+            f"grads[{place}] must have the shape {shape} of {keras_path(variable)}, got "
+            f"{backend.described_shape(gradient)}."
+        )
+    return gradient
+
+
+def summed(grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
+    """One gradient for each different variable: those of a variable that is given twice are added up."""
+    found = different(variables)
+    if len(found) == len(variables):
+        return grads, variables
+    sums: dict[int, Any] = {}
+    for gradient, variable in zip(grads, variables, strict=True):
+        key = backend.key(variable)
+        if gradient is not None:
+            gradient = backend.cast(gradient, at_least_float32(variable.dtype))
+        sums[key] = backend.add(sums.get(key), gradient, tuple(variable.shape))
+    return [sums[backend.key(v)] for v in found], found
+
+
+# -- by buckets -------------------------------------------------------------------------------------------------------
+
+
+def of_buckets(plan: Plan, state: State, grads: list[Any]) -> list[list[Any] | Rows | None]:
+    """The gradients of each bucket, in the dtype to compute in and summed over the replicas."""
+    ready: list[Any] = [None] * len(grads)
+    for bucket in plan.buckets:
+        lazy = plan.keywords.sparse == "lazy" and plan.rule(bucket).elementwise
+        for i, shape in zip(bucket.indices, bucket.shapes, strict=True):
+            if grads[i] is not None:
+                keep = lazy and backend.is_sparse(grads[i])
+                grad = grads[i] if keep else backend.dense(grads[i], shape)
+                ready[i] = backend.cast(grad, at_least_float32(bucket.dtype))
+    ready = backend.sum_over_replicas(ready)
+    return [_rows_or_parts(plan, state, b, [ready[i] for i in bucket.indices]) for b, bucket in enumerate(plan.buckets)]
+
+
+def _rows_or_parts(plan: Plan, state: State, b: int, parts: list[Any]) -> Rows | list[Any] | None:
+    if all(g is None for g in parts):
+        return None
+    if not (backend.is_sparse(parts[0]) and can_take_rows(plan, state, b)):
+        return parts
+    rows = backend.rows(parts[0], plan.buckets[b].shapes[0][1:])
+    scale = plan.keywords.loss_scale_factor
+    return rows if scale is None else rows._replace(values=rows.values / scale)
+
+
+def can_take_rows(plan: Plan, state: State, b: int) -> bool:
+    """Whether nothing has to look at the rows without a gradient, or would treat equal rows differently."""
+    bucket, keywords = plan.buckets[b], plan.keywords
+    looks = state.has("accumulated") or state.has("evaluating") or state.has("master")
+    looks = looks or plan.constraints[b] is not None or bool(functions_of_weights(plan.rules, bucket))
+    rounds = keywords.stochastic_rounding and "bfloat16" in (bucket.dtype, keywords.slot_dtype)
+    return bucket.alone and not looks and not rounds
+
+
+def join(plan: Plan, b: int, parts: list[Any]) -> Grad:
+    """The gradient of a bucket, unscaled."""
+    bucket, scale = plan.buckets[b], plan.keywords.loss_scale_factor
+    given = tuple(NONE if g is None else ROWS if backend.is_sparse(g) else WHOLE for g in parts)
+    hits = {place: backend.touched(parts[place], bucket.shapes[place]) for place, g in enumerate(given) if g == ROWS}
+    joined = bucket.join(
+        [
+            ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else backend.dense(g, shape)
+            for g, shape in zip(parts, bucket.shapes, strict=True)
+        ]
+    )
+    mask = None if min(given) == WHOLE else bucket.mask([place for place, g in enumerate(given) if g], hits)
+    return Grad(joined if scale is None else joined / scale, mask, given)
+
+
+def values(grad: Any) -> Tensor:
+    """The numbers of a Grad, of Rows or of a tensor."""
+    return grad.values if isinstance(grad, Rows) else grad.value if isinstance(grad, Grad) else grad
+
+
+def sum_of_squares(grad: Any) -> Tensor:
+    """The sum of the squares of these numbers; each row of Rows counts once."""
+    squares = ops.square(values(grad))
+    return ops.sum(ops.where(grad.first, squares, ops.zeros_like(squares)) if isinstance(grad, Rows) else squares)
+
+
+# -- over micro-batches -----------------------------------------------------------------------------------------------
+
+
+def collect(plan: Plan, state: State, grads: list[Grad | None]) -> State:
+    """Adds the gradients of one micro-batch to those of the others."""
+    sums, given = [], []
+    for bucket, a, seen, g in zip(plan.buckets, state.accumulated, state.given, grads, strict=True):
+        sums.append(a if g is None else a + bucket.stored(g.value))
+        given.append(seen if g is None else ops.maximum(seen, np.array(g.given, "int32")))
+    return state._replace(accumulated=sums, given=given, micro=state.micro + 1)
+
+
+def means(plan: Plan, state: State, grads: list[Grad | None]) -> list[Grad | None]:
+    """The mean gradients of the micro-batches, the last of which had `grads`."""
+    found: list[Grad | None] = []
+    for bucket, a, given, last in zip(plan.buckets, state.accumulated, state.given, grads, strict=True):
+        sums = bucket.view(a)
+        mask = _given_mask(bucket, sums, given, last.given if last else (NONE,) * len(bucket.indices))
+        found.append(Grad(sums / ops.cast(state.micro, sums.dtype), mask, ()))
+    return found
+
+
+def _given_mask(bucket: Bucket, sums: Tensor, given: Tensor, last: tuple[int, ...]) -> Any:
+    """The mask of a mean gradient: of a parameter with gradients of rows only, rows of zeros count as not there.
+
+    Which gradients there have been is known in the step alone; that all of them are in this call, before.
+    """
+    if min(last) == WHOLE:
+        return None
+    hits = {}
+    for place, part in enumerate(bucket.split(sums)):
+        if last[place] != WHOLE:
+            rows = ops.logical_and(ops.equal(given[place], ROWS), backend.nonzero_rows(part))
+            hits[place] = ops.logical_or(ops.equal(given[place], WHOLE), rows)
+    return bucket.mask(range(len(last)), hits)
+
+
+def cleared(state: State) -> State:
+    """The state with no micro-batch in it."""
+    return state._replace(
+        accumulated=[ops.zeros_like(a) for a in state.accumulated],
+        given=[ops.zeros_like(given) for given in state.given],
+        micro=ops.zeros_like(state.micro),
+    )

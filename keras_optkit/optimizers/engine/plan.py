@@ -1,0 +1,78 @@
+"""What is fixed while a step is traced: how the parameters are packed and how each of them is updated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
+
+from keras_optkit.optimizers.engine.packing import Bucket
+from keras_optkit.optimizers.rule import Hyper, Rule, Tensor, Value, is_dynamic
+from keras_optkit.precision import scalar_dtype
+
+
+@dataclass(frozen=True)
+class Keywords:
+    """Those keywords of `Optimizer` that its steps and its state depend on."""
+
+    weight_decay: Value | None
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    gradient_accumulation_steps: int | None
+    use_ema: bool
+    ema_momentum: float
+    skip_nonfinite: int | None
+    sparse: str
+    master_weights: bool
+    stochastic_rounding: bool
+    slot_dtype: str | None
+    loss_scale_factor: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an optimizer makes its updates.
+
+    Attributes:
+        name: Its name, for messages.
+        buckets: Which parameters are updated together.
+        constraints: For each bucket that of its variable, or None; variables with one are alone in their buckets.
+        rules: Its rule as number 0, and those that groups have of their own under their numbers in `Treatment`.
+        keywords: Its keywords.
+        schedule: That of the learning rate, or None.
+    """
+
+    name: str
+    buckets: Sequence[Bucket]
+    constraints: Sequence[Any]
+    rules: Mapping[int, Rule]
+    keywords: Keywords
+    schedule: Schedule | None
+
+    def rule(self, bucket: Bucket) -> Rule:
+        """The rule of a bucket."""
+        return self.rules[bucket.treatment.rule]
+
+    def dynamic(self) -> list[Value]:
+        """The hyperparameters that are known in the step alone."""
+        own = [bucket.treatment.weight_decay for bucket in self.buckets]
+        values = [value for rule in self.rules.values() for value in rule.hyperparameters()]
+        return [v for v in [self.schedule, self.keywords.weight_decay, *own, *values] if is_dynamic(v)]
+
+    def averages(self, bucket: Bucket) -> bool:
+        """Whether the weights of a bucket to evaluate at are not those of training."""
+        return self.keywords.use_ema or self.rule(bucket).averages
+
+
+def memo(dynamic: Sequence[Value], read: Sequence[Tensor]) -> dict[Any, Tensor]:
+    """What `Hyper` remembers at the start of a step: the present values of schedules."""
+    return {("value", id(value)): tensor for value, tensor in zip(dynamic, read, strict=True)}
+
+
+def present(dynamic: Sequence[Value], iterations: Tensor, multiplier: Tensor) -> list[Tensor]:
+    """The present values of hyperparameters."""
+    h = Hyper(iterations, multiplier, scalar_dtype())
+    return [h.exact(value) for value in dynamic]

@@ -1,0 +1,181 @@
+"""The state that a step reads and writes, and how it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_optkit.optimizers.engine.packing import Bucket
+from keras_optkit.optimizers.engine.plan import Keywords
+from keras_optkit.optimizers.rule import Initial, Rule, Slots, Tensor
+from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
+
+
+class State(NamedTuple):
+    """All that a step depends on but the gradients: variables outside of a step, and their values inside.
+
+    What an optimizer does not have is empty. In lists there is something for each bucket. (The order of the fields is
+    that of `Optimizer.variables`, which `.h5` files depend on.)
+
+    Attributes:
+        accumulated: Sums of the gradients of the micro-batches since the last update.
+        average: The moving averages of the weights.
+        evaluating: 1 where the model holds the weights to evaluate at.
+        given: For each parameter, what there was of its gradients in these micro-batches; see `gradients.NONE`.
+        iterations: How many updates there have been.
+        master: Copies in float32 of weights in half precision.
+        micro: How many micro-batches there have been since the last update.
+        multiplier: The learning rate, or the factor on its schedule.
+        nonfinite: What `skip_nonfinite` has met, by name.
+        scalars: The state of rules for the whole model, by name.
+        slots: The state of rules for their parameters, by name.
+        weights: The weights: outside of a step a list of variables, inside of it one tensor, or None for one that must
+            not be looked at as a whole, since it is updated by rows.
+    """
+
+    accumulated: Sequence[Any] = ()
+    average: Sequence[Any] = ()
+    evaluating: Any = ()
+    given: Sequence[Any] = ()
+    iterations: Any = ()
+    master: Sequence[Any] = ()
+    micro: Any = ()
+    multiplier: Any = ()
+    nonfinite: Any = ()
+    scalars: Any = ()
+    slots: Sequence[Slots] = ()
+    weights: Sequence[Any] = ()
+
+    def has(self, name: str) -> bool:
+        """Whether there is this part."""
+        part = getattr(self, name)
+        return not (isinstance(part, tuple) and not part)
+
+
+#: The parts with something for each bucket.
+PER_BUCKET = ("accumulated", "average", "given", "master", "slots", "weights")
+
+
+def filled(value: float) -> Callable[..., Tensor]:
+    """An initializer with a constant in full precision; Keras's goes through float32."""
+    return lambda shape, dtype: ops.full(shape, value, dtype)
+
+
+def of_rule(number: int, name: str) -> str:
+    """The name in the state of a scalar of one of an optimizer's rules."""
+    return name if number == 0 else f"{number}.{name}"
+
+
+#: Makes a variable from a shape, an initializer, a dtype and a name; see `Optimizer.add_variable`.
+Make = Callable[..., keras.Variable]
+
+
+def for_buckets(
+    make: Make,
+    keywords: Keywords,
+    rules: Mapping[int, Rule],
+    buckets: Sequence[Bucket],
+    variables: Sequence[Any],
+    *,
+    joining: bool,
+) -> State:
+    """The state for buckets of `variables`.
+
+    What begins as the weights are is zeros until the first update: the weights of a model that is built by its first
+    step have no values while that step is traced. Variables that join after others have names that say so, since state
+    is told by its variable's name in some kinds of files.
+    """
+
+    def named(name: str, bucket: Bucket) -> str:
+        return f"{name}_joined_{bucket.since}" if joining or bucket.since else name
+
+    def like_weights(name: str, bucket: Bucket) -> keras.Variable:
+        return make(bucket.stored_shape, dtype=at_least_float32(bucket.dtype), name=named(name, bucket))
+
+    def slots(bucket: Bucket) -> dict[str, keras.Variable]:
+        found = {}
+        for name, initial in rules[bucket.treatment.rule].slots().items():
+            dtype = slot_dtype(bucket.dtype, initial, keywords)
+            if callable(initial):  # the first update sets it; see `begun`
+                zeros = ops.zeros(bucket.stored_shape, dtype)
+                shape = tuple(bucket.stored(initial(bucket.view(zeros))).shape)
+                found[name] = make(shape, dtype=dtype, name=named(name, bucket))
+            else:
+                found[name] = make(bucket.stored_shape, filled(initial), dtype, name=named(name, bucket))
+        return found
+
+    def master(bucket: Bucket) -> dict[str, keras.Variable]:
+        return {"master": like_weights("master", bucket)} if bucket.dtype in HALF else {}
+
+    state = State(weights=[[variables[i] for i in b.indices] for b in buckets], slots=[slots(b) for b in buckets])
+    if keywords.gradient_accumulation_steps:
+        state = state._replace(
+            accumulated=[like_weights("accumulated", b) for b in buckets],
+            given=[make((len(b.indices),), dtype="int32", name=named("given", b)) for b in buckets],
+        )
+    if keywords.use_ema:
+        state = state._replace(average=[like_weights("average", b) for b in buckets])
+    if keywords.master_weights:
+        state = state._replace(master=[master(b) for b in buckets])
+    return state
+
+
+def once(make: Make, keywords: Keywords, rules: Mapping[int, Rule], iterations: Any, multiplier: Any) -> State:
+    """The state that there is once."""
+
+    def counter(name: str) -> keras.Variable:
+        return make((), dtype="int", name=name)
+
+    state = State(iterations=iterations, multiplier=multiplier)
+    scalars = {
+        of_rule(r, name): make((), filled(value), scalar_dtype(), name=name)
+        for r, rule in rules.items()
+        for name, value in rule.scalars().items()
+    }
+    if scalars:
+        state = state._replace(scalars=scalars)
+    if keywords.gradient_accumulation_steps:
+        state = state._replace(micro=counter("micro"))
+    if keywords.use_ema or rules[0].averages:
+        state = state._replace(evaluating=counter("evaluating"))
+    if keywords.skip_nonfinite:
+        names = ("skipped", "in_a_row", "bucket", "place")
+        state = state._replace(nonfinite={name: counter(f"nonfinite_{name}") for name in names})
+    return state
+
+
+def joined(state: State, more: State) -> State:
+    """The state with that of more buckets."""
+    return state._replace(**{n: [*getattr(state, n), *getattr(more, n)] for n in PER_BUCKET if more.has(n)})
+
+
+def begun(rules: Mapping[int, Rule], slots: Slots, p: Tensor, bucket: Bucket, iterations: Tensor) -> Slots:
+    """Slots before an update; in the first one, those that begin as a function of the weights are set to it."""
+    functions = functions_of_weights(rules, bucket)
+    first = ops.equal(iterations, bucket.since) if functions else None
+    return {**slots, **{name: ops.where(first, function(p), slots[name]) for name, function in functions.items()}}
+
+
+def functions_of_weights(rules: Mapping[int, Rule], bucket: Bucket) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The slots of a bucket that begin as a function of the weights."""
+    initial = rules[bucket.treatment.rule].slots()
+    return {name: function for name, function in initial.items() if callable(function)}
+
+
+def slot_dtype(weights: str, initial: Initial, keywords: Keywords) -> str:
+    """The dtype of a slot; those that begin as the weights are as exact as the computation."""
+    given = keywords.slot_dtype
+    return at_least_float32(weights) if given is None or callable(initial) else given
+
+
+def state_bytes(rule: Rule, dtype: str, keywords: Keywords) -> int:
+    """The bytes of state for each number of a parameter."""
+    dtypes = [slot_dtype(dtype, initial, keywords) for initial in rule.slots().values()]
+    copies = keywords.use_ema + bool(keywords.gradient_accumulation_steps)
+    copies += keywords.master_weights and dtype in HALF
+    dtypes += [at_least_float32(dtype)] * copies
+    return sum(2 if dtype in HALF else np.dtype(dtype).itemsize for dtype in dtypes)
