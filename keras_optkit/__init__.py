@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from keras_optkit import callbacks, data, finding, initializers, layers, optimizers, regularizers, schedules
 from keras_optkit.averaging import recalibrate_batch_norm
 from keras_optkit.finding import find_batch_size, find_learning_rate
+from keras_optkit.fit.wrapping import wrap_keras
 from keras_optkit.optimizers import Group
 from keras_optkit.registry import Card, cards, register
-from keras_optkit.wrapping import wrap_keras
 
 if TYPE_CHECKING:
     from keras_optkit import testing, tuning

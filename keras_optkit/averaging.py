@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.instrument import around
+from keras_optkit.fit.hooks import around
 from keras_optkit.precision import scalar_dtype
 from keras_optkit.private import sublayers
 

@@ -16,7 +16,7 @@ import numpy as np
 from keras import tree
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import Run
+from keras_optkit.fit.run import Run
 from keras_optkit.meaning import checksum, meaning
 
 __all__ = ["EpochDataset", "PerEpoch", "Shuffled"]

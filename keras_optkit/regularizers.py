@@ -11,7 +11,7 @@ from keras_optkit import arguments
 from keras_optkit.precision import HALF, at_least_float32
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
-from keras_optkit.tuning.space import Float
+from keras_optkit.space import Float
 
 __all__ = ["L1", "L1L2", "L2"]
 

@@ -9,6 +9,7 @@ fail, and pass again without it.
 
 # ruff: noqa: ARG001, ARG005 (what is wrong has the arguments of what is right)
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -31,12 +32,13 @@ import tensorflow as tf
 from keras import ops
 
 import keras_optkit as ok
-from keras_optkit import arguments, callbacks, initializers, layers, regularizers, schedules
+from keras_optkit import arguments, backend, callbacks, initializers, layers, regularizers, schedules
 from keras_optkit.callbacks import resume
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
-from keras_optkit.optimizers import adaptive, distribute, optimizer, packing, wrappers
+from keras_optkit.optimizers import adaptive, building, wrappers
 from keras_optkit.optimizers.adam import AdamRule
+from keras_optkit.optimizers.engine import gradients, nonfinite, packing, rounding, run, state, update
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
 from keras_optkit.registry import KINDS
@@ -151,58 +153,58 @@ def _(right):
     return lambda self, *rest: right(dataclasses.replace(self, epsilon=0.0), *rest)
 
 
-@bug("decay multiplied by the learning rate twice", "AdamW", "twin decay_mask", Optimizer, "_apply_rule")
+@bug("decay multiplied by the learning rate twice", "AdamW", "twin decay_mask", update, "apply_rule")
 def _(right):
-    def apply_rule(self, bucket, u, slots, p, h, mask):
+    def apply_rule(plan, bucket, u, slots, p, h, mask):
         h = copy.copy(h)
         h.weight_decay = h.learning_rate * h.weight_decay
-        return right(self, bucket, u, slots, p, h, mask)
+        return right(plan, bucket, u, slots, p, h, mask)
 
     return apply_rule
 
 
-@bug("decay not multiplied by the learning rate", "AdamW", "zero_and_rate_zero twin", Optimizer, "_apply_rule")
+@bug("decay not multiplied by the learning rate", "AdamW", "zero_and_rate_zero twin", update, "apply_rule")
 def _(right):
-    def apply_rule(self, bucket, u, slots, p, h, mask):
+    def apply_rule(plan, bucket, u, slots, p, h, mask):
         without = copy.copy(h)
         without.decays = False
-        new, slots = right(self, bucket, u, slots, p, without, mask)
+        new, slots = right(plan, bucket, u, slots, p, without, mask)
         return new - h.weight_decay * p, slots
 
     return apply_rule
 
 
-@bug("decay added to the gradient, as an L2 penalty", "AdamW", "twin decay_mask", Optimizer, "_apply_rule")
+@bug("decay added to the gradient, as an L2 penalty", "AdamW", "twin decay_mask", update, "apply_rule")
 def _(right):
-    def apply_rule(self, bucket, u, slots, p, h, mask):
+    def apply_rule(plan, bucket, u, slots, p, h, mask):
         if h.decays:
             u, h = u + h.weight_decay * p, copy.copy(h)
             h.decays = False
-        return right(self, bucket, u, slots, p, h, mask)
+        return right(plan, bucket, u, slots, p, h, mask)
 
     return apply_rule
 
 
-@bug("decay of the weights after the step", "SGD", "twin decay_mask", Optimizer, "_apply_rule")
+@bug("decay of the weights after the step", "SGD", "twin decay_mask", update, "apply_rule")
 def _(right):
-    def apply_rule(self, bucket, u, slots, p, h, mask):
+    def apply_rule(plan, bucket, u, slots, p, h, mask):
         without = copy.copy(h)
         without.decays = False
-        p, slots = right(self, bucket, u, slots, p, without, mask)
+        p, slots = right(plan, bucket, u, slots, p, without, mask)
         return p - h.learning_rate * h.weight_decay * p, slots
 
     return apply_rule
 
 
-@bug("vectors are decayed, too", "AdamW", "decay_mask", optimizer, "treatments")
+@bug("vectors are decayed, too", "AdamW", "decay_mask", building, "treatments")
 def _(right):
     return lambda paths, ranks, *rest: right(paths, [rank + 1 for rank in ranks], *rest)
 
 
-@bug("weights go up", "SGD", "learns twin", Optimizer, "_apply_rule")
+@bug("weights go up", "SGD", "learns twin", update, "apply_rule")
 def _(right):
-    def apply_rule(self, bucket, u, slots, p, h, mask):
-        return right(self, bucket, -u, slots, p, h, mask)
+    def apply_rule(plan, bucket, u, slots, p, h, mask):
+        return right(plan, bucket, -u, slots, p, h, mask)
 
     return apply_rule
 
@@ -213,35 +215,35 @@ def _(right):
 @bug("clipnorm takes the norm of all variables that share a bucket", "AdamW", "clipping", packing.Bucket, "split")
 def _(right):
     def split(self, tensor):
-        inside_clip = sys._getframe(1).f_code.co_name == "_clip"
+        inside_clip = sys._getframe(1).f_code.co_name == "clip"
         return [tensor] if inside_clip else right(self, tensor)
 
     return split
 
 
-@bug("global norm as the sum of the norms", "SGD", "clipping", optimizer, "_sum_of_squares")
+@bug("global norm as the sum of the norms", "SGD", "clipping", gradients, "sum_of_squares")
 def _(right):
     return lambda grad: ops.sqrt(right(grad))
 
 
 def _clipped_at_once(right):
-    def bucketed(self, grads):
-        present = [g for g in grads if g is not None]
-        if self.global_clipnorm:
-            present, _ = tf.clip_by_global_norm(present, self.global_clipnorm)
-        elif self.clipvalue:
-            present = [tf.clip_by_value(g, -self.clipvalue, self.clipvalue) for g in present]
+    def of_buckets(plan, state, grads):
+        present, keywords = [g for g in grads if g is not None], plan.keywords
+        if keywords.global_clipnorm:
+            present, _ = tf.clip_by_global_norm(present, keywords.global_clipnorm)
+        elif keywords.clipvalue:
+            present = [tf.clip_by_value(g, -keywords.clipvalue, keywords.clipvalue) for g in present]
         left = iter(present)
-        return right(self, [None if g is None else next(left) for g in grads])
+        return right(plan, state, [None if g is None else next(left) for g in grads])
 
-    return bucketed
-
-
-bug("clipping before the sum over replicas", "AdamW", "replicas", Optimizer, "_bucketed")(_clipped_at_once)
-bug("clipping before the mean over micro-batches", "AdamW", "accumulation", Optimizer, "_bucketed")(_clipped_at_once)
+    return of_buckets
 
 
-@bug("mean over replicas instead of the sum", "SGD", "replicas", distribute, "sum_over_replicas")
+bug("clipping before the sum over replicas", "AdamW", "replicas", gradients, "of_buckets")(_clipped_at_once)
+bug("clipping before the mean over micro-batches", "AdamW", "accumulation", gradients, "of_buckets")(_clipped_at_once)
+
+
+@bug("mean over replicas instead of the sum", "SGD", "replicas", backend, "sum_over_replicas")
 def _(right):
     def mean(tensors):
         count = tf.distribute.get_strategy().num_replicas_in_sync
@@ -250,32 +252,33 @@ def _(right):
     return mean
 
 
-@bug("every replica updates with its own gradient", "AdamW", "replicas", distribute, "sum_over_replicas")
+@bug("every replica updates with its own gradient", "AdamW", "replicas", backend, "sum_over_replicas")
 def _(right):
     return lambda tensors: tensors
 
 
-@bug("sum over micro-batches instead of the mean", "SGD", "accumulation", Optimizer, "_means")
+@bug("sum over micro-batches instead of the mean", "SGD", "accumulation", gradients, "means")
 def _(right):
-    def sums(self, state, grads):
-        k = self.gradient_accumulation_steps
-        return [None if g is None else g._replace(value=g.value * k) for g in right(self, state, grads)]
+    def sums(plan, state, grads):
+        k = plan.keywords.gradient_accumulation_steps
+        return [None if g is None else g._replace(value=g.value * k) for g in right(plan, state, grads)]
 
     return sums
 
 
-@bug("the last micro-batch instead of the mean", "AdamW", "accumulation", Optimizer, "_collect")
+@bug("the last micro-batch instead of the mean", "AdamW", "accumulation", gradients, "collect")
 def _(right):
-    def collect(self, state, grads):
-        return right(self, state | {"accumulated": [0 * a for a in state["accumulated"]]}, grads)
+    def collect(plan, state, grads):
+        return right(plan, state._replace(accumulated=[0 * a for a in state.accumulated]), grads)
 
     return collect
 
 
-@bug("what is left at the end is divided by k", "SGD", "accumulation", Optimizer, "_means")
+@bug("what is left at the end is divided by k", "SGD", "accumulation", gradients, "means")
 def _(right):
-    def of_k(self, state, grads):
-        return right(self, state | {"micro": ops.full_like(state["micro"], self.gradient_accumulation_steps)}, grads)
+    def of_k(plan, state, grads):
+        k = plan.keywords.gradient_accumulation_steps
+        return right(plan, state._replace(micro=ops.full_like(state.micro, k)), grads)
 
     return of_k
 
@@ -285,64 +288,64 @@ def _(right):
     return lambda self: None
 
 
-@bug("a schedule counts micro-batches", "AdamW", "accumulation", Optimizer, "_program")
+NOTED: dict[str, Any] = {}
+
+
+def _note_the_micro_batches(right):
+    def plan(self):
+        NOTED["k"] = self.gradient_accumulation_steps or 1
+        return right(self)
+
+    return plan
+
+
+def _read_late(right):
+    return lambda dynamic, iterations, *rest: right(dynamic, iterations * NOTED["k"] + NOTED["k"] - 1, *rest)
+
+
+bug("a schedule counts micro-batches", "AdamW", "accumulation", Optimizer, "_plan", run, "present")(
+    [_note_the_micro_batches, _read_late]
+)
+
+
+@bug("micro-batches are counted as updates", "SGD", "accumulation", gradients, "collect")
 def _(right):
-    def program(self):
-        step, k = right(self), self.gradient_accumulation_steps or 1
-
-        def late(state):
-            return step.read(state | {"iterations": state["iterations"] * k + k - 1})
-
-        return dataclasses.replace(step, read=step.read and late)
-
-    return program
-
-
-@bug("micro-batches are counted as updates", "SGD", "accumulation", Optimizer, "_collect")
-def _(right):
-    def collect(self, state, grads):
-        self.iterations.assign_add(1)
-        return right(self, state, grads)
+    def collect(plan, state, grads):
+        return right(plan, state, grads)._replace(iterations=state.iterations + 1)
 
     return collect
 
 
-@bug("the moving average counts micro-batches", "AdamW", "accumulation", Optimizer, "_collect")
+@bug("the moving average counts micro-batches", "AdamW", "accumulation", Optimizer, "apply")
 def _(right):
-    def collect(self, state, grads):
-        held = self._held.state
-        for b, bucket in enumerate(self._held.buckets):
-            if self.use_ema:
-                p = bucket.stored(bucket.join([ops.convert_to_tensor(w) for w in held["weights"][b]]))
-                average = held["average"][b]
-                average.assign(self.ema_momentum * average + (1 - self.ema_momentum) * p)
-        return right(self, state, grads)
+    def apply(self, grads, trainable_variables=None):
+        right(self, grads, trainable_variables)
+        held, share = self._held, 1 - self.ema_momentum
+        for bucket, weights, average in zip(held.buckets, held.state.weights, held.state.average or (), strict=False):
+            p = bucket.stored(bucket.join([ops.convert_to_tensor(w) for w in weights]))
+            average.assign(self.ema_momentum * average + share * p)
 
-    return collect
+    return apply
 
 
-@bug("accumulators are not emptied", "AdamW", "accumulation", Optimizer, "_update")
+@bug("accumulators are not emptied", "AdamW", "accumulation", gradients, "cleared")
 def _(right):
-    def update(self, state, *rest):
-        return right(self, state, *rest) | {name: state[name] for name in ("accumulated",) if name in state}
-
-    return update
+    return lambda state: right(state)._replace(accumulated=state.accumulated)
 
 
 # -- modes, packing ---------------------------------------------------------------------------------------------------
 
 
-@bug("steps are counted in Python", "AdamW", "modes_agree fit", Optimizer, "_program")
+@bug("steps are counted in Python", "AdamW", "modes_agree fit", update, "update")
 def _(right):
-    def program(self):
-        step = right(self)
-        self._held.calls = getattr(self._held, "calls", -1) + 1
-        count = tf.constant(self._held.calls)
-        return dataclasses.replace(
-            step, update=lambda state, grads, p: step.update(state, grads, p._replace(iterations=count))
-        )
+    calls = collections.Counter()
 
-    return program
+    def counted(plan, state, grads, dynamic, prepared):
+        count = tf.constant(calls[plan.name])
+        calls[plan.name] += 1
+        return right(plan, state, grads, dynamic, prepared._replace(iterations=count))
+
+    return counted
 
 
 @bug("a variable is made in the first step, which is traced again", "SGD", "modes_agree", Optimizer, "apply")
@@ -355,12 +358,14 @@ def _(right):
     return apply
 
 
-@bug("constraints hold in eager steps only", "AdamW", "fit", Optimizer, "_constraint")
+@bug("constraints hold in eager steps only", "AdamW", "fit", Optimizer, "_plan")
 def _(right):
-    def constraint(self, bucket):
-        return right(self, bucket) if tf.executing_eagerly() else None
+    def plan(self):
+        found = right(self)
+        none = [None] * len(found.buckets)
+        return found if tf.executing_eagerly() else dataclasses.replace(found, constraints=none)
 
-    return constraint
+    return plan
 
 
 @bug("variables are joined in another order than they are split in", "SGD", "packing", packing.Bucket, "join")
@@ -368,7 +373,7 @@ def _(right):
     return lambda self, tensors: right(self, tensors[::-1] if self.form == "flat" else tensors)
 
 
-@bug("packed by dtype alone, so the first one's decay is everybody's", "AdamW", "packing", optimizer, "pack")
+@bug("packed by dtype alone, so the first one's decay is everybody's", "AdamW", "packing", building, "pack")
 def _(right):
     def by_dtype(shapes, dtypes, treatments, *, below, **rest):
         known = treatments[:1] * len(treatments) if below else treatments
@@ -377,7 +382,7 @@ def _(right):
     return by_dtype
 
 
-@bug("what the fused step has computed is not assigned", "SGD", "fused", distribute, "_write")
+@bug("what the fused step has computed is not assigned", "SGD", "fused", run, "_write")
 def _(right):
     def write(buckets, *rest, keep=None, **more):
         result = right(buckets, *rest, keep=keep, **more)
@@ -386,32 +391,41 @@ def _(right):
     return write
 
 
-@bug("the fused step takes missing gradients for zeros", "AdamW", "fused", Optimizer, "_apply_rule")
-def _(right):
-    def apply_rule(self, bucket, u, slots, p, h, mask):
-        return right(self, bucket, u, slots, p, h, mask if self.fuse is False or tf.executing_eagerly() else None)
+def _note_whether_it_is_fused(right):
+    def fused(plan, state, grads, fuse, awaited):
+        NOTED["fuse"] = fuse
+        right(plan, state, grads, fuse, awaited)
 
-    return apply_rule
+    return fused
+
+
+def _without_mask_if_fused(right):
+    return lambda *rest: right(*rest[:-1], None if NOTED["fuse"] else rest[-1])
+
+
+bug("the fused step takes missing gradients for zeros", "AdamW", "fused", run, "_update", update, "apply_rule")(
+    [_note_whether_it_is_fused, _without_mask_if_fused]
+)
 
 
 # -- odd gradients and dtypes -----------------------------------------------------------------------------------------
 
 
-@bug("missing gradients are zeros", "AdamW", "missing_gradient", Optimizer, "_apply_rule")
+@bug("missing gradients are zeros", "AdamW", "missing_gradient", update, "apply_rule")
 def _(right):
-    return lambda self, bucket, u, slots, p, h, mask: right(self, bucket, u, slots, p, h, None)
+    return lambda plan, bucket, u, slots, p, h, mask: right(plan, bucket, u, slots, p, h, None)
 
 
-@bug("the momentum of a variable without a gradient fades", "SGD", "missing_gradient", Optimizer, "_apply_rule")
+@bug("the momentum of a variable without a gradient fades", "SGD", "missing_gradient", update, "apply_rule")
 def _(right):
-    def apply_rule(self, bucket, u, slots, p, h, mask):
-        new, _ = right(self, bucket, u, slots, p, h, mask)
-        return new, right(self, bucket, u, slots, p, h, None)[1]
+    def apply_rule(plan, bucket, u, slots, p, h, mask):
+        new, _ = right(plan, bucket, u, slots, p, h, mask)
+        return new, right(plan, bucket, u, slots, p, h, None)[1]
 
     return apply_rule
 
 
-@bug("slots in the dtype of half-precision weights", "AdamW", "dtypes", optimizer, "at_least_float32")
+@bug("slots in the dtype of half-precision weights", "AdamW", "dtypes", state, "at_least_float32")
 def _(right):
     return keras.backend.standardize_dtype
 
@@ -425,12 +439,12 @@ def _(right):
     return update
 
 
-@bug("steps start at the rounded weights, not at their masters", "AdamW", "master_weights", Optimizer, "_widened")
+@bug("steps start at the rounded weights, not at their masters", "AdamW", "master_weights", rounding, "widened")
 def _(right):
-    def widened(self, weights, state, b):
-        if not self.master_weights:
-            return right(self, weights, state, b)
-        return ops.cast(weights, optimizer.at_least_float32(weights.dtype))
+    def widened(plan, state, b):
+        if not plan.keywords.master_weights:
+            return right(plan, state, b)
+        return ops.cast(state.weights[b], rounding.at_least_float32(state.weights[b].dtype))
 
     return widened
 
@@ -440,21 +454,18 @@ def _(right):
     return lambda self: {name: entry for name, entry in right(self).items() if not name.startswith("master")}
 
 
-@bug("the loss scale is not divided out", "SGD", "loss_scaling", Optimizer, "_join")
+def with_keywords(plan, **other):
+    return dataclasses.replace(plan, keywords=dataclasses.replace(plan.keywords, **other))
+
+
+@bug("the loss scale is not divided out", "SGD", "loss_scaling", gradients, "join")
 def _(right):
-    def join(self, *rest):
-        scale, self.loss_scale_factor = self.loss_scale_factor, None
-        try:
-            return right(self, *rest)
-        finally:
-            self.loss_scale_factor = scale
-
-    return join
+    return lambda plan, *rest: right(with_keywords(plan, loss_scale_factor=None), *rest)
 
 
-@bug("a skipped update is counted", "AdamW", "skip_nonfinite", optimizer, "_unless_nonfinite")
+@bug("a skipped update is counted", "AdamW", "skip_nonfinite", nonfinite, "unless_nonfinite")
 def _(right):
-    return lambda state, new, prepared: right(state, new, prepared) | {"iterations": new["iterations"]}
+    return lambda state, new, *rest: right(state, new, *rest)._replace(iterations=new.iterations)
 
 
 @bug("NaN is looked for, and infinity goes through", "SGD", "skip_nonfinite", ops, "isfinite")
@@ -462,21 +473,19 @@ def _(right):
     return lambda x: ops.logical_not(ops.isnan(x))
 
 
-@bug("bad gradients in a row are counted from the start", "SGD", "skip_nonfinite", optimizer, "_unless_nonfinite")
+@bug("bad gradients in a row are counted from the start", "SGD", "skip_nonfinite", nonfinite, "unless_nonfinite")
 def _(right):
-    def unless_nonfinite(state, new, prepared):
-        result = right(state, new, prepared)
-        return result | {"nonfinite": result["nonfinite"] | {"in_a_row": result["nonfinite"]["skipped"]}}
+    def unless_nonfinite(*rest):
+        result = right(*rest)
+        return result._replace(nonfinite=result.nonfinite | {"in_a_row": result.nonfinite["skipped"]})
 
     return unless_nonfinite
 
 
-@bug(
-    "of a row that occurs twice in a batch, one gradient counts", "SGD", "rows", distribute, "dense", distribute, "rows"
-)
+@bug("of a row that occurs twice in a batch, one gradient counts", "SGD", "rows", backend, "dense", backend, "rows")
 def _(right):
     def without_duplicates(gradient, *rest):
-        if distribute.is_sparse(gradient):
+        if backend.is_sparse(gradient):
             later = tf.linalg.band_part(tf.equal(gradient.indices[:, None], gradient.indices[None]), 0, -1)
             last = tf.reduce_sum(tf.cast(later, "int32"), 1) == 1
             values = tf.where(tf.reshape(last, (-1, *[1] * (len(gradient.values.shape) - 1))), gradient.values, 0)
@@ -486,22 +495,18 @@ def _(right):
     return without_duplicates
 
 
-@bug("momentum and decay move the rows that are not in the batch", "AdamW", "rows", Optimizer, "_bucketed")
+@bug("momentum and decay move the rows that are not in the batch", "AdamW", "rows", gradients, "of_buckets")
 def _(right):
-    def bucketed(self, grads):
-        self.sparse = "dense"
-        return right(self, grads)
-
-    return bucketed
+    return lambda plan, *rest: right(with_keywords(plan, sparse="dense"), *rest)
 
 
 # -- groups, learning rate, averages ----------------------------------------------------------------------------------
 
 
-@bug("the factor of a group does not reach its decay", "AdamW", "groups", Optimizer, "_hyper")
+@bug("the factor of a group does not reach its decay", "AdamW", "groups", update, "hyper")
 def _(right):
-    def hyper(self, prepared, memo, bucket=None, **more):
-        h = right(self, prepared, memo, bucket, **more)
+    def hyper(plan, prepared, memo, bucket=None, **more):
+        h = right(plan, prepared, memo, bucket, **more)
         if bucket is not None and bucket.treatment.lr_scale:
             h.weight_decay = h.weight_decay / bucket.treatment.lr_scale
         return h
@@ -509,12 +514,12 @@ def _(right):
     return hyper
 
 
-@bug("of the groups that match, the last one counts", "AdamW", "groups", optimizer, "treatments")
+@bug("of the groups that match, the last one counts", "AdamW", "groups", building, "treatments")
 def _(right):
     return lambda paths, ranks, groups, *rest: right(paths, ranks, (groups or [])[::-1], *rest)
 
 
-@bug("the rule of a group is that of the others", "AdamW", "group_rules", optimizer, "treatments")
+@bug("the rule of a group is that of the others", "AdamW", "group_rules", building, "treatments")
 def _(right):
     def all_alike(*rest):
         found, groups = right(*rest)
@@ -524,22 +529,25 @@ def _(right):
 
 
 def _count_frozen(right):
-    def bucketed(self, grads):
-        treatments = self._treatments(self._held.variables)[0]
-        self._held.frozen = [g for g, how in zip(grads, treatments, strict=True) if how is None and g is not None]
-        return right(self, grads)
+    def of_buckets(plan, state, grads):
+        trained = {i for bucket in plan.buckets for i in bucket.indices}
+        FROZEN[:] = [g for i, g in enumerate(grads) if i not in trained and g is not None]
+        return right(plan, state, grads)
 
-    return bucketed
+    return of_buckets
+
+
+FROZEN: list[Any] = []
 
 
 def _clip_with_frozen(right):
-    def prepare(self, *rest):
-        prepared = right(self, *rest)
+    def prepare(plan, *rest):
+        prepared, limit = right(plan, *rest), plan.keywords.global_clipnorm
         if prepared.factor is None:
             return prepared
-        norm = self.global_clipnorm / prepared.factor  # all of them are above the limit
-        total = norm**2 + sum(ops.sum(ops.square(g)) for g in self._held.frozen)
-        return prepared._replace(factor=self.global_clipnorm / ops.sqrt(total))
+        norm = limit / prepared.factor  # all of them are above the limit
+        total = norm**2 + sum(ops.sum(ops.square(g)) for g in FROZEN)
+        return prepared._replace(factor=limit / ops.sqrt(total))
 
     return prepare
 
@@ -548,18 +556,18 @@ bug(
     "the gradients of frozen variables count when clipping",
     "AdamW",
     "groups",
-    Optimizer,
-    "_bucketed",
-    Optimizer,
-    "_prepare",
+    gradients,
+    "of_buckets",
+    update,
+    "prepare",
 )([_count_frozen, _clip_with_frozen])
 
 
-@bug("what is set on top of a schedule is ignored", "AdamW", "learning_rate", Optimizer, "_prepare")
+@bug("what is set on top of a schedule is ignored", "AdamW", "learning_rate", update, "prepare")
 def _(right):
-    def prepare(self, state, *rest):
-        one = ops.ones_like(state["multiplier"])
-        return right(self, state | {"multiplier": state["multiplier"] if self._schedule is None else one}, *rest)
+    def prepare(plan, state, *rest):
+        one = ops.ones_like(state.multiplier)
+        return right(plan, state if plan.schedule is None else state._replace(multiplier=one), *rest)
 
     return prepare
 
@@ -574,30 +582,19 @@ def _(right):
     return exact
 
 
-@bug("momentum and 1 - momentum of the average change places", "AdamW", "average", Optimizer, "_update")
+@bug("momentum and 1 - momentum of the average change places", "AdamW", "average", update, "update")
 def _(right):
-    def update(self, *rest):
-        given = self.ema_momentum
-        self.ema_momentum = 1 - given
-        try:
-            return right(self, *rest)
-        finally:
-            self.ema_momentum = given
-
-    return update
+    return lambda plan, *rest: right(with_keywords(plan, ema_momentum=1 - plan.keywords.ema_momentum), *rest)
 
 
-@bug("the average starts at zero", "SGD", "average", Optimizer, "_update")
+@bug("the average starts at zero", "SGD", "average", update, "update")
 def _(right):
-    def update(self, state, *rest):
-        new = right(self, state, *rest)
-        if "average" in state:
-            first = ops.equal(state["iterations"], 0)
-            share = 1 - self.ema_momentum
-            new["average"] = [ops.where(first, share * a, a) for a in new["average"]]
-        return new
+    def from_zero(plan, state, *rest):
+        new, share = right(plan, state, *rest), 1 - plan.keywords.ema_momentum
+        first = ops.equal(state.iterations, 0)
+        return new._replace(average=[ops.where(first, share * a, a) for a in new.average] or ())
 
-    return update
+    return from_zero
 
 
 @bug(
@@ -606,7 +603,7 @@ def _(right):
 def _(right):
     def swap_weights(self, evaluating):
         right(self, evaluating)
-        for average in self._held.state.get("average", []) if self.built else []:
+        for average in self._held.state.average:
             average.assign(ops.cast(ops.cast(average, "float32"), average.dtype))
 
     return swap_weights
@@ -774,7 +771,7 @@ def _(right):
 def _(right):
     def extend(self, variables):
         right(self, variables)
-        for slots in self._held.state["slots"] if len(variables) == 7 else []:
+        for slots in self._held.state.slots if len(variables) == 7 else []:
             for variable in slots.values():
                 variable.assign(ops.zeros_like(variable))
 

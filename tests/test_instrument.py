@@ -14,7 +14,7 @@ from test_monitor import events
 
 import keras_optkit as ok
 from keras_optkit.callbacks import NonFiniteGuard, ScheduleHyperparameters, TrainingMonitor
-from keras_optkit.callbacks.instrument import KEPT
+from keras_optkit.fit.steps import KEPT
 from keras_optkit.schedules import Linear
 
 MOMENTUM = Linear(0.5, 100, final=0.9)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
-from keras_optkit.optimizers.engine.packing import pack
 from torch_references import in_torch, optim, optimizer_run
 
 import keras_optkit as ok
+from keras_optkit.optimizers.engine.packing import pack
 from keras_optkit.optimizers.groups import Treatment
 from keras_optkit.testing import problems
 

@@ -16,9 +16,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
-from keras_optkit.optimizers.engine.packing import PACK_BELOW
 
 import keras_optkit as ok
+from keras_optkit.optimizers.engine.packing import PACK_BELOW
 from keras_optkit.testing import problems
 from keras_optkit.testing.references import TWINS
 

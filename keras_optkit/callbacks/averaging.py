@@ -16,10 +16,11 @@ from keras_optkit import arguments
 from keras_optkit.averaging import batch_norms, checked_inputs, recalibrate_batch_norm, refuse_if_not_callable
 from keras_optkit.backend import is_lost
 from keras_optkit.callbacks import others
-from keras_optkit.callbacks.callback import Callback, number, running_fit
-from keras_optkit.callbacks.instrument import around
+from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.fit.hooks import around
+from keras_optkit.fit.optimizers import build_optimizer
+from keras_optkit.fit.run import running_fit
 from keras_optkit.optimizers import Optimizer
-from keras_optkit.optimizers.fitting import build_optimizer
 from keras_optkit.optimizers.of_model import innermost, innermost_of, optimizers_of
 from keras_optkit.precision import at_least_float32
 from keras_optkit.private import known_variables, sublayers

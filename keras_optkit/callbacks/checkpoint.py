@@ -21,10 +21,11 @@ import keras
 from keras_optkit import arguments
 from keras_optkit.callbacks import others
 from keras_optkit.callbacks.bundle import DamagedError
-from keras_optkit.callbacks.callback import Callback, running_fit
-from keras_optkit.callbacks.instrument import around
+from keras_optkit.callbacks.callback import Callback
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
 from keras_optkit.files import atomic_path, atomic_write, leftovers, opened, sealed
+from keras_optkit.fit.hooks import around
+from keras_optkit.fit.run import running_fit
 from keras_optkit.private import sublayers
 from keras_optkit.registry import register
 from keras_optkit.saving import mark_as_built

@@ -18,18 +18,13 @@ import keras
 from keras import ops, tree
 
 from keras_optkit import arguments, backend
-from keras_optkit.callbacks.callback import Callback, number, running_fit
+from keras_optkit.callbacks.callback import Callback, number
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
-from keras_optkit.callbacks.instrument import (
-    Hook,
-    Instrument,
-    around,
-    attach,
-    build_as_the_first_step,
-    detach,
-    is_built,
-)
 from keras_optkit.callbacks.state import Copies, TrainingState, generators_now
+from keras_optkit.fit.hooks import Hook, around
+from keras_optkit.fit.instrument import Instrument
+from keras_optkit.fit.run import running_fit
+from keras_optkit.fit.steps import attach, build_as_the_first_step, detach, is_built
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
 from keras_optkit.private import known_variables, sublayers

@@ -16,7 +16,10 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
-from keras_optkit.callbacks.instrument import Hook, Instrument, around, attach, detach, frozen, renew
+from keras_optkit.fit.basis import frozen
+from keras_optkit.fit.hooks import Hook, around
+from keras_optkit.fit.instrument import Instrument
+from keras_optkit.fit.steps import attach, detach, renew
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import optimizers_of, unscaled
 from keras_optkit.precision import scalar_dtype

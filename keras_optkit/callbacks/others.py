@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_optkit.callbacks.callback import Run, running_fit
+from keras_optkit.fit.run import Run, running_fit
 
 _BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 

@@ -13,8 +13,8 @@ from keras import ops
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
-from keras_optkit.callbacks.instrument import around
 from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
+from keras_optkit.fit.hooks import around
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import named_optimizers_of, paths_of, used_optimizers_of
 from keras_optkit.registry import register

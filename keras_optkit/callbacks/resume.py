@@ -24,12 +24,13 @@ import numpy as np
 
 from keras_optkit import arguments
 from keras_optkit.callbacks import bundle
-from keras_optkit.callbacks.callback import Callback, Run
+from keras_optkit.callbacks.callback import Callback
 from keras_optkit.callbacks.identity import SECTIONS, differences, identity, variables, versions
 from keras_optkit.callbacks.state import Copies, TrainingState
 from keras_optkit.callbacks.stock import has_state, is_known, set_state_of, state_of
 from keras_optkit.callbacks.store import Store
 from keras_optkit.data import EpochDataset
+from keras_optkit.fit.run import Run
 from keras_optkit.registry import register
 
 

@@ -30,8 +30,8 @@ import keras
 import numpy as np
 
 from keras_optkit.backend import on_host
+from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.optimizers import Optimizer
-from keras_optkit.optimizers.fitting import build_optimizer
 from keras_optkit.optimizers.of_model import directly_inside, optimizers_of, ours_of
 from keras_optkit.private import forget_trace, global_seed, known_variables, set_global_seed, sublayers
 

@@ -9,9 +9,10 @@ from typing import Any
 import keras
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import Callback, Run, number
-from keras_optkit.callbacks.instrument import compile_anew
-from keras_optkit.optimizers.fitting import build_optimizer, make_room
+from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.fit.optimizers import build_optimizer, make_room
+from keras_optkit.fit.run import Run
+from keras_optkit.fit.steps import compile_anew
 from keras_optkit.optimizers.groups import checked_pattern, near_misses
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, update_counter

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_optkit import arguments
 from keras_optkit.callbacks import others
-from keras_optkit.callbacks.callback import Run, running_fit
+from keras_optkit.fit.run import Run, running_fit
 
 _DOWN = {"loss", "error", "mse", "mae", "rmse"}
 _UP = {"acc", "accuracy", "auc", "precision", "recall", "f1", "iou", "r2"}

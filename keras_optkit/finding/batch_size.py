@@ -18,7 +18,6 @@ from keras import ops, tree
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import number
-from keras_optkit.callbacks.instrument import compile_anew
 from keras_optkit.data import Shuffled
 from keras_optkit.finding.trial import (
     as_found,
@@ -29,8 +28,9 @@ from keras_optkit.finding.trial import (
     state_as_found,
     used_optimizers,
 )
+from keras_optkit.fit.optimizers import build_optimizer
+from keras_optkit.fit.steps import compile_anew
 from keras_optkit.optimizers import Optimizer, Rule
-from keras_optkit.optimizers.fitting import build_optimizer
 
 Tensor = Any
 

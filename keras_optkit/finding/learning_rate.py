@@ -16,9 +16,9 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import number
-from keras_optkit.callbacks.instrument import compile_anew
 from keras_optkit.finding import curve
 from keras_optkit.finding.trial import as_found, batches, build, checked_model, run, used_optimizers
+from keras_optkit.fit.steps import compile_anew
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
 from keras_optkit.precision import scalar_dtype

@@ -14,7 +14,7 @@ from keras import tree
 from keras_optkit import arguments
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import Shuffled
-from keras_optkit.optimizers.fitting import build_optimizer
+from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
 from keras_optkit.private import forget_trace, sublayers
 

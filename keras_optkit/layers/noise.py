@@ -12,7 +12,7 @@ from keras_optkit import arguments, backend
 from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
-from keras_optkit.tuning.space import Float
+from keras_optkit.space import Float
 
 __all__ = ["ScheduledDropout"]
 

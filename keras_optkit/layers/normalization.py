@@ -10,7 +10,7 @@ from keras_optkit import arguments
 from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
-from keras_optkit.tuning.space import Choice
+from keras_optkit.space import Choice
 
 __all__ = ["GhostBatchNormalization"]
 

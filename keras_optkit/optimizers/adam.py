@@ -11,7 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, flag, number
 from keras_optkit.registry import register
-from keras_optkit.tuning.space import Choice, Float
+from keras_optkit.space import Choice, Float
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Va
 from keras_optkit.optimizers.sgd import SGDRule
 from keras_optkit.registry import register
 from keras_optkit.saving import constructor_parameters
-from keras_optkit.tuning.space import Choice, Float
+from keras_optkit.space import Choice, Float
 
 
 def _count(default: int, low: int) -> Any:

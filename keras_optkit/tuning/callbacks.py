@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras_tuner.errors import FatalTypeError
 
-from keras_optkit.tuning.space import Values
+from keras_optkit.space import Values
 
 Callbacks = Callable[..., Sequence[keras.callbacks.Callback]]
 

@@ -10,7 +10,7 @@ import keras
 import keras_tuner
 
 from keras_optkit import arguments
-from keras_optkit.tuning.space import Choice, Float, Int, Parameter, Space, Values
+from keras_optkit.space import Choice, Float, Int, Parameter, Space, Values
 
 FIT_ARGUMENTS = ("batch_size", "epochs")
 

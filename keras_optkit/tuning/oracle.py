@@ -11,8 +11,8 @@ import keras_tuner
 import numpy as np
 from keras_tuner.engine.trial import TrialStatus
 
+from keras_optkit.space import Points, Space, Values
 from keras_optkit.tuning.hypermodel import hyperparameters
-from keras_optkit.tuning.space import Points, Space, Values
 
 VALUES, TRAINING, SPLIT = range(3)  # what a random stream is for
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_optkit.tuning.space import Space, Values
+from keras_optkit.space import Space, Values
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import keras
 import keras_tuner
 
 from keras_optkit import arguments
+from keras_optkit.space import Float, Int, Points, Space, Values
 from keras_optkit.tuning.best_epoch import names_of
 from keras_optkit.tuning.callbacks import Callbacks
 from keras_optkit.tuning.data import check_ends, checked_data, checked_fit_arguments, comparable, fit_data, is_dataset
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
 from keras_optkit.tuning.oracle import GridOracle, RandomOracle, SpaceOracle
 from keras_optkit.tuning.result import Result
-from keras_optkit.tuning.space import Float, Int, Points, Space, Values
 from keras_optkit.tuning.tuner import Tuner
 
 STRATEGIES = ("random", "grid")

@@ -24,6 +24,7 @@ from keras_tuner.errors import FailedTrialError, FatalError, FatalValueError
 
 from keras_optkit import arguments
 from keras_optkit.private import clear_session
+from keras_optkit.space import Values
 from keras_optkit.tuning import logs
 from keras_optkit.tuning.best_epoch import BestEpoch, names_of
 from keras_optkit.tuning.books import AtomicBooks, check_books, damaged, delete_search, keep_books_of, locked
@@ -33,7 +34,6 @@ from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
 from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.oracle import TRAINING, stream
 from keras_optkit.tuning.result import Result, Trial, ranked, shown
-from keras_optkit.tuning.space import Values
 
 _PRINTING = threading.Lock()  # sys.stdout is one for all threads
 

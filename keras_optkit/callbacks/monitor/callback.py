@@ -15,7 +15,6 @@ from keras import ops
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
-from keras_optkit.callbacks.instrument import attach, detach, is_built
 from keras_optkit.callbacks.monitor.files import EventFile, LineFile
 from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
 from keras_optkit.callbacks.monitor.step import (
@@ -28,6 +27,7 @@ from keras_optkit.callbacks.monitor.step import (
     clips,
     matching_layers,
 )
+from keras_optkit.fit.steps import attach, detach, is_built
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import optimizers_of, used_optimizers_of
 from keras_optkit.registry import register

@@ -13,8 +13,9 @@ from typing import Any
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_optkit.callbacks.callback import number, running_fit
+from keras_optkit.callbacks.callback import number
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters, drivable
+from keras_optkit.fit.run import running_fit
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import optimizers_of, ours_of, paths_of, unscaled, used_optimizers_of
 

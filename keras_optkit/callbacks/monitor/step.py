@@ -13,8 +13,9 @@ from keras import ops, tree
 
 from keras_optkit import backend
 from keras_optkit.callbacks.callback import number
-from keras_optkit.callbacks.instrument import Hook, Instrument, around
 from keras_optkit.callbacks.monitor import on_tensorflow
+from keras_optkit.fit.hooks import Hook, around
+from keras_optkit.fit.instrument import Instrument
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours_of, unscaled

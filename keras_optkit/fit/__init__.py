@@ -1,0 +1,1 @@
+"""What happens around `fit`, and inside of its training step."""

@@ -1,0 +1,52 @@
+"""Hooks around the methods of one object."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+#: Called with the method's arguments; the method runs inside the context manager that it returns, and if that yields a
+#: function, the function is called with the method's result.
+Hook = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+def around(owner: Any, method: str, hook: Hook, *, first: bool = False) -> Callable[[], None]:
+    """Runs `hook` around `owner.method` from now on, on this one object, and returns a function that takes it away.
+
+    Several hooks may be on one method and be taken away in any order; those that come `first` are entered before the
+    others. What Keras compiles calls the method only while it is traced.
+    """
+    own = vars(owner)  # not setattr, where Keras and TensorFlow would begin to track what is set
+    wrapper = own.get(method)
+    if not hasattr(wrapper, "hooks"):
+        wrapper = own[method] = _wrap(getattr(owner, method), replaced=wrapper)
+    hooks = wrapper.hooks
+    hooks.insert(0 if first else len(hooks), hook)
+
+    def remove() -> None:
+        if hook in hooks:
+            hooks.remove(hook)
+        if not hooks and own.get(method) is wrapper:
+            del own[method]
+            if wrapper.replaced is not None:
+                own[method] = wrapper.replaced
+
+    return remove
+
+
+def _wrap(function: Callable[..., Any], replaced: Any) -> Any:
+    hooks: list[Hook] = []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            see_result = [stack.enter_context(hook(*args, **kwargs)) for hook in hooks]
+            result = function(*args, **kwargs)
+            for see in see_result:
+                if see is not None:
+                    see(result)
+            return result
+
+    wrapper.hooks = hooks  # type: ignore[attr-defined]
+    wrapper.replaced = replaced  # type: ignore[attr-defined]
+    return wrapper
