@@ -15,7 +15,6 @@ from keras_optkit import arguments
 from keras_optkit.precision import scalar_dtype
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
-from keras_optkit.testing import references_schedules as references
 
 __all__ = ["Cosine", "Linear", "OneCycle", "Schedule", "Warmup"]
 
@@ -130,7 +129,6 @@ class _Between(Schedule):
     parity="torch.optim.lr_scheduler.LinearLR",
     tags=("settles",),
     cases=_CASES,
-    twin=references.linear,
 )
 class Linear(_Between):
     """A straight line from one value to another.
@@ -172,7 +170,6 @@ class Linear(_Between):
     parity="torch.optim.lr_scheduler.CosineAnnealingLR; keras.optimizers.schedules.CosineDecay",
     tags=("settles",),
     cases=_CASES,
-    twin=references.cosine,
 )
 class Cosine(_Between):
     """Half a cosine from one value to another: flat at both ends, steepest in the middle.
@@ -217,7 +214,6 @@ class Cosine(_Between):
         {"schedule": Cosine(0.1, 90, final=0.01), "steps": 10, "start": 0.02},
         {"schedule": PiecewiseConstantDecay([3], [0.1, 0.01]), "steps": 4},
     ),
-    twin=references.warmup,
 )
 class Warmup(Schedule):
     """Raises a hyperparameter linearly to where a schedule, or a number, begins, and then follows it.
@@ -280,7 +276,6 @@ class Warmup(Schedule):
         {"peak": 0.1, "steps": 60, "initial": 0.02, "final": 1e-3, "three_phase": True},
         {"peak": 0.85, "steps": 40, "initial": 0.95, "final": 0.95, "anneal": "linear", "three_phase": True},
     ),
-    twin=references.one_cycle,
 )
 class OneCycle(Schedule):
     """One rise to a peak and one fall far below the start, for a whole training run.

@@ -20,7 +20,7 @@ from keras import ops
 import keras_optkit as ok
 from keras_optkit.optimizers.engine.packing import PACK_BELOW
 from keras_optkit.testing import problems
-from keras_optkit.testing.references import TWINS
+from keras_optkit.testing.twins.optimizers import TWINS
 
 CARDS = {card.name: card for card in ok.cards("optimizer")}
 HALF = {"float16": 2.0**-10, "bfloat16": 2.0**-7}

@@ -1,6 +1,6 @@
 """Checks for optimizers.
 
-The twin of an optimizer's card is a generator; see `keras_optkit.testing.references` for its form.
+The twin of an optimizer's card is a generator; see `keras_optkit.testing.twins.optimizers` for its form.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
 from keras_optkit.testing.conformance import check
-from keras_optkit.testing.references import TWINS
 from keras_optkit.testing.tools import float64, numbers, refuses
+from keras_optkit.testing.twins.optimizers import TWINS
 
 _COMMON = ("clipnorm", "clipvalue", "global_clipnorm", "gradient_accumulation_steps", "use_ema", "ema_momentum")
 

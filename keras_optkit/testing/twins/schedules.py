@@ -44,3 +44,7 @@ def one_cycle(
     k = min(int(position), len(times) - 2)
     share = position - k if anneal == "linear" else np.sin((position - k) * np.pi / 2) ** 2
     return float(values[k] + (values[k + 1] - values[k]) * share)
+
+
+#: The twin of each of the package's schedules, by the schedule's name.
+TWINS = {"Linear": linear, "Cosine": cosine, "Warmup": warmup, "OneCycle": one_cycle}
