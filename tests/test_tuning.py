@@ -626,9 +626,10 @@ def test_direction_follows_from_the_name():
         "val_f1_score",
         "val_recall",
         "val_mean_io_u",
+        "val_auc_1",
     ):
         assert infer_direction(name) == "max"
-    for name in ("val_cosine_similarity", "val_brier_score", "val_auc_1", "valloss"):
+    for name in ("val_cosine_similarity", "val_brier_score", "accuracy_loss", "valloss"):
         with pytest.raises(ValueError, match=f"direction must be .* '{name}'"):
             infer_direction(name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,10 +12,8 @@ import numpy as np
 
 from keras_optkit import arguments
 from keras_optkit.callbacks import others
+from keras_optkit.direction import by_name
 from keras_optkit.fit.run import Run, running_fit
-
-_DOWN = {"loss", "error", "mse", "mae", "rmse"}
-_UP = {"acc", "accuracy", "auc", "precision", "recall", "f1", "iou", "r2"}
 
 MODES = ("auto", "min", "max")
 
@@ -42,12 +39,12 @@ def direction(model: Any, monitor: str) -> str:
             asked.on_epoch_end(epoch, {monitor: value})
         return "min" if asked.best == 0 else "max"
     except ValueError:
-        words = set(re.split(r"[^a-z0-9]+", monitor.lower()))
-        if bool(words & _DOWN) == bool(words & _UP):
+        found = by_name(monitor)
+        if found is None:
             raise ValueError(
                 f"mode='auto' cannot tell whether monitor={monitor!r} should go down or up. Pass mode='min' or 'max'."
             ) from None
-        return "min" if words & _DOWN else "max"
+        return found
 
 
 def _validates(fit: Run) -> bool:

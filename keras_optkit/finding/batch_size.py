@@ -31,6 +31,7 @@ from keras_optkit.finding.trial import (
 from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.fit.steps import compile_anew
 from keras_optkit.optimizers import Optimizer, Rule
+from keras_optkit.tables import table
 
 Tensor = Any
 
@@ -107,11 +108,9 @@ class BatchSizes:
                 memory = "" if row.memory is None else f"{row.memory / 2**20:.0f}"
                 mark = "*" if row.size == self.suggestion else ""
                 lines.append((str(row.size), f"{1e3 * row.seconds:.2f}", f"{_throughput(row):.0f}", memory, mark))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        shown = ["  ".join([*map(str.rjust, line[:4], widths), line[4]]).rstrip() for line in lines]
         noise = "not measured" if self.noise_scale is None else f"{self.noise_scale:.3g} examples"
         doubt = [f"{self.doubt[:1].upper()}{self.doubt[1:]}."] * bool(self.doubt)
-        return "\n".join([*shown, "", f"gradient noise scale: {noise}", *doubt])
+        return "\n".join([*table(lines, left=[4]), "", f"gradient noise scale: {noise}", *doubt])
 
     def __str__(self) -> str:
         return self.table()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from keras_optkit.tables import table
+
 
 class Explained(NamedTuple):
     """How one variable is trained; a row of `Explanation`."""
@@ -33,11 +35,5 @@ class Explanation(NamedTuple):
             (r.path, str(r.shape), r.group, r.rule, f"{r.learning_rate:g}", f"{r.weight_decay:g}", f"{r.state_bytes:,}")
             for r in self.rows
         ]
-        table = [head, *cells, (f"{len(self.rows)} variables", "", "", "", "", "", total)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for line in table:
-            left = [cell.ljust(width) for cell, width in zip(line[:4], widths[:4], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(line[4:], widths[4:], strict=True)]
-            lines.append("  ".join([*left, *right]).rstrip())
-        return "\n".join(lines)
+        last = (f"{len(self.rows)} variables", "", "", "", "", "", total)
+        return "\n".join(table([head, *cells, last], left=range(4)))

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from keras_optkit.space import Space, Values
+from keras_optkit.tables import table
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,7 @@ class Result:
     def table(self) -> str:
         """The trials as text, best first; what is inactive is blank. `rich.print(result)` shows it in colour."""
         head, lines = self._cells()
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        padded = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in (head, *lines)]
-        return "\n".join([padded[0], "-" * sum(widths, 2 * (len(widths) - 1)), *padded[1:], *self._failures()])
+        return "\n".join([*table([head, *lines], rule=True), *self._failures()])
 
     def __rich__(self) -> Any:
         from rich.console import Group

@@ -13,6 +13,7 @@ import keras
 import keras_tuner
 
 from keras_optkit import arguments
+from keras_optkit.direction import by_name
 from keras_optkit.space import Float, Int, Points, Space, Values
 from keras_optkit.tuning.best_epoch import names_of
 from keras_optkit.tuning.callbacks import Callbacks
@@ -23,24 +24,17 @@ from keras_optkit.tuning.result import Result
 from keras_optkit.tuning.tuner import Tuner
 
 STRATEGIES = ("random", "grid")
-_WORDS = {
-    "min": "loss error crossentropy divergence hinge poisson logcosh perplexity mse mae mape msle "
-    "false_positives false_negatives",
-    "max": "accuracy acc auc precision recall sensitivity specificity f1_score fbeta_score r2_score iou io_u "
-    "true_positives true_negatives",
-}
 
 
 def infer_direction(objective: str) -> str:
     """Whether a metric of this name is to be large ("max") or small ("min").
 
     Raises:
-        ValueError: If the name does not say. (KerasTuner's own rule would minimise F1 and R2.)
+        ValueError: If the name does not say.
     """
-    name = objective.removeprefix("val_")
-    for direction, words in _WORDS.items():
-        if any(name == word or name.endswith(f"_{word}") for word in words.split()):
-            return direction
+    found = by_name(objective)
+    if found is not None:
+        return found
     raise ValueError(
         f'direction must be "min" or "max" for the objective {objective!r}, whose name does not say, got None.'
     )
