@@ -13,7 +13,7 @@ from scipy import stats
 
 import keras_optkit as ok
 from keras_optkit.callbacks import NonFiniteGuard, ScheduleHyperparameters, TrainingDivergedError
-from keras_optkit.callbacks.guard import _limit
+from keras_optkit.callbacks.guard.callback import limit_of
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.testing.problems import two_replicas
 
@@ -236,10 +236,10 @@ def test_what_is_drawn_while_the_guard_looks_for_the_cause_is_not_drawn_again():
 def test_the_limit_is_the_robust_z_score():
     losses = np.random.default_rng(0).normal(3.0, 0.4, 51)
     sigma = stats.median_abs_deviation(losses, scale="normal")
-    assert _limit(list(losses), 5.0, 1.0) == pytest.approx(np.median(losses) + 5 * sigma, rel=1e-4)
-    assert _limit([2.0] * 9, 5.0, 1.0) == pytest.approx(2.0 + 5 * 0.02)  # no deviation: a share of the median
-    assert _limit([2.0] * 9, 5.0, 9.0) == pytest.approx(2.0 + 5 * 0.09)  # or of what it was
-    assert _limit([0.0] * 9, 5.0, 0.0) == np.inf
+    assert limit_of(list(losses), 5.0, 1.0) == pytest.approx(np.median(losses) + 5 * sigma, rel=1e-4)
+    assert limit_of([2.0] * 9, 5.0, 1.0) == pytest.approx(2.0 + 5 * 0.02)  # no deviation: a share of the median
+    assert limit_of([2.0] * 9, 5.0, 9.0) == pytest.approx(2.0 + 5 * 0.09)  # or of what it was
+    assert limit_of([0.0] * 9, 5.0, 0.0) == np.inf
 
 
 @pytest.mark.parametrize("spike", [20.0, None])

@@ -2,113 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import inspect
 import math
 import statistics
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-from keras import ops, tree
 
-from keras_optkit import arguments, backend
+from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.callbacks.guard.cause import Found, look_at, owner, refuse_what_is_not_finite
+from keras_optkit.callbacks.guard.failure import Failure, TrainingDivergedError
+from keras_optkit.callbacks.guard.sensor import SCALARS, Sensor
 from keras_optkit.callbacks.hyperparameters import ScheduleHyperparameters
 from keras_optkit.callbacks.state import Copies, TrainingState, generators_now
-from keras_optkit.fit.hooks import Hook, around
-from keras_optkit.fit.instrument import Instrument
 from keras_optkit.fit.run import running_fit
-from keras_optkit.fit.steps import attach, build_as_the_first_step, detach, is_built
+from keras_optkit.fit.steps import attach, detach, is_built
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import innermost, optimizers_of
-from keras_optkit.private import known_variables, sublayers
 from keras_optkit.registry import register
 
 Tensor = Any
 
+
 #: Makes the median absolute deviation of normal numbers their standard deviation: 1 / Φ⁻¹(3/4).
 _MAD_TO_SIGMA = 1.4826
+
 #: The deviation is taken to be at least this share of the losses, now and when training began: where they hardly
 #: differ, or are next to nothing, noise would be a spike.
 _LEAST_SIGMA = 0.01
-
-#: What step and host share, and how replicas make one number of it: each has its part of the global batch's mean loss.
-_SCALARS = {
-    "limit": "only_first_replica",  # set by the host: a larger loss is a spike
-    "loss": "sum",
-    "gradient": "only_first_replica",  # place of the last gradient that is not finite, from 1; 0: there is none
-    "weight": "only_first_replica",  # the same of the weights after the update
-    "bad": "only_first_replica",  # whether there was a bad step since the host looked; the first one is kept:
-    "bad_loss": "only_first_replica",
-    "bad_gradient": "only_first_replica",
-    "bad_weight": "only_first_replica",
-    "behind": "only_first_replica",  # how many steps came after it
-    "seen": "only_first_replica",  # the loss, or NaN if "bad": the one number that the host reads after each batch
-}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One failure that `NonFiniteGuard` has met.
-
-    Attributes:
-        epoch: Its epoch, counted from 0.
-        batch: Its batch in this epoch, counted from 0.
-        kind: What was wrong: `"loss"` (not finite), `"spike"`, `"gradient"` or `"weight"` (not finite).
-        loss: The loss of this batch; NaN also where the training step does not show it.
-        limit: The loss above which it would have been a spike; infinity if there was no limit yet.
-        layer: Path of the first layer that was bad, or None if none was, or none was found.
-        in_data: Whether the batch itself was found to hold numbers that are not finite.
-        where: What was bad first in words: the data, a layer, the loss function, a gradient or a weight.
-    """
-
-    epoch: int
-    batch: int
-    kind: str
-    loss: float
-    limit: float
-    layer: str | None
-    in_data: bool
-    where: str
-
-    def __str__(self) -> str:
-        at = "" if math.isnan(self.loss) else f", at a loss of {self.loss:g}"
-        what = {
-            "loss": f"the loss is {self.loss:g}",
-            "spike": f"the loss is {self.loss:g}, a spike above {self.limit:g}",
-            "gradient": f"gradients are not finite{at}",
-            "weight": f"the update has made weights that are not finite{at}",
-        }[self.kind]
-        return f"{what}, in batch {self.batch + 1} of epoch {self.epoch + 1}; {self.where}"
-
-
-class _Found(NamedTuple):
-    """What was bad first, as in `Failure`."""
-
-    where: str
-    layer: str | None = None
-    in_data: bool = False
-    failed: bool = False  # whether the search has
-
-
-class TrainingDivergedError(FloatingPointError):
-    """Raised by `NonFiniteGuard` when it gives up; the model then has the last good state.
-
-    Attributes:
-        failure: The last failure, a `Failure`.
-        failures: All of this training, in order.
-    """
-
-    def __init__(self, message: str, failures: Sequence[Failure]):
-        super().__init__(message)
-        self.failures = list(failures)
-        self.failure = self.failures[-1]
 
 
 @dataclass(frozen=True)
@@ -285,9 +212,9 @@ class NonFiniteGuard(Callback):
         self._parts = [part for optimizer in optimizers_of(model) for part in innermost(optimizer)]
         self._refuse_what_cannot_be_lowered()
         self._weights = list(model.trainable_variables)
-        _refuse_what_is_not_finite(self._weights)
+        refuse_what_is_not_finite(self._weights)
         self._train_function: Any = None
-        self._sensor = attach(model, "NonFiniteGuard", lambda: _Sensor(model))
+        self._sensor = attach(model, "NonFiniteGuard", lambda: Sensor(model))
         self._sensor.begin_fit(self.find_layer, None if self._can_be_copied() else self._take_first_copy)
         self._look_anew()
 
@@ -347,7 +274,7 @@ class NonFiniteGuard(Callback):
         if self._good is None:
             self._parts = [part for optimizer in optimizers_of(self._watched) for part in innermost(optimizer)]
             self._weights = list(self._watched.trainable_variables)
-            _refuse_what_is_not_finite(self._weights)
+            refuse_what_is_not_finite(self._weights)
             self._good = _Copy.of(self.model, -1, Copies())
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
@@ -451,12 +378,12 @@ class NonFiniteGuard(Callback):
         if self.spike is not None and len(self._losses) == self.window:
             if not self._level:
                 self._level = abs(statistics.median(self._losses))
-            self._limit = _limit(self._losses, self.spike, self._level)
+            self._limit = limit_of(self._losses, self.spike, self._level)
             self._sensor["limit"] = self._limit
 
     def _look_anew(self) -> None:
         """Sets what the step keeps to what it is before the first step."""
-        for name in _SCALARS:
+        for name in SCALARS:
             self._sensor[name] = 0.0
         self._sensor["limit"] = self._limit
 
@@ -498,17 +425,17 @@ class NonFiniteGuard(Callback):
             loss = math.nan
         found = None
         if sensor.batch is not None and behind == 0 and kind != "spike":
-            found = _look_at(self._watched, sensor.batch)
+            found = look_at(self._watched, sensor.batch)
         if found is None or (found.failed and (gradient is not None or weight is not None)):
             found = self._seen_in_step(gradient, weight)
         return Failure(self._epoch, batch - behind, kind, loss, self._limit, found.layer, found.in_data, found.where)
 
-    def _seen_in_step(self, gradient: Any, weight: Any) -> _Found:
+    def _seen_in_step(self, gradient: Any, weight: Any) -> Found:
         if gradient is None and weight is None:
-            return _Found("no layer is known to be at fault")
+            return Found("no layer is known to be at fault")
         what, variable = ("value", weight) if gradient is None else ("gradient", gradient)
-        layer = _owner(self._watched, variable)
-        return _Found(f"the {what} of {variable.path!r} in layer {layer!r} is not finite", layer)
+        layer = owner(self._watched, variable)
+        return Found(f"the {what} of {variable.path!r} in layer {layer!r} is not finite", layer)
 
     # -- going on in another process ----------------------------------------------------------------------------------
 
@@ -550,21 +477,7 @@ class NonFiniteGuard(Callback):
         self._look_anew()
 
 
-class _Remembering:
-    """An iterator that tells a sensor what it has given."""
-
-    def __init__(self, iterator: Iterator[Any], sensor: _Sensor):
-        self._iterator, self._sensor = iterator, sensor
-
-    def __next__(self) -> Any:
-        self._sensor.batch = next(self._iterator)
-        return self._sensor.batch
-
-
-# -- losses -----------------------------------------------------------------------------------------------------------
-
-
-def _limit(losses: Sequence[float] | deque[float], z: float, level: float) -> float:
+def limit_of(losses: Sequence[float] | deque[float], z: float, level: float) -> float:
     """The loss whose robust z-score among `losses` is z; infinity where it has none, because all are 0.
 
     Args:
@@ -576,242 +489,3 @@ def _limit(losses: Sequence[float] | deque[float], z: float, level: float) -> fl
     deviation = _MAD_TO_SIGMA * statistics.median(abs(loss - middle) for loss in losses)
     sigma = max(deviation, _LEAST_SIGMA * abs(middle), _LEAST_SIGMA * level)
     return middle + z * sigma if sigma > 0 else math.inf
-
-
-# -- inside of the step -----------------------------------------------------------------------------------------------
-
-
-class _Sensor(Instrument):
-    """Judges every step, after it: whether its loss, gradients and weights are finite, and the loss is no spike.
-
-    Attributes:
-        variables: Those of which gradients or weights were seen; the values "gradient" and "weight" are places here,
-            counted from 1.
-        sees: Whether the step that was traced has shown anything.
-        sees_loss: Whether it has shown its loss.
-        batch: The batch that the last step has worked on, if it is to be held.
-    """
-
-    def __init__(self, model: Any):
-        super().__init__(model, _SCALARS)
-        self.variables: list[Any] = []
-        self._places: dict[int, int] = {}
-        self.sees = self.sees_loss = self.holds = False
-        self.batch: Any = None
-        self._when_built: Callable[[], None] | None = None
-
-    def begin_fit(self, holds: bool, when_built: Callable[[], None] | None) -> None:
-        """Says whether batches are held, and what to call when a model that is not built will be."""
-        self.holds, self._when_built = holds, when_built
-
-    def release(self) -> None:
-        """Lets go of the batch and of the callback."""
-        self.batch = self._when_built = None
-
-    def hooks(self) -> list[Callable[[], None]]:
-        """Around the same methods as those of `TrainingMonitor`, for the same reasons."""
-        hooks = []
-        on_tensorflow = keras.config.backend() == "tensorflow"
-        if not on_tensorflow:
-            losses = [metric for metric in self.model.metrics if metric.name == "loss"]
-            hooks += [around(metric, "update_state", self._see_loss) for metric in losses]
-        for optimizer in optimizers_of(self.model):
-            if on_tensorflow:
-                hooks.append(around(optimizer, "scale_loss", self._see_loss))
-                hooks.append(around(optimizer, "apply", self._see_apply(optimizer)))
-            else:
-                hooks.append(around(optimizer, "stateless_apply", self._see_stateless_apply(optimizer)))
-        return hooks
-
-    def feed(self, iterator: Any) -> Any:
-        """Keeps a reference to the batch, where it is at hand; has a model that is not built be, on TensorFlow."""
-        if keras.config.backend() == "jax":
-            return _Remembering(iterator, self) if self.holds else iterator
-        import tensorflow as tf
-
-        if self._when_built is not None:
-            when_built, self._when_built = self._when_built, None
-            with contextlib.suppress(Exception) if self.model.run_eagerly else contextlib.nullcontext():
-                build_as_the_first_step(self.model, iterator)
-                when_built()
-        if not self.holds or self.model.steps_per_execution > 1 or not isinstance(iterator, tf.data.Iterator):
-            return iterator  # it is taken inside of the graph, or is one of several replicas
-        self.batch = next(iterator)
-        return [self.batch]  # as `train_on_batch` hands it over
-
-    # -- inside of the step -------------------------------------------------------------------------------------------
-
-    def begin(self, *_: Any) -> None:
-        """Nothing bad has been seen in this step."""
-        for name in ("loss", "gradient", "weight"):
-            self[name] = ops.zeros((), "float32")
-        self._thread.losses = []
-
-    @contextlib.contextmanager
-    def _see_loss(self, loss: Tensor, *_: Any, **__: Any) -> Iterator[None]:
-        if self.in_step:  # and not in a validation
-            self._thread.losses.append(ops.cast(loss, "float32"))
-        yield
-
-    def _see_apply(self, optimizer: Any) -> Hook:
-        @contextlib.contextmanager
-        def see_apply(
-            grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None
-        ) -> Iterator[None]:
-            variables = list(trainable_variables or known_variables(optimizer) or self.model.trainable_variables)
-            self._see_gradients(optimizer, grads, variables)
-            yield
-            self._see_weights([ops.convert_to_tensor(variable) for variable in variables], variables)
-
-        return see_apply
-
-    def _see_stateless_apply(self, optimizer: Any) -> Hook:
-        @contextlib.contextmanager
-        def see_stateless_apply(
-            _: Sequence[Tensor], grads: Sequence[Tensor], *__: Any, **___: Any
-        ) -> Iterator[Callable[[Any], None]]:
-            variables = list(known_variables(optimizer) or self.model.trainable_variables)
-            self._see_gradients(optimizer, grads, variables)
-            yield lambda result: self._see_weights(result[0], variables)
-
-        return see_stateless_apply
-
-    def _see_gradients(self, optimizer: Any, grads: Sequence[Tensor | None], variables: Sequence[Any]) -> None:
-        self.sees = True
-        if not _leaves_bad_updates_out(optimizer):
-            present = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
-            values = [g.values if backend.is_sparse(g) else g for g, _ in present]
-            self._hold("gradient", _over_replicas(_bad(values)), [v for _, v in present])
-
-    def _see_weights(self, values: Sequence[Tensor], variables: Sequence[Any]) -> None:
-        self._hold("weight", _bad(values), variables)
-
-    def _hold(self, name: str, bad: Tensor, variables: Sequence[Any]) -> None:
-        """The place of the last bad one, if there is any."""
-        place = _last_bad(bad, [self._place(variable) for variable in variables])
-        self[name] = ops.where(place > 0, place, self[name])
-
-    def _place(self, variable: Any) -> int:
-        key = backend.key(variable)
-        if key not in self._places:
-            self.variables.append(variable)
-            self._places[key] = len(self.variables)
-        return self._places[key]
-
-    def end(self) -> None:
-        """Keeps what the first bad step since the host has looked was like."""
-        losses = [loss for loss in self._thread.losses if backend.is_here(loss)]
-        self._thread.losses = []
-        self.sees_loss |= bool(losses)
-        self.sees |= bool(losses)
-        if losses:
-            self["loss"] = sum(losses[1:], losses[0])
-        loss, failed = self["loss"], self["bad"] > 0
-        fine = ops.logical_and(ops.isfinite(loss), loss <= self["limit"])
-        fine = ops.logical_and(fine, self["gradient"] + self["weight"] == 0)
-        first = ops.logical_not(ops.logical_or(fine, failed))
-        for name in ("loss", "gradient", "weight"):
-            self[f"bad_{name}"] = ops.where(first, self[name], self[f"bad_{name}"])
-        self["behind"] = ops.where(failed, self["behind"] + 1, 0.0)
-        self["bad"] = ops.where(fine, self["bad"], 1.0)
-        self["seen"] = ops.where(ops.logical_or(first, failed), math.nan, loss)
-
-
-def _bad(tensors: Sequence[Tensor]) -> Tensor:
-    """For each tensor 1 if a number in it is not finite, else 0."""
-    return ops.stack([ops.cast(ops.logical_not(ops.all(ops.isfinite(t))), "float32") for t in tensors])
-
-
-def _last_bad(bad: Tensor, places: Sequence[int]) -> Tensor:
-    """The last of the places whose tensor is bad; 0 if none is."""
-    return ops.max(ops.where(bad > 0, ops.convert_to_tensor(list(places), "float32"), 0.0))
-
-
-def _over_replicas(flags: Tensor) -> Tensor:
-    """The flags of the gradients of all replicas."""
-    if keras.config.backend() != "tensorflow":
-        return flags
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return flags
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, flags)
-
-
-# -- optimizers -------------------------------------------------------------------------------------------------------
-
-
-def _leaves_bad_updates_out(optimizer: Any) -> bool:
-    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or bool(
-        getattr(optimizer, "skip_nonfinite", None)
-    )
-
-
-# -- the bad layer ----------------------------------------------------------------------------------------------------
-
-
-def _refuse_what_is_not_finite(weights: Sequence[Any]) -> None:
-    for weight in weights:
-        if not _finite(weight):
-            raise ValueError(
-                f"The model must have finite weights when training begins; {weight.path!r} has others, so that there "
-                "is no good state to go back to."
-            )
-
-
-def _finite(structure: Any) -> bool:
-    """Whether all floating-point numbers in a nest of tensors are finite."""
-    for tensor in tree.flatten(structure):
-        dtype = getattr(tensor, "dtype", None)
-        if dtype is None or "float" not in keras.backend.standardize_dtype(dtype):
-            continue
-        if not bool(ops.convert_to_numpy(ops.all(ops.isfinite(ops.convert_to_tensor(tensor))))):
-            return False
-    return True
-
-
-def _look_at(model: Any, batch: Any) -> _Found | None:
-    """The first part that is not finite when the model runs on this batch; None if all is finite."""
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-    for name, part in (("inputs", x), ("targets", y), ("sample weights", sample_weight)):
-        if not _finite(part):
-            return _Found(f"the {name} of the batch are not finite", in_data=True)
-    layers: list[str] = []
-    try:
-        loss = _watched_loss(model, layers, x, y, sample_weight)
-    except Exception as error:  # this is a second run, of what went through; the failure is what has to be told
-        return _Found(f"the search of the layer failed with {error!r}", failed=True)
-    if layers:
-        return _Found(f"the output of layer {layers[0]!r} is the first that is not finite", layers[0])
-    return None if _finite(loss) else _Found("all layers are finite, but not the loss function of what they give")
-
-
-def _watched_loss(model: Any, layers: list[str], x: Any, y: Any, sample_weight: Any) -> Tensor:
-    """The loss of a batch; the first layer that gives something that is not finite is added to `layers`."""
-    with contextlib.ExitStack() as stack:
-        for layer in sublayers(model):
-            stack.callback(around(layer, "call", _watch(layer, layers)))
-        takes_training = "training" in inspect.signature(model.call).parameters
-        outputs = model(x, training=True) if takes_training else model(x)
-    return model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
-
-
-def _watch(layer: Any, found: list[str]) -> Callable[..., contextlib.AbstractContextManager[Any]]:
-    """Adds the layer to `found` when it returns something that is not finite; inner layers return first."""
-
-    def see(outputs: Any) -> None:
-        if not found and not _finite(outputs):
-            found.append(layer.path)
-
-    @contextlib.contextmanager
-    def hook(*_: Any, **__: Any) -> Iterator[Callable[[Any], None]]:
-        yield see
-
-    return hook
-
-
-def _owner(model: Any, variable: Any) -> str | None:
-    """Path of the innermost layer that a variable belongs to."""
-    owners = [layer for layer in sublayers(model) if any(v is variable for v in layer.variables)]
-    return min(owners, key=lambda layer: len(layer.variables)).path if owners else None

@@ -1,0 +1,6 @@
+"""Guarding a training against numbers that are not finite."""
+
+from keras_optkit.callbacks.guard.callback import NonFiniteGuard
+from keras_optkit.callbacks.guard.failure import Failure, TrainingDivergedError
+
+__all__ = ["Failure", "NonFiniteGuard", "TrainingDivergedError"]
