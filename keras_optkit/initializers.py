@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 
 from keras_optkit import arguments
+from keras_optkit.kernels import KernelAxes, by_shape, in_layer
 from keras_optkit.precision import at_least_float32
 from keras_optkit.private import current_layer, sublayers
 from keras_optkit.registry import register
@@ -23,49 +24,6 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Standard deviation of a standard normal variable cut off at two: 1 - 2 * 2 phi(2) / P(|z| < 2) is its variance.
 _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
-
-
-class KernelAxes(NamedTuple):
-    """Which axes of a kernel a unit's inputs, and an input's outputs, run over.
-
-    A convolution's window is in both; an axis in neither (the channels of a depthwise kernel) numbers separate maps.
-    `groups` splits the last axis into that many separate maps, those of a grouped convolution or of gates.
-    """
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    groups: int = 1
-
-    def fans(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Fan-in and fan-out of a kernel of this shape."""
-        fan_in, fan_out = (math.prod(shape[axis] for axis in axes) for axes in (self.inputs, self.outputs))
-        return fan_in, fan_out // self.groups
-
-
-def _by_shape(rank: int) -> KernelAxes:
-    """Keras's layout of dense and convolution kernels: (*window, in, out)."""
-    window = tuple(range(rank - 2))
-    return KernelAxes((*window, rank - 2), (*window, rank - 1))
-
-
-def _in_layer(layer: Any, shape: tuple[int, ...]) -> KernelAxes | None:
-    """The axes of `layer`'s kernel of this shape, or None where there is nothing to know but the shape."""
-    units = getattr(layer, "units", None) or getattr(layer, "filters", None)
-    if units and hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size") and shape[-1] % units == 0:
-        return _by_shape(len(shape))._replace(groups=shape[-1] // units)  # a recurrent cell, its gates side by side
-    if len(shape) < 3 or getattr(layer, "kernel_size", None) != shape[:-2]:
-        return None
-    layers, window, last = keras.layers, tuple(range(len(shape) - 2)), len(shape) - 1
-    depthwise = isinstance(layer, layers.DepthwiseConv1D | layers.DepthwiseConv2D)
-    # The pointwise kernel of a separable convolution has a window of 1, so the depthwise one is known by a larger one.
-    separable = isinstance(layer, layers.SeparableConv1D | layers.SeparableConv2D) and max(layer.kernel_size) > 1
-    if depthwise or separable:
-        return KernelAxes(window, (*window, last))
-    if isinstance(layer, layers.Conv1DTranspose | layers.Conv2DTranspose | layers.Conv3DTranspose):
-        return KernelAxes((*window, last), (*window, last - 1))
-    if isinstance(layer, layers.Conv1D | layers.Conv2D | layers.Conv3D):
-        return _by_shape(len(shape))._replace(groups=layer.groups)
-    return None
 
 
 class _Seeded(FromSignature, keras.initializers.Initializer):
@@ -222,12 +180,12 @@ class _Kernel(_Seeded, keras.initializers.VarianceScaling):
         # A subclassed model makes its variables only after its layers have been called symbolically. The layer is to be
         # seen in that call, which asks for placeholder values, and no longer when the variable is made.
         layer = current_layer()
-        found = _in_layer(layer, shape)
+        found = in_layer(layer, shape)
         if found is None and isinstance(layer, keras.layers.Layer) and not sublayers(layer):
-            found = _by_shape(len(shape))  # it is not one around the layer that asks
+            found = by_shape(len(shape))  # it is not one around the layer that asks
         if found is not None:
             self._seen[shape] = found
-        return self._seen.get(shape) or _by_shape(len(shape))
+        return self._seen.get(shape) or by_shape(len(shape))
 
 
 def _axes(name: str, axes: Sequence[int] | None) -> tuple[int, ...] | None:

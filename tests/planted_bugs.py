@@ -907,7 +907,7 @@ def _(right):
     "XavierUniform",
     "variance",
     initializers,
-    "_in_layer",
+    "in_layer",
     kind="initializer",
 )
 def _(right):
@@ -924,7 +924,7 @@ def _(right):
     "Orthogonal",
     "orthogonal",
     initializers,
-    "_in_layer",
+    "in_layer",
     kind="initializer",
 )
 def _(right):

@@ -11,7 +11,7 @@ PACKAGE = Path(keras_optkit.__file__).parent
 
 #: From the ground up.
 FLOORS = [
-    {"arguments", "direction", "files", "meaning", "precision", "private", "registry", "saving", "tables"},
+    {"arguments", "direction", "files", "kernels", "meaning", "precision", "private", "registry", "saving", "tables"},
     {"backend", "space"},
     {"initializers", "layers", "regularizers", "schedules"},
     {"optimizers"},
@@ -25,7 +25,18 @@ FLOORS = [
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 #: Of the ground floor, what others of it stand on, the lowest first.
-GROUND = ["direction", "tables", "arguments", "precision", "private", "files", "saving", "meaning", "registry"]
+GROUND = [
+    "direction",
+    "kernels",
+    "tables",
+    "arguments",
+    "precision",
+    "private",
+    "files",
+    "saving",
+    "meaning",
+    "registry",
+]
 
 
 def imports(path):

@@ -1,0 +1,107 @@
+"""Which axes of a layer's kernel are inputs and which are outputs.
+
+This is decided here for all: initializers need the fans, and optimizers that treat a kernel as a matrix need to know
+which. Shapes do not tell: a depthwise kernel looks like any other, a transposed convolution has its outputs first, the
+kernels of attention have three axes, and its biases two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+
+class KernelAxes(NamedTuple):
+    """Which axes of a kernel a unit's inputs, and an input's outputs, run over.
+
+    A convolution's window is in both; an axis in neither (the channels of a depthwise kernel) numbers separate maps.
+    `groups` splits the last axis into that many separate maps, those of a grouped convolution or of gates.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    groups: int = 1
+
+    def fans(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Fan-in and fan-out of a kernel of this shape."""
+        fan_in, fan_out = (math.prod(shape[axis] for axis in axes) for axes in (self.inputs, self.outputs))
+        return fan_in, fan_out // self.groups
+
+    def separate(self, rank: int) -> tuple[int, ...]:
+        """The axes that number separate maps."""
+        return tuple(axis for axis in range(rank) if axis not in self.inputs and axis not in self.outputs)
+
+    def columns(self) -> tuple[int, ...]:
+        """The outputs without a window, which goes with the inputs where a kernel is seen as a matrix."""
+        return tuple(axis for axis in self.outputs if axis not in self.inputs)
+
+
+def by_shape(rank: int) -> KernelAxes:
+    """Keras's layout of dense and convolution kernels: (*window, in, out)."""
+    window = tuple(range(rank - 2))
+    return KernelAxes((*window, rank - 2), (*window, rank - 1))
+
+
+def in_layer(layer: Any, shape: tuple[int, ...]) -> KernelAxes | None:
+    """The axes of `layer`'s kernel of this shape, or None where there is nothing to know but the shape."""
+    units = getattr(layer, "units", None) or getattr(layer, "filters", None)
+    if units and hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size") and shape[-1] % units == 0:
+        return by_shape(len(shape))._replace(groups=shape[-1] // units)  # a recurrent cell, its gates side by side
+    if len(shape) < 3 or getattr(layer, "kernel_size", None) != shape[:-2]:
+        return None
+    layers, window, last = keras.layers, tuple(range(len(shape) - 2)), len(shape) - 1
+    depthwise = isinstance(layer, layers.DepthwiseConv1D | layers.DepthwiseConv2D)
+    # The pointwise kernel of a separable convolution has a window of 1, so the depthwise one is known by a larger one.
+    separable = isinstance(layer, layers.SeparableConv1D | layers.SeparableConv2D) and max(layer.kernel_size) > 1
+    if depthwise or separable:
+        return KernelAxes(window, (*window, last))
+    if isinstance(layer, layers.Conv1DTranspose | layers.Conv2DTranspose | layers.Conv3DTranspose):
+        return KernelAxes((*window, last), (*window, last - 1))
+    if isinstance(layer, layers.Conv1D | layers.Conv2D | layers.Conv3D):
+        return by_shape(len(shape))._replace(groups=layer.groups)
+    return None
+
+
+def in_equation(equation: str) -> KernelAxes:
+    """The axes of the kernel of `keras.layers.EinsumDense`, whose equation names all of them: "abc,cde->abde"."""
+    given, found = equation.replace("...", "").replace(" ", "").split("->")
+    inputs, kernel = given.split(",")
+    return KernelAxes(
+        tuple(place for place, axis in enumerate(kernel) if axis in inputs and axis not in found),
+        tuple(place for place, axis in enumerate(kernel) if axis in found and axis not in inputs),
+    )
+
+
+#: What a variable is for its layer.
+KERNEL, TABLE, VECTOR = "kernel", "table", "vector"
+
+
+def role(variable: Any, layer: Any = None) -> tuple[str, KernelAxes | None]:
+    """What a variable is for its layer, and of a kernel the axes.
+
+    A kernel is a linear map, a table the rows of an embedding, and a vector everything else, of whatever rank: biases,
+    those of attention among them, and the scales and shifts of a normalisation.
+
+    Args:
+        variable: A variable of a built layer.
+        layer: The layer that it belongs to itself; None where it is not known, and the shape and the name decide.
+    """
+    shape = tuple(variable.shape)
+    if len(shape) < 2:
+        return VECTOR, None
+    layers = keras.layers
+    if isinstance(layer, layers.Embedding):
+        return TABLE, None
+    if isinstance(layer, layers.EinsumDense):
+        return (VECTOR, None) if variable is layer.bias else (KERNEL, in_equation(layer.equation))
+    if isinstance(layer, layers.BatchNormalization | layers.LayerNormalization | layers.GroupNormalization):
+        return VECTOR, None
+    name = str(variable.name).rsplit("/", 1)[-1].partition(":")[0]
+    if "bias" in name or name.startswith(("beta", "gamma")):
+        return VECTOR, None
+    if "embedding" in name and layer is None:
+        return TABLE, None
+    return KERNEL, in_layer(layer, shape) or by_shape(len(shape))
