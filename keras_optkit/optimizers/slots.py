@@ -1,0 +1,63 @@
+"""What the state of a parameter begins as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A number, in the shape of the parameter or, if it is given, in another one.
+
+    Attributes:
+        value: The number.
+        shape: The shape for one parameter; None for its own.
+    """
+
+    value: float
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class FromWeights:
+    """A function of the parameters `(k, *shape)`, of their shape, which is computed in their first update.
+
+    Before that it is 0: the weights of a model that is built by its first step have no values while it is traced.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+
+#: What a slot begins as: a number stands for `fill(number)`, a function for `FromWeights(function)`.
+Initial = float | Callable[[Tensor], Tensor] | Fill | FromWeights
+
+
+def fill(value: float) -> Fill:
+    """A number, in the shape of the parameter."""
+    return Fill(value)
+
+
+def shaped(*shape: int, value: float = 0.0) -> Fill:
+    """A number, in a shape other than that of the parameter: `shaped(8, 8)`; `shaped()` for one number.
+
+    For rules whose layout is "whole".
+    """
+    return Fill(value, shape)
+
+
+def weights_copy() -> FromWeights:
+    """The parameter itself, as it is before its first update."""
+    return FromWeights(ops.copy)
+
+
+def as_initial(initial: Initial) -> Fill | FromWeights:
+    """What a rule says a slot begins as, without the short forms."""
+    if isinstance(initial, Fill | FromWeights):
+        return initial
+    return FromWeights(initial) if callable(initial) else Fill(initial)
