@@ -33,7 +33,7 @@ from keras import ops
 
 import keras_optkit as ok
 from keras_optkit import arguments, backend, callbacks, initializers, layers, regularizers, schedules
-from keras_optkit.callbacks import resume
+from keras_optkit.callbacks import session
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
 from keras_optkit.optimizers import adaptive, building, wrappers
@@ -1147,7 +1147,7 @@ def _(right):
     return lambda self, model, *, metrics=True: right(self, model, metrics=False)
 
 
-@bug("the history is forgotten", "Resume", "goes_on", resume, "set_state_of", kind="callback")
+@bug("the history is forgotten", "Resume", "goes_on", session, "set_state_of", kind="callback")
 def _(right):
     return lambda callback, state: None if isinstance(callback, keras.callbacks.History) else right(callback, state)
 

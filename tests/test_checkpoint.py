@@ -29,7 +29,7 @@ from small import (
 
 import keras_optkit as ok
 from keras_optkit.callbacks import AveragedWeights, Checkpoint
-from keras_optkit.callbacks.checkpoint import _List
+from keras_optkit.callbacks.listing import List
 from keras_optkit.testing.problems import two_replicas
 
 STOCK = keras.optimizers
@@ -375,7 +375,7 @@ def epochs_of(names):
 
 
 def entry_of(directory, **changed):
-    listed = _List.read(directory)
+    listed = List.read(directory)
     return listed, dataclasses.replace(listed.entries[-1], **changed)
 
 

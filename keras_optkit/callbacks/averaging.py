@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -13,10 +12,11 @@ import numpy as np
 from keras import ops, tree
 
 from keras_optkit import arguments
-from keras_optkit.averaging import batch_norms, checked_inputs, recalibrate_batch_norm, refuse_if_not_callable
+from keras_optkit.averaging import batch_norms, recalibrate_batch_norm, refuse_if_not_callable
 from keras_optkit.backend import is_lost
 from keras_optkit.callbacks import others
 from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.callbacks.exchange import Exchange, Mean, averages, copies, is_batch_norm, repeatable, same, separate
 from keras_optkit.fit.hooks import around
 from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.fit.run import running_fit
@@ -28,30 +28,6 @@ from keras_optkit.registry import register
 
 #: The methods of a model that show its weights, or write them down.
 _SHOWING = ("evaluate", "predict", "test_on_batch", "predict_on_batch", "save", "save_weights", "export")
-
-
-@dataclass
-class _Exchange:
-    """What the variables held before the weights to evaluate at were put in, and what they held then."""
-
-    variables: list[Any]
-    before: list[Any]
-    inside: list[Any] = field(default_factory=list)
-    #: What to assign on the way back; kept, so that a way back that was interrupted can be gone again.
-    plan: list[tuple[Any, Any]] | None = None
-
-
-@dataclass
-class _Mean:
-    """The mean of what a variable was at some moments, in at least float32."""
-
-    count: int
-    value: np.ndarray
-
-    def take(self, value: np.ndarray) -> None:
-        self.count += 1
-        # a new array, since what is handed to a backend may be its memory from then on
-        self.value = self.value + (value.astype(self.value.dtype) - self.value) / self.count
 
 
 @register(
@@ -153,13 +129,13 @@ class AveragedWeights(Callback):
 
     def __init__(self, batch_norm_data: Any = None, start: int | None = None, every: int = 1, by: str = "epoch"):
         super().__init__()
-        self.batch_norm_data = None if batch_norm_data is None else _repeatable(batch_norm_data)
+        self.batch_norm_data = None if batch_norm_data is None else repeatable(batch_norm_data)
         self.start = arguments.integer("start", start, 0, optional=True)
         self.every = arguments.integer("every", every, 1)
         self.by = arguments.choice("by", by, ("epoch", "update"))
         if start is None and (every, by) != (1, "epoch"):
             raise ValueError(f"start must be given with every and by, got start=None, every={every!r}, by={by!r}.")
-        self._exchange: _Exchange | None = None
+        self._exchange: Exchange | None = None
         self._training_only = 0
         self._detach: list[Callable[[], None]] = []
         self._statistics: tuple[tuple[int, int], list[Any]] | None = None
@@ -216,7 +192,7 @@ class AveragedWeights(Callback):
                 f"AveragedWeights has averaged nothing: training ended before {self.by} start={self.start}.",
                 stacklevel=2,
             )
-        _separate(self.model)
+        separate(self.model)
         if self.batch_norm_data is not None:
             self._recalibrate()
 
@@ -225,7 +201,7 @@ class AveragedWeights(Callback):
         self._end()
         if shown and keras.config.backend() == "jax":  # where Keras has done so, too
             self._put_averages_in()
-        _separate(self.model)
+        separate(self.model)
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._begin_alone()
@@ -290,7 +266,7 @@ class AveragedWeights(Callback):
         if self.batch_norm_data is None:
             return
         refuse_if_not_callable(self.model)
-        if self.model.built and not any(map(_is_batch_norm, sublayers(self.model))):
+        if self.model.built and not any(map(is_batch_norm, sublayers(self.model))):
             raise ValueError(
                 f"batch_norm_data must be None for model {self.model.name!r}, which has no batch normalisation."
             )
@@ -315,7 +291,7 @@ class AveragedWeights(Callback):
         return max(self.start or 0, int(self.by == "update"))
 
     def _empty_window(self) -> None:
-        self._means: dict[int, _Mean] = {}  # by the variable's place in the model
+        self._means: dict[int, Mean] = {}  # by the variable's place in the model
         self._passed = 0  # epochs or updates to average after that have been passed
         self._epoch = self._batch = self._wait = 0
 
@@ -339,7 +315,7 @@ class AveragedWeights(Callback):
             if id(variable) in trained:
                 value = ops.convert_to_numpy(variable)
                 wide = np.zeros(value.shape, at_least_float32(keras.backend.standardize_dtype(variable.dtype)))
-                self._means.setdefault(place, _Mean(0, wide)).take(value)
+                self._means.setdefault(place, Mean(0, wide)).take(value)
 
     def _put_means_in(self) -> None:
         variables = self.model.variables
@@ -360,7 +336,7 @@ class AveragedWeights(Callback):
             state: What `state_dict` has returned.
         """
         if self.start is not None:
-            self._means = {m["place"]: _Mean(m["count"], np.copy(m["value"])) for m in state["means"]}
+            self._means = {m["place"]: Mean(m["count"], np.copy(m["value"])) for m in state["means"]}
             self._passed, self._wait = state["passed"], 0
 
     # -- the exchange -------------------------------------------------------------------------------------------------
@@ -412,16 +388,16 @@ class AveragedWeights(Callback):
         if self.start is None and not self._averaging(updated=True):
             return False
         variables = [*model.variables, *(v for optimizer in optimizers_of(model) for v in optimizer.variables)]
-        exchange = _Exchange(variables, _copies(variables))
+        exchange = Exchange(variables, copies(variables))
         try:
             if self.start is None:
                 self._put_averages_in()
             else:
                 self._put_means_in()
-            _separate(model)
+            separate(model)
             if self.batch_norm_data is not None:
                 self._recalibrate_once()
-            exchange.inside = _copies(variables)
+            exchange.inside = copies(variables)
         except BaseException:
             for variable, value in zip(variables, exchange.before, strict=True):
                 variable.assign(value)
@@ -431,7 +407,7 @@ class AveragedWeights(Callback):
 
     def _averaging(self, *, updated: bool = False) -> list[Any]:
         """The optimizers of the model that average; if wanted, only those that have begun to."""
-        found = [optimizer for optimizer in innermost_of(self.model) if _averages(optimizer)]
+        found = [optimizer for optimizer in innermost_of(self.model) if averages(optimizer)]
         return [o for o in found if is_lost(o.iterations) or number(o.iterations)] if updated else found
 
     def _put_averages_in(self, *, besides: Sequence[Any] = ()) -> None:
@@ -454,13 +430,13 @@ class AveragedWeights(Callback):
             variable.assign(value)
         self._exchange = None
 
-    def _way_back(self, exchange: _Exchange) -> list[tuple[Any, Any]]:
+    def _way_back(self, exchange: Exchange) -> list[tuple[Any, Any]]:
         own = {id(variable) for variable in self.model.variables}
         plan = []
         for variable, before, inside in zip(exchange.variables, exchange.before, exchange.inside, strict=True):
-            if _same(before, inside):
+            if same(before, inside):
                 continue
-            if id(variable) in own and not _same(ops.convert_to_tensor(variable), inside):
+            if id(variable) in own and not same(ops.convert_to_tensor(variable), inside):
                 self._statistics = None
                 if self.start is None:
                     return []
@@ -474,7 +450,7 @@ class AveragedWeights(Callback):
         held = [v for layer in layers for v in layer.non_trainable_variables]
         if self._statistics is None or self._statistics[0] != now:
             self._recalibrate()
-            self._statistics = now, _copies(held)
+            self._statistics = now, copies(held)
         else:
             for variable, value in zip(held, self._statistics[1], strict=True):
                 variable.assign(ops.copy(value))
@@ -483,42 +459,3 @@ class AveragedWeights(Callback):
         run = running_fit(self.model)
         size = run.arguments.get("batch_size") if run else None
         recalibrate_batch_norm(self.model, self.batch_norm_data, batch_size=size, verbose=0)
-
-
-def _averages(optimizer: Any) -> bool:
-    return (isinstance(optimizer, Optimizer) and optimizer.rule.averages) or bool(optimizer.use_ema)
-
-
-def _is_batch_norm(layer: Any) -> bool:
-    return isinstance(layer, keras.layers.BatchNormalization)
-
-
-def _repeatable(data: Any) -> Any:
-    """The argument `batch_norm_data`, if several passes can be made over it."""
-    if hasattr(data, "__next__"):
-        raise TypeError(
-            f"batch_norm_data must be something that can be passed over again, such as an array or a tf.data.Dataset; "
-            f"got {data!r} of type {type(data).__name__}."
-        )
-    return checked_inputs("batch_norm_data", data)
-
-
-def _separate(model: Any) -> None:
-    """On JAX, Keras lets weights and their average share memory, which the next compiled step gives away twice."""
-    if keras.config.backend() == "jax":
-        for variable in model.trainable_weights:
-            if not is_lost(variable):
-                variable.assign(ops.copy(ops.convert_to_tensor(variable)))
-
-
-def _copies(variables: list[Any]) -> list[Any]:
-    return [ops.copy(ops.convert_to_tensor(variable)) for variable in variables]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether all numbers are the same; NaN is itself, and 0 is not -0."""
-    equal = ops.equal(a, b)
-    if "float" in keras.backend.standardize_dtype(a.dtype):
-        equal = ops.logical_and(equal, ops.equal(ops.signbit(a), ops.signbit(b)))
-        equal = ops.logical_or(equal, ops.logical_and(ops.isnan(a), ops.isnan(b)))
-    return bool(ops.convert_to_numpy(ops.all(equal)))

@@ -20,20 +20,20 @@ import contextlib
 import itertools
 import json
 import random
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_optkit.backend import on_host
+from keras_optkit.callbacks.adapted import adapted, adapting, derived, forget_compiled, set_adapted
+from keras_optkit.callbacks.owned import own_variables
 from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import directly_inside, optimizers_of, ours_of
-from keras_optkit.private import forget_trace, global_seed, known_variables, set_global_seed, sublayers
+from keras_optkit.private import global_seed, known_variables, set_global_seed, sublayers
 
 Copy = Callable[[np.ndarray], np.ndarray]
 
@@ -78,14 +78,14 @@ class TrainingState:
             [_values(model, v, copy) for v in model.metrics_variables],
             [_optimizer_state(model, optimizer, places, copy) for optimizer in optimizers_of(model)],
             generators_now(),
-            _adapted(model),
+            adapted(model),
         )
 
     def adapt(self, model: Any) -> None:
         """Sets what layers have adapted, also in a model that has not been built."""
-        for place, layer in _adapting(model):
+        for place, layer in adapting(model):
             if place in self.layers:
-                _set_adapted(layer, self.layers[place])
+                set_adapted(layer, self.layers[place])
 
     def fits(self, model: Any, *, metrics: bool = True) -> bool:
         """Whether all that the state is of has been built in `model`; optimizers need not be.
@@ -104,7 +104,7 @@ class TrainingState:
         That is after a step, if variables have joined at other updates than in the state.
         """
         if any(map(_joined_in_stages, self.optimizer)):
-            _forget_compiled(model)
+            forget_compiled(model)
             for optimizer in ours_of(model):
                 optimizer.forget_steps()
 
@@ -134,7 +134,7 @@ class TrainingState:
         for optimizer, state in zip(optimizers, self.optimizer, strict=True):
             if _was_built(optimizer, state):
                 _set_optimizer_state(model, optimizer, state)
-        with _derived(model, self.layers):
+        with derived(model, self.layers):
             for variable, values in zip(
                 [*own, *theirs], [*self.variables, *(self.metrics if metrics else [])], strict=True
             ):
@@ -171,46 +171,9 @@ class Copies:
         return kept
 
 
-# -- the variables of a model -----------------------------------------------------------------------------------------
-
-
 def is_built(model: Any) -> bool:
     """Whether a model and all layers in it have their variables."""
     return all(layer.built for layer in [model, *sublayers(model)])
-
-
-def own_variables(model: Any) -> list[Any]:
-    """Those of the model, or of a layer, besides its metrics', and those in attributes that Keras does not list.
-
-    Among the latter are `tf.Variable`s, as in the queue of a contrastive loss, also in lists and dicts.
-    """
-    metrics = {id(v) for v in getattr(model, "metrics_variables", ())}
-    found = {id(v): v for v in model.variables if id(v) not in metrics}
-    for part in [model, *sublayers(model)]:
-        if not _keeps_assets_only(part):
-            for name, value in vars(part).items():
-                if not name.startswith("_self_"):  # TensorFlow's notes
-                    found |= {id(v): v for v in _held(value) if id(v) not in metrics}
-    return list(found.values())
-
-
-def _held(value: Any) -> Iterator[Any]:
-    """The variables in an attribute, which are not those of another layer or of an optimizer."""
-    if isinstance(value, keras.layers.Layer | keras.optimizers.Optimizer):
-        return
-    if hasattr(value, "assign") and hasattr(value, "dtype") and hasattr(value, "shape"):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _held(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _held(part)
-    elif any(base.__module__.split(".")[0] in ("keras", "tensorflow") for base in type(value).__mro__):
-        for name in ("state", "variables"):  # a random generator's; a metric's or a module's
-            yield from _held(getattr(value, name, None))
-
-
-# -- one variable -----------------------------------------------------------------------------------------------------
 
 
 def _values(model: Any, variable: Any, copy: Copy) -> list[np.ndarray]:
@@ -272,123 +235,6 @@ def _name(variable: Any) -> str:
 def _fits(here: tuple[int | None, ...], there: tuple[int, ...]) -> bool:
     """Whether a variable of one shape can hold a value of another; a `tf.Variable` may leave dimensions open."""
     return len(here) == len(there) and all(a in (None, b) for a, b in zip(here, there, strict=True))
-
-
-# -- what layers have adapted -----------------------------------------------------------------------------------------
-
-
-def _adapted(model: Any) -> dict[str, dict[str, Any]]:
-    """The assets and adapted attributes of layers that have some, by the places of the layers."""
-    found = {place: _adapted_in(layer) for place, layer in _adapting(model)}
-    return {place: state for place, state in found.items() if state}
-
-
-def _adapting(model: Any) -> list[tuple[str, Any]]:
-    """The layers that adapt something besides variables, counted among themselves: others are listed once built."""
-    layers = {
-        id(layer): layer
-        for layer in sublayers(model)
-        if isinstance(layer, keras.layers.Discretization) or hasattr(layer, "save_assets")
-    }
-    return [(str(i), layer) for i, layer in enumerate(layers.values())]
-
-
-def _adapted_in(layer: Any) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    if isinstance(layer, keras.layers.Discretization) and layer.num_bins is not None:
-        state["attributes"] = {
-            "bin_boundaries": layer.bin_boundaries and list(layer.bin_boundaries),
-            "summary": np.array(layer.summary),
-        }
-    if _keeps_assets_only(layer):
-        state["stored"] = {}
-        with contextlib.suppress(AttributeError):  # so Keras for one that has not been adapted
-            layer.save_own_variables(state["stored"])
-    if hasattr(layer, "save_assets"):
-        with tempfile.TemporaryDirectory() as directory:
-            layer.save_assets(directory)
-            files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
-            state["assets"] = {
-                path.relative_to(directory).as_posix(): np.frombuffer(path.read_bytes(), "uint8") for path in files
-            }
-    return {name: part for name, part in state.items() if part}
-
-
-def _keeps_assets_only(layer: Any) -> bool:
-    """Whether what a layer holds besides its files is made when it is adapted, as in lookups of words."""
-    return hasattr(layer, "save_assets") and not layer.variables
-
-
-def _set_adapted(layer: Any, state: Mapping[str, Any]) -> bool:
-    """Sets what a layer has adapted; False if it was so before."""
-    if _same(_adapted_in(layer), state):
-        return False
-    if "stored" in state:
-        layer.load_own_variables(state["stored"])
-    for name, value in state.get("attributes", {}).items():
-        setattr(layer, name, value)
-    if "assets" in state:
-        with tempfile.TemporaryDirectory() as directory:
-            for name, content in state["assets"].items():
-                path = Path(directory, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content.tobytes())
-            layer.load_assets(directory)
-    return True
-
-
-@contextlib.contextmanager
-def _derived(model: Any, adapted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """While variables are being set: layers renew afterwards what they had computed from them, where it is to change.
-
-    `Normalization`, for example, computes with tensors that it made of its variables when it was adapted. A compiled
-    step holds such tensors as constants, and is made again.
-    """
-    deriving = [layer for layer in sublayers(model) if _derives_values(layer)]
-    before = [[on_host(v).tobytes() for v in own_variables(layer)] for layer in deriving]
-    yield
-    changed = False
-    for layer, values in zip(deriving, before, strict=True):
-        if [on_host(v).tobytes() for v in own_variables(layer)] != values:
-            _renew(layer)
-            changed = True
-    for place, layer in _adapting(model):
-        if place in adapted and _set_adapted(layer, adapted[place]):
-            changed = True
-    if changed:
-        _forget_compiled(model)
-
-
-def _derives_values(layer: Any) -> bool:
-    loads = type(layer).load_own_variables
-    own = loads is not keras.layers.Layer.load_own_variables and not loads.__module__.startswith("keras.")
-    return own or hasattr(layer, "finalize_state")
-
-
-def _renew(layer: Any) -> None:
-    if hasattr(layer, "finalize_state"):
-        layer.finalize_state()
-    else:
-        store: dict[str, Any] = {}
-        layer.save_own_variables(store)
-        layer.load_own_variables({name: np.array(keras.ops.convert_to_numpy(v)) for name, v in store.items()})
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return np.array_equal(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else a == b
-
-
-def _forget_compiled(model: Any) -> None:
-    if keras.config.backend() == "jax":
-        forget_trace(model.train_step)
-    model.test_function = model.predict_function = None
-    if model.train_function is not None:
-        model.make_train_function(force=True)
-
-
-# -- optimizers -------------------------------------------------------------------------------------------------------
 
 
 def _optimizer_state(model: Any, optimizer: Any, places: Mapping[int, int], copy: Copy) -> dict[str, Any]:
@@ -508,9 +354,6 @@ def _scope(model: Any) -> contextlib.AbstractContextManager[Any]:
 def _without(variables: Sequence[Any], inside: Sequence[Any]) -> list[Any]:
     others = {id(v) for inner in inside for v in inner.variables}
     return [v for v in variables if id(v) not in others]
-
-
-# -- random numbers ---------------------------------------------------------------------------------------------------
 
 
 def generators_now() -> dict[str, Any]:
