@@ -363,6 +363,6 @@ def test_files_from_before_missing_gradients_were_saved(micro):
     optimizer.load_own_variables(store)
     apply_without_warnings(optimizer, [np.ones(2), None, None], weights)
     optimizer.flush()
-    given = [bool(v) for v in np.concatenate([np.asarray(g) for g in optimizer._held.state["given"]])]
+    given = [bool(v) for v in np.concatenate([np.asarray(g) for g in optimizer._held.state.given])]
     assert not any(given)
     assert [float(w.numpy().flat[0]) for w in weights[1:]] == [1.0, 1.0]  # their mean gradient is 0
