@@ -126,6 +126,8 @@ class Session:
             self._run.arguments["x"] = _with_first(self._batch_ahead, self._data)
 
     def _refuse_other_backups(self) -> None:
+        from keras_optkit.callbacks.resume import Resume  # which has sessions
+
         for callback in self._callbacks:
             if isinstance(callback, keras.callbacks.BackupAndRestore | Resume):
                 raise ValueError(f"callbacks must not have a {type(callback).__name__} beside Resume.")
