@@ -697,7 +697,7 @@ def test_accepted_data_must_have_the_place(tmp_path, change, message):
 
 def test_other_releases_are_told(tmp_path, monkeypatch):
     assert train(tmp_path, crash=5) is None
-    monkeypatch.setattr("keras_optkit.callbacks.resume.versions", lambda: versions() | {"keras": "99"})
+    monkeypatch.setattr("keras_optkit.callbacks.session.versions", lambda: versions() | {"keras": "99"})
     with pytest.warns(UserWarning, match='Other releases may compute other bits: keras: .* in the bundle, "99" here'):
         train(tmp_path)
 

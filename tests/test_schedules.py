@@ -12,6 +12,7 @@ from torch_references import Made, in_torch, schedule_run
 
 import keras_optkit as ok
 from keras_optkit.schedules import Cosine, Linear, OneCycle, Warmup
+from keras_optkit.testing.twins.schedules import TWINS
 
 
 def values(schedule, steps):
@@ -87,12 +88,7 @@ def test_one_cycle_defaults_are_torch_defaults():
 
 
 def test_every_schedule_has_a_twin():
-    assert {card.name for card in ok.cards("schedule") if card.twin is not None} == {
-        "Cosine",
-        "Linear",
-        "OneCycle",
-        "Warmup",
-    }
+    assert {card.name for card in ok.cards("schedule")} == set(TWINS)
 
 
 def test_steps_beyond_float32_are_told_apart():
@@ -259,8 +255,8 @@ def test_suite_fails_a_wrong_schedule(wrong, failing):
     made = itertools.count()
     keras.saving.register_keras_serializable("test_schedules", f"{wrong.__name__}{next(made)}")(wrong)
     case = {"initial": 0.1, "steps": 9, "final": 0.07}
-    right = next(card for card in ok.cards("schedule") if card.name == "Linear")
-    card = ok.Card(name=wrong.__name__, kind="schedule", make=wrong, tags={"settles"}, cases=(case,), twin=right.twin)
+    twin = TWINS["Linear"]
+    card = ok.Card(name=wrong.__name__, kind="schedule", make=wrong, tags={"settles"}, cases=(case,), twin=twin)
     assert failing in ok.testing.failures(card)
 
 
