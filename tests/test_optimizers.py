@@ -13,6 +13,7 @@ from torch_references import in_torch, optim, optimizer_run
 import keras_optkit as ok
 from keras_optkit.optimizers.engine.packing import pack
 from keras_optkit.optimizers.groups import Treatment
+from keras_optkit.optimizers.rule import Weight
 from keras_optkit.testing import problems
 
 SHAPES = [(3, 4), (5,), (), (2, 3, 2, 4)]
@@ -360,24 +361,29 @@ def test_signature_lists_the_common_keywords():
 # -- the engine -------------------------------------------------------------------------------------------------------
 
 
+def packed(shapes, treatments, layout="elementwise", dtypes=None, **more):
+    weights = [Weight(shape, dtype) for shape, dtype in zip(shapes, dtypes or ["float32"] * len(shapes), strict=True)]
+    return pack(weights, treatments, layout=lambda _: layout, **more)
+
+
 def test_pack_sorts_by_dtype_decay_and_size():
     shapes = [(2, 3), (4,), (300, 300), (2, 3), ()]
     decayed, spared = Treatment(), Treatment(decayed=False)
     treatments = [decayed, spared, decayed, decayed, spared]
     dtypes = ["float32"] * 3 + ["float16", "float32"]
-    buckets = pack(shapes, dtypes, treatments, elementwise=lambda _: True)
+    buckets = packed(shapes, treatments, dtypes=dtypes)
     assert [b.indices for b in buckets] == [(0,), (1, 4), (2,), (3,)]
     assert [b.form for b in buckets] == ["flat", "flat", "bare", "flat"]
     assert [b.alone for b in buckets] == [False, False, True, False]
-    some = pack(shapes, dtypes, [None, *treatments[1:]], elementwise=lambda _: True, alone=lambda i: i == 4)
+    some = packed(shapes, [None, *treatments[1:]], dtypes=dtypes, alone=lambda i: i == 4)
     assert [b.indices for b in some] == [(1,), (2,), (3,), (4,)]
-    stacked = pack([(2, 3), (4,), (2, 3)], ["float32"] * 3, [decayed] * 3, elementwise=lambda _: False)
+    stacked = packed([(2, 3), (4,), (2, 3)], [decayed] * 3, "whole")
     assert [(b.indices, b.form) for b in stacked] == [((0, 2), "stacked"), ((1,), "stacked")]
 
 
 def test_pack_makes_equal_buckets_of_one_shape():
     shapes = [(2,), (3, 3), (2,), (2,), (3, 3), (2,), (2,), (4,)]
-    buckets = pack(shapes, ["float32"] * 8, [Treatment()] * 8, elementwise=lambda _: True, repeated=2)
+    buckets = packed(shapes, [Treatment()] * 8, repeated=2)
     assert [b.indices for b in buckets] == [(0, 2), (1, 4), (3, 5), (6, 7)]
     assert {b.form for b in buckets} == {"flat"}
 
@@ -402,7 +408,7 @@ def test_the_update_is_compiled_where_that_pays(how, compiled):
 @pytest.mark.parametrize("flat", [True, False])
 def test_join_and_split_are_inverse(flat):
     shapes = [(2, 3), (4,), (), (0, 5)] if flat else [(2, 3), (2, 3)]
-    (bucket,) = pack(shapes, ["float32"] * len(shapes), [Treatment()] * len(shapes), elementwise=lambda _: flat)
+    (bucket,) = packed(shapes, [Treatment()] * len(shapes), "elementwise" if flat else "whole")
     parts = [np.random.default_rng(i).normal(size=s).astype("float32") for i, s in enumerate(shapes)]
     joined = bucket.join(parts)
     assert joined.shape[0] == (1 if flat else 2)

@@ -427,7 +427,7 @@ def _high_water() -> int | None:
 class KeepGradient(Rule):
     """Keeps the gradient, and leaves the weights as they are."""
 
-    def slots(self) -> Mapping[str, float]:
+    def slots(self, w: Weight) -> Mapping[str, float]:  # noqa: ARG002
         """The gradient of the last batch."""
         return {"gradient": 0.0}
 

@@ -9,7 +9,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, flag, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, number
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -25,7 +25,7 @@ class AdamRule(Rule):
     amsgrad: bool = flag(False)
     epsilon_hat: bool = flag(False)
 
-    def slots(self) -> dict[str, float]:
+    def slots(self, w: Weight) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0} | ({"v_max": 0.0} if self.amsgrad else {})
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

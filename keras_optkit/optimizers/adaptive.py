@@ -9,7 +9,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, flag, is_dynamic, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, is_dynamic, number
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -27,7 +27,7 @@ class AdagradRule(Rule):
     epsilon: Value = number(1e-8)
     epsilon_inside: bool = flag(True)
 
-    def slots(self) -> dict[str, float]:
+    def slots(self, w: Weight) -> dict[str, float]:
         return {"G": self.initial_accumulator_value}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
@@ -104,7 +104,7 @@ class RMSpropRule(Rule):
     epsilon_inside: bool = flag(True)
     rate_in_velocity: bool = flag(True)
 
-    def slots(self) -> dict[str, float]:
+    def slots(self, w: Weight) -> dict[str, float]:
         return (
             {"E": 0.0}
             | ({"mean": 0.0} if self.centered else {})

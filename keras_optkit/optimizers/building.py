@@ -18,7 +18,7 @@ from keras_optkit import backend
 from keras_optkit.optimizers.engine.files import Legacy, SavedState, is_opening
 from keras_optkit.optimizers.engine.gradients import different
 from keras_optkit.optimizers.engine.packing import REPEATED, Bucket, pack
-from keras_optkit.optimizers.engine.plan import Keywords, Plan
+from keras_optkit.optimizers.engine.plan import Keywords, Plan, with_routes
 from keras_optkit.optimizers.engine.state import State, for_buckets, joined, once
 from keras_optkit.optimizers.groups import (
     Group,
@@ -28,7 +28,7 @@ from keras_optkit.optimizers.groups import (
     treatments,
 )
 from keras_optkit.optimizers.groups import keras_path as _path
-from keras_optkit.optimizers.rule import is_dynamic
+from keras_optkit.optimizers.rule import is_dynamic, layout_of
 
 
 @dataclass
@@ -246,7 +246,7 @@ class Built(SavedState):
             )
         held, first = self._held, len(self._held.variables)
         with backend.outside_graph():
-            make, keywords, rules = self.add_variable, self._keywords(), self._rules
+            make, keywords, rules = self.add_variable, self._keywords(), with_routes(self._rules)
             if not held.state.has("iterations"):
                 held.state = once(make, keywords, rules, self._updates, self._multiplier)
             more = for_buckets(make, keywords, rules, buckets, new, joining=bool(held.variables))
@@ -288,7 +288,8 @@ class Built(SavedState):
         places = self._places(variables) if places is None else places
         found, groups = treatments(
             places,
-            [len(v.shape) for v in variables],
+            places.weights(variables),
+            self._rules,
             self.groups,
             self.layer_decay,
             self.layer_blocks,
@@ -324,14 +325,16 @@ class Built(SavedState):
     def _pack(self, new: Sequence[Any], variables: Sequence[Any], since: Sequence[int]) -> tuple[Bucket, ...]:
         if not variables:
             return ()
-        treatment = dict(zip(map(backend.key, variables), self._treatments(variables)[0], strict=True))
+        places = self._places(variables)
+        treatment = dict(zip(map(backend.key, variables), self._treatments(variables, places)[0], strict=True))
+        weight = dict(zip(map(backend.key, variables), places.weights(variables), strict=True))
         if all(value is None for value in treatment.values()):
             raise ValueError(f"{self.name} has nothing to train: its groups freeze all {len(variables)} variables.")
+        rules = with_routes(self._rules)
         return pack(
-            [tuple(v.shape) for v in new],
-            [keras.backend.standardize_dtype(v.dtype) for v in new],
+            [weight[backend.key(v)] for v in new],
             [treatment[backend.key(v)] for v in new],
-            elementwise=lambda treatment: self._rules[treatment.rule].elementwise,
+            layout=lambda treatment: layout_of(rules[treatment.rule, treatment.route].rule),
             below=self.pack_below,
             alone=lambda i: getattr(new[i], "constraint", None) is not None,
             since=since,
@@ -360,7 +363,7 @@ class Built(SavedState):
         """How the variables are treated now that others have joined: `layer_decay` counts from the last layer."""
         held = self._held
         found = self._treatments(self._in_model_order())[0]
-        now = [[found[held.places[i]] for i in bucket.indices] for bucket in held.buckets]
+        now = [[_along(found[held.places[i]], bucket) for i in bucket.indices] for bucket in held.buckets]
         if all(len(set(treatments)) == 1 for treatments in now):
             pairs = zip(held.buckets, now, strict=True)
             held.buckets = tuple(dataclasses.replace(bucket, treatment=first) for bucket, (first, *_) in pairs)
@@ -388,4 +391,9 @@ class Built(SavedState):
         held = self._held
         firsts = [held.variables[bucket.indices[0]] for bucket in held.buckets]
         constraints = [getattr(variable, "constraint", None) for variable in firsts]
-        return Plan(self.name, held.buckets, constraints, self._rules, self._keywords(), self._schedule)
+        return Plan(self.name, held.buckets, constraints, with_routes(self._rules), self._keywords(), self._schedule)
+
+
+def _along(treatment: Treatment | None, bucket: Bucket) -> Treatment | None:
+    """A treatment by the rule that there is state for: the last layer, which routes may go by, can change."""
+    return treatment and dataclasses.replace(treatment, route=bucket.treatment.route)

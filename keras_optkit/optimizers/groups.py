@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
 from keras_optkit import arguments, backend
+from keras_optkit.kernels import KERNEL, VECTOR, role
 from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared
 from keras_optkit.optimizers.layer_paths import LayerTree
-from keras_optkit.optimizers.rule import Rule
+from keras_optkit.optimizers.rule import Rule, Weight
 from keras_optkit.registry import PACKAGE
 from keras_optkit.saving import FromSignature, constructor_parameters
 
@@ -36,12 +37,14 @@ class Treatment:
         decayed: Whether weight decay applies at all.
         weight_decay: A decay of its own; None for the optimizer's.
         rule: 0 for the optimizer's rule, n for that of its n-th group.
+        route: The name of the rule that this one routes them to; "" for none.
     """
 
     lr_scale: float = 1.0
     decayed: bool = True
     weight_decay: float | None = None
     rule: int = 0
+    route: str = ""
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -226,7 +229,22 @@ class Places:
             self._tree, self._keys, self.hint = tree, [backend.key(v) for v in variables], ""
         else:  # no model, or another one
             self._tree, self._keys, self.hint = LayerTree.of_paths(by_keras), list(range(len(by_keras))), _UNKNOWN
+        self._of_keras = bool(self.hint)
         self.known = list(dict.fromkeys([*self._tree.all_paths(), *(path for paths in self.paths for path in paths)]))
+
+    def weights(self, variables: Sequence[Any]) -> list[Weight]:
+        """What rules are told about the variables, which are those of here."""
+        nodes = [None if self._of_keras else self._tree.layer_of(v) for v in variables]
+        found = []
+        for variable, node, paths in zip(variables, nodes, self.paths, strict=True):
+            kind, axes = role(variable, node and node.layer)
+            dtype = keras.backend.standardize_dtype(variable.dtype)
+            found.append(Weight(tuple(variable.shape), dtype, kind, axes, (*paths, keras_path(variable))))
+        if self._of_keras:
+            last = [place for place, weight in enumerate(found) if weight.role == KERNEL][-1:]
+        else:
+            last = [place for place, v in enumerate(variables) if backend.key(v) in self._tree.last_kernel()]
+        return [weight._replace(output=place in last) for place, weight in enumerate(found)]
 
     def scales(self, layer_decay: float, blocks: int | str | None) -> list[float]:
         """The factor of each variable, 1 for the last block that one of them is in.
@@ -261,7 +279,8 @@ def keras_path(variable: Any) -> str:
 
 def treatments(
     places: Places,
-    ranks: Sequence[int],
+    weights: Sequence[Weight],
+    rules: Mapping[int, Rule],
     groups: Sequence[Group] | None,
     layer_decay: float | None,
     layer_blocks: int | str | None,
@@ -269,16 +288,22 @@ def treatments(
 ) -> tuple[list[Treatment | None], list[Group | None]]:
     """How each parameter is treated, None for frozen ones, and which group it is in."""
     found = assign_groups(groups or (), places.paths, places.known, places.hint)
-    scales = [1.0] * len(ranks) if layer_decay is None else places.scales(layer_decay, layer_blocks)
-    rules = {id(g): place for place, g in enumerate(groups or (), 1) if g.own_rule is not None}
+    scales = [1.0] * len(weights) if layer_decay is None else places.scales(layer_decay, layer_blocks)
+    numbers = {id(g): place for place, g in enumerate(groups or (), 1) if g.own_rule is not None}
     result: list[Treatment | None] = []
-    for group, scale, rank in zip(found, scales, ranks, strict=True):
-        decayed = decay_mask == "all" or rank > 1
-        if group is None:
-            result.append(Treatment(scale, decayed))
-        elif group.trainable:
-            rule = rules.get(id(group), 0)
-            result.append(Treatment(scale * group.lr_scale, decayed, group.weight_decay, rule))
-        else:
+    for group, scale, weight in zip(found, scales, weights, strict=True):
+        if group is not None and not group.trainable:
             result.append(None)
+            continue
+        number = numbers.get(id(group), 0)
+        decayed = decay_mask == "all" or weight.role != VECTOR
+        lr_scale, own = (1.0, None) if group is None else (group.lr_scale, group.weight_decay)
+        result.append(Treatment(scale * lr_scale, decayed, own, number, _route(rules[number], weight)))
     return result, found
+
+
+def _route(rule: Rule, weight: Weight) -> str:
+    name = rule.route(weight)
+    if name and name not in rule.routes():
+        raise ValueError(f"{type(rule).__name__}.route must return a name in routes(), got {name!r} for {weight}.")
+    return name

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_optkit import backend
+from keras_optkit.kernels import KERNEL, role
 from keras_optkit.private import sublayers
 
 #: A model with more layers than this is not opened further, and more plain layers in a row are taken together,
@@ -127,6 +128,15 @@ class LayerTree:
         """The paths of all variables."""
         places = [place for places in self._places.values() for place in places]
         return [f"{path}/{name}".lstrip("/") for node, name in places for path in node.paths]
+
+    def last_kernel(self) -> set[int]:
+        """The keys of the kernels of the last layer that has one of its own, frozen or not."""
+        for node in reversed(self.nodes):
+            own = set(node.own.values())
+            kernels = [v for v in node.layer.weights if backend.key(v) in own and role(v, node.layer)[0] == KERNEL]
+            if kernels:
+                return set(map(backend.key, kernels))
+        return set()
 
     def matching(self, pattern: str) -> list[Node]:
         """The layers in one of whose paths a pattern is found, with and without a slash at its end."""

@@ -23,6 +23,7 @@ from keras_optkit.optimizers.engine.files import is_opening
 from keras_optkit.optimizers.engine.gradients import different
 from keras_optkit.optimizers.engine.nonfinite import Nonfinite
 from keras_optkit.optimizers.engine.packing import PACK_BELOW
+from keras_optkit.optimizers.engine.plan import with_routes
 from keras_optkit.optimizers.engine.run import change, run
 from keras_optkit.optimizers.engine.state import filled, state_bytes
 from keras_optkit.optimizers.explain import Explained, Explanation
@@ -75,8 +76,8 @@ class Optimizer(FromSignature, Built):
         ema_momentum: Decay of that average, in [0, 1): `a ← momentum a + (1 - momentum) θ`; the first update sets `a`.
         skip_nonfinite: k >= 1: an update whose gradient is not finite is left out, with weights, state and update
             count bitwise as before, and the k-th in a row is an error; see `nonfinite`. None: no check.
-        decay_mask: `"auto"` spares vectors and scalars (biases, normalisation scales) from weight decay, `"all"`
-            decays everything, as Keras and torch do by default.
+        decay_mask: `"auto"` decays kernels and embeddings and spares all else (biases, those of attention among
+            them, and the scales of normalisations), `"all"` decays everything, as Keras and torch do by default.
         decay_exclude: Regular expressions; variables in whose path one is found are spared from weight decay, too. Each
             must match a variable. `exclude_from_weight_decay` sets it.
         groups: A list of `keras_optkit.Group`: parameters with rates and decays of their own. See `explain`.
@@ -363,22 +364,20 @@ class Optimizer(FromSignature, Built):
         places = self._places(variables, known)
         found, groups = self._treatments(variables, places)
         rate, decay = as_number(self.learning_rate), as_number(self._present(self.weight_decay) or 0.0)
-        rows = []
-        for variable, paths, treatment, group in zip(variables, places.paths, found, groups, strict=True):
-            rule = self._rules[treatment.rule] if treatment else None
-            size = state_bytes(rule, variable.dtype, self._keywords()) if rule else 0
-            lr_scale, own = (treatment.lr_scale, treatment.weight_decay) if treatment else (0.0, 0.0)
-            rows.append(
-                Explained(
-                    paths[0],
-                    tuple(variable.shape),
-                    "" if group is None else group.match,
-                    type(rule).__name__ if rule else "frozen",
-                    rate * lr_scale,
-                    (decay if own is None else own) if treatment and treatment.decayed else 0.0,
-                    size * math.prod(variable.shape),
+        rows, rules = [], with_routes(self._rules)
+        for weight, paths, treatment, group in zip(places.weights(variables), places.paths, found, groups, strict=True):
+            row = Explained(paths[0], weight.shape, "" if group is None else group.match, "frozen", 0.0, 0.0, 0)
+            if treatment is not None:
+                routed = rules[treatment.rule, treatment.route]
+                own = routed.weight_decay if treatment.weight_decay is None else treatment.weight_decay
+                applied = decay if own is None else as_number(self._present(own))
+                row = row._replace(
+                    rule=type(routed.rule).__name__,
+                    learning_rate=rate * treatment.lr_scale * routed.lr_scale,
+                    weight_decay=applied if treatment.decayed else 0.0,
+                    state_bytes=state_bytes(routed.rule, weight, self._keywords()),
                 )
-            )
+            rows.append(row)
         return Explanation(tuple(rows))
 
     def _present(self, value: Value | None) -> Any:
@@ -425,6 +424,9 @@ class Optimizer(FromSignature, Built):
     def _is_worth_compiling(self) -> bool:
         """Whether XLA's loops, each of which takes it a while to compile, have enough elements on average."""
         state, buckets = self._held.state, self._held.buckets
+        rules = with_routes(self._rules)
+        if any(rules[bucket.rule].rule.decomposes for bucket in buckets):
+            return False
         loops: int = sum(1 + len(slots) for slots in state.slots)
         each = [
             self.use_ema,

@@ -1,33 +1,59 @@
 """The contract of an update rule: a frozen dataclass of hyperparameters with pure methods, and no variables.
 
-A rule sees tensors with a leading axis, `(k, *shape)`: k parameters of one shape are updated as one tensor. What is
-computed "per parameter" is therefore reduced over all axes but the first, and matrix products batch for free. An
-element-wise rule is handed tensors of any shape: many parameters flattened into one `(1, n)`, or one as it is.
+Which tensors a rule is handed is its `layout`. With "whole" they have a leading axis, `(k, *shape)`: k parameters of
+one shape are updated as one tensor, so that matrix products batch for free. With "elementwise" they have any shape:
+many parameters laid end to end as `(1, n)`, or one as it is. "per_parameter" is the same for rules that also need sums
+over each parameter, which `h.sum` and `h.mean` give in either form.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit import arguments
+from keras_optkit.kernels import VECTOR, KernelAxes
+from keras_optkit.optimizers.slots import Fill, FromWeights, Initial, as_initial
 from keras_optkit.precision import scalar_dtype
 
 Tensor = Any
 Slots = dict[str, Tensor]
 #: A hyperparameter: a number, a schedule of the update count, or a scalar variable.
 Value = Any
-#: The initial value of a slot: a number that fills it, or a function of the parameters `(k, *shape)`, which is computed
-#: in their first update.
-Initial = float | Callable[[Tensor], Tensor]
+
+#: Which tensors a rule is handed; see above.
+LAYOUTS = ("elementwise", "per_parameter", "whole")
+
+
+class Weight(NamedTuple):
+    """What a rule is told about a parameter before there is a step: when its route is chosen and its state is made.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        role: What it is for its layer: "kernel" (a linear map), "table" (the rows of an embedding) or "vector"
+            (everything else, of whatever rank: the biases of attention are vectors).
+        axes: Of a kernel which axes are inputs and outputs, by the layer where it is known; see `keras_optkit.kernels`.
+        paths: Its paths in the model, and the one that Keras gives it. Only where the route is chosen.
+        output: Whether it is the kernel of the model's last layer. Only where the route is chosen.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    role: str = VECTOR
+    axes: KernelAxes | None = None
+    paths: tuple[str, ...] = ()
+    output: bool = False
 
 
 def is_dynamic(value: Value) -> bool:
@@ -64,6 +90,8 @@ class Hyper:
             `handles_decay` has to look at it.
         decays: Whether there is a decay.
         scalars: The rule's state for the whole model, as `measure` has left it.
+        before: The same before `measure`.
+        kernel: Of kernels in the layout "whole", which axes of `shape` are inputs and outputs; None for others.
     """
 
     def __init__(
@@ -74,8 +102,12 @@ class Hyper:
         *,
         weight_decay: Any = 0.0,
         scalars: Mapping[str, Tensor] | None = None,
+        before: Mapping[str, Tensor] | None = None,
         memo: dict[Any, Tensor] | None = None,
         since: int = 0,
+        kernel: KernelAxes | None = None,
+        sums: Callable[..., Tensor] | None = None,
+        first: Tensor | None = None,
     ):
         self._iterations = iterations
         self._dtype = dtype
@@ -86,6 +118,10 @@ class Hyper:
         self.weight_decay = self(weight_decay)
         self.decays = is_dynamic(weight_decay) or bool(weight_decay)
         self.scalars = dict(scalars or {})
+        self.before = dict(self.scalars if before is None else before)
+        self.kernel = kernel
+        self._sums = sums
+        self._first = first
 
     def __call__(self, value: Value) -> Any:
         """The present value of a hyperparameter: numbers stay Python numbers, schedules are read at this step."""
@@ -97,9 +133,44 @@ class Hyper:
         other.learning_rate = learning_rate
         return other
 
-    def scalar(self, name: str) -> Tensor:
-        """One of the rule's scalars in the dtype of the computation."""
-        return ops.cast(self.scalars[name], self._dtype)
+    def scalar(self, name: str, *, before: bool = False) -> Tensor:
+        """One of the rule's scalars in the dtype of the computation, as it is after or before `measure`."""
+        return ops.cast((self.before if before else self.scalars)[name], self._dtype)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over each parameter, in a shape that broadcasts with it."""
+        return self._over_parameters(x, mean=False)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of `x` over each parameter, in a shape that broadcasts with it."""
+        return self._over_parameters(x, mean=True)
+
+    def _over_parameters(self, x: Tensor, *, mean: bool) -> Tensor:
+        if self._sums is None:
+            raise ValueError(
+                'h.sum and h.mean are for rules with layout = "per_parameter" or "whole", got an element-wise one.'
+            )
+        return self._sums(x, mean=mean)
+
+    @property
+    def first(self) -> Tensor:
+        """Where this is a parameter's first update, in a shape that broadcasts; parameters may miss some updates."""
+        if self._first is None:
+            raise ValueError("h.first is for rules with uses_first = True, for which the engine counts updates.")
+        return self._first
+
+    def every(self, n: int, compute: Callable[[], Any], keep: Callable[[], Any], *, at: int = 0) -> Any:
+        """`compute()` in the updates t with `t mod n = at mod n`, else `keep()`, and only one of the two is executed.
+
+        Args:
+            n: A whole number >= 1.
+            compute: Returns tensors, in any structure.
+            keep: Returns tensors of the same structure, shapes and dtypes.
+            at: In which of each n updates.
+        """
+        if n == 1:
+            return compute()
+        return ops.cond(ops.equal(ops.mod(ops.cast(self.step, "int32"), n), at % n), compute, keep)
 
     def bias_correction(self, beta: Value) -> Tensor:
         """`1 - beta**t`, without the cancellation that costs float32 half of its digits when beta is near 1.
@@ -135,13 +206,22 @@ class Rule:
     checked when the rule is made.
 
     Attributes:
-        elementwise: Whether every number is updated on its own.
+        layout: "elementwise" if every element is updated on its own; "per_parameter" if a rule also needs sums over
+            each parameter, by `h.sum` or `h.mean`; "whole" if it needs the parameters in their shapes, with a leading
+            axis. "" leaves it to `elementwise`.
+        elementwise: `elementwise = True` is short for `layout = "elementwise"`, and otherwise "whole" is meant.
+        uses_first: Whether `update` asks `h.first`.
+        decomposes: Whether there is an eigenvalue or QR decomposition in it, which XLA on CPUs takes many times as long
+            for as TensorFlow: `fuse="auto"` does not compile it.
         handles_decay: Whether `update` itself subtracts the decoupled decay `η λ θ`, or what stands in its place.
         averages: Whether the weights to evaluate at are others than those of training; then there are `eval_value` and
             `train_value`.
     """
 
+    layout: ClassVar[str] = ""
     elementwise: ClassVar[bool] = False
+    uses_first: ClassVar[bool] = False
+    decomposes: ClassVar[bool] = False
     handles_decay: ClassVar[bool] = False
     averages: ClassVar[bool] = False
 
@@ -156,16 +236,50 @@ class Rule:
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return [v for value in values for v in (value.hyperparameters() if isinstance(value, Rule) else [value])]
 
-    def slots(self) -> Mapping[str, Initial]:
-        """Names and initial values of the state kept for every parameter."""
+    def routes(self) -> Mapping[str, Rule | Routed]:
+        """Other rules that some parameters are updated by, under names of their own."""
+        return {}
+
+    def route(self, w: Weight) -> str:
+        """The name in `routes()` of the rule for a parameter; "" for this one."""
+        return ""
+
+    def slots(self, w: Weight) -> Mapping[str, Initial]:
+        """Names and initial values of the state kept for every parameter.
+
+        `keras_optkit.optimizers.slots` has what they may be. A rule whose state is the same for all parameters may
+        leave out the argument: `def slots(self)`. State that differs between parameters, by their shape or by what they
+        are, needs the layout "whole".
+        """
         return {}
 
     def scalars(self) -> Mapping[str, float]:
         """Names and initial values of the state kept once for the whole model."""
         return {}
 
-    def measure(self, h: Hyper) -> dict[str, Tensor]:
-        """The new scalars of this update, from the old ones in `h.scalars`; computed before any `update`."""
+    def contribute(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> dict[str, Tensor]:
+        """What `measure` is to be given the sum of over all parameters with a gradient, by name.
+
+        Args:
+            u: Gradients, after clipping, as in `update`.
+            slots: The slots before the update.
+            p: The parameters before the update.
+            h: With the old scalars.
+
+        Returns:
+            Tensors in the shape of `u`, which are not summed yet.
+        """
+        raise NotImplementedError
+
+    def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The new scalars of this update, from the old ones in `h.scalars`; computed before any `update`.
+
+        A rule that contributes nothing may leave out the second argument: `def measure(self, h)`.
+
+        Args:
+            h: With the old scalars.
+            sums: Of what `contribute` returned, by name.
+        """
         return dict(h.scalars)
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
@@ -189,3 +303,106 @@ class Rule:
     def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
         """The inverse of `eval_value`: the parameters and slots that training goes on from."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A rule that some parameters of another rule are updated by, with a rate and a decay of their own.
+
+    Attributes:
+        rule: The rule.
+        lr_scale: Factor on the learning rate.
+        weight_decay: A decay of its own; None for the optimizer's.
+    """
+
+    rule: Rule
+    lr_scale: float = 1.0
+    weight_decay: Value | None = None
+
+
+@dataclass(frozen=True)
+class Wrapper(Rule):
+    """Base of rules around another one, which is the field `inner_rule`: forwards all that the other one is.
+
+    A parameter that the inner rule routes to another one is updated by this wrapper around that one.
+    """
+
+    def inner(self) -> Rule:
+        """The rule inside."""
+        return self.inner_rule  # type: ignore[attr-defined]
+
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        return layout_of(self.inner())
+
+    @property
+    def uses_first(self) -> bool:  # type: ignore[override]
+        return self.inner().uses_first
+
+    @property
+    def decomposes(self) -> bool:  # type: ignore[override]
+        return self.inner().decomposes
+
+    def routes(self) -> Mapping[str, Rule | Routed]:
+        inside = {name: as_routed(route) for name, route in self.inner().routes().items()}
+        wrapped = {name: dataclasses.replace(self, inner_rule=route.rule) for name, route in inside.items()}  # type: ignore[call-arg]
+        return {name: dataclasses.replace(route, rule=wrapped[name]) for name, route in inside.items()}
+
+    def route(self, w: Weight) -> str:
+        return self.inner().route(w)
+
+    def slots(self, w: Weight) -> Mapping[str, Initial]:
+        return slots_of(self.inner(), w)
+
+    def scalars(self) -> Mapping[str, float]:
+        return self.inner().scalars()
+
+    def contribute(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> dict[str, Tensor]:
+        return self.inner().contribute(u, slots, p, h)
+
+    def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return measured(self.inner(), h, sums)
+
+
+# -- what is read from a rule -----------------------------------------------------------------------------------------
+
+
+def layout_of(rule: Rule) -> str:
+    """Which tensors a rule is handed."""
+    layout = rule.layout or ("elementwise" if rule.elementwise else "whole")
+    return arguments.choice(f"layout of {type(rule).__name__}", layout, LAYOUTS)
+
+
+def slots_of(rule: Rule, w: Weight) -> dict[str, Fill | FromWeights]:
+    """Names and initial values of the state for a parameter."""
+    found = rule.slots(w) if _takes(type(rule).slots, 2) else rule.slots()  # type: ignore[call-arg]
+    initial = {name: as_initial(value) for name, value in found.items()}
+    own = [name for name, value in initial.items() if isinstance(value, Fill) and value.shape is not None]
+    if own and layout_of(rule) != "whole":
+        raise ValueError(
+            f'{type(rule).__name__}.slots: state in a shape of its own ({", ".join(own)}) needs layout = "whole", got '
+            f"{layout_of(rule)!r}."
+        )
+    return initial
+
+
+def contributes(rule: Rule) -> bool:
+    """Whether a rule needs sums over the whole model."""
+    while isinstance(rule, Wrapper):
+        rule = rule.inner()
+    return type(rule).contribute is not Rule.contribute
+
+
+def measured(rule: Rule, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new scalars of a rule."""
+    return rule.measure(h, sums) if _takes(type(rule).measure, 3) else rule.measure(h)  # type: ignore[call-arg]
+
+
+def as_routed(route: Rule | Routed) -> Routed:
+    """A route with its rate and decay."""
+    return Routed(route) if isinstance(route, Rule) else route
+
+
+@functools.cache
+def _takes(method: Callable[..., Any], count: int) -> bool:
+    return len(inspect.signature(method).parameters) >= count

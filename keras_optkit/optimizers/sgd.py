@@ -8,7 +8,7 @@ from typing import Any
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, flag, is_dynamic, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, is_dynamic, number
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -22,7 +22,7 @@ class SGDRule(Rule):
     nesterov: bool = flag(False)
     rate_in_velocity: bool = flag(True)
 
-    def slots(self) -> dict[str, float]:
+    def slots(self, w: Weight) -> dict[str, float]:
         return {"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

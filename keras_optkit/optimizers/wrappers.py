@@ -13,8 +13,9 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit import arguments
 from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared, with_present
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Initial, Rule, Slots, Tensor, Value, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, number
 from keras_optkit.optimizers.sgd import SGDRule
+from keras_optkit.optimizers.slots import Initial, weights_copy
 from keras_optkit.registry import register
 from keras_optkit.saving import constructor_parameters
 from keras_optkit.space import Choice, Float
@@ -33,17 +34,22 @@ def _inner_rule() -> Any:
 
 def _inner_step(rule: Rule, u: Tensor, slots: Slots, p: Tensor, decayed: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
     """The step of a rule at `p` and its new slots; if it leaves the decoupled decay to others, that is of `decayed`."""
-    step, new = rule.update(u, {name: slots[name] for name in rule.slots()}, p, h)
+    step, new = rule.update(u, slots, p, h)
     if h.decays and not rule.handles_decay:
         step = step + h.learning_rate * h.weight_decay * decayed
     return step, new
+
+
+def _without(slots: Slots, name: str) -> Slots:
+    """The slots of the rule inside."""
+    return {key: slot for key, slot in slots.items() if key != name}
 
 
 # -- Lookahead --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class LookaheadRule(Rule):
+class LookaheadRule(Wrapper):
     """`φ ← φ + α (θ - φ); θ ← φ` after every k steps of the inner rule on θ."""
 
     averages = True
@@ -52,22 +58,12 @@ class LookaheadRule(Rule):
     sync_period: int = _count(5, 1)
     slow_step_size: Value = number(0.5, 0, 1, closed="right")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "elementwise", self.inner_rule.elementwise)
-
-    def slots(self) -> dict[str, Initial]:
-        return {**self.inner_rule.slots(), "slow": ops.copy}
-
-    def scalars(self) -> Mapping[str, float]:
-        return self.inner_rule.scalars()
-
-    def measure(self, h: Hyper) -> dict[str, Tensor]:
-        return self.inner_rule.measure(h)
+    def slots(self, w: Weight) -> dict[str, Initial]:
+        return {**super().slots(w), "slow": weights_copy()}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-        step, new = _inner_step(self.inner_rule, u, slots, p, p, h)
-        slow = slots["slow"]
+        slow, held = slots["slow"], _without(slots, "slow")
+        step, new = _inner_step(self.inner_rule, u, held, p, p, h)
         due = ops.equal(ops.mod(h.step, self.sync_period), 0)
         step = ops.where(due, step - (1 - h(self.slow_step_size)) * (slow - (p - step)), step)
         return step, {**new, "slow": ops.where(due, p - step, slow)}
@@ -83,7 +79,7 @@ class LookaheadRule(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ScheduleFree(Rule):
+class _ScheduleFree(Wrapper):
     """What all Schedule-Free rules share. The model trains at y; z is kept; x, to evaluate at, follows from the two.
 
     With s the step of the inner rule, `z ← z - s`, `x ← (1 - c) x + c z`, `y ← β x + (1 - β) z`. Without x, that is
@@ -96,20 +92,12 @@ class _ScheduleFree(Rule):
     r: float = number(0.0, 0, fixed=True)
     weight_lr_power: float = number(2.0, 0, fixed=True)
 
-    def inner(self) -> Rule:
-        """The rule whose steps move z."""
-        raise NotImplementedError
-
     def beta(self) -> float:
         """The share of x in y."""
         raise NotImplementedError
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "elementwise", self.inner().elementwise)
-
-    def slots(self) -> dict[str, Initial]:
-        return {**self.inner().slots(), "anchor": ops.copy}  # z; another rule may call something of its own z
+    def slots(self, w: Weight) -> dict[str, Initial]:
+        return {**super().slots(w), "anchor": weights_copy()}  # z; another rule may call something of its own z
 
     def scalars(self) -> dict[str, float]:
         return {**self.inner().scalars(), "largest_rate": 0.0, "total_weight": 0.0, "share": 0.0}
@@ -121,18 +109,21 @@ class _ScheduleFree(Rule):
         factor = ops.minimum(h.step / self.warmup_steps, 1.0)
         return h.at_rate(h.learning_rate * ops.cast(factor, h.learning_rate.dtype))
 
-    def measure(self, h: Hyper) -> dict[str, Tensor]:
+    def contribute(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> dict[str, Tensor]:
+        return super().contribute(u, _without(slots, "anchor"), slots["anchor"], self.warmed_up(h))
+
+    def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         h = self.warmed_up(h)
         largest = ops.maximum(h.scalars["largest_rate"], h.learning_rate)
         weight = h.step**self.r * largest**self.weight_lr_power
         total = h.scalars["total_weight"] + weight
         share = ops.divide_no_nan(weight, total)
-        return {**self.inner().measure(h), "largest_rate": largest, "total_weight": total, "share": share}
+        return {**super().measure(h, sums), "largest_rate": largest, "total_weight": total, "share": share}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         h, c = self.warmed_up(h), h.scalar("share")
         z = slots["anchor"]
-        step, new = _inner_step(self.inner(), u, slots, z, p, h)
+        step, new = _inner_step(self.inner(), u, _without(slots, "anchor"), z, p, h)
         return c * (p - z) + (1 - self.beta() * (1 - c)) * step, {**new, "anchor": z - step}
 
     def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
@@ -177,7 +168,7 @@ class SecondMomentRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-8)
 
-    def slots(self) -> dict[str, float]:
+    def slots(self, w: Weight) -> dict[str, float]:
         return {"v": 0.0}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_optkit import arguments
+from keras_optkit.kernels import KERNEL, by_shape
+from keras_optkit.optimizers.rule import Weight, contributes, layout_of, slots_of
+from keras_optkit.optimizers.slots import Fill, FromWeights
 from keras_optkit.registry import KINDS, Card, cards
 
 Function = Callable[[Card], None]
@@ -169,9 +172,20 @@ def profile(card: Card) -> Profile:
     if card.kind != "optimizer":
         return Profile((card.name,))
     rule = card.make(**card.cases[0]).rule
-    slots = frozenset("function" if callable(initial) else "constant" for initial in rule.slots().values())
-    traits = (rule.elementwise, rule.averages, rule.handles_decay, bool(rule.scalars()))
-    return Profile((*traits, *sorted(card.tags), *sorted(card.known_failures)), slots)
+    known = [slots_of(rule, w) for w in _WEIGHTS]
+    slots = frozenset(_kind(slot) for slots in known for slot in slots.values())
+    routed = frozenset(rule.route(w) for w in _WEIGHTS)
+    traits = (layout_of(rule), rule.averages, rule.handles_decay, bool(rule.scalars()), contributes(rule))
+    more = (rule.uses_first, rule.decomposes, routed, known[0].keys() != known[1].keys())
+    return Profile((*traits, *more, *sorted(card.tags), *sorted(card.known_failures)), slots)
+
+
+#: A kernel and a vector, which rules may treat differently.
+_WEIGHTS = (Weight((2, 3), role=KERNEL, axes=by_shape(2)), Weight((3,)))
+
+
+def _kind(slot: Fill | FromWeights) -> str:
+    return "function" if isinstance(slot, FromWeights) else "constant" if slot.shape is None else "shaped"
 
 
 def one_of_each_profile(which: Iterable[Card]) -> list[Card]:
@@ -188,7 +202,7 @@ def one_of_each_profile(which: Iterable[Card]) -> list[Card]:
 
 
 def _slots(card: Card) -> int:
-    return len(card.make(**card.cases[0]).rule.slots()) if card.kind == "optimizer" else 0
+    return len(slots_of(card.make(**card.cases[0]).rule, _WEIGHTS[0])) if card.kind == "optimizer" else 0
 
 
 def conformance(which: Iterable[Card] | None = None) -> Any:

@@ -17,8 +17,11 @@ import numpy as np
 
 from keras_optkit.backend import key, on_host
 from keras_optkit.optimizers.engine.packing import Bucket
+from keras_optkit.optimizers.engine.plan import with_routes
 from keras_optkit.optimizers.engine.state import State
 from keras_optkit.optimizers.groups import Treatment
+from keras_optkit.optimizers.rule import slots_of
+from keras_optkit.optimizers.slots import Fill, FromWeights
 
 _FORMAT = 2
 
@@ -63,7 +66,7 @@ class SavedState(keras.optimizers.Optimizer):
             "format": _FORMAT,
             "optimizer": keras.saving.get_registered_name(type(self)),
             "learning_rate": "constant" if self._schedule is None else "schedule",
-            "state": sorted([*self.rule.slots(), *self.rule.scalars(), *copies]) if self._held.variables else None,
+            "state": sorted([*self._common_slots(), *self.rule.scalars(), *copies]) if self._held.variables else None,
             "variables": [[_kind(v), list(v.shape)] for v in self._in_model_order()],
             "names": [_name(v) for v in self._in_model_order()],
             "trainable": [bool(getattr(v, "trainable", True)) for v in self._in_model_order()],
@@ -84,15 +87,26 @@ class SavedState(keras.optimizers.Optimizer):
         places = [weights.get(key(v)) for v in self._in_model_order()]
         return None if None in places else {"weights": len(weights), "places": places}
 
+    def _common_slots(self) -> set[str]:
+        """The state that the optimizer's own rule has for all parameters that it is for."""
+        own = [set(slots_of(self.rule, b.weight)) for b in self._held.buckets if b.rule == (0, "")]
+        return set.intersection(*own) if own else set()
+
     def _own_rules(self) -> dict[str, str]:
-        """The rules of groups by the places of the variables that they are for."""
-        return {
-            str(self._held.places[i]): f"{type(rule).__name__} with {', '.join(rule.slots()) or 'no state'}"
-            for bucket in self._held.buckets
-            if bucket.treatment.rule
-            for rule in [self._rules[bucket.treatment.rule]]
-            for i in bucket.indices
-        }
+        """By the places of variables, how they are updated: by another rule, or with state that others do not have."""
+        rules, common = with_routes(self._rules), self._common_slots()
+        found: dict[str, str] = {}
+        for bucket in self._held.buckets:
+            rule = rules[bucket.rule].rule
+            slots = slots_of(rule, bucket.weight)
+            shaped = any(isinstance(slot, Fill) and slot.shape is not None for slot in slots.values())
+            if bucket.rule == (0, "") and set(slots) == common and not shaped:
+                continue
+            names = ", ".join(_with_shape(name, slot) for name, slot in slots.items())
+            axes = f", for {bucket.weight.axes.inputs} to {bucket.weight.axes.outputs}" if shaped else ""
+            text = f"{type(rule).__name__} with {names or 'no state'}{axes}"
+            found |= {str(self._held.places[i]): text for i in bucket.indices}
+        return found
 
     def _entries(self) -> dict[str, tuple[Any, Bucket | None]]:
         """The variables to save by name; one that holds a bucket's state with that bucket, to be split by."""
@@ -112,11 +126,18 @@ class SavedState(keras.optimizers.Optimizer):
             entries |= {f"{name}.{bucket.indices[0]}": (v, bucket) for name, v in packed.items()}
         return entries
 
-    def _given(self) -> list[tuple[Any, list[str]]]:
-        """What notes which gradients the micro-batches since the last update had, with names for its parameters."""
+    def _counts(self) -> list[tuple[Any, list[str]]]:
+        """Variables with a whole number for each parameter of a bucket, and the names of these numbers.
+
+        They are which gradients the micro-batches since the last update had, and how many updates there were.
+        """
         state, held = self._held.state, self._held
-        names = [[f"given.{held.places[i]}" for i in bucket.indices] for bucket in held.buckets]
-        return list(zip(state.given, names, strict=True)) if state.has("given") else []
+        found = []
+        for b, bucket in enumerate(held.buckets):
+            counts = {"given": state.given[b]} if state.has("given") else {}
+            counts |= state.updates[b] if state.has("updates") else {}
+            found += [(v, [f"{name}.{held.places[i]}" for i in bucket.indices]) for name, v in counts.items()]
+        return found
 
     def packed(self) -> dict[str, Any]:
         """The description, and by which variables, named by their paths, the state is held as it is packed now.
@@ -130,7 +151,7 @@ class SavedState(keras.optimizers.Optimizer):
                 name: [variable.path, bucket and {"form": bucket.form, "places": [places[i] for i in bucket.indices]}]
                 for name, (variable, bucket) in self._entries().items()
             },
-            "given": [[flags.path, names] for flags, names in self._given()],
+            "given": [[flags.path, names] for flags, names in self._counts()],
         }
 
     def save_own_variables(self, store: Any) -> None:
@@ -156,7 +177,7 @@ class SavedState(keras.optimizers.Optimizer):
                 slot = name.rsplit(".", 1)[0]
                 for i, part in zip(bucket.indices, bucket.separate(value), strict=True):
                     store[f"{slot}.{self._held.places[i]}"] = part
-        for flags, names in self._given():
+        for flags, names in self._counts():
             for name, flag in zip(names, on_host(flags), strict=True):
                 store[name] = flag
 
@@ -237,9 +258,10 @@ class SavedState(keras.optimizers.Optimizer):
                 slot = name.rsplit(".", 1)[0]
                 parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
                 variable.assign(bucket.stored(bucket.join(parts)))
-        for flags, names in [] if fresh else self._given():
-            # files from before these were written: in the middle of a cycle all gradients count as there
-            flags.assign(np.array([saved.get(name, 2 * (saved["micro"] > 0)) for name in names], "int32"))
+        for counts, names in [] if fresh else self._counts():
+            # files from before `given` was written: in the middle of a cycle all gradients count as there
+            values = [saved.get(name) if name in saved else 2 * (saved["micro"] > 0) for name in names]
+            counts.assign(np.array(values, "int32"))
 
     def _usable(self, saved: dict[str, np.ndarray], *, waited: bool) -> dict[str, np.ndarray] | None:
         """Of the state in a model's file, that of the variables which are trained now; None if it cannot be told.
@@ -405,6 +427,11 @@ def _listed(variables: Sequence[Any]) -> str:
 
 def _described(variable: list[Any] | None) -> str:
     return "none" if variable is None else f"{variable[0]} {tuple(variable[1])}"
+
+
+def _with_shape(name: str, slot: Fill | FromWeights) -> str:
+    own = isinstance(slot, Fill) and slot.shape is not None
+    return f"{name} {slot.shape}" if own else name  # type: ignore[union-attr]
 
 
 def _name(variable: Any) -> str:

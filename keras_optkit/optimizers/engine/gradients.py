@@ -14,7 +14,7 @@ from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.engine.state import State, functions_of_weights
 from keras_optkit.optimizers.groups import keras_path
-from keras_optkit.optimizers.rule import Tensor
+from keras_optkit.optimizers.rule import Rule, Tensor, contributes, layout_of
 from keras_optkit.precision import at_least_float32
 
 #: What there is of a parameter's gradient: nothing, some rows, or all of it.
@@ -80,7 +80,7 @@ def of_buckets(plan: Plan, state: State, grads: list[Any]) -> list[list[Any] | R
     """The gradients of each bucket, in the dtype to compute in and summed over the replicas."""
     ready: list[Any] = [None] * len(grads)
     for bucket in plan.buckets:
-        lazy = plan.keywords.sparse == "lazy" and plan.rule(bucket).elementwise
+        lazy = plan.keywords.sparse == "lazy" and _treats_rows_alone(plan.rule(bucket))
         for i, shape in zip(bucket.indices, bucket.shapes, strict=True):
             if grads[i] is not None:
                 keep = lazy and backend.is_sparse(grads[i])
@@ -88,6 +88,11 @@ def of_buckets(plan: Plan, state: State, grads: list[Any]) -> list[list[Any] | R
                 ready[i] = backend.cast(grad, at_least_float32(bucket.dtype))
     ready = backend.sum_over_replicas(ready)
     return [_rows_or_parts(plan, state, b, [ready[i] for i in bucket.indices]) for b, bucket in enumerate(plan.buckets)]
+
+
+def _treats_rows_alone(rule: Rule) -> bool:
+    """Whether some rows of a parameter can be updated as if the others were not there."""
+    return layout_of(rule) == "elementwise" and not rule.uses_first and not contributes(rule)
 
 
 def _rows_or_parts(plan: Plan, state: State, b: int, parts: list[Any]) -> Rows | list[Any] | None:
@@ -104,7 +109,7 @@ def can_take_rows(plan: Plan, state: State, b: int) -> bool:
     """Whether nothing has to look at the rows without a gradient, or would treat equal rows differently."""
     bucket, keywords = plan.buckets[b], plan.keywords
     looks = state.has("accumulated") or state.has("evaluating") or state.has("master")
-    looks = looks or plan.constraints[b] is not None or bool(functions_of_weights(plan.rules, bucket))
+    looks = looks or plan.constraints[b] is not None or bool(functions_of_weights(plan.rule(bucket), bucket))
     rounds = keywords.stochastic_rounding and "bfloat16" in (bucket.dtype, keywords.slot_dtype)
     return bucket.alone and not looks and not rounds
 
@@ -164,6 +169,8 @@ def _given_mask(bucket: Bucket, sums: Tensor, given: Tensor, last: tuple[int, ..
     """
     if min(last) == WHOLE:
         return None
+    if bucket.form == "stacked":  # where gradients of some rows count as whole ones
+        return bucket.spread(ops.equal(given, WHOLE))
     hits = {}
     for place, part in enumerate(bucket.split(sums)):
         if last[place] != WHOLE:

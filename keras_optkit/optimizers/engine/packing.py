@@ -1,12 +1,13 @@
 """Which parameters are updated together: a bucket is one tensor for the rule, and several variables for the model.
 
 Many small tensors cost far more than one of the same total size, in tracing and in every step. Small parameters of an
-element-wise rule are therefore laid end to end; for other rules parameters of one shape are stacked. Large parameters
-stay alone, since copying them together would cost more than it saves.
+rule that does not look at shapes are therefore laid end to end; for other rules parameters of one shape are stacked.
+Large parameters stay alone, since copying them together would cost more than it saves.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,16 @@ from keras import ops
 
 from keras_optkit import backend
 from keras_optkit.optimizers.groups import Treatment
+from keras_optkit.optimizers.rule import Weight
 
 Tensor = Any
 Shape = tuple[int, ...]
 
-#: Element-wise parameters with fewer numbers than this are packed.
+#: Parameters with fewer elements than this are laid end to end.
 PACK_BELOW = 2**16
+
+#: Parameters of one shape are stacked up to so many elements together: batches of large products gain nothing.
+STACK_BELOW = 2**20
 
 #: How many small parameters of one shape are packed by themselves. XLA compiles each part of a tensor that it is split
 #: into, but equal ones once; so where the whole step is always compiled, buckets are made that equal each other.
@@ -42,6 +47,7 @@ class Bucket:
             single parameter of an element-wise rule as it is. (It could have the leading axis, too, but XLA updates a
             variable in place only if nothing, not even a reshape, stands between the variable and the arithmetic.)
         since: The update count at which they joined; their own updates are counted from there.
+        weight: What their rule is told about them; where they are laid end to end, about the first of them.
     """
 
     indices: tuple[int, ...]
@@ -50,6 +56,7 @@ class Bucket:
     treatment: Treatment
     form: str
     since: int = 0
+    weight: Weight = Weight(())
 
     @property
     def alone(self) -> bool:
@@ -57,11 +64,20 @@ class Bucket:
         return self.form != "flat" and len(self.shapes) == 1
 
     @property
+    def rule(self) -> tuple[int, str]:
+        """Which rule updates them."""
+        return self.treatment.rule, self.treatment.route
+
+    @property
     def stored_shape(self) -> Shape:
         """The shape that its state is stored in."""
         if self.form == "flat":
             return (1, sum(map(math.prod, self.shapes)))
-        return self.shapes[0] if self.alone else (len(self.shapes), *self.shapes[0])
+        return self.stacked_shape(self.shapes[0])
+
+    def stacked_shape(self, shape: Shape) -> Shape:
+        """The shape that state of this shape for each parameter is stored in, in a bucket that is not flat."""
+        return shape if self.alone else (len(self.shapes), *shape)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor made of one tensor for each parameter."""
@@ -114,6 +130,39 @@ class Bucket:
             return np.repeat(flags, [math.prod(shape) for shape in self.shapes])[None]
         return flags[0] if self.form == "bare" else flags.reshape(-1, *[1] * len(self.shapes[0]))
 
+    def over_parameters(self, x: Tensor, *, mean: bool = False) -> Tensor:
+        """The sum or mean over each parameter of a tensor in this form, in a shape that broadcasts with it."""
+        if self.form != "flat":
+            axes = tuple(range(1 if self.form == "stacked" else 0, len(x.shape)))
+            return (ops.mean if mean else ops.sum)(x, axis=axes, keepdims=True)
+        # parameters of one size are next to each other; slices of each would take XLA seconds to compile
+        parts = []
+        blocks = self._blocks()
+        lengths = [count * size for count, size in blocks]
+        for part, (count, size) in zip(backend.split(ops.reshape(x, (-1,)), lengths), blocks, strict=True):
+            sums = ops.sum(ops.reshape(part, (count, size)), axis=1, keepdims=True)
+            sums = sums / max(size, 1) if mean else sums
+            parts.append(ops.reshape(ops.broadcast_to(sums, (count, size)), (-1,)))
+        return ops.reshape(backend.concatenate(parts), (1, -1))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value for each parameter, `(k,)`, in a shape that broadcasts with the one tensor."""
+        if self.form == "bare":
+            return values[0]
+        if self.form == "stacked":
+            return ops.reshape(values, (-1, *[1] * len(self.shapes[0])))
+        parts = []
+        blocks = self._blocks()
+        for part, (count, size) in zip(backend.split(values, [count for count, _ in blocks]), blocks, strict=True):
+            wide = ops.broadcast_to(ops.expand_dims(part, 1), (count, size))
+            parts.append(ops.reshape(wide, (-1,)))
+        return ops.reshape(backend.concatenate(parts), (1, -1))
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """How many parameters of which size follow each other."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        return [(len(list(same)), size) for size, same in itertools.groupby(sizes)]
+
     def moved(self, first: int) -> Bucket:
         """The same bucket in a list of variables that has `first` others before."""
         return replace(self, indices=tuple(first + i for i in self.indices))
@@ -125,11 +174,10 @@ class Bucket:
 
 
 def pack(
-    shapes: Sequence[Shape],
-    dtypes: Sequence[str],
+    weights: Sequence[Weight],
     treatments: Sequence[Treatment | None],
     *,
-    elementwise: Callable[[Treatment], bool],
+    layout: Callable[[Treatment], str],
     below: int = PACK_BELOW,
     alone: Callable[[int], bool] = lambda _: False,
     since: Sequence[int] | None = None,
@@ -137,40 +185,50 @@ def pack(
 ) -> tuple[Bucket, ...]:
     """Sorts parameters into buckets of one dtype, treatment and age, in the order of their first members.
 
-    Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` share with none.
-    `elementwise` says whether the rule of a treatment is. If `repeated` is given, so many flat ones of one shape have a
+    Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` are in a bucket of their
+    own. `layout` is that of the rule of a treatment. If `repeated` is given, so many flat ones of one shape have a
     bucket of their own, again and again, and what is left of each shape is laid end to end.
     """
     members: dict[Hashable, list[int]] = {}
     forms = {}
-    ages = [0] * len(shapes) if since is None else since
-    for i, (shape, treatment) in enumerate(zip(shapes, treatments, strict=True)):
+    ages = [0] * len(weights) if since is None else since
+    for i, (weight, treatment) in enumerate(zip(weights, treatments, strict=True)):
         if treatment is None:
             continue
-        flat = elementwise(treatment)
-        by_itself = alone(i) or (flat and math.prod(shape) >= below)
-        forms[i] = "stacked" if not flat else "bare" if by_itself else "flat"
-        key = (dtypes[i], treatment, ages[i], shape if forms[i] == "stacked" else forms[i], i if by_itself else None)
-        members.setdefault(key, []).append(i)
-    if repeated is not None:
-        members = {
-            (key, part): found
-            for key, group in members.items()
-            for part, found in enumerate(
-                _in_equal_parts(group, shapes, repeated) if forms[group[0]] == "flat" else [group]
-            )
-        }
-    return tuple(
-        Bucket(
-            tuple(m),
-            tuple(shapes[i] for i in m),
-            dtypes[m[0]],
-            cast(Treatment, treatments[m[0]]),
-            forms[m[0]],
-            ages[m[0]],
+        kind, size = layout(treatment), math.prod(weight.shape)
+        by_itself = alone(i) or (kind != "whole" and size >= below)
+        forms[i] = "flat" if kind != "whole" and not by_itself else "bare" if kind == "elementwise" else "stacked"
+        of_form = (weight.shape, weight.role, weight.axes) if forms[i] == "stacked" else forms[i]
+        members.setdefault((weight.dtype, treatment, ages[i], of_form, i if by_itself else None), []).append(i)
+    shapes = [weight.shape for weight in weights]
+    parts = [
+        part
+        for group in members.values()
+        for part in (
+            _stacks(group, shapes)
+            if forms[group[0]] == "stacked"
+            else [group]
+            if repeated is None or forms[group[0]] == "bare"
+            else _in_equal_parts(group, shapes, repeated)
         )
-        for m in members.values()
-    )
+    ]
+
+    def bucket(part: list[int]) -> Bucket:
+        first = part[0]
+        treatment = cast(Treatment, treatments[first])
+        if forms[first] == "flat" and layout(treatment) == "per_parameter":  # see `over_parameters`
+            part = sorted(part, key=lambda i: math.prod(shapes[i]))
+        known = weights[first]._replace(paths=(), output=False)
+        of_part = tuple(shapes[i] for i in part)
+        return Bucket(tuple(part), of_part, known.dtype, treatment, forms[first], ages[first], known)
+
+    return tuple(map(bucket, parts))
+
+
+def _stacks(members: list[int], shapes: Sequence[Shape]) -> list[list[int]]:
+    """Members of one shape, so many together as `STACK_BELOW` allows."""
+    most = max(1, STACK_BELOW // max(1, math.prod(shapes[members[0]])))
+    return [members[n : n + most] for n in range(0, len(members), most)]
 
 
 def _in_equal_parts(members: Sequence[int], shapes: Sequence[Shape], size: int) -> list[list[int]]:

@@ -9,8 +9,20 @@ from typing import Any
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.engine.packing import Bucket
-from keras_optkit.optimizers.rule import Hyper, Rule, Tensor, Value, is_dynamic
+from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Tensor, Value, as_routed, is_dynamic
 from keras_optkit.precision import scalar_dtype
+
+#: Of which rule: the number in `Treatment`, and the name of the route, "" for the rule itself.
+RuleId = tuple[int, str]
+Rules = Mapping[RuleId, Routed]
+
+
+def with_routes(rules: Mapping[int, Rule]) -> dict[RuleId, Routed]:
+    """Rules by number, with those that they route parameters to."""
+    found = {(number, ""): Routed(rule) for number, rule in rules.items()}
+    for number, rule in rules.items():
+        found |= {(number, name): as_routed(route) for name, route in rule.routes().items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,8 @@ class Plan:
         name: Its name, for messages.
         buckets: Which parameters are updated together.
         constraints: For each bucket that of its variable, or None; variables with one are alone in their buckets.
-        rules: Its rule as number 0, and those that groups have of their own under their numbers in `Treatment`.
+        rules: Its rule as number 0, those that groups have of their own under their numbers in `Treatment`, and those
+            that these route parameters to.
         keywords: Its keywords.
         schedule: That of the learning rate, or None.
     """
@@ -48,18 +61,19 @@ class Plan:
     name: str
     buckets: Sequence[Bucket]
     constraints: Sequence[Any]
-    rules: Mapping[int, Rule]
+    rules: Rules
     keywords: Keywords
     schedule: Schedule | None
 
     def rule(self, bucket: Bucket) -> Rule:
         """The rule of a bucket."""
-        return self.rules[bucket.treatment.rule]
+        return self.rules[bucket.rule].rule
 
     def dynamic(self) -> list[Value]:
         """The hyperparameters that are known in the step alone."""
         own = [bucket.treatment.weight_decay for bucket in self.buckets]
-        values = [value for rule in self.rules.values() for value in rule.hyperparameters()]
+        routed = self.rules.values()
+        values = [value for r in routed for value in (r.weight_decay, *r.rule.hyperparameters())]
         return [v for v in [self.schedule, self.keywords.weight_decay, *own, *values] if is_dynamic(v)]
 
     def averages(self, bucket: Bucket) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -10,8 +11,9 @@ import numpy as np
 from keras import ops
 
 from keras_optkit.optimizers.engine.packing import Bucket
-from keras_optkit.optimizers.engine.plan import Keywords
-from keras_optkit.optimizers.rule import Initial, Rule, Slots, Tensor
+from keras_optkit.optimizers.engine.plan import Keywords, RuleId, Rules
+from keras_optkit.optimizers.rule import Rule, Slots, Tensor, Weight, slots_of
+from keras_optkit.optimizers.slots import Fill, FromWeights
 from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 
 
@@ -33,6 +35,7 @@ class State(NamedTuple):
         nonfinite: What `skip_nonfinite` has met, by name.
         scalars: The state of rules for the whole model, by name.
         slots: The state of rules for their parameters, by name.
+        updates: For each parameter of a rule that asks `h.first`, how many updates it has had.
         weights: The weights: outside of a step a list of variables, inside of it one tensor, or None for one that must
             not be looked at as a whole, since it is updated by rows.
     """
@@ -48,6 +51,7 @@ class State(NamedTuple):
     nonfinite: Any = ()
     scalars: Any = ()
     slots: Sequence[Slots] = ()
+    updates: Sequence[Any] = ()
     weights: Sequence[Any] = ()
 
     def has(self, name: str) -> bool:
@@ -57,7 +61,7 @@ class State(NamedTuple):
 
 
 #: The parts with something for each bucket.
-PER_BUCKET = ("accumulated", "average", "given", "master", "slots", "weights")
+PER_BUCKET = ("accumulated", "average", "given", "master", "slots", "updates", "weights")
 
 
 def filled(value: float) -> Callable[..., Tensor]:
@@ -65,9 +69,10 @@ def filled(value: float) -> Callable[..., Tensor]:
     return lambda shape, dtype: ops.full(shape, value, dtype)
 
 
-def of_rule(number: int, name: str) -> str:
+def of_rule(rule: RuleId, name: str) -> str:
     """The name in the state of a scalar of one of an optimizer's rules."""
-    return name if number == 0 else f"{number}.{name}"
+    number, route = rule
+    return ".".join([*([str(number)] if number else []), *([route] if route else []), name])
 
 
 #: Makes a variable from a shape, an initializer, a dtype and a name; see `Optimizer.add_variable`.
@@ -75,13 +80,7 @@ Make = Callable[..., keras.Variable]
 
 
 def for_buckets(
-    make: Make,
-    keywords: Keywords,
-    rules: Mapping[int, Rule],
-    buckets: Sequence[Bucket],
-    variables: Sequence[Any],
-    *,
-    joining: bool,
+    make: Make, keywords: Keywords, rules: Rules, buckets: Sequence[Bucket], variables: Sequence[Any], *, joining: bool
 ) -> State:
     """The state for buckets of `variables`.
 
@@ -96,17 +95,23 @@ def for_buckets(
     def like_weights(name: str, bucket: Bucket) -> keras.Variable:
         return make(bucket.stored_shape, dtype=at_least_float32(bucket.dtype), name=named(name, bucket))
 
+    def slot(name: str, initial: Fill | FromWeights, bucket: Bucket) -> keras.Variable:
+        dtype = slot_dtype(bucket.dtype, initial, keywords)
+        if isinstance(initial, FromWeights):  # the first update sets it; see `begun`
+            zeros = ops.zeros(bucket.stored_shape, dtype)
+            shape = tuple(bucket.stored(initial.function(bucket.view(zeros))).shape)
+            return make(shape, dtype=dtype, name=named(name, bucket))
+        shape = bucket.stored_shape if initial.shape is None else bucket.stacked_shape(initial.shape)
+        return make(shape, filled(initial.value), dtype, name=named(name, bucket))
+
     def slots(bucket: Bucket) -> dict[str, keras.Variable]:
-        found = {}
-        for name, initial in rules[bucket.treatment.rule].slots().items():
-            dtype = slot_dtype(bucket.dtype, initial, keywords)
-            if callable(initial):  # the first update sets it; see `begun`
-                zeros = ops.zeros(bucket.stored_shape, dtype)
-                shape = tuple(bucket.stored(initial(bucket.view(zeros))).shape)
-                found[name] = make(shape, dtype=dtype, name=named(name, bucket))
-            else:
-                found[name] = make(bucket.stored_shape, filled(initial), dtype, name=named(name, bucket))
-        return found
+        initial = slots_of(rules[bucket.rule].rule, bucket.weight)
+        return {name: slot(name, value, bucket) for name, value in initial.items()}
+
+    def updates(bucket: Bucket) -> dict[str, keras.Variable]:
+        if not rules[bucket.rule].rule.uses_first:
+            return {}
+        return {"updates": make((len(bucket.indices),), dtype="int32", name=named("updates", bucket))}
 
     def master(bucket: Bucket) -> dict[str, keras.Variable]:
         return {"master": like_weights("master", bucket)} if bucket.dtype in HALF else {}
@@ -121,10 +126,12 @@ def for_buckets(
         state = state._replace(average=[like_weights("average", b) for b in buckets])
     if keywords.master_weights:
         state = state._replace(master=[master(b) for b in buckets])
+    if any(routed.rule.uses_first for routed in rules.values()):
+        state = state._replace(updates=[updates(b) for b in buckets])
     return state
 
 
-def once(make: Make, keywords: Keywords, rules: Mapping[int, Rule], iterations: Any, multiplier: Any) -> State:
+def once(make: Make, keywords: Keywords, rules: Rules, iterations: Any, multiplier: Any) -> State:
     """The state that there is once."""
 
     def counter(name: str) -> keras.Variable:
@@ -133,14 +140,14 @@ def once(make: Make, keywords: Keywords, rules: Mapping[int, Rule], iterations: 
     state = State(iterations=iterations, multiplier=multiplier)
     scalars = {
         of_rule(r, name): make((), filled(value), scalar_dtype(), name=name)
-        for r, rule in rules.items()
-        for name, value in rule.scalars().items()
+        for r, routed in rules.items()
+        for name, value in routed.rule.scalars().items()
     }
     if scalars:
         state = state._replace(scalars=scalars)
     if keywords.gradient_accumulation_steps:
         state = state._replace(micro=counter("micro"))
-    if keywords.use_ema or rules[0].averages:
+    if keywords.use_ema or rules[0, ""].rule.averages:
         state = state._replace(evaluating=counter("evaluating"))
     if keywords.skip_nonfinite:
         names = ("skipped", "in_a_row", "bucket", "place")
@@ -153,29 +160,44 @@ def joined(state: State, more: State) -> State:
     return state._replace(**{n: [*getattr(state, n), *getattr(more, n)] for n in PER_BUCKET if more.has(n)})
 
 
-def begun(rules: Mapping[int, Rule], slots: Slots, p: Tensor, bucket: Bucket, iterations: Tensor) -> Slots:
+def begun(rule: Rule, slots: Slots, p: Tensor, bucket: Bucket, iterations: Tensor) -> Slots:
     """Slots before an update; in the first one, those that begin as a function of the weights are set to it."""
-    functions = functions_of_weights(rules, bucket)
+    functions = functions_of_weights(rule, bucket)
     first = ops.equal(iterations, bucket.since) if functions else None
     return {**slots, **{name: ops.where(first, function(p), slots[name]) for name, function in functions.items()}}
 
 
-def functions_of_weights(rules: Mapping[int, Rule], bucket: Bucket) -> dict[str, Callable[[Tensor], Tensor]]:
+def functions_of_weights(rule: Rule, bucket: Bucket) -> dict[str, Callable[[Tensor], Tensor]]:
     """The slots of a bucket that begin as a function of the weights."""
-    initial = rules[bucket.treatment.rule].slots()
-    return {name: function for name, function in initial.items() if callable(function)}
+    initial = slots_of(rule, bucket.weight)
+    return {name: value.function for name, value in initial.items() if isinstance(value, FromWeights)}
 
 
-def slot_dtype(weights: str, initial: Initial, keywords: Keywords) -> str:
-    """The dtype of a slot; those that begin as the weights are as exact as the computation."""
+def slot_dtype(weights: str, initial: Fill | FromWeights, keywords: Keywords) -> str:
+    """The dtype of a slot.
+
+    Those that begin as the weights are, and those in a shape of their own, are as exact as the computation: the ones
+    are weights, and others are small or, like the basis of a space, useless if they are rounded.
+    """
     given = keywords.slot_dtype
-    return at_least_float32(weights) if given is None or callable(initial) else given
+    own = isinstance(initial, FromWeights) or initial.shape is not None
+    return at_least_float32(weights) if given is None or own else given
 
 
-def state_bytes(rule: Rule, dtype: str, keywords: Keywords) -> int:
-    """The bytes of state for each number of a parameter."""
-    dtypes = [slot_dtype(dtype, initial, keywords) for initial in rule.slots().values()]
+def state_bytes(rule: Rule, weight: Weight, keywords: Keywords) -> int:
+    """The bytes of state of a parameter."""
+    size = math.prod(weight.shape)
+
+    def bytes_of(initial: Fill | FromWeights) -> int:
+        own = isinstance(initial, Fill) and initial.shape is not None
+        count = math.prod(initial.shape) if own else size  # type: ignore[union-attr,arg-type]
+        return count * _item_bytes(slot_dtype(weight.dtype, initial, keywords))
+
     copies = keywords.use_ema + bool(keywords.gradient_accumulation_steps)
-    copies += keywords.master_weights and dtype in HALF
-    dtypes += [at_least_float32(dtype)] * copies
-    return sum(2 if dtype in HALF else np.dtype(dtype).itemsize for dtype in dtypes)
+    copies += keywords.master_weights and weight.dtype in HALF
+    copied = copies * size * _item_bytes(at_least_float32(weight.dtype))
+    return sum(map(bytes_of, slots_of(rule, weight).values())) + copied + 4 * rule.uses_first
+
+
+def _item_bytes(dtype: str) -> int:
+    return 2 if dtype in HALF else np.dtype(dtype).itemsize

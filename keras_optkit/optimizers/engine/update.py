@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_optkit.backend import Rows
 from keras_optkit.optimizers.engine import gradients, nonfinite, rounding
 from keras_optkit.optimizers.engine.packing import Bucket
-from keras_optkit.optimizers.engine.plan import Plan, memo
+from keras_optkit.optimizers.engine.plan import Plan, RuleId, memo
 from keras_optkit.optimizers.engine.state import State, begun, functions_of_weights, of_rule
 from keras_optkit.optimizers.groups import Treatment
 from keras_optkit.optimizers.rate import scaled_rate
-from keras_optkit.optimizers.rule import Hyper, Slots, Tensor, Value
+from keras_optkit.optimizers.rule import Hyper, Slots, Tensor, Value, contributes, layout_of, measured, slots_of
 from keras_optkit.precision import at_least_float32, scalar_dtype
 
 
@@ -23,10 +25,20 @@ class Prepared(NamedTuple):
     iterations: Tensor  # before the update
     rate: Tensor
     read: list[Tensor]  # the present values of the hyperparameters that are schedules or variables
-    scalars: dict[str, Tensor]  # the rules', after `measure`
+    before: dict[str, Tensor]  # the rules' scalars
+    scalars: dict[str, Tensor]  # and after `measure`
     factor: Tensor | None  # of clipping by global norm
     finite: Tensor | None  # whether all gradients are
     position: Tensor | None  # (bucket, place in it) of the first number that is not
+
+
+class Ready(NamedTuple):
+    """What a rule is handed for one bucket, but for `Hyper`."""
+
+    u: Tensor | None  # the gradient, after clipping; None where there is none
+    slots: Slots
+    p: Tensor
+    mask: Any
 
 
 def prepare(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
@@ -42,52 +54,93 @@ def prepare(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], re
     scheduled = None if plan.schedule is None else read[dynamic.index(plan.schedule)]
     multiplier = ops.cast(state.multiplier, scalar_dtype())
     rate = multiplier if scheduled is None else scaled_rate(scheduled, multiplier)
-    old: Any = state.scalars
-    prepared = Prepared(state.iterations, rate, read, dict(old), factor, finite, position)
-    if state.has("scalars"):
-        remembered = memo(dynamic, read)
-        new = {
-            of_rule(r, name): value
-            for r, rule in plan.rules.items()
-            for name, value in rule.measure(hyper(plan, prepared, remembered, rule=r)).items()
-        }
-        prepared = prepared._replace(scalars={name: ops.cast(new[name], v.dtype) for name, v in old.items()})
-    return prepared
+    old = dict(state.scalars)
+    prepared = Prepared(state.iterations, rate, read, old, old, factor, finite, position)
+    remembered = memo(dynamic, read)
+    rules = [r for r, routed in plan.rules.items() if routed.rule.scalars() and not contributes(routed.rule)]
+    return _measured(plan, prepared, {r: {} for r in rules}, remembered)
+
+
+def _measured(
+    plan: Plan, prepared: Prepared, sums: dict[RuleId, dict[str, Tensor]], remembered: dict[Any, Tensor]
+) -> Prepared:
+    """With the new scalars of the rules that `sums` are for."""
+    new = dict(prepared.scalars)
+    for r, theirs in sums.items():
+        h = hyper(plan, prepared, remembered, rule=r)
+        for name, value in measured(plan.rules[r].rule, h, theirs).items():
+            key = of_rule(r, name)
+            new[key] = ops.cast(value, prepared.before[key].dtype)
+    return prepared._replace(scalars=new)
+
+
+def _contributions(
+    plan: Plan, prepared: Prepared, ready: Sequence[Ready | None], remembered: dict[Any, Tensor]
+) -> dict[RuleId, dict[str, Tensor]]:
+    """What the parameters of each rule contribute, summed; rules that do not contribute are left out."""
+    sums: dict[RuleId, dict[str, Tensor]] = {r: {} for r, x in plan.rules.items() if contributes(x.rule)}
+    for bucket, theirs in zip(plan.buckets, ready, strict=True):
+        if bucket.rule not in sums or theirs is None or theirs.u is None:
+            continue
+        h = hyper(plan, prepared, remembered, bucket)
+        parts = plan.rule(bucket).contribute(theirs.u, theirs.slots, theirs.p, h)
+        for name, part in parts.items():
+            there = part if theirs.mask is None else ops.where(theirs.mask, part, ops.zeros_like(part))
+            total = ops.cast(ops.sum(there), scalar_dtype())
+            sums[bucket.rule][name] = sums[bucket.rule].get(name, 0.0) + total
+    return {r: found for r, found in sums.items() if found}
 
 
 def hyper(
-    plan: Plan, prepared: Prepared, remembered: dict[Any, Tensor], bucket: Bucket | None = None, rule: int = 0
+    plan: Plan,
+    prepared: Prepared,
+    remembered: dict[Any, Tensor],
+    bucket: Bucket | None = None,
+    *,
+    rule: RuleId = (0, ""),
+    updates: Tensor | None = None,
 ) -> Hyper:
     """What a rule is told, for the parameters of a bucket or (for `measure`) for the whole model."""
-    treatment = Treatment(rule=rule) if bucket is None else bucket.treatment
-    decay = plan.keywords.weight_decay if treatment.weight_decay is None else treatment.weight_decay
-    names = plan.rules[treatment.rule].scalars()
+    number, route = rule if bucket is None else bucket.rule
+    treatment = Treatment(rule=number, route=route) if bucket is None else bucket.treatment
+    routed = plan.rules[number, route]
+    own = routed.weight_decay if treatment.weight_decay is None else treatment.weight_decay
+    decay = plan.keywords.weight_decay if own is None else own
+    lr_scale = treatment.lr_scale * routed.lr_scale
+    layout, names = layout_of(routed.rule), {name: of_rule((number, route), name) for name in routed.rule.scalars()}
     return Hyper(
         prepared.iterations,
-        prepared.rate if treatment.lr_scale == 1 else prepared.rate * treatment.lr_scale,
+        prepared.rate if lr_scale == 1 else prepared.rate * lr_scale,
         scalar_dtype() if bucket is None else at_least_float32(bucket.dtype),
         weight_decay=decay if treatment.decayed and decay is not None else 0.0,
-        scalars={name: prepared.scalars[of_rule(treatment.rule, name)] for name in names},
+        scalars={name: prepared.scalars[key] for name, key in names.items()},
+        before={name: prepared.before[key] for name, key in names.items()},
         memo=remembered,
         since=0 if bucket is None else bucket.since,
+        kernel=None if bucket is None or layout != "whole" else bucket.weight.axes,
+        sums=None if bucket is None or layout == "elementwise" else bucket.over_parameters,
+        first=None if bucket is None or updates is None else bucket.spread(ops.equal(updates, 0)),
     )
 
 
 def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], prepared: Prepared) -> State:
     """One update of the weights; buckets whose weights are None are left to `update_rows`."""
     keywords, remembered = plan.keywords, memo(dynamic, prepared.read)
+    ready = [_ready(plan, state, b, grad, prepared.factor) for b, grad in enumerate(grads)]
+    prepared = _measured(plan, prepared, _contributions(plan, prepared, ready, remembered), remembered)
     weights, slots = list(state.weights), list(state.slots)
-    average, master = list(state.average), list(state.master)
-    for b, bucket in enumerate(plan.buckets):
-        looks = keywords.use_ema or functions_of_weights(plan.rules, bucket)
-        if state.weights[b] is None or (grads[b] is None and not looks):
+    average, master, updates = list(state.average), list(state.master), list(state.updates)
+    for b, (bucket, theirs) in enumerate(zip(plan.buckets, ready, strict=True)):
+        if theirs is None:
             continue
-        p = rounding.widened(plan, state, b)
-        wide = begun(plan.rules, rounding.wide_slots(state.slots[b], bucket), p, bucket, state.iterations)
-        if grads[b] is not None:
-            u = clip(plan, bucket, grads[b].value, prepared.factor)
-            p, wide = apply_rule(plan, bucket, u, wide, p, hyper(plan, prepared, remembered, bucket), grads[b].mask)
-            p = _constrained(plan, b, p, grads[b].mask)
+        u, wide, p, mask = theirs
+        if u is not None:
+            counted = state.updates[b]["updates"] if plan.rule(bucket).uses_first else None
+            h = hyper(plan, prepared, remembered, bucket, updates=counted)
+            p, wide = apply_rule(plan, bucket, u, wide, p, h, mask)
+            p = _constrained(plan, b, p, mask)
+            if counted is not None:
+                updates[b] = {"updates": counted + _had_gradients(bucket, mask)}
         if keywords.use_ema:
             average[b] = bucket.stored(_averaged(plan, state, b, p))
         weights[b] = rounding.narrowed(plan, p, b, state.iterations)
@@ -102,10 +155,33 @@ def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], pre
         average=average if keywords.use_ema else (),
         master=master if keywords.master_weights else (),
         scalars=prepared.scalars if state.has("scalars") else (),
+        updates=updates if state.has("updates") else (),
     )
     if keywords.skip_nonfinite:
         new = nonfinite.unless_nonfinite(state, new, prepared.finite, prepared.position)
     return gradients.cleared(new) if keywords.gradient_accumulation_steps else new
+
+
+def _ready(plan: Plan, state: State, b: int, grad: Any, factor: Tensor | None) -> Ready | None:
+    """What the rule of a bucket is handed; None where nothing changes, or rows alone do."""
+    bucket = plan.buckets[b]
+    looks = plan.keywords.use_ema or functions_of_weights(plan.rule(bucket), bucket)
+    if state.weights[b] is None or (grad is None and not looks):
+        return None
+    p = rounding.widened(plan, state, b)
+    wide = begun(plan.rule(bucket), rounding.wide_slots(state.slots[b], bucket), p, bucket, state.iterations)
+    if grad is None:
+        return Ready(None, wide, p, None)
+    return Ready(clip(plan, bucket, grad.value, factor), wide, p, grad.mask)
+
+
+def _had_gradients(bucket: Bucket, mask: Any) -> Any:
+    """1 for each parameter of which at least one element is updated."""
+    if mask is None:
+        return np.ones((len(bucket.indices),), "int32")
+    if bucket.form == "flat":
+        return ops.stack([ops.cast(ops.any(part), "int32") for part in bucket.split(mask)])
+    return ops.cast(ops.any(ops.reshape(mask, (len(bucket.indices), -1)), axis=1), "int32")
 
 
 def update_rows(
@@ -130,7 +206,7 @@ def apply_rule(
 ) -> tuple[Tensor, Slots]:
     """Parameters and slots after the rule and the decoupled decay; where the mask is False, as they were."""
     rule = plan.rule(bucket)
-    missing = set(rule.slots()) - set(slots)
+    missing = set(slots_of(rule, bucket.weight)) - set(slots)
     if missing:
         raise ValueError(
             f"{plan.name} was built without the state {sorted(missing)} that {rule!r} needs. Give a "
@@ -143,7 +219,15 @@ def apply_rule(
         step = step + h.learning_rate * h.weight_decay * p
     if mask is None:
         return p - step, new
-    return ops.where(mask, p - step, p), {name: ops.where(mask, new[name], old) for name, old in slots.items()}
+    kept = {name: ops.where(_mask_of_slot(mask, p, old), new[name], old) for name, old in slots.items()}
+    return ops.where(mask, p - step, p), kept
+
+
+def _mask_of_slot(mask: Any, p: Tensor, slot: Tensor) -> Any:
+    """A mask for state that may have another shape than the parameters; it then is by parameter alone."""
+    if tuple(slot.shape) == tuple(p.shape) or not np.shape(mask):
+        return mask
+    return ops.reshape(mask, (-1, *[1] * (len(slot.shape) - 1)))
 
 
 def clip(plan: Plan, bucket: Bucket, grad: Tensor | Rows, factor: Tensor | None) -> Tensor:

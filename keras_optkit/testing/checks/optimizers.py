@@ -6,6 +6,7 @@ The twin of an optimizer's card is a generator; see `keras_optkit.testing.twins.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import tempfile
@@ -18,10 +19,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_optkit.optimizers.groups import Group
+from keras_optkit.kernels import KERNEL, VECTOR, by_shape
+from keras_optkit.optimizers.engine.packing import Bucket
+from keras_optkit.optimizers.groups import Group, Places, Treatment
 from keras_optkit.optimizers.inner import shared
 from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.rule import Hyper, Weight, contributes, slots_of
 from keras_optkit.optimizers.sgd import SGD
+from keras_optkit.optimizers.slots import FromWeights
 from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
@@ -114,16 +119,43 @@ def check_bad_arguments(card: Card) -> None:
 @float64()
 def check_twin(card: Card) -> None:
     """Equals its NumPy twin for 20 steps in float64, several shapes, every case, weight decay on and off."""
-    twin = card.twin or TWINS[card.name]
     grads = problems.gradients(20)
     for case, decay in itertools.product(card.cases, (None, 0.1)):
         optimizer = _make(card, case, weight_decay=decay)
         trajectory = problems.train(optimizer, grads)
-        arguments = {k: v for k, v in case.items() if k not in (*_COMMON, "decay_mask", "weight_decay")}
-        for i, p in enumerate(problems.start()):
-            applied = decay if decay and _decayed(optimizer, p.shape) else 0.0
-            expected = list(twin(p, [g[i] for g in grads], weight_decay=applied, **arguments))
-            _close([step[i] for step in trajectory], expected, what=f"{case} decay {decay}, parameter {i}, at")
+        expected = _by_twin(card, case, optimizer, grads)
+        for i, path in enumerate(zip(*expected, strict=True)):
+            _close([step[i] for step in trajectory], path, what=f"{case} decay {decay}, parameter {i}, at")
+
+
+def _by_twin(card: Card, case: Mapping[str, Any], optimizer: Optimizer, grads: list[Any]) -> list[list[np.ndarray]]:
+    """The weights after each step by the twin.
+
+    A twin is of one parameter, or, of a rule with sums over the whole model, of all of them at once. If it has an
+    argument `weight`, it is told what the rule is told about the parameter.
+    """
+    twin = card.twin or TWINS[card.name]
+    arguments = {k: v for k, v in case.items() if k not in (*_COMMON, "decay_mask", "weight_decay")}
+    start = problems.start()
+    decays = [optimizer.weight_decay if _decayed(optimizer, p.shape) else 0.0 for p in start]
+    decays = [decay or 0.0 for decay in decays]
+    weights = Places(problems.variables(start), None).weights(problems.variables(start))
+    told = {"weight": weights} if "weight" in inspect.signature(twin).parameters else {}
+    if contributes(optimizer.rule):
+        return list(twin(start, grads, weight_decay=decays, **told, **arguments))
+    paths = [
+        list(
+            twin(
+                p,
+                [g[i] for g in grads],
+                weight_decay=decays[i],
+                **{name: each[i] for name, each in told.items()},
+                **arguments,
+            )
+        )
+        for i, p in enumerate(start)
+    ]
+    return [list(step) for step in zip(*paths, strict=True)]
 
 
 @check("optimizer")
@@ -156,7 +188,8 @@ def _two_values(rule: Any, name: str, value: Any) -> tuple[float, float] | None:
         rules = [dataclasses.replace(rule, **{name: each}) for each in (*pair, schedule)]
     except (TypeError, ValueError):  # it is declared to be no schedule, or to be a whole number
         return None
-    return pair if len({tuple(each.slots()) for each in rules}) == 1 else None
+    known = [Weight(shape, role=KERNEL if len(shape) > 1 else VECTOR) for shape in problems.SHAPES]
+    return pair if len({str([list(slots_of(each, w)) for w in known]) for each in rules}) == 1 else None
 
 
 def _drive(card: Card, case: Mapping[str, Any], name: str, pair: tuple[float, float]) -> None:
@@ -435,16 +468,26 @@ def check_dtypes(card: Card) -> None:
 
 
 def _rule_keeps_dtype(optimizer: Optimizer, dtype: str) -> None:
-    from keras_optkit.optimizers.rule import Hyper
-
-    p = ops.ones((1, 6), dtype)
-    slots = {
-        name: initial(p) if callable(initial) else ops.full_like(p, initial)
-        for name, initial in optimizer.rule.slots().items()
-    }
-    scalars = {name: ops.convert_to_tensor(value, dtype) for name, value in optimizer.rule.scalars().items()}
-    h = Hyper(ops.convert_to_tensor(3), ops.convert_to_tensor(0.1, dtype), dtype, scalars=scalars)
-    step, new = optimizer.rule.update(0.5 * p, slots, p, h)
+    weight = Weight((2, 3), dtype, KERNEL, by_shape(2))
+    rule = optimizer.rule
+    bucket = Bucket((0,), ((2, 3),), dtype, Treatment(), "stacked", weight=weight)
+    p, slots = ops.ones((1, 2, 3), dtype), {}
+    for name, initial in slots_of(rule, weight).items():
+        if isinstance(initial, FromWeights):
+            slots[name] = initial.function(p)
+        else:
+            slots[name] = ops.full((1, *(initial.shape or (2, 3))), initial.value, dtype)
+    scalars = {name: ops.convert_to_tensor(value, dtype) for name, value in rule.scalars().items()}
+    h = Hyper(
+        ops.convert_to_tensor(3),
+        ops.convert_to_tensor(0.1, dtype),
+        dtype,
+        scalars=scalars,
+        kernel=weight.axes,
+        sums=bucket.over_parameters,
+        first=ops.zeros((1, 1, 1), "bool"),
+    )
+    step, new = rule.update(0.5 * p, slots, p, h)
     for name, tensor in {"the step": step, **new}.items():
         assert keras.backend.standardize_dtype(tensor.dtype) == dtype, f"{name} drifts to {tensor.dtype} from {dtype}"
         expected = slots[name].shape if name in slots else p.shape
@@ -706,8 +749,8 @@ def _lazy_by_hand(
         weights[0].assign(after)
         for name, variable in optimizer._held.state.slots[0].items():
             slot = ops.convert_to_numpy(variable).copy()
-            initial = optimizer.rule.slots()[name]
-            fresh = table if callable(initial) else np.full_like(table, initial)
+            initial = slots_of(optimizer.rule, Weight(table.shape))[name]
+            fresh = table if isinstance(initial, FromWeights) else np.full_like(table, initial.value)
             slot[untouched] = state.get(name, fresh)[untouched]
             variable.assign(slot)
     return ops.convert_to_numpy(weights[0])
