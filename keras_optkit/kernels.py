@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
+from keras import ops
 
 
 class KernelAxes(NamedTuple):
@@ -73,6 +74,41 @@ def in_equation(equation: str) -> KernelAxes:
         tuple(place for place, axis in enumerate(kernel) if axis in inputs and axis not in found),
         tuple(place for place, axis in enumerate(kernel) if axis in found and axis not in inputs),
     )
+
+
+def as_matrices(x: Any, axes: KernelAxes) -> Any:
+    """Kernels of one shape as matrices from inputs to outputs, `(k, *shape)` to `(n, rows, columns)`.
+
+    A convolution's window is in the rows, and each separate map is a matrix by itself: n is k times their number.
+    """
+    split = _split(x.shape, axes)
+    order = _order(len(x.shape) - 1, axes)
+    rows = math.prod(x.shape[axis + 1] for axis in axes.inputs)
+    columns = math.prod(x.shape[axis + 1] for axis in axes.columns()) // axes.groups
+    count = x.shape[0] * axes.groups * math.prod(x.shape[axis + 1] for axis in axes.separate(len(x.shape) - 1))
+    return ops.reshape(ops.transpose(ops.reshape(x, split), order), (count, rows, columns))
+
+
+def from_matrices(matrices: Any, shape: Sequence[int], axes: KernelAxes) -> Any:
+    """The inverse of `as_matrices`, to kernels of this shape, `(k, *shape)`."""
+    split, order = _split(shape, axes), _order(len(shape) - 1, axes)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return ops.reshape(ops.transpose(ops.reshape(matrices, [split[axis] for axis in order]), back), shape)
+
+
+def _split(shape: Sequence[int], axes: KernelAxes) -> tuple[int, ...]:
+    """The shape with the axis of groups apart, before that of the outputs in each."""
+    return (*shape[:-1], axes.groups, shape[-1] // axes.groups)
+
+
+def _order(rank: int, axes: KernelAxes) -> tuple[int, ...]:
+    """The axes of the split shape: which kernel, which separate map, the inputs, the outputs."""
+    last = rank - 1
+
+    def placed(found: Sequence[int]) -> list[int]:  # the leading axis before, that of groups before the last
+        return [axis + 1 + (axis == last) for axis in found]
+
+    return (0, *placed(axes.separate(rank)), rank, *placed(axes.inputs), *placed(axes.columns()))
 
 
 #: What a variable is for its layer.

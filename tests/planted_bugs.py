@@ -36,11 +36,12 @@ from keras_optkit import arguments, backend, callbacks, initializers, layers, re
 from keras_optkit.callbacks import session
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
-from keras_optkit.optimizers import adaptive, building, wrappers
-from keras_optkit.optimizers.adam import AdamRule
+from keras_optkit.optimizers import building
 from keras_optkit.optimizers.engine import gradients, nonfinite, packing, rounding, run, state, update
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
+from keras_optkit.optimizers.rules import adaptive, lookahead, schedule_free
+from keras_optkit.optimizers.rules.adam import AdamRule
 from keras_optkit.registry import KINDS
 from keras_optkit.saving import FromSignature
 from keras_optkit.testing.conformance import Check, checks_for
@@ -624,19 +625,25 @@ def _(right):
     "going to the slow weights and back loses the fast ones",
     "Lookahead",
     "evaluation_weights",
-    wrappers.LookaheadRule,
+    lookahead.LookaheadRule,
     "eval_value",
 )
 def _(right):
     return lambda self, p, slots, h: (slots["slow"], slots)
 
 
-@bug("evaluated at z, the last iterate", "ScheduleFreeSGD", "evaluation_weights", wrappers._ScheduleFree, "eval_value")
+@bug(
+    "evaluated at z, the last iterate",
+    "ScheduleFreeSGD",
+    "evaluation_weights",
+    schedule_free._ScheduleFree,
+    "eval_value",
+)
 def _(right):
     return lambda self, p, slots, h: (slots["anchor"], slots)
 
 
-@bug("synchronised after the first step of each period", "Lookahead", "twin", wrappers.LookaheadRule, "update")
+@bug("synchronised after the first step of each period", "Lookahead", "twin", lookahead.LookaheadRule, "update")
 def _(right):
     def update(self, u, slots, p, h):
         early = copy.copy(h)
@@ -650,14 +657,14 @@ def _(right):
     "iterates are averaged with equal weights during warm-up",
     "ScheduleFreeSGD",
     "twin",
-    wrappers._ScheduleFree,
+    schedule_free._ScheduleFree,
     "measure",
 )
 def _(right):
     return lambda self, h: right(self, h) | {"share": 1 / h.step}
 
 
-@bug("the learning rate does not warm up", "ScheduleFreeAdamW", "twin", wrappers._ScheduleFree, "warmed_up")
+@bug("the learning rate does not warm up", "ScheduleFreeAdamW", "twin", schedule_free._ScheduleFree, "warmed_up")
 def _(right):
     return lambda self, h: h
 

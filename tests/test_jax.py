@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_optkit as ok
 from keras_optkit.optimizers import Optimizer
-from keras_optkit.optimizers.sgd import SGDRule
+from keras_optkit.optimizers.rules.sgd import SGDRule
 from keras_optkit.testing import problems
 
 pytestmark = pytest.mark.only_on("jax", because="these are JAX's ways")

@@ -31,6 +31,7 @@ from keras_optkit.finding.trial import (
 from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.fit.steps import compile_anew
 from keras_optkit.optimizers import Optimizer, Rule
+from keras_optkit.optimizers.rule import Weight
 from keras_optkit.tables import table
 
 Tensor = Any

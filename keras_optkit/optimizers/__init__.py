@@ -1,18 +1,28 @@
 """Optimizers: drop-in subclasses of `keras.optimizers.Optimizer`, each one update rule on a common engine."""
 
-from keras_optkit.optimizers.adam import Adam, AdamW
-from keras_optkit.optimizers.adaptive import Adagrad, RMSprop
 from keras_optkit.optimizers.engine.nonfinite import Nonfinite
 from keras_optkit.optimizers.explain import Explanation
 from keras_optkit.optimizers.groups import Group
 from keras_optkit.optimizers.loss_scale import LossScale
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, flag, number
-from keras_optkit.optimizers.sgd import SGD
-from keras_optkit.optimizers.wrappers import Lookahead, ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
+from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, choice, count, flag, number
+from keras_optkit.optimizers.rules.adam import Adam, AdamW
+from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
+from keras_optkit.optimizers.rules.layerwise import LAMB
+from keras_optkit.optimizers.rules.lookahead import Lookahead
+from keras_optkit.optimizers.rules.lr_free import Prodigy
+from keras_optkit.optimizers.rules.memory import Adafactor
+from keras_optkit.optimizers.rules.muon import Muon
+from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
+from keras_optkit.optimizers.rules.sgd import SGD
+from keras_optkit.optimizers.rules.soap import SOAP
+from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
+    "LAMB",
     "SGD",
+    "SOAP",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -21,13 +31,22 @@ __all__ = [
     "Hyper",
     "Lookahead",
     "LossScale",
+    "Muon",
     "Nonfinite",
     "Optimizer",
+    "Prodigy",
     "RMSprop",
+    "Routed",
     "Rule",
     "ScheduleFree",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "Weight",
+    "Wrapper",
+    "choice",
+    "count",
     "flag",
     "number",
+    "shaped",
+    "weights_copy",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from keras_optkit import arguments, backend
-from keras_optkit.kernels import KERNEL, VECTOR, role
+from keras_optkit.kernels import VECTOR, role
 from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.rule import Rule, Weight
@@ -241,10 +241,9 @@ class Places:
             dtype = keras.backend.standardize_dtype(variable.dtype)
             found.append(Weight(tuple(variable.shape), dtype, kind, axes, (*paths, keras_path(variable))))
         if self._of_keras:
-            last = [place for place, weight in enumerate(found) if weight.role == KERNEL][-1:]
-        else:
-            last = [place for place, v in enumerate(variables) if backend.key(v) in self._tree.last_kernel()]
-        return [weight._replace(output=place in last) for place, weight in enumerate(found)]
+            return found
+        last = self._tree.last_kernel()
+        return [w._replace(output=backend.key(v) in last) for w, v in zip(found, variables, strict=True)]
 
     def scales(self, layer_decay: float, blocks: int | str | None) -> list[float]:
         """The factor of each variable, 1 for the last block that one of them is in.

@@ -45,7 +45,8 @@ class Weight(NamedTuple):
             (everything else, of whatever rank: the biases of attention are vectors).
         axes: Of a kernel which axes are inputs and outputs, by the layer where it is known; see `keras_optkit.kernels`.
         paths: Its paths in the model, and the one that Keras gives it. Only where the route is chosen.
-        output: Whether it is the kernel of the model's last layer. Only where the route is chosen.
+        output: Whether it is the kernel of the model's last layer; None where the optimizer does not know the model.
+            Only where the route is chosen.
     """
 
     shape: tuple[int, ...]
@@ -53,7 +54,7 @@ class Weight(NamedTuple):
     role: str = VECTOR
     axes: KernelAxes | None = None
     paths: tuple[str, ...] = ()
-    output: bool = False
+    output: bool | None = None
 
 
 def is_dynamic(value: Value) -> bool:
@@ -62,17 +63,40 @@ def is_dynamic(value: Value) -> bool:
 
 
 def number(
-    default: float, low: float = 0.0, high: float = float("inf"), closed: str = "both", *, fixed: bool = False
+    default: float | None,
+    low: float = 0.0,
+    high: float = float("inf"),
+    closed: str = "both",
+    *,
+    fixed: bool = False,
+    optional: bool = False,
 ) -> Any:
     """Declares a field that holds a real number in an interval, a schedule of it, or a scalar variable.
 
-    With `fixed` it holds a number alone: one that state begins with, or that weights are recovered with.
+    With `fixed` it holds a number alone: one that state begins with, or that weights are recovered with. With
+    `optional` it may be None.
     """
 
     def check(name: str, value: Value) -> Value:
-        return value if is_dynamic(value) and not fixed else arguments.real(name, value, low, high, closed=closed)
+        if is_dynamic(value) and not fixed:
+            return value
+        return arguments.real(name, value, low, high, closed=closed, optional=optional)
 
     return dataclasses.field(default=default, metadata={"check": check})
+
+
+def count(default: int, low: int = 1) -> Any:
+    """Declares a field that holds a whole number of at least `low`."""
+    return dataclasses.field(
+        default=default, metadata={"check": lambda name, value: arguments.integer(name, value, low)}
+    )
+
+
+def choice(default: str, allowed: tuple[str, ...]) -> Any:
+    """Declares a field that holds one of some strings."""
+    return dataclasses.field(
+        default=default, metadata={"check": lambda name, value: arguments.choice(name, value, allowed)}
+    )
 
 
 def flag(default: bool) -> Any:
@@ -172,14 +196,19 @@ class Hyper:
             return compute()
         return ops.cond(ops.equal(ops.mod(ops.cast(self.step, "int32"), n), at % n), compute, keep)
 
-    def bias_correction(self, beta: Value) -> Tensor:
+    def bias_correction(self, beta: Value, *, skipped: int = 0) -> Tensor:
         """`1 - beta**t`, without the cancellation that costs float32 half of its digits when beta is near 1.
 
         Where beta is a schedule its present value is taken for all steps, as torch and optax do.
+
+        Args:
+            beta: A number, a schedule or a variable.
+            skipped: How many of the first updates do not count; until then it is that of the first one that does.
         """
-        key = ("correction", self._since, id(beta) if is_dynamic(beta) else beta)
+        key = ("correction", self._since, id(beta) if is_dynamic(beta) else beta, skipped)
         if key not in self._memo:
-            self._memo[key] = -ops.expm1(self.step * self._log(beta))
+            counted = ops.maximum(self.step - skipped, 1) if skipped else self.step
+            self._memo[key] = -ops.expm1(counted * self._log(beta))
         return ops.cast(self._memo[key], self._dtype)
 
     def _log(self, beta: Value) -> Any:
@@ -396,6 +425,12 @@ def contributes(rule: Rule) -> bool:
 def measured(rule: Rule, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The new scalars of a rule."""
     return rule.measure(h, sums) if _takes(type(rule).measure, 3) else rule.measure(h)  # type: ignore[call-arg]
+
+
+def rule_for(rule: Rule, w: Weight) -> Rule:
+    """The rule that a parameter is updated by."""
+    name = rule.route(w)
+    return as_routed(rule.routes()[name]).rule if name else rule
 
 
 def as_routed(route: Rule | Routed) -> Routed:

@@ -20,7 +20,7 @@ import keras
 
 from keras_optkit import arguments
 from keras_optkit.kernels import KERNEL, by_shape
-from keras_optkit.optimizers.rule import Weight, contributes, layout_of, slots_of
+from keras_optkit.optimizers.rule import Weight, contributes, layout_of, rule_for, slots_of
 from keras_optkit.optimizers.slots import Fill, FromWeights
 from keras_optkit.registry import KINDS, Card, cards
 
@@ -172,7 +172,7 @@ def profile(card: Card) -> Profile:
     if card.kind != "optimizer":
         return Profile((card.name,))
     rule = card.make(**card.cases[0]).rule
-    known = [slots_of(rule, w) for w in _WEIGHTS]
+    known = [slots_of(rule_for(rule, w), w) for w in _WEIGHTS]
     slots = frozenset(_kind(slot) for slots in known for slot in slots.values())
     routed = frozenset(rule.route(w) for w in _WEIGHTS)
     traits = (layout_of(rule), rule.averages, rule.handles_decay, bool(rule.scalars()), contributes(rule))

@@ -218,7 +218,7 @@ def pack(
         treatment = cast(Treatment, treatments[first])
         if forms[first] == "flat" and layout(treatment) == "per_parameter":  # see `over_parameters`
             part = sorted(part, key=lambda i: math.prod(shapes[i]))
-        known = weights[first]._replace(paths=(), output=False)
+        known = weights[first]._replace(paths=(), output=None)
         of_part = tuple(shapes[i] for i in part)
         return Bucket(tuple(part), of_part, known.dtype, treatment, forms[first], ages[first], known)
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-Twin = Callable[..., Iterator[np.ndarray]]
+from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
+
+Twin = Callable[..., Iterator[Any]]
 Grads = Iterable[np.ndarray]
 
 
@@ -184,4 +186,9 @@ TWINS: dict[str, Twin] = {
     "ScheduleFree": schedule_free,
     "ScheduleFreeSGD": schedule_free_sgd,
     "ScheduleFreeAdamW": schedule_free_adamw,
+    "LAMB": lamb,
+    "Adafactor": adafactor,
+    "Prodigy": prodigy,
+    "Muon": muon,
+    "SOAP": soap,
 }

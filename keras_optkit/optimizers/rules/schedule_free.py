@@ -1,81 +1,22 @@
-"""Optimizers around an update rule, which train at one set of weights and evaluate at another: averages of them."""
+"""Schedule-Free: averages of the iterates instead of a decaying learning rate."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit import arguments
-from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared, with_present
+from keras_optkit.optimizers.around import Around, inner_rule, inner_step, without
+from keras_optkit.optimizers.inner import Inner
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, number
-from keras_optkit.optimizers.sgd import SGDRule
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, count, number
+from keras_optkit.optimizers.rules.sgd import SGDRule
 from keras_optkit.optimizers.slots import Initial, weights_copy
 from keras_optkit.registry import register
-from keras_optkit.saving import constructor_parameters
 from keras_optkit.space import Choice, Float
-
-
-def _count(default: int, low: int) -> Any:
-    """Declares a field that holds a whole number."""
-    return dataclasses.field(
-        default=default, metadata={"check": lambda name, value: arguments.integer(name, value, low)}
-    )
-
-
-def _inner_rule() -> Any:
-    return dataclasses.field(metadata={"check": plain})
-
-
-def _inner_step(rule: Rule, u: Tensor, slots: Slots, p: Tensor, decayed: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-    """The step of a rule at `p` and its new slots; if it leaves the decoupled decay to others, that is of `decayed`."""
-    step, new = rule.update(u, slots, p, h)
-    if h.decays and not rule.handles_decay:
-        step = step + h.learning_rate * h.weight_decay * decayed
-    return step, new
-
-
-def _without(slots: Slots, name: str) -> Slots:
-    """The slots of the rule inside."""
-    return {key: slot for key, slot in slots.items() if key != name}
-
-
-# -- Lookahead --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LookaheadRule(Wrapper):
-    """`φ ← φ + α (θ - φ); θ ← φ` after every k steps of the inner rule on θ."""
-
-    averages = True
-    handles_decay = True
-    inner_rule: Rule = _inner_rule()
-    sync_period: int = _count(5, 1)
-    slow_step_size: Value = number(0.5, 0, 1, closed="right")
-
-    def slots(self, w: Weight) -> dict[str, Initial]:
-        return {**super().slots(w), "slow": weights_copy()}
-
-    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-        slow, held = slots["slow"], _without(slots, "slow")
-        step, new = _inner_step(self.inner_rule, u, held, p, p, h)
-        due = ops.equal(ops.mod(h.step, self.sync_period), 0)
-        step = ops.where(due, step - (1 - h(self.slow_step_size)) * (slow - (p - step)), step)
-        return step, {**new, "slow": ops.where(due, p - step, slow)}
-
-    def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
-        return slots["slow"], {**slots, "slow": p}
-
-    def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
-        return self.eval_value(x, slots, h)
-
-
-# -- Schedule-Free ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +29,7 @@ class _ScheduleFree(Wrapper):
 
     averages = True
     handles_decay = True
-    warmup_steps: int = _count(0, 0)
+    warmup_steps: int = count(0, 0)
     r: float = number(0.0, 0, fixed=True)
     weight_lr_power: float = number(2.0, 0, fixed=True)
 
@@ -110,7 +51,7 @@ class _ScheduleFree(Wrapper):
         return h.at_rate(h.learning_rate * ops.cast(factor, h.learning_rate.dtype))
 
     def contribute(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> dict[str, Tensor]:
-        return super().contribute(u, _without(slots, "anchor"), slots["anchor"], self.warmed_up(h))
+        return super().contribute(u, without(slots, "anchor"), slots["anchor"], self.warmed_up(h))
 
     def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         h = self.warmed_up(h)
@@ -123,7 +64,7 @@ class _ScheduleFree(Wrapper):
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         h, c = self.warmed_up(h), h.scalar("share")
         z = slots["anchor"]
-        step, new = _inner_step(self.inner(), u, _without(slots, "anchor"), z, p, h)
+        step, new = inner_step(self.inner(), u, without(slots, "anchor"), z, p, h)
         return c * (p - z) + (1 - self.beta() * (1 - c)) * step, {**new, "anchor": z - step}
 
     def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
@@ -137,7 +78,7 @@ class _ScheduleFree(Wrapper):
 class ScheduleFreeRule(_ScheduleFree):
     """Schedule-Free around any rule."""
 
-    inner_rule: Rule = _inner_rule()
+    inner_rule: Rule = inner_rule()
     momentum: float = number(0.9, 0, 1, closed="neither", fixed=True)
 
     def inner(self) -> Rule:
@@ -192,121 +133,6 @@ class ScheduleFreeAdamWRule(_ScheduleFree):
         return self.beta_1
 
 
-# -- the optimizers ---------------------------------------------------------------------------------------------------
-
-
-class _Wrapper(Optimizer):
-    """An optimizer around the rule of another one, which also takes over what that one was told beside its rule."""
-
-    def __init__(self, inner: Inner, learning_rate: Any, make_rule: Callable[[Rule], Rule], /, **given: Any):
-        optimizer = built_from("inner", inner)
-        if learning_rate is not None:
-            given = {**given, "learning_rate": learning_rate}
-        settings = _taken_over(type(self).__name__, optimizer, given)
-        super().__init__(settings.pop("learning_rate"), make_rule(plain("inner", optimizer.rule)), **settings)
-        self._held.inner = described(optimizer)
-
-    @property
-    def inner(self) -> dict[str, Any]:
-        """The config of the inner optimizer without the keywords that it shares with this one, which are set here."""
-        return with_present(self._held.inner, self.inner_rule)
-
-
-def _taken_over(outer: str, inner: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that all optimizers have: those given to the wrapper, and for the others what `inner` has."""
-    parameters = constructor_parameters(type(inner))
-    settings = {}
-    for name in shared():
-        if name == "name":
-            settings[name] = given.get(name)
-            continue
-        own = inner._config_value(name) if name == "learning_rate" else getattr(inner, name)
-        settings[name] = given.get(name, own)
-        default = parameters[name].default
-        if name in given and not (is_same(own, default) or is_same(own, given[name])):
-            raise ValueError(
-                f"{name} is given twice: {outer} has {given[name]!r} and the inner {type(inner).__name__} {own!r}. "
-                "Give it to one of the two."
-            )
-    return settings
-
-
-@register(
-    "optimizer",
-    paper="Zhang, Lucas, Hinton and Ba, arXiv 1907.08610, algorithm 1",
-    parity="pytorch_optimizer.Lookahead (pullback_momentum='none')",
-    tags=("elementwise", "averages"),
-    cases=(
-        {"inner": {"class_name": "SGD", "config": {"momentum": 0.9}}, "learning_rate": 0.01},
-        {"inner": {"class_name": "Adam", "config": {}}, "learning_rate": 0.01, "sync_period": 3, "slow_step_size": 0.8},
-        {"inner": {"class_name": "SGD", "config": {}}, "learning_rate": 0.01, "sync_period": 2, "slow_step_size": 0.3},
-    ),
-    space={
-        "learning_rate": Float(1e-4, 1.0, log=True),
-        "sync_period": Choice([5, 10, 20]),
-        "slow_step_size": Choice([0.2, 0.5, 0.8]),
-    },
-)
-class Lookahead(_Wrapper):
-    """Lookahead: fast weights explore, and slow weights follow where k steps have led.
-
-    ```text
-    each update:    θ ← θ - (step of the inner optimizer at θ, decay included)
-    every k-th:     φ ← φ + α (θ - φ)          θ ← φ
-    evaluated at φ
-    ```
-
-    φ has the shape of θ and starts at θ; k counts updates. The slots of the inner optimizer, such as its momentum, go
-    through a synchronisation as they are. α = 1 is the inner optimizer, exactly. A parameter without a gradient in the
-    update in which the others are synchronised waits for the next time. Constraints of variables act on θ only.
-
-    The weights to evaluate at are φ; the two change places when `fit` ends, by `swap_weights`, or for the time of an
-    evaluation with the callback `AveragedWeights`, and back bitwise (with weights in half precision, φ is rounded to
-    it when they do).
-
-    **What the inner optimizer hands over.** Its rule is used, and everything else that it was told is taken over as if
-    it had been told to `Lookahead`: learning rate or schedule, `weight_decay`, clipping, `groups` and all the other
-    common keywords but its name. A common keyword that is given here counts where the inner optimizer has its default;
-    given differently to both, it raises. `optimizer.learning_rate` and the others are those of the result, and
-    `optimizer.inner_rule` shows the hyperparameters of the inner rule; the object that was passed is not used again.
-
-    When not to use it: on top of another average (`use_ema`, Schedule-Free), which it refuses; or with a learning rate
-    that is decayed to 0 anyway, where fast and slow weights meet.
-
-    Args:
-        inner: An optimizer of this package that has not been used yet, its name (`"AdamW"`,
-            `"package>Name"`), or its config, `{"class_name": ..., "config": {...}}`.
-        sync_period: k >= 1, updates between two synchronisations. 5 as in most of the paper's experiments.
-        slow_step_size: α in (0, 1], or a schedule.
-        learning_rate: That of the inner optimizer if None; otherwise as in every optimizer.
-        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
-
-    Raises:
-        TypeError: For an unknown keyword or a value of a wrong type.
-        ValueError: For a value out of range, an `inner` that is unknown, used already or averages by itself, or a
-            keyword that is given twice with different values.
-
-    Example:
-    ```python
-    import keras
-    import keras_optkit as ok
-
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(optimizer=ok.optimizers.Lookahead(ok.optimizers.AdamW(3e-4), sync_period=5), loss="mse")
-    ```
-    """
-
-    def __init__(
-        self,
-        inner: Inner = "AdamW",
-        sync_period: int = 5,
-        slow_step_size: float | Schedule = 0.5,
-        learning_rate: float | Schedule | None = None,
-        **common: Any,
-    ):
-        super().__init__(inner, learning_rate, lambda rule: LookaheadRule(rule, sync_period, slow_step_size), **common)
-
-
 _SPACE = {"warmup_steps": Choice([0, 100, 1000]), "momentum": Choice([0.9, 0.95, 0.98])}
 
 
@@ -328,7 +154,7 @@ _SPACE = {"warmup_steps": Choice([0, 100, 1000]), "momentum": Choice([0.9, 0.95,
     ),
     space={"learning_rate": Float(1e-4, 1e-1, log=True)} | _SPACE,
 )
-class ScheduleFree(_Wrapper):
+class ScheduleFree(Around):
     """Schedule-Free around any optimizer: an average of the iterates takes the place of a decaying learning rate.
 
     ```text
