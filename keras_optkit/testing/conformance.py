@@ -155,16 +155,16 @@ class Profile(NamedTuple):
     """What the engine can see of an algorithm.
 
     Attributes:
-        traits: Those of an optimizer's rule; for anything else, its name.
-        slots: The kinds of values that its state for each parameter starts as.
+        traits: Those of an optimizer's rule that the engine goes another way by; for anything else, its name.
+        parts: What the engine has to do besides: the kinds of values that state starts as, sums over the model, routes.
     """
 
     traits: tuple[Any, ...]
-    slots: frozenset[str] = frozenset()
+    parts: frozenset[str] = frozenset()
 
     def covers(self, other: Profile) -> bool:
-        """Whether checks of the engine need not run on the other one: it has fewer kinds of state, but has some."""
-        return self.traits == other.traits and bool(other.slots) and other.slots < self.slots
+        """Whether checks of the engine need not run on the other one: there is less to do for it, but something."""
+        return self.traits == other.traits and bool(other.parts) and other.parts < self.parts
 
 
 def profile(card: Card) -> Profile:
@@ -173,11 +173,17 @@ def profile(card: Card) -> Profile:
         return Profile((card.name,))
     rule = card.make(**card.cases[0]).rule
     known = [slots_of(rule_for(rule, w), w) for w in _WEIGHTS]
-    slots = frozenset(_kind(slot) for slots in known for slot in slots.values())
-    routed = frozenset(rule.route(w) for w in _WEIGHTS)
-    traits = (layout_of(rule), rule.averages, rule.handles_decay, bool(rule.scalars()), contributes(rule))
-    more = (rule.uses_first, rule.decomposes, routed, known[0].keys() != known[1].keys())
-    return Profile((*traits, *more, *sorted(card.tags), *sorted(card.known_failures)), slots)
+    more = {
+        "scalars": bool(rule.scalars()),
+        "sums": contributes(rule),
+        "first": rule.uses_first,
+        "decomposes": rule.decomposes,
+        "routes": any(rule.route(w) for w in _WEIGHTS),
+        "different slots": known[0].keys() != known[1].keys(),
+    }
+    parts = {_kind(slot) for slots in known for slot in slots.values()} | {name for name, has in more.items() if has}
+    traits = (layout_of(rule), rule.averages, rule.handles_decay)
+    return Profile((*traits, *sorted(card.tags), *sorted(card.known_failures)), frozenset(parts))
 
 
 #: A kernel and a vector, which rules may treat differently.

@@ -132,14 +132,14 @@ def _iterated(v: Tensor, grams: dict[int, Tensor], bases: dict[int, Tensor]) -> 
     paper="Vyas et al., arXiv 2409.11321, algorithm 3",
     parity="pytorch_optimizer.SOAP, without its rounding of QR to float32",
     cases=(
-        {"learning_rate": 0.01, "initial_basis": "identity"},
+        {"learning_rate": 0.01, "max_precondition_dim": 3, "initial_basis": "identity"},
         {
             "learning_rate": 0.01,
             "beta_1": 0.9,
             "beta_2": 0.8,
             "shampoo_beta": 0.7,
             "precondition_frequency": 3,
-            "max_precondition_dim": 3,
+            "max_precondition_dim": 4,
             "initial_basis": "identity",
         },
     ),
