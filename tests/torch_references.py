@@ -179,3 +179,57 @@ def averaged_run(points: list[Arrays], x: np.ndarray, n: int) -> list[tuple[Arra
         mean = [p.detach().numpy().T.copy() for p in averaged.module.parameters()]
         found.append((mean, [np.copy(part) for part in _recalibrated(averaged, x, n)]))
     return found
+
+
+def muon_run(arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str) -> list[Arrays]:
+    """`torch.optim.Muon` on matrices, without its rounding to bfloat16."""
+    import torch
+
+    rounded = torch.Tensor.bfloat16
+    torch.Tensor.bfloat16 = lambda self: self.clone()  # it is changed in place
+    try:
+        return optimizer_run(optim("Muon", **arguments), start, grads, dtype)[0]
+    finally:
+        torch.Tensor.bfloat16 = rounded
+
+
+def soap_run(arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str) -> tuple[list[Arrays], Any]:
+    """`pytorch_optimizer.SOAP`, with QR in the dtype of the rest; and its first bases, by parameter and axis."""
+    import inspect
+    import textwrap
+
+    import torch
+    from pytorch_optimizer.optimizer import soap
+
+    source = textwrap.dedent(inspect.getsource(soap.SOAP.get_orthogonal_matrix_qr))
+    assert source.count("torch.float32") == 1
+    exact: dict[str, Any] = {}
+    exec(source.replace("torch.float32", "power_iter.dtype"), vars(soap), exact)
+    kind = type("SOAP", (soap.SOAP,), exact)
+    parameters = [torch.nn.Parameter(torch.tensor(p, dtype=getattr(torch, dtype))) for p in start]
+    optimizer, weights, bases = kind(parameters, **arguments), [], None
+    for arrays in grads:
+        for p, g in zip(parameters, arrays, strict=True):
+            p.grad = torch.tensor(g, dtype=p.dtype)
+        optimizer.step()
+        if bases is None:
+            bases = [[np.array(q) if len(q) else None for q in optimizer.state[p]["Q"]] for p in parameters]
+        weights.append([p.detach().numpy().copy() for p in parameters])
+    return weights, bases
+
+
+def optax_run(name: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str) -> list[Arrays]:
+    """The weights after each step of one of optax's optimizers."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    import optax
+
+    optimizer = resolve_name(f"optax:{name}")(**arguments)
+    parameters = [jax.numpy.asarray(p, dtype) for p in start]
+    state, weights = optimizer.init(parameters), []
+    for arrays in grads:
+        updates, state = optimizer.update([jax.numpy.asarray(g, dtype) for g in arrays], state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        weights.append([np.asarray(p) for p in parameters])
+    return weights

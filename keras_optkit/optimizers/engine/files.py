@@ -103,8 +103,9 @@ class SavedState(keras.optimizers.Optimizer):
             if bucket.rule == (0, "") and set(slots) == common and not shaped:
                 continue
             names = ", ".join(_with_shape(name, slot) for name, slot in slots.items())
-            axes = f", for {bucket.weight.axes.inputs} to {bucket.weight.axes.outputs}" if shaped else ""
-            text = f"{type(rule).__name__} with {names or 'no state'}{axes}"
+            axes = bucket.weight.axes if shaped else None
+            seen = f", from axes {axes.inputs} to {axes.outputs}" if axes else ""
+            text = f"{type(rule).__name__} with {names or 'no state'}{seen}"
             found |= {str(self._held.places[i]): text for i in bucket.indices}
         return found
 

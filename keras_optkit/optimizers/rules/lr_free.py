@@ -64,7 +64,8 @@ class ProdigyRule(Rule):
         estimate = h(self.d_coef) * ops.divide_no_nan(numerator, sums["denominator"])
         largest = new_d = ops.maximum(largest, estimate)
         if self.growth_rate is not None:
-            before = ops.where(ops.equal(d, self.initial_d), ops.maximum(d, estimate), d)
+            still = ops.equal(d - self.initial_d, 0)  # a number by itself would go through float32
+            before = ops.where(still, ops.maximum(d, estimate), d)
             new_d = ops.minimum(largest, before * h(self.growth_rate))
         new = {"d": new_d, "d_max": largest, "numerator": numerator}
         moves = ops.logical_and(h.learning_rate > 0, sums["denominator"] > 0)
@@ -87,7 +88,7 @@ class ProdigyRule(Rule):
     cases=(
         {"learning_rate": 1.0, "initial_d": 1e-3},
         {"learning_rate": 0.5, "initial_d": 1e-2, "bias_correction": True, "safeguard_warmup": True, "beta_3": 0.9},
-        {"learning_rate": 1.0, "initial_d": 1e-3, "d_coef": 0.5, "growth_rate": 1.5, "beta_2": 0.9},
+        {"learning_rate": 1.0, "initial_d": 1e-3, "d_coef": 0.5, "growth_rate": 1.02, "beta_2": 0.9},
     ),
     space={"d_coef": Float(0.1, 10.0, log=True), "beta_1": Choice([0.8, 0.9, 0.95])},
 )
