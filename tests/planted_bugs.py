@@ -36,11 +36,11 @@ from keras_optkit import arguments, backend, callbacks, initializers, layers, re
 from keras_optkit.callbacks import session
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
-from keras_optkit.optimizers import building
-from keras_optkit.optimizers.engine import gradients, nonfinite, packing, rounding, run, state, update
+from keras_optkit.optimizers import building, groups
+from keras_optkit.optimizers.engine import gradients, nonfinite, packing, plan, rounding, run, state, update
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
-from keras_optkit.optimizers.rules import adaptive, lookahead, schedule_free
+from keras_optkit.optimizers.rules import adaptive, lookahead, muon, schedule_free
 from keras_optkit.optimizers.rules.adam import AdamRule
 from keras_optkit.registry import KINDS
 from keras_optkit.saving import FromSignature
@@ -103,17 +103,17 @@ def bug(what: str, card: str, checks: str, *places: Any, kind: str = "optimizer"
 
 @bug("bias correction with t - 1", "AdamW", "twin", Hyper, "bias_correction")
 def _(right):
-    def bias_correction(self, beta):
+    def bias_correction(self, beta, *, skipped=0):
         late = copy.copy(self)
         late.step = ops.maximum(self.step - 1, 1)
-        return right(late, beta)
+        return right(late, beta, skipped=skipped)
 
     return bias_correction
 
 
 @bug("no bias correction", "Adam", "twin", Hyper, "bias_correction")
 def _(right):
-    return lambda self, beta: ops.ones_like(right(self, beta))
+    return lambda self, beta, **more: ops.ones_like(right(self, beta, **more))
 
 
 @bug(
@@ -199,7 +199,7 @@ def _(right):
 
 @bug("vectors are decayed, too", "AdamW", "decay_mask", building, "treatments")
 def _(right):
-    return lambda paths, ranks, *rest: right(paths, [rank + 1 for rank in ranks], *rest)
+    return lambda places, weights, *rest: right(places, [w._replace(role="kernel") for w in weights], *rest)
 
 
 @bug("weights go up", "SGD", "learns twin", update, "apply_rule")
@@ -208,6 +208,67 @@ def _(right):
         return right(plan, bucket, -u, slots, p, h, mask)
 
     return apply_rule
+
+
+# -- rules that look at parameters, or at the model, as a whole -------------------------------------------------------
+
+
+@bug("nothing is routed to another rule", "Muon", "twin", groups, "_route")
+def _(right):
+    return lambda rule, weight: ""
+
+
+@bug("a route has the rate of the others", "Muon", "twin", plan, "as_routed")
+def _(right):
+    return lambda route: dataclasses.replace(right(route), lr_scale=1.0)
+
+
+@bug("what is missing counts in the sums over the model", "Prodigy", "some_updates", update, "_contributions")
+def _(right):
+    def contributions(plan, prepared, ready, remembered):
+        unmasked = [theirs and theirs._replace(mask=None) for theirs in ready]
+        return right(plan, prepared, unmasked, remembered)
+
+    return contributions
+
+
+@bug("the scalars before `measure` are those after it", "Prodigy", "some_updates", update, "Hyper")
+def _(right):
+    def hyper(*args, before=None, **more):
+        return right(*args, before=None, **more)
+
+    return hyper
+
+
+@bug(
+    "sums over parameters that are laid end to end are those over all",
+    "LAMB",
+    "twin packing",
+    packing.Bucket,
+    "_blocks",
+)
+def _(right):
+    return lambda self: [(1, sum(count * size for count, size in right(self)))]
+
+
+@bug("the first update is that of the bucket", "SOAP", "some_updates", update, "_had_gradients")
+def _(right):
+    return lambda bucket, mask: right(bucket, None)
+
+
+@bug("every n updates, one too late", "SOAP", "twin", Hyper, "every")
+def _(right):
+    return lambda self, n, compute, keep, *, at=0: right(self, n, compute, keep, at=at + 1)
+
+
+@bug("state in a shape of its own changes without a gradient", "Adafactor", "missing_gradient", update, "_mask_of_slot")
+def _(right):
+    return lambda mask, p, slot: right(mask, p, slot) if slot.shape == p.shape else np.True_
+
+
+@bug("rows are taken for columns", "Muon", "twin", muon, "as_matrices")
+def _(right):
+    return lambda x, axes: ops.transpose(right(x, axes), (0, 2, 1))
 
 
 # -- clipping, accumulation, replicas ---------------------------------------------------------------------------------
@@ -376,9 +437,9 @@ def _(right):
 
 @bug("packed by dtype alone, so the first one's decay is everybody's", "AdamW", "packing", building, "pack")
 def _(right):
-    def by_dtype(shapes, dtypes, treatments, *, below, **rest):
+    def by_dtype(weights, treatments, *, below, **rest):
         known = treatments[:1] * len(treatments) if below else treatments
-        return right(shapes, dtypes, known, below=below, **rest)
+        return right(weights, known, below=below, **rest)
 
     return by_dtype
 
@@ -517,7 +578,7 @@ def _(right):
 
 @bug("of the groups that match, the last one counts", "AdamW", "groups", building, "treatments")
 def _(right):
-    return lambda paths, ranks, groups, *rest: right(paths, ranks, (groups or [])[::-1], *rest)
+    return lambda places, weights, rules, given, *rest: right(places, weights, rules, (given or [])[::-1], *rest)
 
 
 @bug("the rule of a group is that of the others", "AdamW", "group_rules", building, "treatments")

@@ -215,3 +215,154 @@ def test_soap_is_its_reference_from_the_same_first_bases(decay, dtype):
     common = {"precondition_frequency": 3, "max_precondition_dim": 7, "weight_decay": decay, "decay_mask": "all"}
     got = trained(lambda: ok.optimizers.SOAP(0.01, **common), dtype, grads, first)
     assert error(got, expected) < TOLERANCE[dtype]
+
+
+# -- which parameters ------------------------------------------------------------------------------------------------
+
+
+def transformer():
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(11, 8, name="embedding")(tokens)
+    x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    x = layers.LayerNormalization(name="norm")(x)
+    x = layers.Dense(12, activation="relu", name="dense")(x)
+    x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(tokens, layers.Dense(3, name="head")(x))
+
+
+def network():
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 3, activation="relu", name="conv")(image)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.DepthwiseConv2D(3, name="depthwise")(x)
+    x = layers.Conv2DTranspose(4, 3, name="transposed")(x)
+    x = layers.Conv2D(4, 3, groups=2, name="grouped")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(image, layers.Dense(3, name="head")(x))
+
+
+def recurrent():
+    return keras.Sequential([keras.Input((5, 4)), layers.LSTM(6, name="lstm"), layers.Dense(3, name="head")])
+
+
+def rules_of(optimizer, model):
+    return {row.path: row.rule for row in optimizer.explain(model).rows}
+
+
+def test_muon_takes_kernels_and_leaves_vectors_embeddings_and_the_last_layer_to_adamw():
+    rules = rules_of(ok.optimizers.Muon(), transformer())
+    muon = {path for path, rule in rules.items() if rule == "MuonRule"}
+    attention = {f"attention/{name}/kernel" for name in ("query", "key", "value", "attention_output")}
+    assert muon == attention | {"dense/kernel"}
+    assert {rule for path, rule in rules.items() if path not in muon} == {"AdamRule"}
+    rules = rules_of(ok.optimizers.Muon(), network())
+    assert {path for path, rule in rules.items() if rule == "MuonRule"} == {
+        f"{name}/kernel" for name in ("conv", "depthwise", "transposed", "grouped")
+    }
+
+
+def test_what_muon_takes_can_be_told():
+    def taken(**arguments):
+        found = rules_of(ok.optimizers.Muon(**arguments), transformer())
+        return {path for path, rule in found.items() if rule == "MuonRule"}
+
+    assert "head/kernel" in taken(exclude_output=False)
+    assert "embedding/embeddings" in taken(exclude_embeddings=False)
+    assert not any("attention" in path for path in taken(exclude_layers=["^attention/"]))
+    optimizer = ok.optimizers.Muon(groups=[ok.Group("^dense/", rule="AdamW")])
+    assert rules_of(optimizer, transformer())["dense/kernel"] == "AdamRule"
+    optimizer = ok.optimizers.AdamW(groups=[ok.Group("^attention/", rule=ok.optimizers.Muon())])
+    rules = rules_of(optimizer, transformer())
+    assert rules["attention/query/kernel"] == "MuonRule"
+    assert rules["attention/query/bias"] == rules["dense/kernel"] == "AdamRule"
+
+
+def test_the_biases_of_attention_are_vectors():
+    rows = {row.path: row for row in ok.optimizers.AdamW(weight_decay=0.1).explain(transformer()).rows}
+    assert len(rows["attention/query/bias"].shape) == 2
+    assert rows["attention/query/bias"].weight_decay == 0.0
+    assert rows["attention/query/kernel"].weight_decay == rows["embedding/embeddings"].weight_decay == 0.1
+
+
+def test_muon_that_does_not_know_the_model_says_so():
+    weights = problems.variables([np.ones((3, 4)), np.ones(4)])
+    with pytest.warns(UserWarning, match=r"optimizer.build\(model\)"):
+        ok.optimizers.Muon().build(weights)
+
+
+@pytest.mark.parametrize("make", [transformer, network, recurrent])
+def test_muons_steps_are_orthogonal_for_the_maps_of_the_layers(make):
+    """Each separate map has singular values near 1, in units of the scale for its shape."""
+    model = make()
+    optimizer = ok.optimizers.Muon(1.0, weight_decay=None, coefficients="polar_express", ns_steps=9)
+    before = [ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
+    optimizer.build(model)
+    rng = np.random.default_rng(0)
+    optimizer.apply([ops.convert_to_tensor(rng.normal(size=v.shape), "float32") for v in model.trainable_variables])
+    rules = rules_of(optimizer, model)
+    checked = 0
+    for row, variable, old in zip(optimizer.explain(model).rows, model.trainable_variables, before, strict=True):
+        if rules[row.path] != "MuonRule":
+            continue
+        step = old - ops.convert_to_numpy(variable)
+        maps = {
+            "depthwise/kernel": lambda x: np.transpose(x, (2, 0, 1, 3)).reshape(6, 9, 1),
+            "transposed/kernel": lambda x: np.transpose(x, (0, 1, 3, 2)).reshape(1, 54, 4),
+            "grouped/kernel": lambda x: np.stack([x[..., :2].reshape(18, 2), x[..., 2:].reshape(18, 2)]),
+            "attention/attention_output/kernel": lambda x: x.reshape(1, 8, 8),
+            "attention/query/kernel": lambda x: x.reshape(1, 8, 8),
+            "lstm/lstm_cell/kernel": lambda x: np.stack(np.split(x, 4, axis=1)),
+            "lstm/lstm_cell/recurrent_kernel": lambda x: np.stack(np.split(x, 4, axis=1)),
+        }.get(row.path, lambda x: x.reshape(1, -1, x.shape[-1]))(step)
+        singular = np.linalg.svd(maps / (0.2 * np.sqrt(max(maps.shape[1:]))), compute_uv=False)
+        np.testing.assert_allclose(singular, 1.0, atol=0.02, err_msg=row.path)
+        checked += 1
+    assert checked >= 2
+
+
+def test_adafactor_keeps_a_number_for_each_row_and_column():
+    rows = {row.path: row for row in ok.optimizers.Adafactor().explain(network()).rows}
+    assert rows["conv/kernel"].state_bytes == 4 * (27 + 6)
+    assert rows["transposed/kernel"].state_bytes == 4 * (54 + 4)
+    assert rows["depthwise/kernel"].state_bytes == 4 * 6 * (9 + 1)
+    assert rows["conv/bias"].state_bytes == 4 * 6
+    model = network()
+    optimizer = ok.optimizers.Adafactor()
+    optimizer.build(model)
+    held = sum(np.prod(v.shape) * 4 for v in optimizer.variables) - 4 * 2  # the update count and the rate
+    assert held == sum(row.state_bytes for row in optimizer.explain(model).rows)
+
+
+def test_state_for_kernels_with_other_axes_is_refused():
+    def optimizer_for(layer, shape):
+        model = keras.Sequential([keras.Input(shape), layer, layers.GlobalAveragePooling2D(), layers.Dense(1)])
+        optimizer = ok.optimizers.Adafactor()
+        optimizer.build(model)
+        return optimizer
+
+    ours = optimizer_for(layers.Conv2D(4, 3), (8, 8, 4))
+    with pytest.raises(ValueError, match="rules"):
+        ours.load_own_variables(problems.state_of(optimizer_for(layers.Conv2DTranspose(4, 3), (8, 8, 4))))
+
+
+# -- inside of others -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Muon", "SOAP", "Adafactor", "LAMB", "Prodigy"])
+def test_lookahead_with_a_step_of_1_is_the_inner_optimizer(name):
+    inner = {
+        "Muon": ok.optimizers.Muon(0.01),
+        "SOAP": ok.optimizers.SOAP(0.01, initial_basis="identity", precondition_frequency=2),
+        "Adafactor": ok.optimizers.Adafactor(0.01),
+        "LAMB": ok.optimizers.LAMB(0.01, weight_decay=0.1),
+        "Prodigy": ok.optimizers.Prodigy(initial_d=1e-2),
+    }[name]
+    grads = gradients_of(Parts("float32"), 6)
+    alone = type(inner).from_config(inner.get_config())
+    expected = trained(lambda: type(alone).from_config(alone.get_config()), "float32", grads)
+
+    def around():
+        again = type(inner).from_config(inner.get_config())
+        return ok.optimizers.Lookahead(again, sync_period=2, slow_step_size=1.0)
+
+    assert error(trained(around, "float32", grads), expected) < 1e-5

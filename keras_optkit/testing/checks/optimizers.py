@@ -444,6 +444,28 @@ def _misses(card: Card, case: Mapping[str, Any], grads: list[list[Any]], holes: 
 
 @check("optimizer")
 @float64()
+def check_some_updates(card: Card) -> None:
+    """Where the rule has sums over the model or asks for first updates, missing gradients are as in its twin.
+
+    They count for nothing in the sums, and the first gradient of a parameter is the first that there is.
+    """
+    rule = _make(card).rule
+    if not (rule.uses_first or contributes(rule)):
+        return
+    grads: list[list[Any]] = problems.gradients(8)
+    grads = [[g + np.sign(grads[0][i]) for i, g in enumerate(arrays)] for arrays in grads]  # they agree for the most
+    for place, step in ((0, 0), (0, 1), (0, 5), (1, 0), (3, 2), (3, 3), (3, 6)):
+        grads[step][place] = None
+    for case in card.cases:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that gradients are missing
+            trajectory = problems.train(_make(card, case, weight_decay=None), grads)
+        for step, expected in enumerate(_by_twin(card, case, _make(card, case, weight_decay=None), grads)):
+            _close(trajectory[step], expected, what=f"{case} step {step}")
+
+
+@check("optimizer")
+@float64()
 def check_zero_and_rate_zero(card: Card) -> None:
     """Zero gradients leave finite weights, and a learning rate of zero leaves the weights bitwise as they are."""
     zeros = [[np.zeros_like(g) for g in arrays] for arrays in problems.gradients(3)]

@@ -1,7 +1,7 @@
 """NumPy twins of optimizers that look at a parameter, or at the model, as a whole.
 
 Some need to be told what the parameter is for its layer, and take a `weight`; that of Prodigy, whose estimate is one
-for the whole model, takes and yields lists.
+for the whole model, takes and yields lists. A gradient may be None where what is missing makes a difference.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from keras_optkit.optimizers.rule import Weight
 
 Array = np.ndarray
 Grads = Iterable[Array]
+Some = Iterable[Array | None]
 
 
 def _adam(
@@ -87,7 +88,7 @@ def adafactor(
 
 def prodigy(
     parameters: Sequence[Array],
-    grads: Iterable[Sequence[Array]],
+    grads: Iterable[Sequence[Array | None]],
     learning_rate: float = 1.0,
     beta_1: float = 0.9,
     beta_2: float = 0.999,
@@ -112,6 +113,8 @@ def prodigy(
         numerator *= root
         denominator = 0.0
         for i, g in enumerate(gs):
+            if g is None:
+                continue
             numerator += d / initial_d * rate * np.sum(g * (start[i] - ps[i]))
             m[i] = beta_1 * m[i] + (1 - beta_1) * d * g
             v[i] = beta_2 * v[i] + (1 - beta_2) * d**2 * g**2
@@ -121,7 +124,10 @@ def prodigy(
         d = max(d, estimate) if d == initial_d else d
         d_max = max(d_max, estimate)
         d = d_max if growth_rate is None else min(d_max, d * growth_rate)
-        ps = [p - rate * (m[i] / (np.sqrt(v[i]) + d * epsilon) + weight_decay[i] * p) for i, p in enumerate(ps)]
+        ps = [
+            p if g is None else p - rate * (m[i] / (np.sqrt(v[i]) + d * epsilon) + weight_decay[i] * p)
+            for i, (p, g) in enumerate(zip(ps, gs, strict=True))
+        ]
         yield ps
 
 
@@ -189,7 +195,7 @@ def _polynomials_of(values: Array, coefficients: str, steps: int) -> Array:
 
 def soap(
     p: Array,
-    grads: Grads,
+    grads: Some,
     weight: Weight,
     learning_rate: float = 0.003,
     beta_1: float = 0.95,
@@ -212,8 +218,12 @@ def soap(
     def along(x: Array, axis: int, matrix: Array) -> Array:
         return np.moveaxis(np.tensordot(matrix, x, (1, axis)), 0, axis)
 
+    first = True
     for t, g in enumerate(grads):
-        if t:
+        if g is None:
+            yield p
+            continue
+        if not first:
             turned = g
             for i in axes:
                 turned = along(turned, i, basis[i].T)
@@ -230,9 +240,10 @@ def soap(
         for i in axes:
             others = [j for j in range(p.ndim) if j != i]
             gram[i] = beta * gram[i] + (1 - beta) * np.tensordot(g, g, (others, others))
-            if t and t % precondition_frequency == 0:
+            if not first and t % precondition_frequency == 0:
                 product = gram[i] @ basis[i]
                 order = np.argsort(-np.sum(basis[i] * product, 0), kind="stable")
                 v = np.take(v, order, i)
                 basis[i] = np.linalg.qr(product[:, order])[0]
+        first = False
         yield p
