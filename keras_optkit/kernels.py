@@ -76,21 +76,31 @@ def in_equation(equation: str) -> KernelAxes:
     )
 
 
-def as_matrices(x: Any, axes: KernelAxes) -> Any:
+def matrix_shape(shape: Sequence[int], axes: KernelAxes | None) -> tuple[int, int, int]:
+    """How many matrices a kernel is, and their rows and columns; see `as_matrices`."""
+    axes = axes or by_shape(len(shape))
+    rows, columns, count = (
+        math.prod(shape[axis] for axis in found) for found in (axes.inputs, axes.columns(), axes.separate(len(shape)))
+    )
+    return count * axes.groups, rows, columns // axes.groups
+
+
+def as_matrices(x: Any, axes: KernelAxes | None) -> Any:
     """Kernels of one shape as matrices from inputs to outputs, `(k, *shape)` to `(n, rows, columns)`.
 
     A convolution's window is in the rows, and each separate map is a matrix by itself: n is k times their number.
+    Without axes, as for the table of an embedding, the last axis has the columns.
     """
-    split = _split(x.shape, axes)
-    order = _order(len(x.shape) - 1, axes)
-    rows = math.prod(x.shape[axis + 1] for axis in axes.inputs)
-    columns = math.prod(x.shape[axis + 1] for axis in axes.columns()) // axes.groups
-    count = x.shape[0] * axes.groups * math.prod(x.shape[axis + 1] for axis in axes.separate(len(x.shape) - 1))
-    return ops.reshape(ops.transpose(ops.reshape(x, split), order), (count, rows, columns))
+    shape = tuple(x.shape)
+    axes = axes or by_shape(len(shape) - 1)
+    count, rows, columns = matrix_shape(shape[1:], axes)
+    apart = ops.transpose(ops.reshape(x, _split(shape, axes)), _order(len(shape) - 1, axes))
+    return ops.reshape(apart, (shape[0] * count, rows, columns))
 
 
-def from_matrices(matrices: Any, shape: Sequence[int], axes: KernelAxes) -> Any:
+def from_matrices(matrices: Any, shape: Sequence[int], axes: KernelAxes | None) -> Any:
     """The inverse of `as_matrices`, to kernels of this shape, `(k, *shape)`."""
+    axes = axes or by_shape(len(shape) - 1)
     split, order = _split(shape, axes), _order(len(shape) - 1, axes)
     back = sorted(range(len(order)), key=order.__getitem__)
     return ops.reshape(ops.transpose(ops.reshape(matrices, [split[axis] for axis in order]), back), shape)

@@ -1,5 +1,7 @@
 """Optimizers that look at whole parameters: parity with their references, and what is theirs alone."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from keras import layers, ops
 from torch_references import Made, in_torch, muon_run, optax_run, optim, optimizer_run, soap_run
 
 import keras_optkit as ok
+from keras_optkit.private import op_determinism
 from keras_optkit.testing import problems
 from keras_optkit.testing.tools import float64
 
@@ -366,3 +369,49 @@ def test_lookahead_with_a_step_of_1_is_the_inner_optimizer(name):
         return ok.optimizers.Lookahead(again, sync_period=2, slow_step_size=1.0)
 
     assert error(trained(around, "float32", grads), expected) < 1e-5
+
+
+# -- in `fit` ---------------------------------------------------------------------------------------------------------
+
+
+def problem(make, seed=0):
+    """Inputs and classes that a small model can learn."""
+    rng = np.random.default_rng(seed)
+    if make is transformer:
+        x = rng.integers(0, 11, (96, 6)).astype("int32")
+        return x, np.argmax([np.sum(x == n, axis=1) + 0.1 * n for n in range(3)], axis=0)
+    shape = (8, 8, 3) if make is network else (5, 4)
+    x = rng.normal(size=(96, *shape)).astype("float32")
+    return x, np.argmax(np.mean(x, axis=tuple(range(1, x.ndim - 1)))[:, :3], axis=1)
+
+
+MADE = {
+    "Muon": lambda: ok.optimizers.Muon(0.01),
+    "SOAP": lambda: ok.optimizers.SOAP(0.01, precondition_frequency=5),
+    "Adafactor": lambda: ok.optimizers.Adafactor(0.05),
+    "LAMB": lambda: ok.optimizers.LAMB(0.02),
+    "Prodigy": lambda: ok.optimizers.Prodigy(),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("make", [network, transformer, recurrent])
+@pytest.mark.parametrize("name", list(MADE))
+def test_it_trains_and_continues_bitwise_from_a_file(name, make, jit_compile, tmp_path):
+    x, y = problem(make)
+    with contextlib.nullcontext() if jit_compile else op_determinism():  # Keras refuses XLA with it
+        keras.utils.set_random_seed(0)
+        model = make()
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(MADE[name](), loss=loss, jit_compile=jit_compile)
+        how = {"batch_size": 16, "shuffle": False, "verbose": 0}
+        first = model.fit(x, y, epochs=10, **how).history["loss"]
+        model.save(tmp_path / "model.keras")
+        last = model.fit(x, y, epochs=10, **how).history["loss"]
+        assert last[-1] < 0.8 * first[0]
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        loaded.compile(loaded.optimizer, loss=loss, jit_compile=jit_compile)
+        assert loaded.fit(x, y, epochs=10, **how).history["loss"] == last
+        for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)

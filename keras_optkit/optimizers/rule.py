@@ -287,7 +287,9 @@ class Rule:
         return {}
 
     def contribute(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> dict[str, Tensor]:
-        """What `measure` is to be given the sum of over all parameters with a gradient, by name.
+        """What `measure` is to be given the sum of, by name, over all parameters of this rule that have a gradient.
+
+        Those that are routed to another rule, and those of groups with another one, do not count.
 
         Args:
             u: Gradients, after clipping, as in `update`.
@@ -303,7 +305,8 @@ class Rule:
     def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The new scalars of this update, from the old ones in `h.scalars`; computed before any `update`.
 
-        A rule that contributes nothing may leave out the second argument: `def measure(self, h)`.
+        A rule that contributes nothing may leave out the second argument: `def measure(self, h)`. Of one that does, the
+        scalars stay as they are where none of its parameters has a gradient.
 
         Args:
             h: With the old scalars.
@@ -351,9 +354,11 @@ class Routed:
 
 @dataclass(frozen=True)
 class Wrapper(Rule):
-    """Base of rules around another one, which is the field `inner_rule`: forwards all that the other one is.
+    """Base of rules around another one, which is the field `inner_rule`.
 
-    A parameter that the inner rule routes to another one is updated by this wrapper around that one.
+    Forwards the layout, what the other one needs, its state, its routes and its sums; `handles_decay` and `averages`
+    are for the wrapper to say. A parameter that the inner rule routes to another one is updated by this wrapper around
+    that one.
     """
 
     def inner(self) -> Rule:

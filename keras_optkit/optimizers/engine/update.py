@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Ready(NamedTuple):
     slots: Slots
     p: Tensor
     mask: Any
+    updates: Tensor | None  # of each parameter, for rules that ask `h.first`
 
 
 def prepare(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
@@ -82,7 +84,7 @@ def _contributions(
     for bucket, theirs in zip(plan.buckets, ready, strict=True):
         if bucket.rule not in sums or theirs is None or theirs.u is None:
             continue
-        h = hyper(plan, prepared, remembered, bucket)
+        h = hyper(plan, prepared, remembered, bucket, updates=theirs.updates)
         parts = plan.rule(bucket).contribute(theirs.u, theirs.slots, theirs.p, h)
         for name, part in parts.items():
             there = part if theirs.mask is None else ops.where(theirs.mask, part, ops.zeros_like(part))
@@ -133,9 +135,8 @@ def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], pre
     for b, (bucket, theirs) in enumerate(zip(plan.buckets, ready, strict=True)):
         if theirs is None:
             continue
-        u, wide, p, mask = theirs
+        u, wide, p, mask, counted = theirs
         if u is not None:
-            counted = state.updates[b]["updates"] if plan.rule(bucket).uses_first else None
             h = hyper(plan, prepared, remembered, bucket, updates=counted)
             p, wide = apply_rule(plan, bucket, u, wide, p, h, mask)
             p = _constrained(plan, b, p, mask)
@@ -171,8 +172,9 @@ def _ready(plan: Plan, state: State, b: int, grad: Any, factor: Tensor | None) -
     p = rounding.widened(plan, state, b)
     wide = begun(plan.rule(bucket), rounding.wide_slots(state.slots[b], bucket), p, bucket, state.iterations)
     if grad is None:
-        return Ready(None, wide, p, None)
-    return Ready(clip(plan, bucket, grad.value, factor), wide, p, grad.mask)
+        return Ready(None, wide, p, None, None)
+    counted = state.updates[b]["updates"] if plan.rule(bucket).uses_first else None
+    return Ready(clip(plan, bucket, grad.value, factor), wide, p, grad.mask, counted)
 
 
 def _had_gradients(bucket: Bucket, mask: Any) -> Any:
@@ -180,7 +182,8 @@ def _had_gradients(bucket: Bucket, mask: Any) -> Any:
     if mask is None:
         return np.ones((len(bucket.indices),), "int32")
     if bucket.form == "flat":
-        return ops.stack([ops.cast(ops.any(part), "int32") for part in bucket.split(mask)])
+        flags = [ops.any(part) if math.prod(part.shape) else np.True_ for part in bucket.split(mask)]
+        return ops.stack([ops.cast(flag, "int32") for flag in flags])
     return ops.cast(ops.any(ops.reshape(mask, (len(bucket.indices), -1)), axis=1), "int32")
 
 

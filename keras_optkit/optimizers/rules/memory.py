@@ -10,7 +10,7 @@ from typing import Any
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit.kernels import VECTOR, KernelAxes, as_matrices, by_shape, from_matrices
+from keras_optkit.kernels import VECTOR, as_matrices, from_matrices, matrix_shape
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, number
 from keras_optkit.optimizers.slots import Initial, shaped
@@ -43,11 +43,11 @@ class AdafactorVectorRule(Rule):
 
     def scaled(self, u: Tensor, v: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         """`û = g / √v, no longer than d; θ ← θ - max(ε₂, rms θ) η û`."""
-        u = u * ops.rsqrt(v)
+        u = u / ops.sqrt(v)  # on GPUs rsqrt has 28 bits in float64
         u = u / ops.maximum(1.0, ops.sqrt(h.mean(u * u)) / h(self.clip_threshold))
         rate = h.learning_rate
         if self.relative_step:
-            rate = ops.minimum(rate, ops.cast(ops.rsqrt(h.step), rate.dtype))
+            rate = ops.minimum(rate, ops.cast(1 / ops.sqrt(h.step), rate.dtype))
         step = rate * ops.maximum(h(self.epsilon_2), ops.sqrt(h.mean(p * p))) * u
         if "m" not in slots:
             return step, {}
@@ -75,24 +75,20 @@ class AdafactorRule(AdafactorVectorRule):
         return "vector" if w.role == VECTOR else ""
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        count, rows, columns = as_matrices(ops.zeros((1, *w.shape)), _axes(w.axes, len(w.shape))).shape
+        count, rows, columns = matrix_shape(w.shape, w.axes)
         return {"row": shaped(count, rows), "column": shaped(count, columns), **self.momentum()}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-        axes, beta = _axes(h.kernel, len(u.shape) - 1), self.decay(h, u)
-        squares = as_matrices(u * u + h(self.epsilon_1), axes)
+        beta = self.decay(h, u)
+        squares = as_matrices(u * u + h(self.epsilon_1), h.kernel)
         new = {}
         for name, axis in (("row", 2), ("column", 1)):
             mean = ops.reshape(ops.mean(squares, axis=axis), slots[name].shape)
             new[name] = beta * slots[name] + (1 - beta) * mean
         row = new["row"] / ops.mean(new["row"], axis=-1, keepdims=True)
         v = ops.expand_dims(row, 3) * ops.expand_dims(new["column"], 2)
-        step, more = self.scaled(u, from_matrices(v, u.shape, axes), slots, p, h)
+        step, more = self.scaled(u, from_matrices(v, u.shape, h.kernel), slots, p, h)
         return step, {**new, **more}
-
-
-def _axes(axes: KernelAxes | None, rank: int) -> KernelAxes:
-    return by_shape(rank) if axes is None else axes  # the table of an embedding
 
 
 @register(

@@ -126,15 +126,14 @@ class MuonRule(Rule):
         gamma = h(self.momentum)
         m = gamma * slots["m"] + (1 - gamma) * u
         x = gamma * m + (1 - gamma) * u if self.nesterov else m
-        matrices = x if h.kernel is None else as_matrices(x, h.kernel)  # the table of an embedding is a matrix
+        matrices = as_matrices(x, h.kernel)
         _, rows, columns = matrices.shape
         margin = SAFETY if self.coefficients == "polar_express" else 1.0
         done = orthogonalized(matrices, polynomials(self.coefficients, self.ns_steps), h(self.epsilon), margin)
         scale = (
             0.2 * max(rows, columns) ** 0.5 if self.scaling == "moonlight" else max(1, columns / max(rows, 1)) ** 0.5
         )
-        step = done if h.kernel is None else from_matrices(done, x.shape, h.kernel)
-        return h.learning_rate * scale * step, {"m": m}
+        return h.learning_rate * scale * from_matrices(done, x.shape, h.kernel), {"m": m}
 
 
 @register(

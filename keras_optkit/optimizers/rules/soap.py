@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ class SOAPRule(SOAPVectorRule):
 def _by_axis(x: Tensor, axis: int) -> Tensor:
     """`(k, *shape)` as matrices with one row for each place along an axis."""
     moved = ops.moveaxis(x, axis + 1, 1)
-    return ops.reshape(moved, (*moved.shape[:2], -1))
+    return ops.reshape(moved, (*moved.shape[:2], math.prod(moved.shape[2:])))
 
 
 def _gram(x: Tensor, axis: int) -> Tensor:
