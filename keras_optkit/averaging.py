@@ -229,7 +229,7 @@ class _Sums(keras.Model):
     def _add(self, i: int, layer: Any, inputs: Any, mask: Any) -> None:
         n = ops.cast(ops.size(inputs), scalar_dtype()) / layer.moving_mean.shape[0]
         if mask is not None:
-            n = n * ops.mean(ops.cast(mask, scalar_dtype()))
+            n = n * ops.sum(ops.cast(mask, scalar_dtype())) / ops.cast(ops.size(mask), scalar_dtype())
         for total, value in zip(self.totals[i], (1.0, layer.moving_mean, layer.moving_variance), strict=True):
             share = n * ops.cast(value, scalar_dtype())
             total.assign_add(ops.where(n > 0, share, ops.zeros_like(share)))

@@ -370,12 +370,15 @@ bug("a schedule counts micro-batches", "AdamW", "accumulation", Optimizer, "_pla
 )
 
 
-@bug("micro-batches are counted as updates", "SGD", "accumulation", gradients, "collect")
+@bug("micro-batches are counted as updates", "SGD", "accumulation", Optimizer, "apply")
 def _(right):
-    def collect(plan, state, grads):
-        return right(plan, state, grads)._replace(iterations=state.iterations + 1)
+    def apply(self, grads, trainable_variables=None):
+        right(self, grads, trainable_variables)
+        if self.gradient_accumulation_steps:
+            waits = self._held.state.micro > 0
+            self.iterations.assign(self.iterations + ops.cast(waits, self.iterations.dtype))
 
-    return collect
+    return apply
 
 
 @bug("the moving average counts micro-batches", "AdamW", "accumulation", Optimizer, "apply")
@@ -722,7 +725,7 @@ def _(right):
     "measure",
 )
 def _(right):
-    return lambda self, h: right(self, h) | {"share": 1 / h.step}
+    return lambda self, h, sums: right(self, h, sums) | {"share": 1 / h.step}
 
 
 @bug("the learning rate does not warm up", "ScheduleFreeAdamW", "twin", schedule_free._ScheduleFree, "warmed_up")

@@ -107,6 +107,7 @@ def from_matrix(variable, matrix):
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @float64()
@@ -120,6 +121,7 @@ def test_lamb_is_optaxs(decay, dtype):
     assert error(got, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("rate", [0.01, 0.5])  # below 1/√t for long, and above it from the fifth step on
@@ -140,6 +142,7 @@ def test_adafactor_is_torchs(rate, decay, dtype):
     assert error(got, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(
@@ -165,6 +168,7 @@ def test_prodigy_is_its_authors(ours, decay, dtype):
     assert error(got, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(
@@ -196,6 +200,7 @@ def test_muon_is_torchs(ours, theirs, decay, dtype):
     assert error([[step[i] for i in rest] for step in got], adam) < TOLERANCE[dtype]
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @float64()

@@ -134,7 +134,9 @@ class Bucket:
         """The sum or mean over each parameter of a tensor in this form, in a shape that broadcasts with it."""
         if self.form != "flat":
             axes = tuple(range(1 if self.form == "stacked" else 0, len(x.shape)))
-            return (ops.mean if mean else ops.sum)(x, axis=axes, keepdims=True)
+            total = ops.sum(x, axis=axes, keepdims=True)
+            # the mean is not `ops.mean`, which computes in float32 on JAX
+            return total / max(1, math.prod(x.shape[axis] for axis in axes)) if mean else total
         # parameters of one size are next to each other; slices of each would take XLA seconds to compile
         parts = []
         blocks = self._blocks()

@@ -83,12 +83,17 @@ class AdafactorRule(AdafactorVectorRule):
         squares = as_matrices(u * u + h(self.epsilon_1), h.kernel)
         new = {}
         for name, axis in (("row", 2), ("column", 1)):
-            mean = ops.reshape(ops.mean(squares, axis=axis), slots[name].shape)
+            mean = ops.reshape(_mean(squares, axis), slots[name].shape)
             new[name] = beta * slots[name] + (1 - beta) * mean
-        row = new["row"] / ops.mean(new["row"], axis=-1, keepdims=True)
+        row = new["row"] / ops.expand_dims(_mean(new["row"], -1), -1)
         v = ops.expand_dims(row, 3) * ops.expand_dims(new["column"], 2)
         step, more = self.scaled(u, from_matrices(v, u.shape, h.kernel), slots, p, h)
         return step, {**new, **more}
+
+
+def _mean(x: Tensor, axis: int) -> Tensor:
+    """The mean, which `ops.mean` computes in float32 on JAX."""
+    return ops.sum(x, axis=axis) / max(1, x.shape[axis])
 
 
 @register(
