@@ -191,3 +191,13 @@ def test_cost_of_the_monitor(script, monkeypatch, capsys):
     assert [name for name, *_ in rows] == list(kept)
     assert rows[0][2:] == ("1.000", "1.000")
     assert all(float(cell) > 0 for _, *cells in rows for cell in cells)
+
+
+def test_structured_optimizers_have_the_state_that_the_table_says(script, capsys):
+    small = ["--width", "8", "--depth", "1", "--repeats", "1", "--sample-seconds", "0.01"]
+    script("structured_optimizers").main([*small, "--only", "LAMB", "Adafactor"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    state = {row[0]: float(row[4]) for row in rows[1:]}
+    assert state["Keras AdamW"] == pytest.approx(state["LAMB"], rel=0.01)
+    assert state["LAMB"] > 8 > 2 > state["Adafactor"]
+    assert rows[1][2] == "1.00"

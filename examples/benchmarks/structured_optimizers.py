@@ -109,7 +109,7 @@ def _on_jax(optimizer: Any, weights: list[Any], grads: list[Any]) -> Callable[[i
     return run
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sample-seconds", type=float, default=0.5)
     parser.add_argument("--only", nargs="*", help="names of the alternatives besides Keras's")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     chosen = {
         name: make for name, make in alternatives().items() if not given.only or name in ("Keras AdamW", *given.only)
     }

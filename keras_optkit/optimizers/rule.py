@@ -385,7 +385,7 @@ class Wrapper(Rule):
     def route(self, w: Weight) -> str:
         return self.inner().route(w)
 
-    def slots(self, w: Weight) -> Mapping[str, Initial]:
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
         return slots_of(self.inner(), w)
 
     def scalars(self) -> Mapping[str, float]:
@@ -407,9 +407,10 @@ def layout_of(rule: Rule) -> str:
     return arguments.choice(f"layout of {type(rule).__name__}", layout, LAYOUTS)
 
 
-def slots_of(rule: Rule, w: Weight) -> dict[str, Fill | FromWeights]:
-    """Names and initial values of the state for a parameter."""
-    found = rule.slots(w) if _takes(type(rule).slots, 2) else rule.slots()  # type: ignore[call-arg]
+def slots_of(rule: Rule, w: Weight | None) -> dict[str, Fill | FromWeights]:
+    """Names and initial values of the state for a parameter; without it, of a rule for which all are alike."""
+    slots: Any = rule.slots
+    found = slots(w) if _takes(type(rule).slots, 2) else slots()
     initial = {name: as_initial(value) for name, value in found.items()}
     own = [name for name, value in initial.items() if isinstance(value, Fill) and value.shape is not None]
     if own and layout_of(rule) != "whole":

@@ -25,7 +25,7 @@ class AdamRule(Rule):
     amsgrad: bool = flag(False)
     epsilon_hat: bool = flag(False)
 
-    def slots(self, w: Weight) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0} | ({"v_max": 0.0} if self.amsgrad else {})
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

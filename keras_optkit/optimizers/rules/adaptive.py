@@ -27,7 +27,7 @@ class AdagradRule(Rule):
     epsilon: Value = number(1e-8)
     epsilon_inside: bool = flag(True)
 
-    def slots(self, w: Weight) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"G": self.initial_accumulator_value}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
@@ -104,7 +104,7 @@ class RMSpropRule(Rule):
     epsilon_inside: bool = flag(True)
     rate_in_velocity: bool = flag(True)
 
-    def slots(self, w: Weight) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> dict[str, float]:
         return (
             {"E": 0.0}
             | ({"mean": 0.0} if self.centered else {})

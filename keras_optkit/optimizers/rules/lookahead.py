@@ -26,7 +26,7 @@ class LookaheadRule(Wrapper):
     sync_period: int = count(5, 1)
     slow_step_size: Value = number(0.5, 0, 1, closed="right")
 
-    def slots(self, w: Weight) -> dict[str, Initial]:
+    def slots(self, w: Weight | None = None) -> dict[str, Initial]:
         return {**super().slots(w), "slow": weights_copy()}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

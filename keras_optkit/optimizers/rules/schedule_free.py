@@ -37,7 +37,7 @@ class _ScheduleFree(Wrapper):
         """The share of x in y."""
         raise NotImplementedError
 
-    def slots(self, w: Weight) -> dict[str, Initial]:
+    def slots(self, w: Weight | None = None) -> dict[str, Initial]:
         return {**super().slots(w), "anchor": weights_copy()}  # z; another rule may call something of its own z
 
     def scalars(self) -> dict[str, float]:
@@ -109,7 +109,7 @@ class SecondMomentRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-8)
 
-    def slots(self, w: Weight) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"v": 0.0}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

@@ -22,7 +22,7 @@ class SGDRule(Rule):
     nesterov: bool = flag(False)
     rate_in_velocity: bool = flag(True)
 
-    def slots(self, w: Weight) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
