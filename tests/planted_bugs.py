@@ -3,7 +3,7 @@
     python tests/planted_bugs.py            # all of them; the table of docs/guide/conformance.md
     python tests/planted_bugs.py momentum   # those with the word in their description
 
-Each bug is put into the running package, in the place of one or two functions; the checks that are named with it must
+Each bug is put into the running package, instead of one or two functions; the checks that are named with it must
 fail, and pass again without it.
 """
 
@@ -855,7 +855,7 @@ def _(right):
 LINEAR = next(card for card in ok.cards("schedule") if card.name == "Linear")
 
 
-@bug("a function in the place of a Keras schedule", "Linear", "is_keras_schedule", LINEAR, "make", kind="schedule")
+@bug("a function instead of a Keras schedule", "Linear", "is_keras_schedule", LINEAR, "make", kind="schedule")
 def _(right):
     return lambda **_: lambda step: 0.1
 
@@ -968,7 +968,7 @@ def _(right):
     return lambda self, shape, dtype=None: right(self, shape, dtype) if len(shape) else ops.zeros((), dtype)
 
 
-@bug("fan-out in the place of fan-in", "HeNormal", "variance", initializers.KernelAxes, "fans", kind="initializer")
+@bug("fan-out instead of fan-in", "HeNormal", "variance", initializers.KernelAxes, "fans", kind="initializer")
 def _(right):
     return lambda self, shape: right(self, shape)[::-1]
 

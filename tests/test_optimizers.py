@@ -750,7 +750,7 @@ def test_third_party_optimizer_passes(check):
 
 @dataclass(frozen=True)
 class WrongCorrectionRule(ok.optimizers.Rule):
-    """Adam's first moment, corrected with t - 1 in the place of t."""
+    """Adam's first moment, corrected with t - 1 instead of t."""
 
     elementwise = True
     beta: float = 0.9

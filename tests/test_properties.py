@@ -330,7 +330,7 @@ def treated(setting):
 def updates(setting, grads, treatments):
     """The gradients of each update, accumulated and clipped: (gradient, which numbers have one) or None.
 
-    None in the place of all of them stands for an update that is left out.
+    None instead of all of them stands for an update that is left out.
     """
     lazy, result = setting.common.get("sparse") != "dense", []
     for first in range(0, len(grads) - setting.k + 1, setting.k):

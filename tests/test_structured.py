@@ -292,6 +292,24 @@ def test_the_biases_of_attention_are_vectors():
     assert rows["attention/query/kernel"].weight_decay == rows["embedding/embeddings"].weight_decay == 0.1
 
 
+def test_each_model_of_two_with_an_optimizer_of_its_own_has_a_last_layer():
+    class Gan(keras.Model):
+        def __init__(self):
+            super().__init__()
+            units = {"generator": (3, 4), "critic": (4, 1)}
+            for name, (inputs, outputs) in units.items():
+                hidden = layers.Dense(8, name="hidden")
+                setattr(self, name, keras.Sequential([keras.Input((inputs,)), hidden, layers.Dense(outputs)], name))
+
+    gan = Gan()
+    for part in (gan.generator, gan.critic):
+        optimizer = ok.optimizers.Muon()
+        optimizer.set_model(gan)  # as `fit` does
+        rows = optimizer.explain(part.trainable_variables).rows
+        assert [row.rule for row in rows if len(row.shape) == 2] == ["MuonRule", "AdamRule"]
+    assert [row.rule for row in ok.optimizers.Muon().explain(gan).rows if len(row.shape) == 2].count("AdamRule") == 1
+
+
 def test_muon_that_does_not_know_the_model_says_so():
     weights = problems.variables([np.ones((3, 4)), np.ones(4)])
     with pytest.warns(UserWarning, match=r"optimizer.build\(model\)"):

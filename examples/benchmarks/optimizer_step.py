@@ -2,7 +2,7 @@
 
     python examples/benchmarks/optimizer_step.py                    # time of an update, equality, tracing; all sets
     python examples/benchmarks/optimizer_step.py --sets mlp,large --repeats 5
-    python examples/benchmarks/optimizer_step.py --memory --fit     # these two in the place of the above
+    python examples/benchmarks/optimizer_step.py --memory --fit     # these two instead of the above
 
 Method:
 

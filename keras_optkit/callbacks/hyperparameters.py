@@ -39,7 +39,7 @@ _STRUCTURAL = {"gradient_accumulation_steps", "ema_overwrite_frequency", "loss_s
 
 
 class Driven:
-    """A scalar tensor in the place of a Python number.
+    """A scalar tensor instead of a Python number.
 
     Optimizers read a hyperparameter in two ways. In arithmetic with tensors this behaves as a number does: it takes the
     other's dtype, and until then keeps its own precision. In the questions that decide whether a part of the update

@@ -33,7 +33,7 @@ class Run:
         return given.callbacks if isinstance(given, keras.callbacks.CallbackList) else keras.tree.flatten(given)
 
     def replace(self, kind: type, callback: Any) -> None:
-        """Adds a callback as the first one, in the place of another of its kind from an earlier run."""
+        """Adds a callback as the first one, instead of another of its kind from an earlier run."""
         given = self.arguments.get("callbacks")
         if isinstance(given, keras.callbacks.CallbackList):
             given.callbacks[:] = [c for c in given.callbacks if not isinstance(c, kind)]

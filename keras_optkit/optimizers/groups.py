@@ -242,7 +242,7 @@ class Places:
             found.append(Weight(tuple(variable.shape), dtype, kind, axes, (*paths, keras_path(variable))))
         if self._of_keras:
             return found
-        last = self._tree.last_kernel()
+        last = self._tree.last_kernel({backend.key(v) for v in variables if self._tree.layer_of(v)})
         return [w._replace(output=backend.key(v) in last) for w, v in zip(found, variables, strict=True)]
 
     def scales(self, layer_decay: float, blocks: int | str | None) -> list[float]:

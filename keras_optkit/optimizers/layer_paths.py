@@ -129,9 +129,18 @@ class LayerTree:
         places = [place for places in self._places.values() for place in places]
         return [f"{path}/{name}".lstrip("/") for node, name in places for path in node.paths]
 
-    def last_kernel(self) -> set[int]:
-        """The keys of the kernels of the last layer that has one of its own, frozen or not."""
-        for node in reversed(self.nodes):
+    def last_kernel(self, keys: set[int]) -> set[int]:
+        """The keys of the kernels of the last layer that has one of its own, frozen or not.
+
+        Of a model of one's own that holds several, such as a GAN, it is that of the one that all of `keys` are in.
+        """
+        root = self.root
+        while not hasattr(root.layer, "outputs"):  # what Sequential and functional models have
+            inside = [n for n in root.first if isinstance(n.layer, keras.Model) and keys <= _keys_in(n)]
+            if not inside:
+                break
+            root = inside[0]
+        for node in reversed([root, *root.below()]):
             own = set(node.own.values())
             kernels = [v for v in node.layer.weights if backend.key(v) in own and role(v, node.layer)[0] == KERNEL]
             if kernels:
@@ -210,6 +219,10 @@ class LayerTree:
             block = unmatched if found is None else found.groups() or found.group()
             of_node[id(node)] = order.setdefault(block, len(order))
         return of_node
+
+
+def _keys_in(node: Node) -> set[int]:
+    return {key for n in (node, *node.below()) for key in n.own.values()}
 
 
 def _visit(node: Node, nodes: dict[int, Node]) -> None:

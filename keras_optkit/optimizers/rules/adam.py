@@ -67,7 +67,7 @@ class Adam(Optimizer):
     ```text
     m ← β₁ m + (1 - β₁) g          m̂ = m / (1 - β₁ᵗ)
     v ← β₂ v + (1 - β₂) g²         v̂ = v / (1 - β₂ᵗ)          θ ← θ - η m̂ / (√v̂ + ε)
-    amsgrad:  the largest v so far in the place of v
+    amsgrad:  the largest v so far instead of v
     ```
 
     m and v have the shape of θ and start at 0; t counts updates from 1. ε is added outside of the root and after the

@@ -145,7 +145,7 @@ class RMSprop(Optimizer):
 
     ```text
     E ← ρ E + (1 - ρ) g²          θ ← θ - η g / √(E + ε)
-    centered:   a ← ρ a + (1 - ρ) g         with E - a² in the place of E
+    centered:   a ← ρ a + (1 - ρ) g         with E - a² instead of E
     momentum γ: v ← γ v + η g / √(E + ε)    θ ← θ - v
     ```
 

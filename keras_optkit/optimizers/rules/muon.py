@@ -201,7 +201,8 @@ class Muon(Optimizer):
         adam_epsilon: ε of AdamW >= 0, or a schedule.
         exclude_layers: Regular expressions; kernels in whose path one is found are trained by AdamW.
         exclude_embeddings: Whether embeddings are trained by AdamW.
-        exclude_output: Whether the kernel of the last layer is trained by AdamW.
+        exclude_output: Whether the kernel of the last layer is trained by AdamW. In a model of your own that holds
+            several, such as a GAN, each optimizer's is that of the one that it trains.
         weight_decay: λ >= 0, a schedule, or None.
         **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
 

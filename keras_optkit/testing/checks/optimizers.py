@@ -306,7 +306,7 @@ def check_accumulation(card: Card) -> None:
             step([ops.convert_to_tensor(g) for g in arrays])
             if i == 1:
                 _equal([ops.convert_to_numpy(w) for w in weights], problems.start(), what="before the first update")
-        assert int(many.iterations) == 2, f"{int(many.iterations)} updates were counted in the place of 2"
+        assert int(many.iterations) == 2, f"{int(many.iterations)} updates were counted instead of 2"
         many.flush()  # of the two that are left
         _close([ops.convert_to_numpy(w) for w in weights], expected[-1], what=f"{common} {mode}")
         state, whole = problems.state_of(many), problems.state_of(one)
