@@ -299,7 +299,7 @@ def test_each_model_of_two_with_an_optimizer_of_its_own_has_a_last_layer():
             units = {"generator": (3, 4), "critic": (4, 1)}
             for name, (inputs, outputs) in units.items():
                 hidden = layers.Dense(8, name="hidden")
-                setattr(self, name, keras.Sequential([keras.Input((inputs,)), hidden, layers.Dense(outputs)], name))
+                setattr(self, name, keras.Sequential([keras.Input((inputs,)), hidden, layers.Dense(outputs)], name=name))
 
     gan = Gan()
     for part in (gan.generator, gan.critic):
