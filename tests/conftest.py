@@ -1,5 +1,6 @@
 """Shared set-up: the environment must be set before the backend is imported."""
 
+import collections
 import gc
 import os
 import pathlib
@@ -14,7 +15,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-if not {"--all", "PYTEST_XDIST_WORKER"} & {*sys.argv, *os.environ}:  # workers have what their parent has set
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what their parent has set
+    os.environ["KERAS_OPTKIT_THOROUGH"] = str(int("--all" in sys.argv))
+THOROUGH = os.environ["KERAS_OPTKIT_THOROUGH"] == "1"
+if not THOROUGH and "PYTEST_XDIST_WORKER" not in os.environ:
     # what is compiled here runs for a moment: without most of its optimization it is the same arithmetic, sooner
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
@@ -30,21 +34,25 @@ ok.testing.prepare()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, and a shell has what it runs behind ignore it
 
 
-def _without_autotuning():
-    """Switches off the tuning of tf.data's buffers.
+def _without_tuning():
+    """Has TensorFlow run what is traced here as it is: it runs for a moment, and rewriting it takes longer.
 
-    Its thread sleeps for 10 ms, 20 ms and so on up to a minute, and an iterator that is deleted waits for it: one that
-    an interrupted `fit` has left behind cost up to a minute of waiting, many of them several.
+    The thread that tunes tf.data's buffers, besides, sleeps for 10 ms, 20 ms and so on up to a minute, and an iterator
+    that is deleted waits for it: one that an interrupted `fit` has left behind cost up to a minute of waiting, many of
+    them several.
     """
     import tensorflow as tf
 
     iterate, options = tf.data.Dataset.__iter__, tf.data.Options()
     options.autotune.enabled = False
+    if not THOROUGH:
+        options.experimental_optimization.apply_default_optimizations = False
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     tf.data.Dataset.__iter__ = lambda dataset: iterate(dataset.with_options(options))
 
 
 if keras.config.backend() == "tensorflow":
-    _without_autotuning()
+    _without_tuning()
 
 # examples take as long as tracing takes, and no database: what fails is printed as a blob to reproduce it with
 _common = {
@@ -68,12 +76,12 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out tests of another backend, and combinations that repeat what others show.
 
     `only_on(backend, because=...)` marks what is not for other backends than that one. Of a test with several
-    parameters that is marked `each_once`, as many combinations are run as it takes to have every value of each. What is
-    marked `long` shows at length what others show as well.
+    parameters that is marked `each_once`, as many combinations are run as it takes to have every value of each, and of
+    one that is marked `few(n)` the first n. What is marked `long` shows at length what others show as well.
     """
     kept = [item for item in items if _is_for(item, keras.config.backend())]
     if not config.getoption("all"):
-        kept = _each_once([item for item in kept if not item.get_closest_marker("long")])
+        kept = _each_once(_few([item for item in kept if not item.get_closest_marker("long")]))
     left_out = set(items) - set(kept)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
@@ -83,6 +91,18 @@ def pytest_collection_modifyitems(config, items):
 def _is_for(item, backend):
     mark = item.get_closest_marker("only_on")
     return mark is None or _backend(*mark.args, **mark.kwargs) == backend
+
+
+def _few(items):
+    """Of tests marked `few(n)` the first n combinations."""
+    counts = collections.Counter()
+    kept = []
+    for item in items:
+        mark = item.get_closest_marker("few")
+        counts[item.function] += 1
+        if mark is None or counts[item.function] <= mark.args[0]:
+            kept.append(item)
+    return kept
 
 
 def _each_once(items):

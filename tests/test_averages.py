@@ -66,6 +66,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_schedule_free_sgd_is_its_authors_reference(settings, dtype, tolerance):
@@ -77,6 +78,7 @@ def test_schedule_free_sgd_is_its_authors_reference(settings, dtype, tolerance):
     )
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_schedule_free_adamw_is_its_authors_reference(settings, dtype, tolerance):
@@ -364,6 +366,7 @@ def without(make, epochs=3, **arguments):
     return model
 
 
+@pytest.mark.few(2)
 @every_optimizer
 def test_averaged_weights_are_shown_where_training_is_judged_and_nowhere_else(make):
     plain, hidden = compiled(make), Probe("on_epoch_begin", "on_train_batch_end")
@@ -384,6 +387,7 @@ def test_averaged_weights_are_shown_where_training_is_judged_and_nowhere_else(ma
     assert any(np.any(a != b) for a, b in zip(expected[0], hidden.seen["on_train_batch_end"][3], strict=True))
 
 
+@pytest.mark.few(2)
 @each_kind
 def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
     model, path = compiled(make), str(tmp_path / "{epoch}.keras")
@@ -433,6 +437,7 @@ def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save
         close(values(loaded.trainable_variables), values(stopped.trainable_variables), 1e-6, file.name)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "keras" not in name])
 def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(name, tmp_path):
     make = OPTIMIZERS[name]
@@ -465,6 +470,7 @@ class Judge(keras.callbacks.Callback):
             )
 
 
+@pytest.mark.few(2)
 @each_kind
 def test_other_callbacks_judge_the_averaged_weights_and_leave_no_trace(make, tmp_path):
     model, judge = compiled(make), Judge(tmp_path)
@@ -517,7 +523,7 @@ class Fails(keras.callbacks.Callback):
 HOOKED = ("evaluate", "predict", "save", "save_weights", "export", "test_on_batch", "predict_on_batch")
 
 
-@pytest.mark.each_once
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("moment", "n", "error"),
     [
@@ -543,6 +549,7 @@ def test_after_an_exception_training_goes_on_bitwise(name, moment, n, error):
     same(everything(model), everything(plain), "after going on")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["ema", "schedule-free sgd", "keras"])
 def test_an_exception_that_a_callback_catches_leaves_the_weights_of_training(name):
     make = OPTIMIZERS[name]
@@ -585,7 +592,7 @@ def test_exceptions_in_a_single_evaluation(name, method, error):
 # -- together with other callbacks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.each_once
+@pytest.mark.few(2)
 @pytest.mark.parametrize("place", [0, 1])
 @each_kind
 def test_backup_and_restore_goes_on_bitwise(make, place, tmp_path):
@@ -714,6 +721,7 @@ def statistics(model):
     return values(v for v in model.variables if "moving" in v.path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["ema", "schedule-free sgd", "keras"])
 def test_batch_normalisation_fits_the_averaged_weights_while_they_are_shown(name):
     make = OPTIMIZERS[name]

@@ -143,6 +143,7 @@ def test_a_loop_on_two_replicas_equals_one_device(case):
             [step(batch) for batch in bad]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", CASES)
 def test_fit_on_two_replicas_equals_one_device(case):
     make, trained = CASES[case], []
@@ -203,6 +204,7 @@ def test_loss_scaling_leaves_out_an_update_that_is_infinite_on_one_replica(bad):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("case", "order"),
     [("all at once", "two, then one"), ("all at once", "one, then two"), ("schedule-free", "two, then one")],
@@ -284,6 +286,7 @@ def example(monkeypatch, request):
 WORKER = [sys.executable, str(Path(__file__).parent / "worker.py")]
 
 
+@pytest.mark.long
 def test_a_loop_in_two_processes_equals_one(example, tmp_path):
     cases = ["all at once", "rows, skip_nonfinite"]
     example.run_workers([*WORKER, str(tmp_path), *cases])

@@ -568,7 +568,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.each_once
+@pytest.mark.few(2)
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_goes_on_as_if_there_had_been_no_finder(optimizer, finder):
@@ -593,6 +593,7 @@ def test_training_goes_on_as_if_there_had_been_no_finder(optimizer, finder):
     assert (logs, draws) == (other_logs, other_draws)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_model_that_was_not_trained_yet(optimizer):
     x, y = regression()

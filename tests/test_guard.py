@@ -142,6 +142,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("optimizer", "bad", "value", "passed_over"),
     [

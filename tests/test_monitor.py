@@ -1087,6 +1087,7 @@ def unmeasured(found):
     return {tag: pairs for tag, pairs in found.items() if not tag.startswith(("memory/", "throughput/"))}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("every", "after"), [(2, 2), (2, 3), (3, 2)])
 def test_steps_that_are_computed_again_are_not_written_again(every, after, tmp_path):
     """A run is resumed from a state before what its files hold, with the rest of the epoch's data, by a new monitor."""

@@ -151,6 +151,7 @@ def test_equals_torch_for_100_steps(name):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", TORCH)
 def test_float32_is_as_exact_as_torch(name):
     """In float32 both round; ours may not be further from the float64 run than 1e-6 of the way travelled and back."""
@@ -188,6 +189,7 @@ KERAS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", KERAS)
 def test_equals_keras_with_its_conventions(name):
     """In float64; the rate is one that float32 holds exactly, since Keras rounds some scalars through float32."""

@@ -124,7 +124,8 @@ def uninterrupted(tmp_path_factory):
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 3, 10, 100, "epoch", datetime.timedelta(microseconds=1), datetime.timedelta(1)])
+@pytest.mark.few(3)
+@pytest.mark.parametrize("every", [3, "epoch", datetime.timedelta(microseconds=1), 1, 10, 100, datetime.timedelta(1)])
 def test_goes_on_wherever_it_was_left(tmp_path, uninterrupted, every):
     for crash in (4, 1, 13):
         assert train(tmp_path, every=every, crash=crash) is None
@@ -142,6 +143,7 @@ def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
     assert len(model.seen) == 15
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "make",
     [

@@ -168,7 +168,7 @@ def test_prodigy_is_its_authors(ours, decay, dtype):
     assert error(got, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.each_once
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_muon_is_torchs(ours, theirs, decay, dtype):
     assert error([[step[i] for i in rest] for step in got], adam) < TOLERANCE[dtype]
 
 
-@pytest.mark.each_once
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @float64()
@@ -299,7 +299,9 @@ def test_each_model_of_two_with_an_optimizer_of_its_own_has_a_last_layer():
             units = {"generator": (3, 4), "critic": (4, 1)}
             for name, (inputs, outputs) in units.items():
                 hidden = layers.Dense(8, name="hidden")
-                setattr(self, name, keras.Sequential([keras.Input((inputs,)), hidden, layers.Dense(outputs)], name=name))
+                setattr(
+                    self, name, keras.Sequential([keras.Input((inputs,)), hidden, layers.Dense(outputs)], name=name)
+                )
 
     gan = Gan()
     for part in (gan.generator, gan.critic):

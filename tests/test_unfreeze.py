@@ -257,6 +257,7 @@ def fit_by_hand(model):
         fit(model, *data(), initial_epoch=first, epochs=last)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_it_is_a_fit_for_each_stage_with_the_flags_set_by_hand(make):
     model, by_hand = network(make()), network(make())
@@ -431,7 +432,7 @@ def test_new_weights_join_at_the_update_that_thaws_them():
     assert json.loads(schema[: schema.rindex("}") + 1])["since"] == [6] * 6 + [0] * 2
 
 
-@pytest.mark.each_once
+@pytest.mark.few(2)
 @pytest.mark.parametrize("after", [0, 2, 3])
 @pytest.mark.parametrize("first", [False, True])
 def test_an_interruption_makes_no_difference(after, first, tmp_path):
