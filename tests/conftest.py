@@ -16,12 +16,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what their parent has set
-    os.environ["KERAS_OPTKIT_THOROUGH"] = str(int("--all" in sys.argv))
-THOROUGH = os.environ["KERAS_OPTKIT_THOROUGH"] == "1"
-if not THOROUGH and "PYTEST_XDIST_WORKER" not in os.environ:
-    # what is compiled here runs for a moment: without most of its optimization it is the same arithmetic, sooner
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    os.environ["TESTS_ARE_THOROUGH"] = str(int("--all" in sys.argv))
+    if "--all" not in sys.argv:
+        # what is compiled here runs for a moment: without most of its optimization it is the same arithmetic, sooner
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 import keras
 import pytest
@@ -45,7 +44,7 @@ def _without_tuning():
 
     iterate, options = tf.data.Dataset.__iter__, tf.data.Options()
     options.autotune.enabled = False
-    if not THOROUGH:
+    if os.environ["TESTS_ARE_THOROUGH"] == "0":
         options.experimental_optimization.apply_default_optimizations = False
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     tf.data.Dataset.__iter__ = lambda dataset: iterate(dataset.with_options(options))
