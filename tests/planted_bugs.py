@@ -38,10 +38,12 @@ from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
 from keras_optkit.optimizers import building, groups
 from keras_optkit.optimizers.engine import gradients, nonfinite, packing, plan, rounding, run, state, update
+from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
 from keras_optkit.optimizers.rules import adaptive, lookahead, muon, schedule_free
 from keras_optkit.optimizers.rules.adam import AdamRule
+from keras_optkit.optimizers.transforms import ClipByGlobalNorm, ClipByValue
 from keras_optkit.registry import KINDS
 from keras_optkit.saving import FromSignature
 from keras_optkit.testing.conformance import Check, checks_for
@@ -274,27 +276,47 @@ def _(right):
 # -- clipping, accumulation, replicas ---------------------------------------------------------------------------------
 
 
-@bug("clipnorm takes the norm of all variables that share a bucket", "AdamW", "clipping", packing.Bucket, "split")
+@bug(
+    "clipnorm takes the norm of all variables that share a bucket",
+    "AdamW",
+    "clipping",
+    packing.Bucket,
+    "over_parameters",
+)
 def _(right):
-    def split(self, tensor):
-        inside_clip = sys._getframe(1).f_code.co_name == "clip"
-        return [tensor] if inside_clip else right(self, tensor)
-
-    return split
+    return lambda self, x, *, mean=False: ops.sum(x, keepdims=True)
 
 
-@bug("global norm as the sum of the norms", "SGD", "clipping", gradients, "sum_of_squares")
+@bug("global norm as the sum of the norms", "SGD", "clipping", gradients, "total")
 def _(right):
-    return lambda grad: ops.sqrt(right(grad))
+    return lambda grad, x: ops.sqrt(right(grad, x))
+
+
+@bug("transforms are applied from the last to the first", "AdamW", "transforms", Plan, "of")
+def _(right):
+    return lambda self, changes: right(self, changes)[::-1]
+
+
+@bug("transforms of steps take the decay for a part of them", "AdamW", "transforms", update, "apply_rule")
+def _(right):
+    def apply_rule(plan, bucket, u, slots, p, h, mask):
+        p_new, new = right(dataclasses.replace(plan, transforms=()), bucket, u, slots, p, h, mask)
+        step = p - p_new
+        for transform in plan.of("step"):
+            step = transform.change(step, p, h)
+        return p - step, new
+
+    return apply_rule
 
 
 def _clipped_at_once(right):
     def of_buckets(plan, state, grads):
-        present, keywords = [g for g in grads if g is not None], plan.keywords
-        if keywords.global_clipnorm:
-            present, _ = tf.clip_by_global_norm(present, keywords.global_clipnorm)
-        elif keywords.clipvalue:
-            present = [tf.clip_by_value(g, -keywords.clipvalue, keywords.clipvalue) for g in present]
+        present = [g for g in grads if g is not None]
+        for transform in plan.transforms:
+            if isinstance(transform, ClipByGlobalNorm):
+                present, _ = tf.clip_by_global_norm(present, transform.limit)
+            elif isinstance(transform, ClipByValue):
+                present = [tf.clip_by_value(g, -transform.limit, transform.limit) for g in present]
         left = iter(present)
         return right(plan, state, [None if g is None else next(left) for g in grads])
 
@@ -606,15 +628,11 @@ FROZEN: list[Any] = []
 
 
 def _clip_with_frozen(right):
-    def prepare(plan, *rest):
-        prepared, limit = right(plan, *rest), plan.keywords.global_clipnorm
-        if prepared.factor is None:
-            return prepared
-        norm = limit / prepared.factor  # all of them are above the limit
-        total = norm**2 + sum(ops.sum(ops.square(g)) for g in FROZEN)
-        return prepared._replace(factor=limit / ops.sqrt(total))
+    def change(self, u, p, h):
+        h.totals = {"squares": h.totals["squares"] + sum(ops.sum(ops.square(g)) for g in FROZEN)}
+        return right(self, u, p, h)
 
-    return prepare
+    return change
 
 
 bug(
@@ -623,8 +641,8 @@ bug(
     "groups",
     gradients,
     "of_buckets",
-    update,
-    "prepare",
+    ClipByGlobalNorm,
+    "change",
 )([_count_frozen, _clip_with_frozen])
 
 

@@ -124,6 +124,7 @@ def assert_equal(model, other, optimizer, other_optimizer, **tolerance):
 # -- two replicas in one process --------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_loop_on_two_replicas_equals_one_device(case):
     make, nan = CASES[case], CASES[case]().skip_nonfinite is not None

@@ -146,6 +146,7 @@ def numpy_losses(x, y, rates, batch=8, scale=1.0, micro=1, seed=0):
     return np.array(losses)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", SWEPT)
 def test_losses_are_those_of_a_loop_with_the_same_rates(name):
     make, how = SWEPT[name]
@@ -332,6 +333,7 @@ def lazy_sequential():
     return model
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("make", "finder"), [(unbuilt, "learning_rate"), (lazy_sequential, "batch_size")])
 def test_a_model_that_its_first_step_builds(make, finder):
     x, y = regression()

@@ -497,6 +497,7 @@ def unbuilt():
     return keras.Sequential([keras.layers.Dense(4, "tanh"), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", [keras.optimizers.Adam, ok.optimizers.Adam], ids=["keras", "ours"])
 def test_a_model_that_the_first_step_builds_goes_back_to_its_first_state(make):
     x, y = data(batches=4)
@@ -618,6 +619,7 @@ def test_several_steps_per_execution():
     same(everything(model), everything(plain))
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because=ON_TENSORFLOW)
 @pytest.mark.parametrize("make", [lambda: keras.optimizers.SGD(0.01), lambda: ok.optimizers.AdamW(0.01)])
 def test_two_replicas(make):
@@ -645,6 +647,7 @@ def test_float16_overflow_is_left_to_loss_scaling():
     assert float(ops.convert_to_numpy(model.optimizer.dynamic_scale)) < 2**15
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("last", [False, True])
 def test_it_works_beside_the_others_wherever_it_stands(last, tmp_path):
     """All that reach into the step, and all that look at an epoch's end."""

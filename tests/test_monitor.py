@@ -416,6 +416,7 @@ def test_layers_in_mixed_precision(room, tmp_path):
     assert_values_of_layers(events(tmp_path), model, weights.noted, x, y, [3, 9], rtol=0.02)
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_layers_on_two_replicas_are_those_of_one(room, tmp_path):

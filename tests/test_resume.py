@@ -267,6 +267,7 @@ class Counting(keras.callbacks.Callback):
         self.losses = list(state["losses"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", [0, 1])
 def test_one_s_own_callback_goes_on_from_its_state_wherever_it_stands(tmp_path, place):
     def fit(name, **arguments):
@@ -625,6 +626,7 @@ RARE = np.zeros_like(X)
 RARE[11, 1] = 1.0
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_is_refused_and_can_be_accepted(tmp_path, what):
     section, make, text, before, after = CHANGES[what]

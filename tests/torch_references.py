@@ -233,3 +233,16 @@ def optax_run(name: str, arguments: dict[str, Any], start: Arrays, grads: list[A
         parameters = optax.apply_updates(parameters, updates)
         weights.append([np.asarray(p) for p in parameters])
     return weights
+
+
+def optax_chain_run(
+    parts: list[tuple[str, dict[str, Any]]], start: Arrays, grads: list[Arrays], dtype: str
+) -> list[Arrays]:
+    """The weights after each step of several of optax's transformations, one after the other."""
+    import optax
+
+    def chain(**_: Any) -> Any:
+        return optax.chain(*(resolve_name(f"optax:{name}")(**arguments) for name, arguments in parts))
+
+    optax.chained = chain
+    return optax_run("chained", {}, start, grads, dtype)

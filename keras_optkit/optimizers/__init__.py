@@ -1,5 +1,6 @@
 """Optimizers: drop-in subclasses of `keras.optimizers.Optimizer`, each one update rule on a common engine."""
 
+from keras_optkit.optimizers import transforms
 from keras_optkit.optimizers.engine.nonfinite import Nonfinite
 from keras_optkit.optimizers.explain import Explanation
 from keras_optkit.optimizers.groups import Group
@@ -48,5 +49,6 @@ __all__ = [
     "flag",
     "number",
     "shaped",
+    "transforms",
     "weights_copy",
 ]

@@ -18,7 +18,7 @@ from keras_optkit import backend
 from keras_optkit.optimizers.engine.files import Legacy, SavedState, is_opening
 from keras_optkit.optimizers.engine.gradients import different
 from keras_optkit.optimizers.engine.packing import REPEATED, Bucket, pack
-from keras_optkit.optimizers.engine.plan import Keywords, Plan, with_routes
+from keras_optkit.optimizers.engine.plan import Keywords, Plan, layout_for, with_routes
 from keras_optkit.optimizers.engine.state import State, for_buckets, joined, once
 from keras_optkit.optimizers.groups import (
     Group,
@@ -28,7 +28,9 @@ from keras_optkit.optimizers.groups import (
     treatments,
 )
 from keras_optkit.optimizers.groups import keras_path as _path
-from keras_optkit.optimizers.rule import is_dynamic, layout_of
+from keras_optkit.optimizers.rule import is_dynamic
+from keras_optkit.optimizers.transforms.clipping import ClipByGlobalNorm, ClipByNorm, ClipByValue
+from keras_optkit.optimizers.transforms.transform import Transform
 
 
 @dataclass
@@ -51,9 +53,11 @@ class Held:
         model: The model that it trains, weakly.
         groups: See `Optimizer.groups`.
         inner: Of a wrapper, the config of the inner optimizer.
+        transforms: See `Optimizer.transforms`.
     """
 
     groups: list[Group] | None
+    transforms: list[Transform] | None
     opened: bool
     own: list[keras.Variable] = field(default_factory=list)
     names: set[str] = field(default_factory=lambda: {"iteration"})
@@ -334,7 +338,7 @@ class Built(SavedState):
         return pack(
             [weight[backend.key(v)] for v in new],
             [treatment[backend.key(v)] for v in new],
-            layout=lambda treatment: layout_of(rules[treatment.rule, treatment.route].rule),
+            layout=lambda treatment: layout_for(rules[treatment.rule, treatment.route].rule, self._transforms()),
             below=self.pack_below,
             alone=lambda i: getattr(new[i], "constraint", None) is not None,
             since=since,
@@ -391,7 +395,15 @@ class Built(SavedState):
         held = self._held
         firsts = [held.variables[bucket.indices[0]] for bucket in held.buckets]
         constraints = [getattr(variable, "constraint", None) for variable in firsts]
-        return Plan(self.name, held.buckets, constraints, with_routes(self._rules), self._keywords(), self._schedule)
+        rules, keywords = with_routes(self._rules), self._keywords()
+        return Plan(self.name, held.buckets, constraints, rules, keywords, self._schedule, self._transforms())
+
+    def _transforms(self) -> list[Transform]:
+        """Those that the keywords for clipping stand for, then those that were given."""
+        makes = {"clipvalue": ClipByValue, "clipnorm": ClipByNorm, "global_clipnorm": ClipByGlobalNorm}
+        limits = {name: getattr(self, name) for name in makes}
+        clipping = [makes[name](limit) for name, limit in limits.items() if limit is not None]
+        return [*clipping, *(self._held.transforms or ())]
 
 
 def _along(treatment: Treatment | None, bucket: Bucket) -> Treatment | None:

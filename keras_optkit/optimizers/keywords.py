@@ -58,6 +58,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 #: Attributes that have no setter, and what to do instead.
 READ_ONLY = {
+    "transforms": "they decide about the packing and are given to the constructor. Make a new optimizer.",
     "groups": "they decide about the state and are given to the constructor. Make a new optimizer.",
     "iterations": "it is a variable, which counts the updates. Use optimizer.iterations.assign(n).",
     "evaluating": "it says which weights the model holds. Use optimizer.swap_weights(evaluating).",

@@ -40,6 +40,7 @@ from keras_optkit.optimizers.keywords import (
 )
 from keras_optkit.optimizers.rate import OfFunction, is_schedule, scaled_rate, schedule_and_multiplier
 from keras_optkit.optimizers.rule import Rule, Tensor, Value
+from keras_optkit.optimizers.transforms.transform import Transform, checked_transforms, refuse_unless_for
 from keras_optkit.precision import scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
 
@@ -54,7 +55,8 @@ class Optimizer(FromSignature, Built):
     A subclass is a signature, a docstring and a rule. Every hyperparameter of the rule is an attribute of the optimizer
     that can be read and, before the training function is traced, set; the config is collected from the constructor's
     signature. The order of one step is: unscale, sum over replicas, accumulate, finite check, clip, rule, decoupled
-    weight decay, constraints, moving average. Clipping thus sees the gradient of the whole global batch, and schedules,
+    weight decay, constraints, moving average; `transforms` come after clipping, and those of
+    steps after the rule. Clipping thus sees the gradient of the whole global batch, and schedules,
     weight decay and the average count updates of the weights, not micro-batches.
 
     Float16 and bfloat16 parameters have float32 slots and are updated in float32.
@@ -69,6 +71,8 @@ class Optimizer(FromSignature, Built):
         clipvalue: Each number of the gradient is clipped to ±this.
         global_clipnorm: The gradient of all variables together is scaled down to this L2 norm. At most one of the
             three can be given; None is no clipping.
+        transforms: A list of `keras_optkit.optimizers.transforms`, which change gradients before the rule, after
+            clipping, or its steps; applied in this order. None for none.
         gradient_accumulation_steps: k >= 2: the weights are updated in every k-th call only, with the mean of the k
             gradients.
         use_ema: Keeps an exponential moving average of the weights, which they are set to at the end of `fit`
@@ -147,6 +151,7 @@ class Optimizer(FromSignature, Built):
         clipnorm: float | None = None,
         clipvalue: float | None = None,
         global_clipnorm: float | None = None,
+        transforms: Sequence[Transform] | None = None,
         gradient_accumulation_steps: int | None = None,
         use_ema: bool = False,
         ema_momentum: float = 0.99,
@@ -170,7 +175,7 @@ class Optimizer(FromSignature, Built):
         # Keras's own rate, decay, clipping, accumulation and average stay off: they act in another order (see above)
         super().__init__(learning_rate=lambda: self.learning_rate, name=name)
         # held in a namespace, where Keras's and TensorFlow's attribute tracking does not wrap lists and dicts
-        self._held = Held(checked_groups(groups), opened=is_opening())
+        self._held = Held(checked_groups(groups), checked_transforms(transforms), opened=is_opening())
         self._updates = super().iterations
         self._schedule = schedule
         self._multiplier = self.add_variable(
@@ -197,6 +202,8 @@ class Optimizer(FromSignature, Built):
         self.loss_scale_factor = loss_scale_factor
         self._refuse_second_average(use_ema, rule)
         self.rule = rule
+        for each in self._rules.values():
+            refuse_unless_for(self.transforms or (), each)
         self.checkpointed = backend.in_checkpoints(self)
 
     # -- hyperparameters -----------------------------------------------------------------------------------------------
@@ -316,6 +323,11 @@ class Optimizer(FromSignature, Built):
         """The groups of parameters, in the order in which they are looked through; fixed when the optimizer is made."""
         return self._held.groups
 
+    @property
+    def transforms(self) -> list[Transform] | None:
+        """What changes gradients and steps, in this order; fixed when the optimizer is made."""
+        return self._held.transforms
+
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
@@ -428,13 +440,7 @@ class Optimizer(FromSignature, Built):
         if any(rules[bucket.rule].rule.decomposes for bucket in buckets):
             return False
         loops: int = sum(1 + len(slots) for slots in state.slots)
-        each = [
-            self.use_ema,
-            self.gradient_accumulation_steps,
-            self.global_clipnorm,
-            self.clipnorm,
-            self.skip_nonfinite,
-        ]
+        each = [self.use_ema, self.gradient_accumulation_steps, self.skip_nonfinite, *self._transforms()]
         loops += len(buckets) * sum(map(bool, each))
         return sum(math.prod(shape) for bucket in buckets for shape in bucket.shapes) >= loops * COMPILE_ABOVE
 

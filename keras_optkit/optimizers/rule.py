@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import keras
@@ -116,7 +117,14 @@ class Hyper:
         scalars: The rule's state for the whole model, as `measure` has left it.
         before: The same before `measure`.
         kernel: Of kernels in the layout "whole", which axes of `shape` are inputs and outputs; None for others.
+        role: For transforms, what the parameters are for their layers in the layout "whole"; see `Weight`.
+        totals: For transforms, the sums of what they have contributed, by name.
+        gradient: For transforms of steps, the gradient that the rule was handed.
     """
+
+    role: str | None = None
+    totals: Mapping[str, Tensor] = MappingProxyType({})
+    gradient: Tensor | None = None
 
     def __init__(
         self,
@@ -153,8 +161,15 @@ class Hyper:
 
     def at_rate(self, learning_rate: Tensor) -> Hyper:
         """The same step with another learning rate, for a rule inside of a rule."""
+        return self._with(learning_rate=learning_rate)
+
+    def for_transform(self, weight: Weight, sums: Callable[..., Tensor], **more: Any) -> Hyper:
+        """The same step for a transform, which is told more than rules are."""
+        return self._with(role=weight.role, kernel=weight.axes, _sums=sums, **more)
+
+    def _with(self, **changed: Any) -> Hyper:
         other = copy.copy(self)
-        other.learning_rate = learning_rate
+        vars(other).update(changed)
         return other
 
     def scalar(self, name: str, *, before: bool = False) -> Tensor:
@@ -228,7 +243,23 @@ class Hyper:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Fields:
+    """Base of frozen dataclasses of hyperparameters, each of which is checked when one is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check = field.metadata.get("check")
+            if check is not None:
+                object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
+
+    def hyperparameters(self) -> list[Value]:
+        """The values of all fields, and of those of rules in fields."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [v for value in values for v in (value.hyperparameters() if isinstance(value, Fields) else [value])]
+
+
+@dataclass(frozen=True)
+class Rule(Fields):
     """Base of the update rules.
 
     Subclasses are frozen dataclasses whose fields, made with `number` and `flag`, are the hyperparameters; each is
@@ -253,17 +284,6 @@ class Rule:
     decomposes: ClassVar[bool] = False
     handles_decay: ClassVar[bool] = False
     averages: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check = field.metadata.get("check")
-            if check is not None:
-                object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
-
-    def hyperparameters(self) -> list[Value]:
-        """The values of all fields, and of those of rules in fields."""
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return [v for value in values for v in (value.hyperparameters() if isinstance(value, Rule) else [value])]
 
     def routes(self) -> Mapping[str, Rule | Routed]:
         """Other rules that some parameters are updated by, under names of their own."""

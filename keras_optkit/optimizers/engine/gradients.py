@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_optkit import backend
 from keras_optkit.backend import Rows
+from keras_optkit.kernels import TABLE
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.engine.state import State, functions_of_weights
@@ -81,6 +82,8 @@ def of_buckets(plan: Plan, state: State, grads: list[Any]) -> list[list[Any] | R
     ready: list[Any] = [None] * len(grads)
     for bucket in plan.buckets:
         lazy = plan.keywords.sparse == "lazy" and _treats_rows_alone(plan.rule(bucket))
+        table = bucket.weight.role == TABLE  # whose rows are units; a kernel's are inputs of all of them
+        lazy = lazy and all(t.rows and (table or t.layout != "whole") for t in plan.transforms)
         for i, shape in zip(bucket.indices, bucket.shapes, strict=True):
             if grads[i] is not None:
                 keep = lazy and backend.is_sparse(grads[i])
@@ -134,10 +137,17 @@ def values(grad: Any) -> Tensor:
     return grad.values if isinstance(grad, Rows) else grad.value if isinstance(grad, Grad) else grad
 
 
-def sum_of_squares(grad: Any) -> Tensor:
-    """The sum of the squares of these numbers; each row of Rows counts once."""
-    squares = ops.square(values(grad))
-    return ops.sum(ops.where(grad.first, squares, ops.zeros_like(squares)) if isinstance(grad, Rows) else squares)
+def total(grad: Grad | Rows, x: Tensor) -> Tensor:
+    """The sum of `x`, which is in the shape of the gradient, over what has one; each row of Rows counts once."""
+    mask = grad.first if isinstance(grad, Rows) else grad.mask
+    return ops.sum(x if mask is None else ops.where(mask, x, ops.zeros_like(x)))
+
+
+def sum_of_rows(rows: Rows, x: Tensor, *, mean: bool) -> Tensor:
+    """The sum over a parameter of which all other rows are zeros."""
+    if mean:
+        raise ValueError("A transform that asks for h.mean must say rows = False: it needs all rows of an embedding.")
+    return total(rows, x)
 
 
 # -- over micro-batches -----------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ class Bucket:
         dtype: Their dtype.
         treatment: What distinguishes them from the other parameters: rate, decay.
         form: How they become one tensor: "flat", laid end to end as `(1, n)`; "stacked", as `(k, *shape)`; or "bare", a
-            single parameter of an element-wise rule as it is. (It could have the leading axis, too, but XLA updates a
-            variable in place only if nothing, not even a reshape, stands between the variable and the arithmetic.)
+            single parameter as it is, where the layout is not "whole". (It could have the leading axis, too, but XLA
+            updates a variable in place only if nothing, not even a reshape, stands between it and the arithmetic.)
         since: The update count at which they joined; their own updates are counted from there.
         weight: What their rule is told about them; where they are laid end to end, about the first of them.
     """
@@ -199,7 +199,7 @@ def pack(
             continue
         kind, size = layout(treatment), math.prod(weight.shape)
         by_itself = alone(i) or (kind != "whole" and size >= below)
-        forms[i] = "flat" if kind != "whole" and not by_itself else "bare" if kind == "elementwise" else "stacked"
+        forms[i] = "stacked" if kind == "whole" else "bare" if by_itself else "flat"
         of_form = (weight.shape, weight.role, weight.axes) if forms[i] == "stacked" else forms[i]
         members.setdefault((weight.dtype, treatment, ages[i], of_form, i if by_itself else None), []).append(i)
     shapes = [weight.shape for weight in weights]

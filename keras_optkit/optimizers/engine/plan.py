@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.engine.packing import Bucket
-from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Tensor, Value, as_routed, is_dynamic
+from keras_optkit.optimizers.rule import LAYOUTS, Hyper, Routed, Rule, Tensor, Value, as_routed, is_dynamic, layout_of
+from keras_optkit.optimizers.transforms.transform import Transform
 from keras_optkit.precision import scalar_dtype
 
 #: Of which rule: the number in `Treatment`, and the name of the route, "" for the rule itself.
@@ -25,14 +26,16 @@ def with_routes(rules: Mapping[int, Rule]) -> dict[RuleId, Routed]:
     return found
 
 
+def layout_for(rule: Rule, transforms: Iterable[Transform]) -> str:
+    """Which tensors a rule and the transforms around it are handed: those of the one that needs most."""
+    return max([layout_of(rule), *(t.layout for t in transforms)], key=LAYOUTS.index)
+
+
 @dataclass(frozen=True)
 class Keywords:
     """Those keywords of `Optimizer` that its steps and its state depend on."""
 
     weight_decay: Value | None
-    clipnorm: float | None
-    clipvalue: float | None
-    global_clipnorm: float | None
     gradient_accumulation_steps: int | None
     use_ema: bool
     ema_momentum: float
@@ -56,6 +59,7 @@ class Plan:
             that these route parameters to.
         keywords: Its keywords.
         schedule: That of the learning rate, or None.
+        transforms: Of gradients and of steps.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Plan:
     rules: Rules
     keywords: Keywords
     schedule: Schedule | None
+    transforms: Sequence[Transform] = ()
 
     def rule(self, bucket: Bucket) -> Rule:
         """The rule of a bucket."""
@@ -74,7 +79,12 @@ class Plan:
         own = [bucket.treatment.weight_decay for bucket in self.buckets]
         routed = self.rules.values()
         values = [value for r in routed for value in (r.weight_decay, *r.rule.hyperparameters())]
+        values += [value for transform in self.transforms for value in transform.hyperparameters()]
         return [v for v in [self.schedule, self.keywords.weight_decay, *own, *values] if is_dynamic(v)]
+
+    def of(self, changes: str) -> list[Transform]:
+        """The transforms of gradients, or of steps."""
+        return [t for t in self.transforms if t.changes == changes]
 
     def averages(self, bucket: Bucket) -> bool:
         """Whether the weights of a bucket to evaluate at are not those of training."""

@@ -15,6 +15,7 @@ from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan, present
 from keras_optkit.optimizers.engine.state import PER_BUCKET, State
 from keras_optkit.optimizers.rule import Tensor, Value
+from keras_optkit.precision import at_least_float32
 
 if TENSORFLOW:
     import tensorflow as tf
@@ -141,7 +142,18 @@ def _update(plan: Plan, state: State, grads: list[Any], fuse: bool, awaited: Any
     scalars = _scalars(state)
     read = present(dynamic, scalars.iterations, scalars.multiplier) if dynamic else []
     outer = _together(plan, grads, without=inside if fuse and not rows else ())
-    prepared = update.prepare(plan, scalars, outer, dynamic, read) if rows else None
+    prepared = None
+    if rows:
+
+        def weights(b: int) -> Tensor:
+            bucket, variables = buckets[b], state.weights[b]
+            if b in rows:
+                found = bucket.view(tf.gather(handle(variables[0]), rows[b].indices))
+            else:
+                found = bucket.join([tensor(v) for v in variables])
+            return ops.cast(found, at_least_float32(bucket.dtype))
+
+        prepared = update.prepare(plan, scalars, outer, dynamic, read, weights)
 
     def compute(joined: list[Any], grads: list[Any], read: list[Tensor], prepared: Any) -> list[Any]:
         before = _read(buckets, state, joined=joined, without=rows)
@@ -199,7 +211,7 @@ def _write_rows(plan: Plan, state: State, b: int, grad: Rows, dynamic: list[Valu
     def take(name: str) -> Tensor:
         return tf.gather(handle(variables[name]), grad.indices)
 
-    new = update.update_rows(plan, b, take, grad, state.slots[b], dynamic, prepared)
+    new = update.update_rows(plan, b, take, state.slots[b], dynamic, prepared)
     for name, values in new.items():
         handle(variables[name]).scatter_update(tf.IndexedSlices(values, grad.indices))
 

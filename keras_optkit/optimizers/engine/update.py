@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from keras_optkit.optimizers.engine.state import State, begun, functions_of_weig
 from keras_optkit.optimizers.groups import Treatment
 from keras_optkit.optimizers.rate import scaled_rate
 from keras_optkit.optimizers.rule import Hyper, Slots, Tensor, Value, contributes, layout_of, measured, slots_of
+from keras_optkit.optimizers.transforms.transform import Transform
 from keras_optkit.precision import at_least_float32, scalar_dtype
 
 
@@ -28,7 +30,7 @@ class Prepared(NamedTuple):
     read: list[Tensor]  # the present values of the hyperparameters that are schedules or variables
     before: dict[str, Tensor]  # the rules' scalars
     scalars: dict[str, Tensor]  # and after `measure`
-    factor: Tensor | None  # of clipping by global norm
+    changed: list[Tensor | None]  # the gradients of the buckets, after the transforms
     finite: Tensor | None  # whether all gradients are
     position: Tensor | None  # (bucket, place in it) of the first number that is not
 
@@ -36,31 +38,80 @@ class Prepared(NamedTuple):
 class Ready(NamedTuple):
     """What a rule is handed for one bucket, but for `Hyper`."""
 
-    u: Tensor | None  # the gradient, after clipping; None where there is none
+    u: Tensor | None  # the gradient, after the transforms; None where there is none
     slots: Slots
     p: Tensor
     mask: Any
     updates: Tensor | None  # of each parameter, for rules that ask `h.first`
 
 
-def prepare(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
-    """What needs all gradients, or is the same for all of them."""
-    factor = finite = position = None
-    keywords = plan.keywords
-    if keywords.global_clipnorm is not None:
-        total = sum(ops.cast(gradients.sum_of_squares(g), scalar_dtype()) for g in grads if g is not None)
-        factor = shrink(total, keywords.global_clipnorm)
-    if keywords.skip_nonfinite:
+def prepare(
+    plan: Plan,
+    state: State,
+    grads: list[Any],
+    dynamic: list[Value],
+    read: list[Tensor],
+    weights: Callable[[int], Tensor] | None = None,
+) -> Prepared:
+    """What needs all gradients, or is the same for all of them.
+
+    Args:
+        plan: How.
+        state: The state.
+        grads: The gradients of the buckets.
+        dynamic: The hyperparameters that are schedules or variables.
+        read: Their present values.
+        weights: Gives the weights of a bucket, or of its rows that have gradients; None if they are in the state.
+    """
+    finite = position = None
+    if plan.keywords.skip_nonfinite:
         present = [(b, gradients.values(g)) for b, g in enumerate(grads) if g is not None]
         finite, position = nonfinite.first_bad(present)
     scheduled = None if plan.schedule is None else read[dynamic.index(plan.schedule)]
     multiplier = ops.cast(state.multiplier, scalar_dtype())
     rate = multiplier if scheduled is None else scaled_rate(scheduled, multiplier)
     old = dict(state.scalars)
-    prepared = Prepared(state.iterations, rate, read, old, old, factor, finite, position)
+    changed = [
+        bucket.view(g.values) if isinstance(g, Rows) else g if g is None else gradients.values(g)
+        for bucket, g in zip(plan.buckets, grads, strict=True)
+    ]
+    prepared = Prepared(state.iterations, rate, read, old, old, changed, finite, position)
     remembered = memo(dynamic, read)
+    for transform in plan.of("gradient"):
+        of_bucket = weights or (lambda b: rounding.widened(plan, state, b))
+        changed = _changed(plan, prepared, transform, grads, of_bucket, remembered)
+        prepared = prepared._replace(changed=changed)
     rules = [r for r, routed in plan.rules.items() if routed.rule.scalars() and not contributes(routed.rule)]
     return _measured(plan, prepared, {r: {} for r in rules}, remembered)
+
+
+def _changed(
+    plan: Plan,
+    prepared: Prepared,
+    transform: Transform,
+    grads: list[Any],
+    weights: Callable[[int], Tensor],
+    remembered: dict[Any, Tensor],
+) -> list[Tensor | None]:
+    """The gradients of the buckets after one more transform."""
+    totals: dict[str, Tensor] = {}
+    given = []
+    for b, (bucket, grad, u) in enumerate(zip(plan.buckets, grads, prepared.changed, strict=True)):
+        if grad is None:
+            continue
+        sums = bucket.over_parameters
+        if isinstance(grad, Rows):
+            sums = functools.partial(gradients.sum_of_rows, grad)
+        h = hyper(plan, prepared, remembered, bucket).for_transform(bucket.weight, sums)
+        for name, part in transform.contribute(u, h).items():
+            total = ops.cast(gradients.total(grad, part), scalar_dtype())
+            totals[name] = totals.get(name, 0.0) + total
+        given.append((b, u, h))
+    changed: list[Tensor | None] = [None] * len(grads)
+    for b, u, h in given:
+        h.totals = totals
+        changed[b] = transform.change(u, weights(b), h)
+    return changed
 
 
 def _measured(
@@ -128,7 +179,7 @@ def hyper(
 def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], prepared: Prepared) -> State:
     """One update of the weights; buckets whose weights are None are left to `update_rows`."""
     keywords, remembered = plan.keywords, memo(dynamic, prepared.read)
-    ready = [_ready(plan, state, b, grad, prepared.factor) for b, grad in enumerate(grads)]
+    ready = [_ready(plan, state, b, grad, u) for b, (grad, u) in enumerate(zip(grads, prepared.changed, strict=True))]
     prepared = _measured(plan, prepared, _contributions(plan, prepared, ready, remembered), remembered)
     weights, slots = list(state.weights), list(state.slots)
     average, master, updates = list(state.average), list(state.master), list(state.updates)
@@ -163,7 +214,7 @@ def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], pre
     return gradients.cleared(new) if keywords.gradient_accumulation_steps else new
 
 
-def _ready(plan: Plan, state: State, b: int, grad: Any, factor: Tensor | None) -> Ready | None:
+def _ready(plan: Plan, state: State, b: int, grad: Any, u: Tensor | None) -> Ready | None:
     """What the rule of a bucket is handed; None where nothing changes, or rows alone do."""
     bucket = plan.buckets[b]
     looks = plan.keywords.use_ema or functions_of_weights(plan.rule(bucket), bucket)
@@ -174,7 +225,7 @@ def _ready(plan: Plan, state: State, b: int, grad: Any, factor: Tensor | None) -
     if grad is None:
         return Ready(None, wide, p, None, None)
     counted = state.updates[b]["updates"] if plan.rule(bucket).uses_first else None
-    return Ready(clip(plan, bucket, grad.value, factor), wide, p, grad.mask, counted)
+    return Ready(u, wide, p, grad.mask, counted)
 
 
 def _had_gradients(bucket: Bucket, mask: Any) -> Any:
@@ -188,20 +239,18 @@ def _had_gradients(bucket: Bucket, mask: Any) -> Any:
 
 
 def update_rows(
-    plan: Plan, b: int, take: Any, rows: Rows, slots: Slots, dynamic: list[Value], prepared: Prepared
+    plan: Plan, b: int, take: Any, slots: Slots, dynamic: list[Value], prepared: Prepared
 ) -> dict[str, Tensor]:
     """One update of some rows of a parameter that is alone in its bucket; the new rows by name of the state."""
     bucket = plan.buckets[b]
     weights = take("weights")
-    p = ops.cast(weights, at_least_float32(bucket.dtype))
+    p = bucket.view(ops.cast(weights, at_least_float32(bucket.dtype)))
     held = {name: take(name) for name in slots}
     h = hyper(plan, prepared, memo(dynamic, prepared.read), bucket)
-    u = clip(plan, bucket, rows, prepared.factor)
-    p, new = apply_rule(plan, bucket, u, rounding.wide_slots(held, bucket), p, h, prepared.finite)
-    return {
-        "weights": ops.cast(p, weights.dtype),
-        **rounding.narrow_slots(plan, new, held, b, prepared.iterations),
-    }
+    p, new = apply_rule(plan, bucket, prepared.changed[b], rounding.wide_slots(held, bucket), p, h, prepared.finite)
+    new = rounding.narrow_slots(plan, new, held, b, prepared.iterations)
+    stored = {name: bucket.stored(slot) for name, slot in new.items()}
+    return {"weights": bucket.stored(ops.cast(p, weights.dtype)), **stored}
 
 
 def apply_rule(
@@ -218,7 +267,12 @@ def apply_rule(
     step, new = rule.update(u, slots, p, h)
     if set(new) != set(slots):
         raise ValueError(f"{type(rule).__name__}.update returned the slots {sorted(new)}, expected {sorted(slots)}.")
-    if h.decays and not rule.handles_decay:
+    after = plan.of("step")
+    if after:
+        told = h.for_transform(bucket.weight, bucket.over_parameters, gradient=u)
+        for transform in after:
+            step = transform.change(step, p, told)
+    if h.decays and not (rule.handles_decay or any(t.handles_decay for t in after)):
         step = step + h.learning_rate * h.weight_decay * p
     if mask is None:
         return p - step, new
@@ -231,23 +285,6 @@ def _mask_of_slot(mask: Any, p: Tensor, slot: Tensor) -> Any:
     if tuple(slot.shape) == tuple(p.shape) or not np.shape(mask):
         return mask
     return ops.reshape(mask, (-1, *[1] * (len(slot.shape) - 1)))
-
-
-def clip(plan: Plan, bucket: Bucket, grad: Tensor | Rows, factor: Tensor | None) -> Tensor:
-    """The gradient of a bucket, or of some rows, after clipping."""
-    u, keywords = gradients.values(grad), plan.keywords
-    if keywords.clipvalue is not None:
-        return ops.clip(u, -keywords.clipvalue, keywords.clipvalue)
-    if keywords.clipnorm is not None:
-        if isinstance(grad, Rows):
-            return u * shrink(gradients.sum_of_squares(grad), keywords.clipnorm)
-        return bucket.join([g * shrink(gradients.sum_of_squares(g), keywords.clipnorm) for g in bucket.split(u)])
-    return u if factor is None else u * ops.cast(factor, u.dtype)
-
-
-def shrink(sum_of_squares: Tensor, limit: float) -> Tensor:
-    """The factor that brings a tensor with this sum of squares down to the norm `limit`; NaN goes through."""
-    return limit / ops.maximum(ops.sqrt(sum_of_squares), limit)
 
 
 def _constrained(plan: Plan, b: int, p: Tensor, mask: Any) -> Tensor:

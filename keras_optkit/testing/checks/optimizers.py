@@ -12,6 +12,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.groups import Group, Places, Treatment
 from keras_optkit.optimizers.inner import shared
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Weight, Wrapper, contributes, rule_for, slots_of
+from keras_optkit.optimizers.rule import Hyper, Weight, Wrapper, contributes, number, rule_for, slots_of
 from keras_optkit.optimizers.rules.sgd import SGD
 from keras_optkit.optimizers.slots import FromWeights
+from keras_optkit.optimizers.transforms import ClipByValue, Transform
 from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
@@ -267,6 +269,41 @@ def check_clipping(card: Card) -> None:
 
 
 # -- execution --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Times(Transform):
+    """Multiplies gradients, or steps."""
+
+    factor: float = number(1.0)
+
+    def change(self, u: Any, *_: Any) -> Any:
+        return self.factor * u
+
+
+class _StepTimes(_Times):
+    changes = "step"
+
+
+@check("optimizer", engine=True)
+@float64()
+def check_transforms(card: Card) -> None:
+    """Transforms of gradients act after clipping, in their order; those of steps after the rule, before the decay."""
+    grads = problems.gradients(4)
+    got = problems.train(_make(card, clipvalue=0.01, transforms=[_Times(3.0), ClipByValue(0.02)]), grads)
+    changed = [[np.clip(3 * np.clip(g, -0.01, 0.01), -0.02, 0.02) for g in arrays] for arrays in grads]
+    _close(got[-1], problems.train(_make(card), changed)[-1], what="of gradients:")
+    if _make(card).rule.averages:  # which refuse those of steps
+        return
+    optimizer, weights = (
+        _make(card, weight_decay=0.1, transforms=[_StepTimes(0.0)]),
+        problems.variables(problems.start()),
+    )
+    told = Places(weights, None).weights(weights)
+    got = problems.train(optimizer, grads[:1])
+    for p, after, row, w in zip(problems.start(), got[-1], optimizer.explain(weights).rows, told, strict=True):
+        decay = 0.0 if rule_for(optimizer.rule, w).handles_decay else row.learning_rate * row.weight_decay
+        np.testing.assert_allclose(after, p * (1 - decay), rtol=1e-7, atol=1e-10, err_msg=f"of steps: {row.path}")
 
 
 @check("optimizer")

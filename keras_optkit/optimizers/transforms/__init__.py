@@ -1,0 +1,17 @@
+"""Transforms of gradients and of steps, which any optimizer is given as `transforms=[...]`."""
+
+from keras_optkit.optimizers.transforms.cautious import CautiousDecay, CautiousUpdate
+from keras_optkit.optimizers.transforms.centralize import Centralize
+from keras_optkit.optimizers.transforms.clipping import AdaptiveClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
+from keras_optkit.optimizers.transforms.transform import Transform
+
+__all__ = [
+    "AdaptiveClip",
+    "CautiousDecay",
+    "CautiousUpdate",
+    "Centralize",
+    "ClipByGlobalNorm",
+    "ClipByNorm",
+    "ClipByValue",
+    "Transform",
+]

@@ -1,0 +1,75 @@
+"""Caution: only those parts of a step that agree with the gradient, or with the weights, are taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import keras
+from keras import ops
+
+from keras_optkit.optimizers.rule import Hyper, Tensor, Value, number
+from keras_optkit.optimizers.transforms.transform import Transform
+from keras_optkit.registry import PACKAGE
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+@dataclass(frozen=True)
+class CautiousUpdate(Transform):
+    """Takes only those parts of a step that go down the present gradient, and makes them larger in return.
+
+    `u ← u φ / max(mean(φ), ε)`, `φ = 1 where u g > 0, else 0`, with the mean over each parameter (Liang et al.,
+    2411.16085, Algorithm 2). The paper divides by `(‖φ‖₀ + 1) / d`; this is the authors' code, and timm's. Decoupled
+    decay is not part of u.
+
+    When not to use it: for rules whose steps are always down the gradient, such as plain SGD; for sparse embeddings,
+    since the mean needs all rows, so that `sparse="lazy"` becomes `"dense"`. Rules that average, and Lookahead, refuse
+    it.
+
+    Args:
+        minimum: ε in (0, 1], the least share that counts.
+
+    Example:
+    ```python
+    import keras_optkit as ok
+
+    optimizer = ok.optimizers.AdamW(1e-3, transforms=[ok.optimizers.transforms.CautiousUpdate()])
+    ```
+    """
+
+    changes: ClassVar[str] = "step"
+    layout: ClassVar[str] = "per_parameter"
+    rows: ClassVar[bool] = False
+    minimum: Value = number(1e-3, 0, 1, closed="right")
+
+    def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        agrees = ops.cast(ops.sign(u) * ops.sign(h.gradient) > 0, u.dtype)  # products of small numbers are 0
+        return u * agrees / ops.maximum(h.mean(agrees), h(self.minimum))
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+@dataclass(frozen=True)
+class CautiousDecay(Transform):
+    """Decays only those weights that the step makes smaller, too.
+
+    `θ ← θ - u - η λ θ 1[u θ >= 0]` (Chen et al., 2510.12402, equation 2), with the optimizer's `weight_decay` and
+    `decay_mask`. It changes nothing without a decay, and must be the last transform of steps.
+
+    When not to use it: with a decay that was tuned without it, of which about half is left. Rules that subtract the
+    decay themselves (LAMB, Schedule-Free), rules that average, and Lookahead refuse it.
+
+    Example:
+    ```python
+    import keras_optkit as ok
+
+    optimizer = ok.optimizers.AdamW(1e-3, weight_decay=0.1, transforms=[ok.optimizers.transforms.CautiousDecay()])
+    ```
+    """
+
+    changes: ClassVar[str] = "step"
+    handles_decay: ClassVar[bool] = True
+
+    def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        if not h.decays:
+            return u
+        return u + ops.where(ops.sign(u) * ops.sign(p) >= 0, h.learning_rate * h.weight_decay * p, ops.zeros_like(p))

@@ -1,0 +1,140 @@
+"""Clipping: gradients that are too large are made smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import keras
+from keras import ops
+
+from keras_optkit.optimizers.rule import Hyper, Tensor, Value, number
+from keras_optkit.optimizers.transforms.transform import Transform, unit_axes
+from keras_optkit.precision import scalar_dtype
+from keras_optkit.registry import PACKAGE
+
+
+def shrink(sum_of_squares: Tensor, limit: Value) -> Tensor:
+    """The factor that brings a tensor with this sum of squares down to the norm `limit`; NaN goes through."""
+    return limit / ops.maximum(ops.sqrt(sum_of_squares), limit)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+@dataclass(frozen=True)
+class ClipByValue(Transform):
+    """Clips each number of the gradient to `[-limit, limit]`, as the keyword `clipvalue` does.
+
+    When not to use it: it changes the gradient's direction; `ClipByGlobalNorm` does not.
+
+    Args:
+        limit: A number > 0, or a schedule or variable of such.
+
+    Example:
+    ```python
+    import keras_optkit as ok
+
+    transforms = ok.optimizers.transforms
+    optimizer = ok.optimizers.SGD(0.1, transforms=[transforms.Centralize(), transforms.ClipByValue(0.5)])
+    ```
+    """
+
+    limit: Value = number(1.0, closed="neither")
+
+    def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        return ops.clip(u, -h(self.limit), h(self.limit))
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+@dataclass(frozen=True)
+class ClipByNorm(Transform):
+    """Scales the gradient of each parameter down to an L2 norm of at most `limit`, as the keyword `clipnorm` does.
+
+    `g ← g min(1, c / ‖g‖)`, for each parameter by itself.
+
+    When not to use it: parameters then move by rates of their own; `ClipByGlobalNorm` keeps the gradient's direction.
+
+    Args:
+        limit: c, a number > 0, or a schedule or variable of such.
+
+    Example:
+    ```python
+    import keras_optkit as ok
+
+    optimizer = ok.optimizers.SGD(0.1, transforms=[ok.optimizers.transforms.ClipByNorm(1.0)])
+    ```
+    """
+
+    layout: ClassVar[str] = "per_parameter"
+    limit: Value = number(1.0, closed="neither")
+
+    def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        return u * shrink(h.sum(ops.square(u)), h(self.limit))
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+@dataclass(frozen=True)
+class ClipByGlobalNorm(Transform):
+    """Scales the gradient of all parameters together down to an L2 norm, as the keyword `global_clipnorm` does.
+
+    `g ← g min(1, c / ‖g‖)`, with the norm over all parameters that have a gradient (Pascanu et al., 1211.5063,
+    Algorithm 1). Those that groups freeze do not count.
+
+    When not to use it: before `Centralize`, which makes the gradient smaller again; put it after.
+
+    Args:
+        limit: c, a number > 0, or a schedule or variable of such.
+
+    Example:
+    ```python
+    import keras_optkit as ok
+
+    transforms = ok.optimizers.transforms
+    optimizer = ok.optimizers.SGD(0.1, transforms=[transforms.Centralize(), transforms.ClipByGlobalNorm(1.0)])
+    ```
+    """
+
+    limit: Value = number(1.0, closed="neither")
+
+    def contribute(self, u: Tensor, h: Hyper) -> dict[str, Tensor]:
+        return {"squares": ops.square(u)}
+
+    def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        limit = ops.cast(h.exact(self.limit), scalar_dtype())
+        return u * ops.cast(shrink(h.totals["squares"], limit), u.dtype)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+@dataclass(frozen=True)
+class AdaptiveClip(Transform):
+    """Adaptive gradient clipping: no unit's gradient is larger than a part of the unit's weights.
+
+    `g_i ← g_i min(1, λ max(‖θ_i‖, ε) / ‖g_i‖)` (Brock et al., 2102.06171, equation 3), i being the units of a kernel
+    (each output with all its inputs and window), the rows of an embedding, or a whole bias. Which axes of a kernel
+    these are comes from its layer: the kernels of attention, grouped and recurrent layers have one unit for each output
+    of each map, where optax takes the first axis for the inputs of whatever has two or three.
+
+    When not to use it: for the last layer, which the paper leaves out; weights that begin as zeros move by at most
+    λ ε times the learning rate with plain SGD.
+
+    Args:
+        clipping: λ, a number > 0, or a schedule or variable of such.
+        epsilon: ε > 0, the least norm that weights count with.
+
+    Example:
+    ```python
+    import keras_optkit as ok
+
+    optimizer = ok.optimizers.SGD(0.1, momentum=0.9, transforms=[ok.optimizers.transforms.AdaptiveClip(0.01)])
+    ```
+    """
+
+    layout: ClassVar[str] = "whole"
+    clipping: Value = number(0.01, closed="neither")
+    epsilon: Value = number(1e-3, closed="neither")
+
+    def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        axes = unit_axes(h, len(u.shape))
+        norm, size = (ops.sqrt(ops.sum(ops.square(x), axis=axes, keepdims=True)) for x in (u, p))
+        limit = h(self.clipping) * ops.maximum(size, h(self.epsilon))
+        # below the limit gradients stay bitwise what they are
+        return ops.where(norm < limit, u, u * (limit / ops.maximum(norm, 1e-6)))

@@ -1,0 +1,130 @@
+"""The contract of a transform: a frozen dataclass of hyperparameters with one method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from keras_optkit import arguments
+from keras_optkit.kernels import KERNEL, TABLE
+from keras_optkit.optimizers.rule import LAYOUTS, Fields, Hyper, Rule, Tensor
+from keras_optkit.saving import FromSignature
+
+#: What a transform may change: the gradient before the rule sees it, or the step that the rule makes of it.
+CHANGES = ("gradient", "step")
+
+
+@dataclass(frozen=True)
+class Transform(FromSignature, Fields):
+    """Base of the transforms, which any optimizer is given as `transforms=[...]`.
+
+    A subclass is a frozen dataclass whose fields are made with `number`, `count`, `choice` and `flag`, as those of a
+    rule are, and has one method, `change`. It is registered with `keras.saving.register_keras_serializable`, so that a
+    saved optimizer finds it again. Those of gradients are applied one after the other to gradients that are unscaled,
+    summed over replicas and accumulated; then comes the rule, then those of steps in their order, then the decay.
+
+    When not to use it: for what keeps state for each parameter or turns gradients into steps, which is a `Rule`.
+
+    Attributes:
+        changes: "gradient" or "step".
+        layout: As that of a rule: what `change` is handed, and whether it may ask for `h.sum` and `h.mean`. With
+            "whole" there is a leading axis, `(k, *shape)`, and `h.role` and `h.kernel` say what the parameters are.
+        rows: Whether `change` of some rows of an embedding is what it is for all of them, the others having gradients
+            of zeros. If not, `sparse="lazy"` is as `"dense"`.
+        handles_decay: Of one that changes steps, whether it subtracts the decoupled decay `η λ θ` itself.
+
+    Example:
+    ```python
+    from dataclasses import dataclass
+
+    import keras
+    import keras_optkit as ok
+
+
+    @keras.saving.register_keras_serializable("mine")
+    @dataclass(frozen=True)
+    class Scale(ok.optimizers.transforms.Transform):
+        factor: float = ok.optimizers.number(1.0)
+
+        def change(self, u, p, h):
+            return h(self.factor) * u
+
+
+    optimizer = ok.optimizers.SGD(0.1, transforms=[Scale(0.5)])
+    ```
+    """
+
+    changes: ClassVar[str] = "gradient"
+    layout: ClassVar[str] = "elementwise"
+    rows: ClassVar[bool] = True
+    handles_decay: ClassVar[bool] = False
+
+    def contribute(self, u: Tensor, h: Hyper) -> dict[str, Tensor]:
+        """What `change` is to find the sum of, over all parameters that have a gradient, as `h.totals`, by name."""
+        return {}
+
+    def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        """Returns what takes the place of `u`.
+
+        Args:
+            u: Gradients; or steps, with the learning rate in them, which are subtracted from the parameters.
+            p: The parameters before the step.
+            h: What a rule is told, and `totals`, `role` and (for steps) the `gradient` that the rule was handed.
+        """
+        raise NotImplementedError
+
+
+def unit_axes(h: Hyper, rank: int) -> tuple[int, ...]:
+    """The axes of a tensor in the layout "whole" that one unit's weights run over.
+
+    A unit is an output of a kernel, with all its inputs and window, a row of an embedding, or else a whole parameter.
+    """
+    if h.role == KERNEL and h.kernel is not None:
+        return tuple(axis + 1 for axis in h.kernel.inputs)
+    return tuple(range(2 if h.role == TABLE else 1, rank))
+
+
+def checked_transforms(transforms: Any) -> list[Transform] | None:
+    """Returns the argument `transforms` as a list, and raises if it is not one of Transforms.
+
+    Raises:
+        TypeError: If it is not a list, or has something else in it.
+        ValueError: If it has two that handle the decay, or a transform of steps after one.
+    """
+    if transforms is None:
+        return None
+    if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):
+        raise TypeError(
+            f"transforms must be a list of keras_optkit.optimizers.transforms.Transform or None, got {transforms!r}."
+        )
+    for transform in transforms:
+        name = type(transform).__name__
+        arguments.choice(f"layout of {name}", transform.layout, LAYOUTS)
+        arguments.choice(f"changes of {name}", transform.changes, CHANGES)
+    steps = [t for t in transforms if t.changes == "step"]
+    for transform in steps[:-1]:
+        if transform.handles_decay:
+            raise ValueError(
+                f"transforms: {transform!r} subtracts the decay and must be the last one of steps, got {steps!r}."
+            )
+    return list(transforms)
+
+
+def refuse_unless_for(transforms: Sequence[Transform], rule: Rule) -> None:
+    """Raises if the steps of a rule cannot be changed.
+
+    Raises:
+        ValueError: If the rule averages, so that its state says where a step leads, or if rule and transform both
+            subtract the decay.
+    """
+    for transform in transforms:
+        if transform.changes == "step" and rule.averages:
+            raise ValueError(
+                f"transforms: {transform!r} changes steps, and those of {type(rule).__name__}, which averages by "
+                "itself, must lead to the weights that its state says."
+            )
+        if transform.handles_decay and rule.handles_decay:
+            raise ValueError(
+                f"transforms: {transform!r} subtracts the decay, and {type(rule).__name__} does so itself."
+            )

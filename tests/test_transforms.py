@@ -1,0 +1,329 @@
+"""Transforms of gradients and of steps: parity, their place in a step, and what refuses them."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from torch_references import in_torch, optax_chain_run
+
+import keras_optkit as ok
+from keras_optkit.testing import problems
+from keras_optkit.testing.tools import float64
+from keras_optkit.testing.twins import transforms as twins
+from keras_optkit.testing.twins.optimizers import TWINS
+
+AdaptiveClip, Centralize = ok.optimizers.transforms.AdaptiveClip, ok.optimizers.transforms.Centralize
+CautiousDecay, CautiousUpdate = ok.optimizers.transforms.CautiousDecay, ok.optimizers.transforms.CautiousUpdate
+ClipByGlobalNorm, ClipByNorm = ok.optimizers.transforms.ClipByGlobalNorm, ok.optimizers.transforms.ClipByNorm
+ClipByValue = ok.optimizers.transforms.ClipByValue
+
+#: Layers whose kernels optax sees as we do once their axes are in its order, with the shapes of their inputs.
+LAYERS = {
+    "dense": (lambda: layers.Dense(6), (None, 4)),
+    "convolution": (lambda: layers.Conv2D(4, 3), (None, 8, 8, 2)),
+    "query": (lambda: layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de"), (None, 5, 8)),
+    "merged": (lambda: layers.EinsumDense("abcd,cde->abe", (None, 5)), (None, 5, 2, 3)),
+    "table": (lambda: layers.Embedding(7, 3), (None, 2)),
+}
+
+
+class Parts(keras.Model):
+    def __init__(self, dtype):
+        super().__init__(dtype=dtype)
+        self.parts = []
+        for make, shape in LAYERS.values():
+            layer = make()
+            layer = type(layer).from_config({**layer.get_config(), "dtype": dtype})
+            layer.build(shape)
+            self.parts.append(layer)
+        self.built = True
+
+
+def as_optax_has_it(path, x):
+    """A kernel as a matrix from inputs to outputs, an embedding as one from dimensions to rows."""
+    if x.ndim == 1 or "bias" in path:
+        return x.reshape(-1)
+    if "embedding" in path:
+        return x.T
+    return x.reshape(x.shape[0], -1) if x.shape == (8, 2, 3) else x.reshape(-1, x.shape[-1])
+
+
+@pytest.mark.each_once
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ([AdaptiveClip(0.05)], [("adaptive_grad_clip", {"clipping": 0.05})]),
+        ([ClipByNorm(0.3)], [("clip_by_block_rms", {"threshold": 0.3})]),  # which divides by the root of the size
+        (
+            [ClipByValue(0.2), ClipByGlobalNorm(0.5)],
+            [("clip", {"max_delta": 0.2}), ("clip_by_global_norm", {"max_norm": 0.5})],
+        ),
+        (
+            [AdaptiveClip(0.05, epsilon=0.1), ClipByGlobalNorm(0.1)],
+            [("adaptive_grad_clip", {"clipping": 0.05, "eps": 0.1}), ("clip_by_global_norm", {"max_norm": 0.1})],
+        ),
+    ],
+    ids=["adaptive", "norm", "value, global norm", "adaptive, global norm"],
+)
+def test_transforms_are_optaxs(ours, theirs, dtype):
+    with float64():
+        model = Parts(dtype)
+        names = [v.path for v in model.trainable_variables]
+        rng = np.random.default_rng(0)
+        start = [np.asarray(0.5 * rng.normal(size=v.shape)) for v in model.trainable_variables]
+        grads = [[np.asarray(rng.normal(size=v.shape)) for v in model.trainable_variables] for _ in range(100)]
+        if isinstance(ours[0], ClipByNorm):  # all of one size, so that the root mean square has one threshold
+            theirs = [(name, {"threshold": 0.3 / np.sqrt(24)}) for name, _ in theirs]
+            kept = [i for i, x in enumerate(start) if x.size == 24]
+        else:
+            kept = list(range(len(start)))
+        for variable, value in zip(model.trainable_variables, start, strict=True):
+            variable.assign(value)
+        optimizer = ok.optimizers.SGD(0.1, momentum=0.9, transforms=ours)
+        optimizer.build(model)
+        for arrays in grads:
+            optimizer.apply([ops.convert_to_tensor(g, dtype) for g in arrays])
+        got = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+    reference = in_torch(
+        optax_chain_run,
+        [*theirs, ("sgd", {"learning_rate": 0.1, "momentum": 0.9})],
+        [as_optax_has_it(names[i], start[i]) for i in kept],
+        [[as_optax_has_it(names[i], g[i]) for i in kept] for g in grads],
+        dtype,
+    )[-1]
+    tolerance = 1e-5 if dtype == "float32" else 1e-9
+    for i, theirs in zip(kept, reference, strict=True):
+        np.testing.assert_allclose(
+            as_optax_has_it(names[i], got[i]), theirs, rtol=tolerance, atol=tolerance, err_msg=names[i]
+        )
+
+
+def test_centralize_is_optaxs_with_the_units_first():
+    with float64():
+        model = Parts("float64")
+        names = [v.path for v in model.trainable_variables]
+        rng = np.random.default_rng(0)
+        grads = [np.asarray(rng.normal(size=v.shape)) for v in model.trainable_variables]
+        start = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+        optimizer = ok.optimizers.SGD(1.0, transforms=[Centralize()])
+        optimizer.build(model)
+        optimizer.apply([ops.convert_to_tensor(g) for g in grads])
+        steps = [a - ops.convert_to_numpy(v) for a, v in zip(start, model.trainable_variables, strict=True)]
+    kernels = [i for i, name in enumerate(names) if "kernel" in name]
+    assert len(kernels) == 4
+    units = [as_optax_has_it(names[i], grads[i]).T for i in kernels]
+    reference = in_torch(
+        optax_chain_run, [("centralize", {}), ("sgd", {"learning_rate": 1.0})], units, [units], "float64"
+    )[-1]
+    for i, unit, moved in zip(kernels, units, reference, strict=True):
+        np.testing.assert_allclose(as_optax_has_it(names[i], steps[i]).T, unit - moved, rtol=1e-12, atol=1e-12)
+    for i in set(range(len(names))) - set(kernels):
+        np.testing.assert_allclose(steps[i], grads[i], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "units"),
+    [
+        (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), (None, 8, 8, 3), (0, 1)),
+        (lambda: layers.Conv2DTranspose(4, 3), (None, 8, 8, 2), (0, 1, 3)),
+        (lambda: layers.Conv2D(4, 3, groups=2), (None, 8, 8, 4), (0, 1, 2)),
+        (lambda: layers.Embedding(7, 3), (None, 2), (1,)),
+    ],
+    ids=["depthwise", "transposed", "grouped", "embedding"],
+)
+def test_a_unit_is_what_its_layer_makes_of_it(make, shape, units):
+    layer = make()
+    layer.build(shape)
+    kernel = layer.trainable_variables[0]
+    model = keras.Sequential([layer])
+    start = ops.convert_to_numpy(kernel)
+    grad = np.random.default_rng(0).normal(size=start.shape).astype("float32")
+    optimizer = ok.optimizers.SGD(1.0, transforms=[AdaptiveClip(1e-3)])
+    optimizer.build(model)
+    rest = [ops.zeros(v.shape) for v in model.trainable_variables[1:]]
+    optimizer.apply([ops.convert_to_tensor(grad), *rest])
+    step = start - ops.convert_to_numpy(kernel)
+    norms = [np.sqrt(np.sum(x.astype("float64") ** 2, axis=units)) for x in (step, start)]
+    np.testing.assert_allclose(norms[0], 1e-3 * np.maximum(norms[1], 1e-3), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "transform"),
+    [("clipvalue", ClipByValue), ("clipnorm", ClipByNorm), ("global_clipnorm", ClipByGlobalNorm)],
+)
+def test_keywords_for_clipping_are_transforms(keyword, transform):
+    grads = problems.gradients(5)
+    with float64():
+        by_keyword, by_transform = ({keyword: 0.05}, {"transforms": [transform(0.05)]})
+        ends = [problems.train(ok.optimizers.Adam(0.01, **how), grads)[-1] for how in (by_keyword, by_transform, {})]
+    for a, b in zip(ends[0], ends[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(np.any(a != c) for a, c in zip(ends[0], ends[2], strict=True))
+
+
+def cautious_adamw(p, grads, weight, learning_rate=0.01, weight_decay=0.0, clipping=0.05, minimum=None):
+    """AdamW between the transforms of `CASES`; a step of it from zero weights is the same as from others."""
+    moving = np.zeros_like(p)
+    before = []
+    for g in grads:
+        g = twins.adaptive_clip(twins.centralize(g, weight), p, weight, clipping)
+        before.append(g)
+        path = [moving, *TWINS["AdamW"](moving, before, learning_rate=learning_rate, weight_decay=0.0)]
+        step = path[-2] - path[-1]
+        if minimum is not None:
+            step = twins.cautious_update(step, g, minimum)
+        p = p - twins.cautious_decay(step, p, learning_rate * weight_decay)
+        yield p
+
+
+def adamw(minimum=None, clipping=0.05, learning_rate=0.01, **common):
+    update = [] if minimum is None else [CautiousUpdate(minimum)]
+    return ok.optimizers.AdamW(
+        learning_rate, transforms=[Centralize(), AdaptiveClip(clipping), *update, CautiousDecay()], **common
+    )
+
+
+CARD = ok.Card(
+    name="AdamW with transforms",
+    kind="optimizer",
+    make=adamw,
+    twin=cautious_adamw,
+    tags=frozenset({"elementwise"}),
+    cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "minimum": 0.4}),
+)
+#: What is about the class, which `adamw` is not, and rows of what no layer says is an embedding.
+NOT_HERE = {"config_round_trip", "bad_arguments", "hyperparameters", "rows"}
+SHORT = {"twin", "modes_agree", "dtypes", "packing", "accumulation", "missing_gradient", "groups", "replicas"}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.name, marks=[] if check.name in SHORT else pytest.mark.long)
+        for check in ok.testing.checks_for(CARD)
+        if check.name not in NOT_HERE
+    ],
+)
+def test_an_optimizer_with_transforms_passes_the_suite(check):
+    check(CARD)
+
+
+@pytest.mark.only_on("tensorflow", because="elsewhere the gradients of embeddings are dense")
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [AdaptiveClip(0.01)],
+        [ClipByNorm(0.1)],
+        [AdaptiveClip(0.1), ClipByGlobalNorm(0.05)],
+        [ClipByValue(0.01), Centralize()],
+    ],
+    ids=str,
+)
+def test_rows_alone_are_what_all_rows_are(transforms):
+    ends = []
+    for sparse in ("lazy", "dense"):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((3,), dtype="int32"), layers.Embedding(20, 4), layers.Flatten(), layers.Dense(1)]
+        )
+        model.compile(ok.optimizers.SGD(0.5, sparse=sparse, transforms=transforms), "mse")
+        x = np.random.default_rng(0).integers(0, 12, (32, 3))
+        model.fit(x, x[:, :1].astype("float32"), batch_size=8, epochs=2, shuffle=False, verbose=0)
+        ends.append(model.get_weights())
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.only_on("tensorflow", because="elsewhere the gradients of embeddings are dense")
+def test_rows_of_a_kernel_are_updated_as_a_whole():
+    ends = []
+    import tensorflow as tf
+
+    for sparse in (True, False):
+        weight, values = tf.Variable(np.arange(12.0).reshape(4, 3)), tf.constant(np.arange(9.0).reshape(3, 3))
+        grad = tf.IndexedSlices(values, tf.constant([0, 2, 0]), tf.constant([4, 3]))
+        ok.optimizers.SGD(0.1, transforms=[Centralize()]).apply(
+            [grad if sparse else tf.convert_to_tensor(grad)], [weight]
+        )
+        ends.append(weight.numpy())
+    np.testing.assert_allclose(*ends, rtol=1e-12)
+    assert np.any(ends[0][1] != np.arange(3.0, 6.0))
+
+
+def test_a_schedule_in_a_transform_counts_updates():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 2], [0.3, 0.1, 0.05])
+    weight = keras.Variable(np.zeros(2, "float32"))
+    optimizer = ok.optimizers.SGD(1.0, transforms=[ClipByValue(schedule)])
+    moved = []
+    for _ in range(4):
+        before = ops.convert_to_numpy(weight).copy()
+        optimizer.apply([ops.ones(2)], [weight])
+        moved.append(float((before - ops.convert_to_numpy(weight))[0]))
+    np.testing.assert_allclose(moved, [0.3, 0.3, 0.1, 0.05], rtol=1e-6)
+
+
+def test_they_are_saved_with_the_model(tmp_path):
+    given = [ClipByValue(0.5), Centralize(), CautiousUpdate(0.1), CautiousDecay()]
+    model = problems.network()
+    model.compile(ok.optimizers.AdamW(0.01, transforms=given), "mse")
+    x, y = problems.regression()
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.transforms == given
+    for each in (model, loaded):
+        each.fit(x, y, shuffle=False, verbose=0)
+    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ok.optimizers.SGD(transforms=ClipByValue(1.0)), TypeError, "transforms must be a list"),
+        (lambda: ok.optimizers.SGD(transforms=["clip"]), TypeError, r"got \['clip'\]"),
+        (lambda: ClipByValue(0.0), ValueError, r"limit must .* got 0.0"),
+        (lambda: CautiousUpdate(0.0), ValueError, r"minimum must .* \(0, 1\]"),
+        (
+            lambda: ok.optimizers.AdamW(transforms=[CautiousDecay(), CautiousUpdate()]),
+            ValueError,
+            "must be the last one of steps",
+        ),
+        (lambda: ok.optimizers.LAMB(transforms=[CautiousDecay()]), ValueError, "LAMBRule does so itself"),
+        (lambda: ok.optimizers.ScheduleFreeAdamW(transforms=[CautiousUpdate()]), ValueError, "which averages"),
+        (lambda: ok.optimizers.Lookahead("AdamW", transforms=[CautiousUpdate()]), ValueError, "which averages"),
+        (
+            lambda: ok.optimizers.SGD(groups=[ok.Group("x", rule=ok.optimizers.LAMB())], transforms=[CautiousDecay()]),
+            ValueError,
+            "LAMBRule does so itself",
+        ),
+        (
+            lambda: ok.Group("x", rule=ok.optimizers.SGD(transforms=[ClipByValue(1.0)])),
+            ValueError,
+            "rule must leave transforms",
+        ),
+    ],
+    ids=range(10),
+)
+def test_what_makes_no_sense_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_they_are_fixed_when_the_optimizer_is_made():
+    optimizer = ok.optimizers.SGD(transforms=[ClipByValue(1.0)])
+    with pytest.raises(AttributeError, match="transforms cannot be set"):
+        optimizer.transforms = []
+
+
+def test_the_groups_that_are_frozen_do_not_count():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="body"), layers.Dense(1, name="head")])
+    optimizer = ok.optimizers.SGD(1.0, transforms=[ClipByGlobalNorm(1.0)], groups=[ok.Group("^head/", trainable=False)])
+    optimizer.build(model)
+    before = [v.copy() for v in model.get_weights()]
+    optimizer.apply([ops.full(v.shape, 3.0) for v in model.trainable_variables])
+    steps = [a - b for a, b in zip(before, model.get_weights(), strict=True)]
+    assert np.sqrt(sum(np.sum(np.square(s)) for s in steps)) == pytest.approx(1.0, rel=1e-5)
+    assert not np.any(steps[2])
+    assert not np.any(steps[3])
