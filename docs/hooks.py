@@ -30,9 +30,15 @@ ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 
 def modules() -> dict[str, ModuleType]:
-    """The public modules, `ok.optimizers` and so on, by name; "" is the package itself."""
-    rooms = {name: getattr(ok, name) for name in ok.__all__}
-    return {"": ok} | {name: room for name, room in rooms.items() if inspect.ismodule(room)}
+    """The public modules, `ok.optimizers` and those inside of them, by name; "" is the package itself."""
+
+    def inside(name: str, module: ModuleType) -> dict[str, ModuleType]:
+        values = {f"{name}.{inner}".lstrip("."): getattr(module, inner) for inner in getattr(module, "__all__", ())}
+        found = {inner: value for inner, value in values.items() if inspect.ismodule(value)}
+        deeper = [inside(inner, value) for inner, value in found.items()]
+        return found | {inner: value for each in deeper for inner, value in each.items()}
+
+    return {"": ok} | inside("", ok)
 
 
 def symbols() -> Iterator[tuple[str, str, Any]]:

@@ -3,7 +3,7 @@
 from keras_optkit.optimizers.transforms.cautious import CautiousDecay, CautiousUpdate
 from keras_optkit.optimizers.transforms.centralize import Centralize
 from keras_optkit.optimizers.transforms.clipping import AdaptiveClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
-from keras_optkit.optimizers.transforms.transform import Transform
+from keras_optkit.optimizers.transforms.transform import Transform, unit_axes
 
 __all__ = [
     "AdaptiveClip",
@@ -14,4 +14,5 @@ __all__ = [
     "ClipByNorm",
     "ClipByValue",
     "Transform",
+    "unit_axes",
 ]
