@@ -12,10 +12,12 @@ LONG = {"tensorflow": {"SOAP"}, "jax": {"SOAP", "Adafactor", "LAMB", "Lookahead"
 def is_long(card, check):
     """Whether a pair is run with `--all` only.
 
-    JAX compiles each operation of SOAP by itself, which takes minutes, unless the step is compiled as a whole.
+    JAX compiles each operation of SOAP by itself, which takes minutes, unless the step is compiled as a whole. The
+    moving average of `use_ema` does not depend on the rule.
     """
     by_operation = keras.config.backend() == "jax" and card.name == "SOAP" and check.name != "modes_agree"
-    return by_operation or (card.name in LONG and check.engine)
+    same_average = check.name == "evaluation_weights" and "averages" not in card.tags and card.name != "Adagrad"
+    return by_operation or same_average or (card.name in LONG and check.engine)
 
 
 PAIRS = [
