@@ -195,7 +195,7 @@ def test_an_attribute_is_checked_as_the_argument_is(name):
 def test_every_common_keyword_is_checked():
     from keras_optkit.optimizers.inner import shared
 
-    assert set(shared()) - {"name", "groups"} <= set(WRONG_VALUES)
+    assert set(shared()) - {"name", "groups", "transforms"} <= set(WRONG_VALUES)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,9 @@ def test_a_misspelt_attribute(name, meant):
     assert meant in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "instead"), [("groups", "new optimizer"), ("iterations", r"assign\(n\)")])
+@pytest.mark.parametrize(
+    ("name", "instead"), [("groups", "new optimizer"), ("transforms", "new optimizer"), ("iterations", r"assign\(n\)")]
+)
 def test_attributes_that_cannot_be_set_say_what_to_do(name, instead):
     with pytest.raises(AttributeError, match=f"{name} cannot be set, got 3: .*{instead}"):
         setattr(ok.optimizers.SGD(0.1), name, 3)
