@@ -10,7 +10,6 @@ from keras import ops
 
 from keras_optkit.optimizers.rule import Hyper, Tensor, Value, number
 from keras_optkit.optimizers.transforms.transform import Transform, unit_axes
-from keras_optkit.precision import scalar_dtype
 from keras_optkit.registry import PACKAGE
 
 
@@ -99,8 +98,7 @@ class ClipByGlobalNorm(Transform):
         return {"squares": ops.square(u)}
 
     def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
-        limit = ops.cast(h.exact(self.limit), scalar_dtype())
-        return u * ops.cast(shrink(h.totals["squares"], limit), u.dtype)
+        return u * ops.cast(shrink(h.totals["squares"], h.exact(self.limit)), u.dtype)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
