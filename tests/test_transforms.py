@@ -1,5 +1,7 @@
 """Transforms of gradients and of steps: parity, their place in a step, and what refuses them."""
 
+from dataclasses import dataclass
+
 import keras
 import numpy as np
 import pytest
@@ -59,8 +61,8 @@ def as_optax_has_it(path, x):
             [("clip", {"max_delta": 0.2}), ("clip_by_global_norm", {"max_norm": 0.5})],
         ),
         (
-            [AdaptiveClip(0.05, epsilon=0.1), ClipByGlobalNorm(0.1)],
-            [("adaptive_grad_clip", {"clipping": 0.05, "eps": 0.1}), ("clip_by_global_norm", {"max_norm": 0.1})],
+            [AdaptiveClip(0.05, epsilon=1.0), ClipByGlobalNorm(0.1)],  # some units are smaller than that, some larger
+            [("adaptive_grad_clip", {"clipping": 0.05, "eps": 1.0}), ("clip_by_global_norm", {"max_norm": 0.1})],
         ),
     ],
     ids=["adaptive", "norm", "value, global norm", "adaptive, global norm"],
@@ -263,6 +265,21 @@ def test_a_schedule_in_a_transform_counts_updates():
     np.testing.assert_allclose(moved, [0.3, 0.3, 0.1, 0.05], rtol=1e-6)
 
 
+@dataclass(frozen=True)
+class HandlesDecay(ok.optimizers.transforms.Transform):
+    handles_decay = True
+
+
+def test_a_weight_without_a_step_decays_cautiously():
+    """The paper's indicator is 1 where step times weight is 0."""
+    weight = keras.Variable(np.array([[1.0, -2.0]], "float32"), name="kernel")
+    optimizer = ok.optimizers.SGD(0.5, weight_decay=0.1, decay_mask="all", transforms=[CautiousDecay()])
+    optimizer.apply([ops.zeros((1, 2))], [weight])
+    np.testing.assert_allclose(ops.convert_to_numpy(weight), [[0.95, -1.9]], rtol=1e-6)
+    optimizer.apply([ops.ones((1, 2))], [weight])  # makes the first smaller, and the second larger
+    np.testing.assert_allclose(ops.convert_to_numpy(weight), [[0.95 - 0.5 - 0.0475, -2.4]], rtol=1e-6)
+
+
 def test_they_are_saved_with_the_model(tmp_path):
     given = [ClipByValue(0.5), Centralize(), CautiousUpdate(0.1), CautiousDecay()]
     model = problems.network()
@@ -290,6 +307,7 @@ def test_they_are_saved_with_the_model(tmp_path):
             ValueError,
             "must be the last one of steps",
         ),
+        (lambda: ok.optimizers.SGD(transforms=[HandlesDecay()]), ValueError, "says handles_decay"),
         (lambda: ok.optimizers.LAMB(transforms=[CautiousDecay()]), ValueError, "LAMBRule does so itself"),
         (lambda: ok.optimizers.ScheduleFreeAdamW(transforms=[CautiousUpdate()]), ValueError, "which averages"),
         (lambda: ok.optimizers.Lookahead("AdamW", transforms=[CautiousUpdate()]), ValueError, "which averages"),
@@ -304,7 +322,7 @@ def test_they_are_saved_with_the_model(tmp_path):
             "rule must leave transforms",
         ),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_makes_no_sense_is_refused(make, error, message):
     with pytest.raises(error, match=message):

@@ -202,8 +202,8 @@ class Optimizer(FromSignature, Built):
         self.loss_scale_factor = loss_scale_factor
         self._refuse_second_average(use_ema, rule)
         self.rule = rule
-        for each in self._rules.values():
-            refuse_unless_for(self.transforms or (), each)
+        for routed in with_routes(self._rules).values():
+            refuse_unless_for(self.transforms or (), routed.rule)
         self.checkpointed = backend.in_checkpoints(self)
 
     # -- hyperparameters -----------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def checked_transforms(transforms: Any) -> list[Transform] | None:
 
     Raises:
         TypeError: If it is not a list, or has something else in it.
-        ValueError: If it has two that handle the decay, or a transform of steps after one.
+        ValueError: If one that handles the decay is not of steps, or not the last of them.
     """
     if transforms is None:
         return None
@@ -102,6 +102,8 @@ def checked_transforms(transforms: Any) -> list[Transform] | None:
         name = type(transform).__name__
         arguments.choice(f"layout of {name}", transform.layout, LAYOUTS)
         arguments.choice(f"changes of {name}", transform.changes, CHANGES)
+        if transform.handles_decay and transform.changes != "step":
+            raise ValueError(f"transforms: {transform!r} says handles_decay, which is for those with changes = 'step'.")
     steps = [t for t in transforms if t.changes == "step"]
     for transform in steps[:-1]:
         if transform.handles_decay:
