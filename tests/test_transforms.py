@@ -253,6 +253,33 @@ def test_rows_of_a_kernel_are_updated_as_a_whole():
     assert np.any(ends[0][1] != np.arange(3.0, 6.0))
 
 
+@dataclass(frozen=True)
+class UnitStep(ok.optimizers.transforms.Transform):
+    changes = "step"
+    layout = "per_parameter"
+
+    def change(self, u, p, h):
+        return u / ops.sqrt(h.sum(ops.square(u)))
+
+
+@pytest.mark.only_on("tensorflow", because="elsewhere the gradients of embeddings are dense")
+@pytest.mark.parametrize("transform", [UnitStep(), CautiousUpdate()], ids=str)
+def test_steps_that_are_not_element_wise_are_seen_whole(transform):
+    import tensorflow as tf
+
+    ends = []
+    for sparse in (True, False):
+        weight = tf.Variable(np.arange(12.0).reshape(4, 3))
+        optimizer = ok.optimizers.SGD(0.1, momentum=0.9, transforms=[transform])
+        for rows in ([0, 2, 0], [1, 1, 3]):
+            grad = tf.IndexedSlices(
+                tf.constant(np.arange(1.0, 10.0).reshape(3, 3)), tf.constant(rows), tf.constant([4, 3])
+            )
+            optimizer.apply([grad if sparse else tf.convert_to_tensor(grad)], [weight])
+        ends.append(weight.numpy())
+    np.testing.assert_allclose(*ends, rtol=1e-12)
+
+
 def test_a_schedule_in_a_transform_counts_updates():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 2], [0.3, 0.1, 0.05])
     weight = keras.Variable(np.zeros(2, "float32"))

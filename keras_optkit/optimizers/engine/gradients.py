@@ -15,7 +15,8 @@ from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.engine.state import State, functions_of_weights
 from keras_optkit.optimizers.groups import keras_path
-from keras_optkit.optimizers.rule import Rule, Tensor, contributes, layout_of
+from keras_optkit.optimizers.rule import Tensor, contributes, layout_of
+from keras_optkit.optimizers.transforms.transform import Transform
 from keras_optkit.precision import at_least_float32
 
 #: What there is of a parameter's gradient: nothing, some rows, or all of it.
@@ -81,9 +82,7 @@ def of_buckets(plan: Plan, state: State, grads: list[Any]) -> list[list[Any] | R
     """The gradients of each bucket, in the dtype to compute in and summed over the replicas."""
     ready: list[Any] = [None] * len(grads)
     for bucket in plan.buckets:
-        lazy = plan.keywords.sparse == "lazy" and _treats_rows_alone(plan.rule(bucket))
-        table = bucket.weight.role == TABLE  # whose rows are units; a kernel's are inputs of all of them
-        lazy = lazy and all(t.rows and (table or t.layout != "whole") for t in plan.transforms)
+        lazy = plan.keywords.sparse == "lazy" and _treats_rows_alone(plan, bucket)
         for i, shape in zip(bucket.indices, bucket.shapes, strict=True):
             if grads[i] is not None:
                 keep = lazy and backend.is_sparse(grads[i])
@@ -93,9 +92,21 @@ def of_buckets(plan: Plan, state: State, grads: list[Any]) -> list[list[Any] | R
     return [_rows_or_parts(plan, state, b, [ready[i] for i in bucket.indices]) for b, bucket in enumerate(plan.buckets)]
 
 
-def _treats_rows_alone(rule: Rule) -> bool:
+def _treats_rows_alone(plan: Plan, bucket: Bucket) -> bool:
     """Whether some rows of a parameter can be updated as if the others were not there."""
-    return layout_of(rule) == "elementwise" and not rule.uses_first and not contributes(rule)
+    rule = plan.rule(bucket)
+    alone = layout_of(rule) == "elementwise" and not rule.uses_first and not contributes(rule)
+    return alone and all(_changes_rows_alone(transform, bucket) for transform in plan.transforms)
+
+
+def _changes_rows_alone(transform: Transform, bucket: Bucket) -> bool:
+    """Whether a transform may be handed some rows; sums are over them, and right for gradients, which others have not.
+
+    Units are the rows of an embedding, but of a kernel the rows are inputs of all units.
+    """
+    if transform.layout != "elementwise" and transform.changes == "step":
+        return False
+    return transform.rows and (transform.layout != "whole" or bucket.weight.role == TABLE)
 
 
 def _rows_or_parts(plan: Plan, state: State, b: int, parts: list[Any]) -> Rows | list[Any] | None:

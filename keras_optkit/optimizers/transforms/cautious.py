@@ -39,7 +39,6 @@ class CautiousUpdate(Transform):
 
     changes: ClassVar[str] = "step"
     layout: ClassVar[str] = "per_parameter"
-    rows: ClassVar[bool] = False
     minimum: Value = number(1e-3, 0, 1, closed="right")
 
     def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:

@@ -31,7 +31,8 @@ class Transform(FromSignature, Fields):
         layout: As that of a rule: what `change` is handed, and whether it may ask for `h.sum` and `h.mean`. With
             "whole" there is a leading axis, `(k, *shape)`, and `h.role` and `h.kernel` say what the parameters are.
         rows: Whether `change` of some rows of an embedding is what it is for all of them, the others having gradients
-            of zeros. If not, `sparse="lazy"` is as `"dense"`.
+            of zeros. If not, `sparse="lazy"` is as `"dense"`, and so it is with those of steps that are not
+            element-wise.
         handles_decay: Of one that changes steps, whether it subtracts the decoupled decay `η λ θ` itself.
 
     Example:

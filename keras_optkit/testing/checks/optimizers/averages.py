@@ -72,7 +72,7 @@ def check_average(card: Card) -> None:
 def check_evaluation_weights(card: Card) -> None:
     """Going to the weights to evaluate at and back is exact, training does not notice it, and a file may hold either.
 
-    `fit` ends at them, and a second `fit`, also of a model that was saved and loaded, goes on as if it had not.
+    `fit` ends at them, and a second `fit`, also of a model that was saved and loaded, continues from those of training.
 
     With the tag "recovers", which says that one set of weights is computed from the other, exact is up to rounding.
     """

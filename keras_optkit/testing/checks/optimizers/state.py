@@ -22,7 +22,7 @@ from keras_optkit.testing.tools import float64
 
 @check("optimizer", engine=True)
 def check_save_load_continue(card: Card) -> None:
-    """Training, saving, loading and going on equals the uninterrupted run bitwise: `.keras` and `.weights.h5`."""
+    """A run that is saved, loaded and continued equals the uninterrupted one bitwise: `.keras` and `.weights.h5`."""
     x, y = problems.regression()
 
     def go_on(model: keras.Model, epochs: int = 2) -> keras.Model:
