@@ -68,8 +68,10 @@ class FromSignature:
             return {}
 
     def _config_value(self, name: str) -> Any:
-        """The value to save for one constructor parameter; a time is a dict with its seconds."""
+        """The value to save for one constructor parameter; a time is a dict with its seconds, a variable a number."""
         value = getattr(self, name)
+        if isinstance(value, keras.Variable):
+            return as_written(value)
         return {_TIME: value.total_seconds()} if isinstance(value, timedelta) else value
 
     @classmethod
@@ -84,6 +86,12 @@ class FromSignature:
             return value
 
         return cls(**{name: read(value) for name, value in config.items()})
+
+
+def as_written(variable: keras.Variable) -> Any:
+    """The value of a scalar variable as one would write it: 0.1 where a float32 holds 0.100000001490116."""
+    value = keras.ops.convert_to_numpy(variable)
+    return float(str(value)) if value.dtype == "float32" else value.item()
 
 
 def mark_as_built(model: Any) -> None:

@@ -315,7 +315,7 @@ def test_they_are_saved_with_the_model(tmp_path):
     model.fit(x, y, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert loaded.optimizer.transforms == given
+    assert loaded.optimizer.transforms == tuple(given)
     for each in (model, loaded):
         each.fit(x, y, shuffle=False, verbose=0)
     for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
@@ -335,6 +335,12 @@ def test_they_are_saved_with_the_model(tmp_path):
             "must be the last one of steps",
         ),
         (lambda: ok.optimizers.SGD(transforms=[HandlesDecay()]), ValueError, "says handles_decay"),
+        (
+            lambda: ok.optimizers.SGD(transforms=[StepsContribute()]),
+            ValueError,
+            "`contribute` is for those of gradients",
+        ),
+        (lambda: ok.optimizers.SGD(transforms=[ClipByValue]), TypeError, "list of instances"),
         (lambda: ok.optimizers.LAMB(transforms=[CautiousDecay()]), ValueError, "LAMBRule does so itself"),
         (lambda: ok.optimizers.ScheduleFreeAdamW(transforms=[CautiousUpdate()]), ValueError, "which averages"),
         (lambda: ok.optimizers.Lookahead("AdamW", transforms=[CautiousUpdate()]), ValueError, "which averages"),
@@ -349,11 +355,65 @@ def test_they_are_saved_with_the_model(tmp_path):
             "rule must leave transforms",
         ),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_what_makes_no_sense_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_variable_is_saved_as_the_number_that_it_holds(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    model.compile(ok.optimizers.SGD(0.1, transforms=[ClipByValue(keras.Variable(0.1)), AdaptiveClip(0.5)]), "mse")
+    model.fit(*problems.regression(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.transforms == (ClipByValue(0.1), AdaptiveClip(0.5))
+
+
+class Odd(ok.optimizers.transforms.Transform):
+    """What people write by mistake."""
+
+
+class Forgets(Odd):
+    def change(self, u, p, h):
+        ops.clip(u, -1, 1)
+
+
+class Sums(Odd):
+    layout = "whole"
+
+    def change(self, u, p, h):
+        return ops.sum(u)
+
+
+class AsksForMeans(Odd):
+    def change(self, u, p, h):
+        return u - h.mean(u)
+
+
+class StepsContribute(Odd):
+    changes = "step"
+
+    def contribute(self, u, h):
+        return {"u": u}
+
+
+@pytest.mark.parametrize("changes", ["gradient", "step"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Forgets, r"Forgets.change must return the shape \(1, 2, 3\) of u, got None|\(1, 6\) of u, got None"),
+        (Sums, r"Sums.change must return the shape \(1, 2, 3\) of u, got the shape \(\)"),
+        (AsksForMeans, "rules and transforms with layout"),
+    ],
+    ids=["forgets", "sums", "means"],
+)
+def test_mistakes_in_ones_own_are_named(kind, message, changes):
+    transform = type(kind.__name__, (kind,), {"changes": changes})()
+    optimizer = ok.optimizers.SGD(0.1, transforms=[transform])
+    with pytest.raises(ValueError, match=message):
+        optimizer.apply([ops.ones((2, 3))], [keras.Variable(np.ones((2, 3), "float32"))])
 
 
 def test_they_are_fixed_when_the_optimizer_is_made():

@@ -57,7 +57,7 @@ class Held:
     """
 
     groups: list[Group] | None
-    transforms: list[Transform] | None
+    transforms: tuple[Transform, ...] | None
     opened: bool
     own: list[keras.Variable] = field(default_factory=list)
     names: set[str] = field(default_factory=lambda: {"iteration"})

@@ -324,7 +324,7 @@ class Optimizer(FromSignature, Built):
         return self._held.groups
 
     @property
-    def transforms(self) -> list[Transform] | None:
+    def transforms(self) -> tuple[Transform, ...] | None:
         """What changes gradients and steps, in this order; fixed when the optimizer is made."""
         return self._held.transforms
 
@@ -566,10 +566,11 @@ class Optimizer(FromSignature, Built):
         return {}  # Keras's optimizers have a config of their own, with arguments that do not exist here
 
     def _config_value(self, name: str) -> Any:
-        value = getattr(self, name)
         if name == "learning_rate" and self._schedule is not None:
             return self._schedule.function if isinstance(self._schedule, OfFunction) else self._schedule
-        return _as_written(value) if isinstance(value, keras.Variable) else value
+        if name == "transforms":
+            return None if self.transforms is None else list(self.transforms)
+        return super()._config_value(name)
 
 
 def _fields(rule: Rule) -> set[str]:
@@ -581,9 +582,3 @@ def _pattern_of(path: str) -> str:
     first, _, rest = path.partition("/")
     dropped = f"({re.escape(first)}/)?{re.escape(rest)}" if "/" in rest else re.escape(path)
     return f"^{dropped}$|/{re.escape(path)}$"
-
-
-def _as_written(variable: keras.Variable) -> Any:
-    """The value of a scalar variable as one would write it: 0.1 where a float32 holds 0.100000001490116."""
-    value = ops.convert_to_numpy(variable)
-    return float(str(value)) if value.dtype == "float32" else value.item()

@@ -163,9 +163,10 @@ class Hyper:
         """The same step with another learning rate, for a rule inside of a rule."""
         return self._with(learning_rate=learning_rate)
 
-    def for_transform(self, weight: Weight, sums: Callable[..., Tensor], **more: Any) -> Hyper:
-        """The same step for a transform, which is told more than rules are."""
-        return self._with(role=weight.role, kernel=weight.axes, _sums=sums, **more)
+    def for_transform(self, layout: str, weight: Weight, sums: Callable[..., Tensor], **more: Any) -> Hyper:
+        """The same step for a transform of this layout, which is told more than rules are."""
+        role, kernel = (weight.role, weight.axes) if layout == "whole" else (None, None)
+        return self._with(role=role, kernel=kernel, _sums=None if layout == "elementwise" else sums, **more)
 
     def _with(self, **changed: Any) -> Hyper:
         other = copy.copy(self)
@@ -187,7 +188,8 @@ class Hyper:
     def _over_parameters(self, x: Tensor, *, mean: bool) -> Tensor:
         if self._sums is None:
             raise ValueError(
-                'h.sum and h.mean are for rules with layout = "per_parameter" or "whole", got an element-wise one.'
+                'h.sum and h.mean are for rules and transforms with layout = "per_parameter" or "whole", got an '
+                "element-wise one."
             )
         return self._sums(x, mean=mean)
 

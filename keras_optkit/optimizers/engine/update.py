@@ -99,10 +99,8 @@ def _changed(
     for b, (bucket, grad, u) in enumerate(zip(plan.buckets, grads, prepared.changed, strict=True)):
         if grad is None:
             continue
-        sums = bucket.over_parameters
-        if isinstance(grad, Rows):
-            sums = functools.partial(gradients.sum_of_rows, grad)
-        h = hyper(plan, prepared, remembered, bucket).for_transform(bucket.weight, sums)
+        sums = functools.partial(gradients.sum_of_rows, grad) if isinstance(grad, Rows) else bucket.over_parameters
+        h = hyper(plan, prepared, remembered, bucket).for_transform(transform.layout, bucket.weight, sums)
         for name, part in transform.contribute(u, h).items():
             total = ops.cast(gradients.total(grad, part), scalar_dtype())
             totals[name] = totals.get(name, 0.0) + total
@@ -110,7 +108,7 @@ def _changed(
     changed: list[Tensor | None] = [None] * len(grads)
     for b, u, h in given:
         h.totals = totals
-        changed[b] = transform.change(u, weights(b), h)
+        changed[b] = transform.changed(u, weights(b), h)
     return changed
 
 
@@ -268,10 +266,9 @@ def apply_rule(
     if set(new) != set(slots):
         raise ValueError(f"{type(rule).__name__}.update returned the slots {sorted(new)}, expected {sorted(slots)}.")
     after = plan.of("step")
-    if after:
-        told = h.for_transform(bucket.weight, bucket.over_parameters, gradient=u)
-        for transform in after:
-            step = transform.change(step, p, told)
+    for transform in after:
+        told = h.for_transform(transform.layout, bucket.weight, bucket.over_parameters, gradient=u)
+        step = transform.changed(step, p, told)
     if h.decays and not (rule.handles_decay or any(t.handles_decay for t in after)):
         step = step + h.learning_rate * h.weight_decay * p
     if mask is None:

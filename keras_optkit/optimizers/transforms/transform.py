@@ -62,7 +62,11 @@ class Transform(FromSignature, Fields):
     handles_decay: ClassVar[bool] = False
 
     def contribute(self, u: Tensor, h: Hyper) -> dict[str, Tensor]:
-        """What `change` is to find the sum of, over all parameters that have a gradient, as `h.totals`, by name."""
+        """What `change` is to find the sum of, over all parameters that have a gradient, in `h.totals`, by name.
+
+        For transforms of gradients. Tensors in the shape of `u`, not summed yet; their sums are in the dtype for
+        scalars, which `ops.cast(h.totals[name], u.dtype)` brings into that of the gradients.
+        """
         return {}
 
     def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
@@ -72,8 +76,19 @@ class Transform(FromSignature, Fields):
             u: Gradients; or steps, with the learning rate in them, which are subtracted from the parameters.
             p: The parameters before the step.
             h: What a rule is told, and `totals`, `role` and (for steps) the `gradient` that the rule was handed.
+
+        Returns:
+            A tensor in the shape and dtype of `u`.
         """
         raise NotImplementedError
+
+    def changed(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
+        """What `change` returns, and raises if it is not a tensor in the shape of `u`."""
+        found = self.change(u, p, h)
+        if found is None or tuple(found.shape) != tuple(u.shape):
+            got = None if found is None else f"the shape {tuple(found.shape)}"
+            raise ValueError(f"{type(self).__name__}.change must return the shape {tuple(u.shape)} of u, got {got}.")
+        return found
 
 
 def unit_axes(h: Hyper, rank: int) -> tuple[int, ...]:
@@ -86,18 +101,19 @@ def unit_axes(h: Hyper, rank: int) -> tuple[int, ...]:
     return tuple(range(2 if h.role == TABLE else 1, rank))
 
 
-def checked_transforms(transforms: Any) -> list[Transform] | None:
-    """Returns the argument `transforms` as a list, and raises if it is not one of Transforms.
+def checked_transforms(transforms: Any) -> tuple[Transform, ...] | None:
+    """Returns the argument `transforms` as a tuple, and raises if it is not a list of Transforms.
 
     Raises:
         TypeError: If it is not a list, or has something else in it.
-        ValueError: If one that handles the decay is not of steps, or not the last of them.
+        ValueError: If one that handles the decay is not of steps, or not the last of them; if one of steps contributes.
     """
     if transforms is None:
         return None
     if not isinstance(transforms, Sequence) or not all(isinstance(t, Transform) for t in transforms):
         raise TypeError(
-            f"transforms must be a list of keras_optkit.optimizers.transforms.Transform or None, got {transforms!r}."
+            "transforms must be a list of instances of keras_optkit.optimizers.transforms.Transform or None, got "
+            f"{transforms!r}."
         )
     for transform in transforms:
         name = type(transform).__name__
@@ -105,13 +121,15 @@ def checked_transforms(transforms: Any) -> list[Transform] | None:
         arguments.choice(f"changes of {name}", transform.changes, CHANGES)
         if transform.handles_decay and transform.changes != "step":
             raise ValueError(f"transforms: {transform!r} says handles_decay, which is for those with changes = 'step'.")
+        if transform.changes == "step" and type(transform).contribute is not Transform.contribute:
+            raise ValueError(f"transforms: {transform!r} changes steps; `contribute` is for those of gradients.")
     steps = [t for t in transforms if t.changes == "step"]
     for transform in steps[:-1]:
         if transform.handles_decay:
             raise ValueError(
                 f"transforms: {transform!r} subtracts the decay and must be the last one of steps, got {steps!r}."
             )
-    return list(transforms)
+    return tuple(transforms)
 
 
 def refuse_unless_for(transforms: Sequence[Transform], rule: Rule) -> None:
