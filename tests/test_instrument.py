@@ -16,6 +16,7 @@ import keras_optkit as ok
 from keras_optkit.callbacks import NonFiniteGuard, ScheduleHyperparameters, TrainingMonitor
 from keras_optkit.fit.steps import KEPT
 from keras_optkit.schedules import Linear
+from keras_optkit.testing import problems
 
 MOMENTUM = Linear(0.5, 100, final=0.9)
 
@@ -194,3 +195,33 @@ def test_two_of_a_kind_in_one_fit_are_two(tmp_path):
     assert events(tmp_path / "a")["train/gradient_norm"] == events(tmp_path / "b")["train/gradient_norm"]
     assert len(events(tmp_path / "b")["train/loss"]) == 12
     assert traced[0] == traced[1]
+
+
+@pytest.mark.parametrize("when", ["between", "inside"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda limit: ok.optimizers.SGD(0.1, transforms=[ok.optimizers.transforms.ClipByValue(limit)]),
+        lambda beta: ok.optimizers.SGD(0.1, groups=[ok.Group("kernel", rule=ok.optimizers.SGD(momentum=beta))]),
+        lambda beta: ok.optimizers.SGD(0.1, momentum=beta),
+    ],
+    ids=["transform", "group", "rule"],
+)
+def test_a_variable_that_is_assigned_acts_in_compiled_steps(make, when):
+    """On JAX, too, where a compiled step has every variable in it as a constant that is not part of the state."""
+    x, y = problems.regression()
+
+    def end(value):
+        keras.utils.set_random_seed(0)
+        variable = keras.Variable(0.9)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(make(variable), "mse")
+        model.fit(x, y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+        assign = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: variable.assign(value))
+        if when == "between":
+            variable.assign(value)
+        model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[assign] if when == "inside" else [])
+        assert float(variable) == pytest.approx(value)
+        return model.get_weights()[0]
+
+    assert np.max(np.abs(end(0.1) - end(0.9))) > 1e-3

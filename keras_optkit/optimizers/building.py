@@ -88,8 +88,15 @@ class Built(SavedState):
         """All variables of the optimizer; in which order and how packed, may change."""
         kept = tree.flatten(self._held.state._replace(weights=()))
         # those that are attributes, then the state, in an order that does not depend on when it was made
-        found = [*super().variables, *kept, *self._held.own]
+        found = [*super().variables, *kept, *self._held.own, *self._given()]
         return list({id(variable): variable for variable in found}.values())
+
+    def _given(self) -> list[keras.Variable]:
+        """Hyperparameters that are variables, outside of TensorFlow, where a compiled step reads none but these."""
+        if backend.TENSORFLOW or "rule" not in self.__dict__:
+            return []
+        parts = [*(routed.rule for routed in with_routes(self._rules).values()), *(self._held.transforms or ())]
+        return [v for part in parts for v in part.hyperparameters() if isinstance(v, keras.Variable)]
 
     def add_variable(
         self,
