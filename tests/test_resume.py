@@ -1128,9 +1128,8 @@ def test_outside_of_fit_it_raises(tmp_path):
 
 
 @pytest.mark.only_on("tensorflow", because="a command about TensorFlow, which runs once")
-@pytest.mark.parametrize(
-    "scenario", ["cnn", *(pytest.param(name, marks=pytest.mark.long) for name in ("transformer", "replicas"))]
-)
+@pytest.mark.long  # tests/test_examples.py has one training killed that goes on
+@pytest.mark.parametrize("scenario", ["cnn", "transformer", "replicas"])
 def test_killed_trainings_end_as_if_left_alone(scenario):
     """A share of what `python tests/kill.py` does, in processes of its own."""
     command = [sys.executable, Path(__file__).with_name("kill.py"), "--runs", "1", "--kills", "3"]

@@ -395,7 +395,7 @@ class AsksForMeans(Odd):
 class StepsContribute(Odd):
     changes = "step"
 
-    def contribute(self, u, h):
+    def contribute(self, u, p, h):
         return {"u": u}
 
 

@@ -246,3 +246,42 @@ def optax_chain_run(
 
     optax.chained = chain
     return optax_run("chained", {}, start, grads, dtype)
+
+
+def sam_run(
+    arguments: dict[str, Any], inner: Made, start: Arrays, coefficients: list[tuple[Arrays, Arrays]], dtype: str
+) -> list[Arrays]:
+    """The weights after each step of `pytorch_optimizer.SAM` on `sum(a sin(b θ))`, with a and b for each step."""
+    import pytorch_optimizer
+    import torch
+    from pytorch_optimizer.optimizer import sam
+
+    def exact_norm(groups: Any, *_: Any, **__: Any) -> Any:
+        squares = [
+            torch.sum(torch.square(p.grad * p.abs() if group["adaptive"] else p.grad))
+            for group in groups
+            for p in group["params"]
+        ]
+        return torch.sum(torch.stack(squares)).reshape(1)
+
+    if dtype == "float64":  # the reference rounds it to float32
+        sam.get_global_gradient_norm = exact_norm
+    parameters = [torch.nn.Parameter(torch.tensor(value, dtype=getattr(torch, dtype))) for value in start]
+    optimizer = pytorch_optimizer.SAM(parameters, resolve_name(inner.name), **arguments, **inner.arguments)
+    trajectory = []
+    for a, b in coefficients:
+        terms = [
+            (torch.tensor(x, dtype=p.dtype), torch.tensor(y, dtype=p.dtype))
+            for p, x, y in zip(parameters, a, b, strict=True)
+        ]
+
+        def closure(terms: Any = terms) -> Any:
+            optimizer.zero_grad()
+            loss = sum(torch.sum(x * torch.sin(y * p)) for p, (x, y) in zip(parameters, terms, strict=True))
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+        trajectory.append([p.detach().numpy().copy() for p in parameters])
+    return trajectory

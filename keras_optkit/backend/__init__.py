@@ -26,6 +26,7 @@ from keras_optkit.backend.tensors import concatenate, random_bits, split
 from keras_optkit.backend.variables import (
     NO_MORE_DATA,
     after,
+    assign,
     handle,
     in_checkpoints,
     is_here,
@@ -47,6 +48,7 @@ __all__ = [
     "add",
     "after",
     "as_gradient",
+    "assign",
     "cast",
     "concatenate",
     "dense",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -31,6 +31,30 @@ def tensor(variable: Any) -> Tensor:
     """The present value as a tensor; on TensorFlow `.value` of a Keras variable is still the variable."""
     value = handle(variable)
     return tf.convert_to_tensor(value) if TENSORFLOW else value
+
+
+def assign(variables: Sequence[Any], values: Sequence[Tensor]) -> None:
+    """Assigns a tensor to each variable; inside of a replica to the copy on its device, where each has its own tensor.
+
+    Assigning to a variable of a strategy itself would take the mean over the replicas.
+    """
+    if not variables:
+        return
+    context = tf.distribute.get_replica_context() if TENSORFLOW and tf.distribute.has_strategy() else None
+    if context is None or context.strategy.num_replicas_in_sync == 1:
+        for variable, value in zip(variables, values, strict=True):
+            handle(variable).assign(value) if TENSORFLOW else variable.assign(value)
+        return
+    handles = [handle(v) for v in variables]
+
+    def on_device(_: Any, handles: list[Any], values: list[Tensor]) -> None:
+        for variable, value in zip(handles, values, strict=True):
+            variable.assign(value)
+
+    def across_replicas(strategy: Any, values: list[Tensor]) -> None:
+        strategy.extended.update(handles[0], on_device, args=(handles, values), group=False)
+
+    context.merge_call(across_replicas, args=(list(values),))
 
 
 def on_host(variable: Any) -> np.ndarray:

@@ -197,10 +197,12 @@ class _Drive(Instrument):
         """Around `apply`. On JAX, Keras's loss scaling does not call its own, but that of the optimizer inside."""
         found = {id(unscaled(outer)): outer for outer in optimizers_of(self.model)}
         on_jax = keras.config.backend() == "jax"
-        return [
+        hooks = [
             around(each.optimizer if on_jax else found[id(each.optimizer)], "apply", self._hook(each), first=True)
             for each in self._driven
         ]
+        perturbing = [each for each in self._driven if hasattr(each.optimizer, "perturbed_values")]
+        return hooks + [around(each.optimizer, "perturbed_values", self._hook(each), first=True) for each in perturbing]
 
     def _hook(self, each: _Driven) -> Hook:
         def hook(*_: Any, **__: Any) -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
 from keras_optkit.optimizers.rules.muon import Muon
+from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.sgd import SGD
 from keras_optkit.optimizers.rules.soap import SOAP
@@ -21,6 +22,7 @@ from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
     "LAMB",
+    "SAM",
     "SGD",
     "SOAP",
     "Adafactor",

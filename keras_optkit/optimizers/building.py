@@ -48,6 +48,7 @@ class Held:
         decay_exclude: See `Optimizer.decay_exclude`.
         undecayed: The weights that `exclude_from_weight_decay` was given, by key; None for none.
         used: Whether there was a step.
+        has_perturbed: Whether it was asked for weights to compute a second gradient at.
         in_compiled_fit: Whether a `fit` is running whose steps are compiled.
         opened: Whether it was made while a model was opened, and its state has not been read.
         model: The model that it trains, weakly.
@@ -69,6 +70,7 @@ class Held:
     decay_exclude: list[str] | None = None
     undecayed: set[int] | None = None
     used: bool = False
+    has_perturbed: bool = False
     in_compiled_fit: bool = False
     model: weakref.ref[Any] | None = None
     inner: dict[str, Any] = field(default_factory=dict)

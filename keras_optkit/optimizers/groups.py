@@ -17,7 +17,7 @@ from keras_optkit.optimizers.inner import Inner, built_from, described, is_same,
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.rule import Rule, Weight
 from keras_optkit.registry import PACKAGE
-from keras_optkit.saving import FromSignature, constructor_parameters
+from keras_optkit.saving import FromSignature
 
 #: A factor of `layer_decay` below this is worth a warning.
 SMALL = 1e-3
@@ -130,15 +130,20 @@ class Group(FromSignature):
 
 def _described_and_rule(inner: Inner) -> tuple[dict[str, Any], Rule]:
     optimizer = built_from("rule", inner)
-    parameters = constructor_parameters(type(optimizer))
+    description = described(optimizer)
+    untold: Any = type(optimizer).from_config(
+        dict(description["config"])
+    )  # has the defaults, if need be of its inner one
     for name in set(shared()) - {"name"}:
-        value = optimizer._config_value(name) if name == "learning_rate" else getattr(optimizer, name)
-        if not is_same(value, parameters[name].default):
+        value, default = (
+            each._config_value(name) if name == "learning_rate" else getattr(each, name) for each in (optimizer, untold)
+        )
+        if not is_same(value, default):
             raise ValueError(
                 f"rule must leave {name} to the optimizer that has the groups, got a {type(optimizer).__name__} with "
                 f"{name}={value!r}. A group may have its own lr_scale, weight_decay and trainable."
             )
-    return described(optimizer), plain("rule", optimizer.rule)
+    return description, plain("rule", optimizer.rule)
 
 
 def checked_pattern(name: str, pattern: Any) -> str:

@@ -7,24 +7,22 @@ import dataclasses
 import inspect
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit import arguments, backend
-from keras_optkit.optimizers.building import Built, Held, as_number
-from keras_optkit.optimizers.engine import averages, gradients
+from keras_optkit.optimizers.building import Held, as_number
+from keras_optkit.optimizers.engine import averages
 from keras_optkit.optimizers.engine.files import is_opening
 from keras_optkit.optimizers.engine.gradients import different
 from keras_optkit.optimizers.engine.nonfinite import Nonfinite
 from keras_optkit.optimizers.engine.packing import PACK_BELOW
 from keras_optkit.optimizers.engine.plan import with_routes
-from keras_optkit.optimizers.engine.run import change, run
+from keras_optkit.optimizers.engine.run import change
 from keras_optkit.optimizers.engine.state import filled, state_bytes
 from keras_optkit.optimizers.explain import Explained, Explanation
 from keras_optkit.optimizers.groups import Group, checked_blocks, checked_groups
@@ -39,17 +37,14 @@ from keras_optkit.optimizers.keywords import (
     refuse_misspelt,
 )
 from keras_optkit.optimizers.rate import OfFunction, is_schedule, scaled_rate, schedule_and_multiplier
-from keras_optkit.optimizers.rule import Rule, Tensor, Value
+from keras_optkit.optimizers.rule import Rule, Value, checked_needs
+from keras_optkit.optimizers.stepping import Stepping
 from keras_optkit.optimizers.transforms.transform import Transform, checked_transforms, refuse_unless_for
 from keras_optkit.precision import scalar_dtype
 from keras_optkit.saving import FromSignature, constructor_parameters
 
-#: With `fuse="auto"` the update is compiled if its loops have at least so many elements on average. A loop takes XLA
-#: about 20 ms to compile, and saves about 3 ns for each element.
-COMPILE_ABOVE = 2**15
 
-
-class Optimizer(FromSignature, Built):
+class Optimizer(FromSignature, Stepping):
     """Base of all optimizers of keras_optkit: hosts one update rule and does everything around it.
 
     A subclass is a signature, a docstring and a rule. Every hyperparameter of the rule is an attribute of the optimizer
@@ -203,6 +198,7 @@ class Optimizer(FromSignature, Built):
         self._refuse_second_average(use_ema, rule)
         self.rule = rule
         for routed in with_routes(self._rules).values():
+            checked_needs(routed.rule)
             refuse_unless_for(self.transforms or (), routed.rule)
         self.checkpointed = backend.in_checkpoints(self)
 
@@ -394,97 +390,6 @@ class Optimizer(FromSignature, Built):
 
     def _present(self, value: Value | None) -> Any:
         return value(self._updates) if isinstance(value, Schedule) else value
-
-    # -- the step ------------------------------------------------------------------------------------------------------
-
-    @backend.untraced
-    def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Updates the weights with `grads`, one gradient (or None) for each variable.
-
-        Args:
-            grads: Gradients in the order of `trainable_variables`, each in the shape of its variable. A variable whose
-                gradient is None keeps its value and its state, and a warning names it.
-            trainable_variables: The variables; those the optimizer was built with when left out. The first call
-                builds the optimizer. Variables of the optimizer that are not among them keep their values. The
-                gradients of a variable that is given twice are added up.
-
-        Raises:
-            TypeError: If a gradient is not made of real numbers.
-            ValueError: If the numbers do not match, a gradient has another shape than its variable, a variable is
-                unknown, or every gradient is None. Nothing has been changed then.
-        """
-        grads = list(grads)
-        if trainable_variables is None:
-            if not self.built:
-                raise ValueError(f"{self.name} is not built yet; pass the variables, or call build(variables) first.")
-            variables = self._in_model_order()
-        else:
-            variables = list(trainable_variables)
-        if len(grads) != len(variables):
-            raise ValueError(f"grads must match the variables one to one, got {len(grads)} for {len(variables)}.")
-        grads = [gradients.checked(i, g, v) for i, (g, v) in enumerate(zip(grads, variables, strict=True))]
-        grads, variables = gradients.summed(grads, variables)
-        if trainable_variables is not None:
-            self.build(variables)
-        if not variables:  # a frozen model
-            return
-        self._held.used = True
-        fuse = backend.on_cpu(self._updates) and self._is_worth_compiling() if self.fuse == "auto" else bool(self.fuse)
-        plan, state = self._plan(), self._held.state
-        run(plan, state, gradients.of_buckets(plan, state, self._in_order(grads, variables)), fuse=fuse)
-
-    def _is_worth_compiling(self) -> bool:
-        """Whether XLA's loops, each of which takes it a while to compile, have enough elements on average."""
-        state, buckets = self._held.state, self._held.buckets
-        rules = with_routes(self._rules)
-        if any(rules[bucket.rule].rule.decomposes for bucket in buckets):
-            return False
-        loops: int = sum(1 + len(slots) for slots in state.slots)
-        each = [self.use_ema, self.gradient_accumulation_steps, self.skip_nonfinite, *self._transforms()]
-        loops += len(buckets) * sum(map(bool, each))
-        return sum(math.prod(shape) for bucket in buckets for shape in bucket.shapes) >= loops * COMPILE_ABOVE
-
-    def flush(self) -> None:
-        """Updates the weights with the mean gradient of the micro-batches since the last update, if there are any.
-
-        For `gradient_accumulation_steps`: `fit` calls it at the end of every epoch, so that an epoch whose number of
-        batches k does not divide ends with a smaller update, as it does with large batches. Call it in a loop of your
-        own, outside of `tf.function`. Without accumulation nothing happens.
-        """
-        if not (self.gradient_accumulation_steps and self.built and as_number(self._held.state.micro)):
-            return
-        with backend.scope_of(self._updates):
-            run(self._plan(), self._held.state, [None] * len(self._held.buckets), flush=True)
-
-    def accumulated_gradients(self) -> tuple[dict[int, Tensor], Tensor]:
-        """The sums of the gradients of the micro-batches since the last update, and of how many they are.
-
-        Returns:
-            The sum for each variable, by `backend.key`, and the number; of a built optimizer with
-            `gradient_accumulation_steps`.
-        """
-        held = self._held
-        sums: dict[int, Tensor] = {}
-        for bucket, stored in zip(held.buckets, held.state.accumulated, strict=True):
-            parts = bucket.split(bucket.view(ops.copy(stored)))
-            sums |= {backend.key(held.variables[i]): part for i, part in zip(bucket.indices, parts, strict=True)}
-        return sums, ops.copy(held.state.micro)
-
-    def _in_order(self, grads: list[Tensor | None], variables: Sequence[Any]) -> list[Tensor | None]:
-        """One gradient or None for each variable the optimizer was built with."""
-        missing = [_path(v) for g, v in zip(grads, variables, strict=True) if g is None]
-        if len(missing) == len(grads):
-            raise ValueError(f"No gradients provided for any variable; the variables are {missing}.")
-        if missing:
-            warnings.warn(f"Gradients do not exist for variables {missing}; they are left as they are.", stacklevel=3)
-        places = {backend.key(v): i for i, v in enumerate(self._held.variables)}
-        ordered: list[Tensor | None] = [None] * len(places)
-        for grad, variable in zip(grads, variables, strict=True):
-            place = places.get(backend.key(variable))
-            if place is None:
-                raise ValueError(f"Unknown variable {_path(variable)}: {self.name} was built for others.")
-            ordered[place] = grad
-        return ordered
 
     # -- which weights the model holds ---------------------------------------------------------------------------------
 

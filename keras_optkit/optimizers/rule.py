@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import keras
 from keras import ops
@@ -27,6 +27,9 @@ from keras_optkit.kernels import VECTOR, KernelAxes
 from keras_optkit.optimizers.slots import Fill, FromWeights, Initial, as_initial
 from keras_optkit.precision import scalar_dtype
 
+if TYPE_CHECKING:
+    from keras_optkit.optimizers.transforms.transform import Transform
+
 Tensor = Any
 Slots = dict[str, Tensor]
 #: A hyperparameter: a number, a schedule of the update count, or a scalar variable.
@@ -34,6 +37,9 @@ Value = Any
 
 #: Which tensors a rule is handed; see above.
 LAYOUTS = ("elementwise", "per_parameter", "whole")
+
+#: What a rule may need from who drives the step, besides the gradient.
+NEEDS = ("second_gradient",)
 
 
 class Weight(NamedTuple):
@@ -276,6 +282,8 @@ class Rule(Fields):
         decomposes: Whether there is an eigenvalue or QR decomposition in it, which XLA on CPUs takes many times as long
             for as TensorFlow: `fuse="auto"` does not compile it.
         handles_decay: Whether `update` itself subtracts the decoupled decay `η λ θ`, or what stands in its place.
+        needs: What who drives the step must give it. With "second_gradient", `update` is given the gradient at the
+            weights that `perturbation` leads to.
         averages: Whether the weights to evaluate at are others than those of training; then there are `eval_value` and
             `train_value`.
     """
@@ -286,6 +294,14 @@ class Rule(Fields):
     decomposes: ClassVar[bool] = False
     handles_decay: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def perturbation(self) -> Transform | None:
+        """What makes of the first gradient what is added to the weights before the second, for rules that need it.
+
+        It sees the gradient of the micro-batch, with no other transform before it.
+        """
+        return None
 
     def routes(self) -> Mapping[str, Rule | Routed]:
         """Other rules that some parameters are updated by, under names of their own."""
@@ -378,9 +394,9 @@ class Routed:
 class Wrapper(Rule):
     """Base of rules around another one, which is the field `inner_rule`.
 
-    Forwards the layout, what the other one needs, its state, its routes and its sums; `handles_decay` and `averages`
-    are for the wrapper to say. A parameter that the inner rule routes to another one is updated by this wrapper around
-    that one.
+    Forwards the layout, what the other one needs, its perturbation, state, routes and sums; `handles_decay` and
+    `averages` are for the wrapper to say. A parameter that the inner rule routes to another one is updated by this
+    wrapper around that one.
     """
 
     def inner(self) -> Rule:
@@ -398,6 +414,13 @@ class Wrapper(Rule):
     @property
     def decomposes(self) -> bool:  # type: ignore[override]
         return self.inner().decomposes
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner().needs
+
+    def perturbation(self) -> Transform | None:
+        return self.inner().perturbation()
 
     def routes(self) -> Mapping[str, Rule | Routed]:
         inside = {name: as_routed(route) for name, route in self.inner().routes().items()}
@@ -459,6 +482,22 @@ def rule_for(rule: Rule, w: Weight) -> Rule:
     """The rule that a parameter is updated by."""
     name = rule.route(w)
     return as_routed(rule.routes()[name]).rule if name else rule
+
+
+def checked_needs(rule: Rule) -> None:
+    """Raises if a rule needs what there is not, or does not say how a second gradient comes about.
+
+    Raises:
+        ValueError: If so.
+    """
+    name = type(rule).__name__
+    for need in rule.needs:
+        arguments.choice(f"needs of {name}", need, NEEDS)
+    if ("second_gradient" in rule.needs) != (rule.perturbation() is not None):
+        raise ValueError(
+            f"{name} must say needs = {{'second_gradient'}} and have a `perturbation`, or neither, got "
+            f"needs={set(rule.needs)} and perturbation() = {rule.perturbation()!r}."
+        )
 
 
 def as_routed(route: Rule | Routed) -> Routed:

@@ -78,11 +78,11 @@ def summed(grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]
 # -- by buckets -------------------------------------------------------------------------------------------------------
 
 
-def of_buckets(plan: Plan, state: State, grads: list[Any]) -> list[list[Any] | Rows | None]:
-    """The gradients of each bucket, in the dtype to compute in and summed over the replicas."""
+def of_buckets(plan: Plan, state: State, grads: list[Any], *, dense: bool = False) -> list[list[Any] | Rows | None]:
+    """The gradients of each bucket, in the dtype to compute in and summed over the replicas; all `dense`, or lazy."""
     ready: list[Any] = [None] * len(grads)
     for bucket in plan.buckets:
-        lazy = plan.keywords.sparse == "lazy" and _treats_rows_alone(plan, bucket)
+        lazy = not dense and plan.keywords.sparse == "lazy" and _treats_rows_alone(plan, bucket)
         for i, shape in zip(bucket.indices, bucket.shapes, strict=True):
             if grads[i] is not None:
                 keep = lazy and backend.is_sparse(grads[i])

@@ -28,7 +28,9 @@ def with_routes(rules: Mapping[int, Rule]) -> dict[RuleId, Routed]:
 
 def layout_for(rule: Rule, transforms: Iterable[Transform]) -> str:
     """Which tensors a rule and the transforms around it are handed: those of the one that needs most."""
-    return max([layout_of(rule), *(t.layout for t in transforms)], key=LAYOUTS.index)
+    perturbation = rule.perturbation()
+    around = [*transforms, *([] if perturbation is None else [perturbation])]
+    return max([layout_of(rule), *(t.layout for t in around)], key=LAYOUTS.index)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,21 @@ def run(plan: Plan, state: State, grads: list[Any], *, fuse: bool = False, flush
         context.merge_call(across_replicas, args=(grads,))
 
 
+def perturbed(plan: Plan, state: State, grads: list[Any]) -> list[Tensor | None]:
+    """The weights of each bucket to compute the second gradient at; None where that is where they are.
+
+    Computed in every replica alike; nothing is assigned.
+
+    Args:
+        plan: How.
+        state: The variables.
+        grads: As for `run`, but with no `Rows`.
+    """
+    before, dynamic = _read(plan.buckets, state), plan.dynamic()
+    read = present(dynamic, before.iterations, before.multiplier)
+    return update.perturbed(plan, before, _together(plan, grads), dynamic, read)
+
+
 def change(function: Callable[[State], State], buckets: Sequence[Bucket], state: State) -> None:
     """Runs a pure function of the state on the values of the variables in it and assigns what has changed."""
     before = _read(buckets, state)
@@ -90,7 +105,7 @@ def _grads(plan: Plan, state: State, grads: list[Any]) -> list[Any]:
 
 
 def _run_pure(plan: Plan, state: State, grads: list[Any], flush: bool) -> None:
-    joined = [gradients.join(plan, b, parts) if isinstance(parts, list) else parts for b, parts in enumerate(grads)]
+    joined = _together(plan, grads)
     accumulates, dynamic = plan.keywords.gradient_accumulation_steps and not flush, plan.dynamic()
     before = _read(plan.buckets, state)
     after = gradients.collect(plan, before, joined) if accumulates else before

@@ -67,15 +67,8 @@ def prepare(
     if plan.keywords.skip_nonfinite:
         present = [(b, gradients.values(g)) for b, g in enumerate(grads) if g is not None]
         finite, position = nonfinite.first_bad(present)
-    scheduled = None if plan.schedule is None else read[dynamic.index(plan.schedule)]
-    multiplier = ops.cast(state.multiplier, scalar_dtype())
-    rate = multiplier if scheduled is None else scaled_rate(scheduled, multiplier)
-    old = dict(state.scalars)
-    changed = [
-        bucket.view(g.values) if isinstance(g, Rows) else g if g is None else gradients.values(g)
-        for bucket, g in zip(plan.buckets, grads, strict=True)
-    ]
-    prepared = Prepared(state.iterations, rate, read, old, old, changed, finite, position)
+    prepared = _begun(plan, state, grads, dynamic, read)._replace(finite=finite, position=position)
+    changed = prepared.changed
     remembered = memo(dynamic, read)
     for transform in plan.of("gradient"):
         of_bucket = weights or (lambda b: rounding.widened(plan, state, b))
@@ -83,6 +76,42 @@ def prepare(
         prepared = prepared._replace(changed=changed)
     rules = [r for r, routed in plan.rules.items() if routed.rule.scalars() and not contributes(routed.rule)]
     return _measured(plan, prepared, {r: {} for r in rules}, remembered)
+
+
+def _begun(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
+    """What is known before the transforms."""
+    scheduled = None if plan.schedule is None else read[dynamic.index(plan.schedule)]
+    multiplier = ops.cast(state.multiplier, scalar_dtype())
+    rate = multiplier if scheduled is None else scaled_rate(scheduled, multiplier)
+    old = dict(state.scalars)
+    given = [
+        bucket.view(g.values) if isinstance(g, Rows) else g if g is None else gradients.values(g)
+        for bucket, g in zip(plan.buckets, grads, strict=True)
+    ]
+    return Prepared(state.iterations, rate, read, old, old, given, None, None)
+
+
+def perturbed(
+    plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]
+) -> list[Tensor | None]:
+    """The weights of each bucket to compute the second gradient at; None where they stay as they are.
+
+    The sums are over all parameters of one rule, those that it routes to others included.
+    """
+    prepared, remembered = _begun(plan, state, grads, dynamic, read), memo(dynamic, read)
+    moved: list[Tensor | None] = [None] * len(grads)
+    for number in dict.fromkeys(bucket.rule[0] for bucket in plan.buckets):
+        perturbation = plan.rules[number, ""].rule.perturbation()
+        if perturbation is None:
+            continue
+        theirs = [g if b.rule[0] == number else None for b, g in zip(plan.buckets, grads, strict=True)]
+        of_bucket = functools.partial(rounding.widened, plan, state)
+        for b, by in enumerate(_changed(plan, prepared, perturbation, theirs, of_bucket, remembered)):
+            if by is not None:
+                p, mask = of_bucket(b), theirs[b].mask
+                p = p + by if mask is None else ops.where(mask, p + by, p)
+                moved[b] = rounding.narrowed(plan, p, b, state.iterations)
+    return moved
 
 
 def _changed(
@@ -101,14 +130,15 @@ def _changed(
             continue
         sums = functools.partial(gradients.sum_of_rows, grad) if isinstance(grad, Rows) else bucket.over_parameters
         h = hyper(plan, prepared, remembered, bucket).for_transform(transform.layout, bucket.weight, sums)
-        for name, part in transform.contribute(u, h).items():
+        p = weights(b)
+        for name, part in transform.contribute(u, p, h).items():
             total = ops.cast(gradients.total(grad, part), scalar_dtype())
             totals[name] = totals.get(name, 0.0) + total
-        given.append((b, u, h))
+        given.append((b, u, p, h))
     changed: list[Tensor | None] = [None] * len(grads)
-    for b, u, h in given:
+    for b, u, p, h in given:
         h.totals = totals
-        changed[b] = transform.changed(u, weights(b), h)
+        changed[b] = transform.changed(u, p, h)
     return changed
 
 

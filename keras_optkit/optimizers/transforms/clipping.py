@@ -94,7 +94,7 @@ class ClipByGlobalNorm(Transform):
 
     limit: Value = number(1.0, closed="neither")
 
-    def contribute(self, u: Tensor, h: Hyper) -> dict[str, Tensor]:
+    def contribute(self, u: Tensor, p: Tensor, h: Hyper) -> dict[str, Tensor]:
         return {"squares": ops.square(u)}
 
     def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:

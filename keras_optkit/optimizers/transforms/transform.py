@@ -61,7 +61,7 @@ class Transform(FromSignature, Fields):
     rows: ClassVar[bool] = True
     handles_decay: ClassVar[bool] = False
 
-    def contribute(self, u: Tensor, h: Hyper) -> dict[str, Tensor]:
+    def contribute(self, u: Tensor, p: Tensor, h: Hyper) -> dict[str, Tensor]:
         """What `change` is to find the sum of, over all parameters that have a gradient, in `h.totals`, by name.
 
         For transforms of gradients. Tensors in the shape of `u`, not summed yet; their sums are in the dtype for

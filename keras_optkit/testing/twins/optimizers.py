@@ -135,6 +135,29 @@ def lookahead(
         yield p
 
 
+def sam(
+    p: np.ndarray,
+    grads: Grads,
+    inner: dict[str, Any],
+    learning_rate: float = 0.001,
+    weight_decay: float = 0.0,
+    **_: Any,
+) -> Iterator[np.ndarray]:
+    """SAM where the second gradients are given: the inner optimizer. Where they are to be taken says `perturbed`."""
+    for direction in _directions(inner, grads):
+        p = p - learning_rate * (direction + weight_decay * p)
+        yield p
+
+
+def perturbed(
+    ps: list[np.ndarray], grads: list[np.ndarray], rho: float = 0.05, adaptive: bool = False
+) -> list[np.ndarray]:
+    """The weights that SAM computes the second gradient at; of all parameters of a model."""
+    scales = [np.abs(p) if adaptive else np.ones_like(p) for p in ps]
+    norm = np.sqrt(sum(np.sum((t * g) ** 2) for t, g in zip(scales, grads, strict=True)))
+    return [p + rho * t**2 * g / (norm + 1e-12) for p, t, g in zip(ps, scales, grads, strict=True)]
+
+
 def schedule_free(
     p: np.ndarray,
     grads: Grads,
@@ -183,6 +206,7 @@ TWINS: dict[str, Twin] = {
     "Adam": adam,
     "AdamW": adamw,
     "Lookahead": lookahead,
+    "SAM": sam,
     "ScheduleFree": schedule_free,
     "ScheduleFreeSGD": schedule_free_sgd,
     "ScheduleFreeAdamW": schedule_free_adamw,

@@ -189,12 +189,22 @@ def _custom_loop(card: Card, x: np.ndarray, y: np.ndarray, mode: str) -> np.ndar
     import tensorflow as tf
 
     model, optimizer = _constrained_network(), made(card)
+    weights = model.trainable_variables
 
-    def step(x: Any, y: Any) -> None:
+    def gradient(x: Any, y: Any) -> list[Any]:
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
-        grads = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+        return tape.gradient(loss, weights)
+
+    def step(x: Any, y: Any) -> None:
+        grads = gradient(x, y)
+        if optimizer.needs_second_gradient:
+            others = [tf.identity(v.value) for v in model.non_trainable_variables]
+            with optimizer.perturbed(grads, weights):
+                grads = gradient(x, y)
+            for variable, value in zip(model.non_trainable_variables, others, strict=True):
+                variable.assign(value)  # statistics of the batch are those at the weights themselves
+        optimizer.apply_gradients(zip(grads, weights, strict=True))
 
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
