@@ -36,12 +36,13 @@ from keras_optkit import arguments, backend, callbacks, initializers, layers, re
 from keras_optkit.callbacks import session
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
+from keras_optkit.fit import second_gradient
 from keras_optkit.optimizers import building, groups
 from keras_optkit.optimizers.engine import gradients, nonfinite, packing, plan, rounding, run, state, update
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
-from keras_optkit.optimizers.rules import adaptive, lookahead, muon, schedule_free
+from keras_optkit.optimizers.rules import adaptive, lookahead, muon, sam, schedule_free
 from keras_optkit.optimizers.rules.adam import AdamRule
 from keras_optkit.optimizers.transforms import ClipByGlobalNorm, ClipByValue
 from keras_optkit.registry import KINDS
@@ -290,6 +291,44 @@ def _(right):
 @bug("global norm as the sum of the norms", "SGD", "clipping", gradients, "total")
 def _(right):
     return lambda grad, x: ops.sqrt(right(grad, x))
+
+
+@bug("weights are moved against the first gradient", "SAM", "second_gradient", sam.Ascent, "change")
+def _(right):
+    return lambda self, u, p, h: -right(self, u, p, h)
+
+
+@bug("half of the parameters do not count in the radius", "SAM", "second_gradient", gradients, "total")
+def _(right):
+    return lambda grad, x: right(grad, x) / 2
+
+
+def _restoring(wanted):
+    def wrong(right):
+        def restore(self, variables, values):
+            pairs = [(v, value) for v, value in zip(variables, values, strict=True) if v.trainable == wanted]
+            right(self, [v for v, _ in pairs], [value for _, value in pairs])
+
+        return restore
+
+    return wrong
+
+
+bug(
+    "the update is made at the perturbed weights",
+    "SAM",
+    "second_gradient",
+    second_gradient._TwoOnTensorFlow,
+    "_restore",
+)(_restoring(wanted=False))
+
+bug(
+    "statistics of batches are those of the second run",
+    "SAM",
+    "second_gradient",
+    second_gradient._TwoOnTensorFlow,
+    "_restore",
+)(_restoring(wanted=True))
 
 
 @bug("transforms are applied from the last to the first", "AdamW", "transforms", Plan, "of")

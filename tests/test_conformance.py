@@ -16,7 +16,9 @@ def is_long(card, check):
     moving average of `use_ema` does not depend on the rule.
     """
     by_operation = keras.config.backend() == "jax" and card.name == "SOAP" and check.name != "modes_agree"
-    same_average = check.name == "evaluation_weights" and "averages" not in card.tags and card.name != "Adagrad"
+    same_average = (
+        check.name == "evaluation_weights" and "averages" not in ok.testing.traits(card) and card.name != "Adagrad"
+    )
     return by_operation or same_average or (card.name in LONG and check.engine)
 
 

@@ -129,7 +129,7 @@ def settings_to_try(draw):
             (t, i) for t, call in enumerate(calls) for i, g in enumerate(call) if g == "dense" and np.prod(shapes[i])
         ]
         bad = draw(st.sampled_from(whole)) if whole and draw(once_in(2)) else None
-    averages = common.get("use_ema") or "averages" in card.tags
+    averages = common.get("use_ema") or "averages" in ok.testing.traits(card)
     runs = draw(st.lists(st.sampled_from(RUNS[4:6] if many else RUNS), min_size=1, max_size=2, unique=True))
     return Setting(
         name,
@@ -165,7 +165,7 @@ def draw_common(draw, card, dtypes):
         "sparse": st.just("dense"),
         "layer_decay": st.sampled_from([0.5, 1.0]),
     }
-    if "averages" in card.tags:
+    if "averages" in ok.testing.traits(card):
         del possible["use_ema"]
     for name in draw(st.lists(st.sampled_from(sorted(possible)), max_size=3, unique=True)):
         common[name] = draw(possible[name])

@@ -118,26 +118,9 @@ def by_hand(inner, rho, adaptive=False, epochs=2, every=1, dropout=0.3):
     weights, others, losses, collected = model.trainable_variables, model.non_trainable_variables, [], []
 
     def gradient(x, y):
-        if keras.config.backend() == "jax":
-            import jax
-
-            def loss(values, state):
-                out, state = model.stateless_call(values, state, x, training=True)
-                return ops.mean(ops.square(out - y)), state
-
-            (value, state), grads = jax.value_and_grad(loss, has_aux=True)(
-                [w.value for w in weights], [v.value for v in others]
-            )
-            for variable, after in zip(others, state, strict=True):
-                variable.assign(after)
-        else:
-            import tensorflow as tf
-
-            with tf.GradientTape() as tape:
-                value = tf.reduce_mean(tf.square(model(x, training=True) - y))
-            grads = tape.gradient(value, weights)
-        losses.append(float(value))
-        return [ops.convert_to_numpy(g) for g in grads]
+        loss, grads = problems.loss_and_gradients(model, x, y)
+        losses.append(loss)
+        return grads
 
     def values(variables):
         return [ops.convert_to_numpy(v).copy() for v in variables]
@@ -163,7 +146,8 @@ def by_hand(inner, rho, adaptive=False, epochs=2, every=1, dropout=0.3):
     return model, np.mean(np.reshape(losses, (epochs, -1)), axis=1)
 
 
-@pytest.mark.parametrize("how", [{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}])
+@pytest.mark.few(2)
+@pytest.mark.parametrize("how", [{"steps_per_execution": 2}, {"jit_compile": True}, {}, {"run_eagerly": True}])
 def test_fit_is_a_loop_by_hand(how):
     how["dropout"] = 0.0 if "jit_compile" in how else 0.3  # TensorFlow draws other numbers under XLA
     model, history = fit(network(SAM(SGD(0.1, momentum=0.9), rho=0.1), **how))
@@ -179,6 +163,7 @@ def test_adaptive_and_accumulated():
     assert_near(fit(network(make))[0], by_hand(AdamW(0.01), 0.5, adaptive=True, every=2)[0])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_without_a_radius_it_is_the_inner_optimizer(jit_compile):
     def trained(optimizer):
@@ -201,7 +186,7 @@ def test_a_function_that_was_made_before_fit():
     assert_near(fit(model)[0], fit(network(SAM(SGD(0.1), rho=0.1)))[0], 1e-7)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "make",
     [

@@ -190,7 +190,6 @@ CARD = ok.Card(
     kind="optimizer",
     make=adamw,
     twin=cautious_adamw,
-    tags=frozenset({"elementwise"}),
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "minimum": 0.4}),
 )
 #: What is about the class, which `adamw` is not, a rule without transforms, or the whole decay; and rows of what no

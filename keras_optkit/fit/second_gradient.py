@@ -191,8 +191,8 @@ class _TwoOnTensorFlow(_Two):
             seen["state"] = _read(state)
 
         def update(apply: Any, grads: Any, trainable_variables: Any = None) -> None:
-            backend.assign(state, seen["state"])
-            backend.assign(seen["variables"], seen["weights"])
+            self._restore(state, seen["state"])
+            self._restore(seen["variables"], seen["weights"])
             apply(grads, trainable_variables)
 
         with self._with_updates(self._once(probe)):
@@ -206,6 +206,10 @@ class _TwoOnTensorFlow(_Two):
             self._step(data)
         backend.assign(metrics, metrics_after)
         return logs
+
+    def _restore(self, variables: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """Gives variables the values that they had at the end of the first forward pass."""
+        backend.assign(variables, values)
 
     def _build(self, data: Any) -> None:
         """Has all variables made that the step makes, by tracing it for nothing: their first values must be known."""

@@ -38,8 +38,8 @@ class Check:
         name: Its name, unique among the checks of a kind.
         kind: The kind of cards it is for.
         function: Raises for a card that breaks the promise.
-        requires: Tags that a card must have.
-        unless: Tags that a card must not have.
+        requires: Traits that a card must have; see `traits`.
+        unless: Traits that a card must not have.
         only_on: The backends that it exists on; empty for all.
         because: Why only on those.
         engine: Whether it is about what is around the algorithm, and the same for all of one profile.
@@ -56,7 +56,10 @@ class Check:
 
     def applies(self, card: Card) -> bool:
         """Whether `card` makes this promise, on the backends that the check exists on."""
-        return self.kind == card.kind and self.requires <= card.tags and not self.unless & card.tags
+        if self.kind != card.kind:
+            return False
+        found = traits(card) if self.requires or self.unless else frozenset()
+        return self.requires <= found and not self.unless & found
 
     def exists_on(self, backend: str) -> bool:
         """Whether there is this check on a backend."""
@@ -88,12 +91,12 @@ def check(
     because: str = "",
     engine: bool = False,
 ) -> Callable[[Function], Function]:
-    """Decorator: adds a check for the cards of `kind` that have all tags in `requires` and none in `unless`.
+    """Decorator: adds a check for the cards of `kind` that have all traits in `requires` and none in `unless`.
 
     Args:
         kind: The kind of cards it is for.
-        requires: Tags that a card must have.
-        unless: Tags that a card must not have.
+        requires: Traits that a card must have; see `traits`.
+        unless: Traits that a card must not have.
         only_on: The backend, or the backends, that the check exists on; all when left out. On others it is not run.
         because: Why only on those; needed with `only_on`, and only there.
         engine: Whether it is about what is around the algorithm, and the same for all of one profile; see `profile`.
@@ -151,6 +154,23 @@ def not_on(backend: str, kind: str | None = None) -> dict[str, str]:
     return {
         f"{c.kind}-{c.name}": c.because for c in _CHECKS.values() if kind in (None, c.kind) and not c.exists_on(backend)
     }
+
+
+_TRAITS: dict[int, tuple[Card, frozenset[str]]] = {}
+
+
+def traits(card: Card) -> frozenset[str]:
+    """What chooses the checks of a card: its tags and, of an optimizer, what its rule says of itself.
+
+    That is the rule's layout, "averages", and what it `needs`.
+    """
+    if id(card) not in _TRAITS:
+        found = card.tags
+        if card.kind == "optimizer":
+            rule = card.make(**card.cases[0]).rule
+            found |= {layout_of(rule), *rule.needs, *(["averages"] if rule.averages else [])}
+        _TRAITS[id(card)] = card, found
+    return _TRAITS[id(card)][1]
 
 
 class Profile(NamedTuple):

@@ -148,3 +148,26 @@ def network(seed: int = 0) -> keras.Model:
             keras.layers.Dense(1),
         ]
     )
+
+
+def loss_and_gradients(model: Any, x: np.ndarray, y: np.ndarray) -> tuple[float, list[np.ndarray]]:
+    """The mean squared error of a batch and its gradients, the model having the state that a training step leaves."""
+    weights, others = model.trainable_variables, model.non_trainable_variables
+    if keras.config.backend() == "jax":
+        import jax
+
+        def error(values: Any, state: Any) -> Any:
+            out, state = model.stateless_call(values, state, x, training=True)
+            return ops.mean(ops.square(out - y)), state
+
+        differentiated = jax.value_and_grad(error, has_aux=True)
+        (loss, state), grads = differentiated([w.value for w in weights], [v.value for v in others])
+        for variable, value in zip(others, state, strict=True):
+            variable.assign(value)
+    else:
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
+        grads = tape.gradient(loss, weights)
+    return float(loss), [ops.convert_to_numpy(g) for g in grads]

@@ -104,7 +104,7 @@ def perturbed(
         perturbation = plan.rules[number, ""].rule.perturbation()
         if perturbation is None:
             continue
-        theirs = [g if b.rule[0] == number else None for b, g in zip(plan.buckets, grads, strict=True)]
+        theirs: list[Any] = [g if b.rule[0] == number else None for b, g in zip(plan.buckets, grads, strict=True)]
         of_bucket = functools.partial(rounding.widened, plan, state)
         for b, by in enumerate(_changed(plan, prepared, perturbation, theirs, of_bucket, remembered)):
             if by is not None:

@@ -53,7 +53,6 @@ _SPACE = {
     "optimizer",
     paper="Kingma and Ba, arXiv 1412.6980, algorithm 1; amsgrad: Reddi et al., arXiv 1904.09237",
     parity="torch.optim.Adam",
-    tags=("elementwise",),
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "amsgrad": True, "beta_1": 0.8, "beta_2": 0.9},
@@ -119,7 +118,6 @@ class Adam(Optimizer):
     "optimizer",
     paper="Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, with λ scaled by the learning rate",
     parity="torch.optim.AdamW (decay_mask='all')",
-    tags=("elementwise",),
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "weight_decay": 0.1, "decay_mask": "all", "amsgrad": True},

@@ -39,7 +39,6 @@ class AdagradRule(Rule):
     "optimizer",
     paper="Duchi, Hazan and Singer, JMLR 2011, eq. 1 with the diagonal matrix",
     parity="torch.optim.Adagrad (epsilon_inside=False)",
-    tags=("elementwise",),
     cases=(
         {"learning_rate": 0.1},
         {"learning_rate": 0.1, "epsilon_inside": False, "initial_accumulator_value": 0.1, "weight_decay": 0.1},
@@ -132,7 +131,6 @@ class RMSpropRule(Rule):
     "optimizer",
     paper="Tieleman and Hinton, Coursera lecture 6.5, 2012; centered: Graves, arXiv 1308.0850, eq. 38-45",
     parity="torch.optim.RMSprop (epsilon_inside=False, rate_in_velocity=False)",
-    tags=("elementwise",),
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "momentum": 0.9, "centered": True, "epsilon": 1e-4, "weight_decay": 0.1},

@@ -47,7 +47,6 @@ class LookaheadRule(Wrapper):
     "optimizer",
     paper="Zhang, Lucas, Hinton and Ba, arXiv 1907.08610, algorithm 1",
     parity="pytorch_optimizer.Lookahead (pullback_momentum='none')",
-    tags=("elementwise", "averages"),
     cases=(
         {"inner": {"class_name": "SGD", "config": {"momentum": 0.9}}, "learning_rate": 0.01},
         {"inner": {"class_name": "Adam", "config": {}}, "learning_rate": 0.01, "sync_period": 3, "slow_step_size": 0.8},

@@ -55,7 +55,6 @@ class SAMRule(Wrapper):
     "optimizer",
     paper="Foret, Kleiner, Mobahi and Neyshabur, arXiv 2010.01412, algorithm 1 (adaptive: Kwon et al., 2102.11600)",
     parity="pytorch_optimizer.SAM",
-    tags=("elementwise",),
     cases=(
         {"inner": {"class_name": "SGD", "config": {"momentum": 0.9}}, "learning_rate": 0.01},
         {"inner": {"class_name": "Adam", "config": {}}, "learning_rate": 0.01, "rho": 0.5, "adaptive": True},

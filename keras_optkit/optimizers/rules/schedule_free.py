@@ -140,7 +140,7 @@ _SPACE = {"warmup_steps": Choice([0, 100, 1000]), "momentum": Choice([0.9, 0.95,
     "optimizer",
     paper="Defazio et al., arXiv 2405.15682, the updates of y, z and x that define Schedule-Free SGD",
     parity="schedulefree.ScheduleFreeWrapperReference",
-    tags=("elementwise", "averages", "recovers"),
+    tags=("recovers",),
     cases=(
         {"inner": {"class_name": "RMSprop", "config": {"rho": 0.99}}, "learning_rate": 0.01},
         {
@@ -228,7 +228,7 @@ class ScheduleFree(Around):
     "optimizer",
     paper="Defazio et al., arXiv 2405.15682, the updates of y, z and x that define Schedule-Free SGD",
     parity="schedulefree.SGDScheduleFreeReference (decay_mask='all')",
-    tags=("elementwise", "averages", "recovers"),
+    tags=("recovers",),
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.05, "momentum": 0.8, "warmup_steps": 7},
@@ -289,7 +289,7 @@ class ScheduleFreeSGD(Optimizer):
     "optimizer",
     paper="Defazio et al., arXiv 2405.15682, algorithm 1",
     parity="schedulefree.AdamWScheduleFreeReference (decay_mask='all')",
-    tags=("elementwise", "averages", "recovers"),
+    tags=("recovers",),
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "beta_1": 0.95, "beta_2": 0.9, "warmup_steps": 7, "epsilon": 1e-4},

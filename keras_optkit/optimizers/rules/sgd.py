@@ -40,7 +40,6 @@ class SGDRule(Rule):
     "optimizer",
     paper="Polyak 1964 (momentum); Nesterov 1983, in the form of Sutskever et al. 2013, eq. 3-4",
     parity="torch.optim.SGD (rate_in_velocity=False)",
-    tags=("elementwise",),
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "momentum": 0.9},

@@ -158,6 +158,9 @@ def perturbed(
     return [p + rho * t**2 * g / (norm + 1e-12) for p, t, g in zip(ps, scales, grads, strict=True)]
 
 
+sam.perturbed = perturbed  # type: ignore[attr-defined]
+
+
 def schedule_free(
     p: np.ndarray,
     grads: Grads,

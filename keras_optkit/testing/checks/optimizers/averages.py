@@ -14,7 +14,7 @@ from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
 from keras_optkit.testing.checks.optimizers.common import assert_close, assert_equal, flat, made, with_ema
-from keras_optkit.testing.conformance import check
+from keras_optkit.testing.conformance import check, traits
 from keras_optkit.testing.tools import float64
 
 
@@ -76,14 +76,14 @@ def check_evaluation_weights(card: Card) -> None:
 
     With the tag "recovers", which says that one set of weights is computed from the other, exact is up to rounding.
     """
-    rtol, grads = 1e-6 if "recovers" in card.tags else 0.0, problems.gradients(9)
+    rtol, grads = 1e-6 if "recovers" in traits(card) else 0.0, problems.gradients(9)
 
     def same(got: Any, expected: Any, what: str, more: float = 0.0) -> None:
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):
             np.testing.assert_allclose(a, b, rtol=rtol + more, atol=rtol + more, err_msg=f"{what} variable {i}")
 
     # that of `use_ema` does not depend on the rule
-    cases = card.cases if "averages" in card.tags else card.cases[-1:]
+    cases = card.cases if "averages" in traits(card) else card.cases[-1:]
     for case, mode in [*((case, "eager") for case in cases), (cases[-1], "graph")]:
         optimizer, weights = made(card, case, **with_ema(card)), problems.variables(problems.start())
         step, differ = problems.stepper(optimizer, weights, mode), False
@@ -116,7 +116,7 @@ def check_evaluation_weights(card: Card) -> None:
                 problems.stepper(other, others, mode)([ops.convert_to_tensor(g) for g in grads[8]])
                 same(values(others), expected[8], f"{case} loaded,", rounding)
         assert differ, f"{case}: the weights to evaluate at are those of training"
-    _two_fits_are_one(card, 1e-5 if "recovers" in card.tags else 1e-7)
+    _two_fits_are_one(card, 1e-5 if "recovers" in traits(card) else 1e-7)
 
 
 def _two_fits_are_one(card: Card, tolerance: float) -> None:

@@ -13,6 +13,7 @@ from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import contributes
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
+from keras_optkit.testing.conformance import traits
 from keras_optkit.testing.twins.optimizers import TWINS
 
 _COMMON = ("clipnorm", "clipvalue", "global_clipnorm", "gradient_accumulation_steps", "use_ema", "ema_momentum")
@@ -37,7 +38,7 @@ def made(card: Card, case: Mapping[str, Any] | None = None, /, **more: Any) -> O
 
 def with_ema(card: Card, **more: Any) -> dict[str, Any]:
     """`use_ema=True` and more, or nothing for optimizers that refuse it, since they average by themselves."""
-    return {} if "averages" in card.tags else {"use_ema": True, **more}
+    return {} if "averages" in traits(card) else {"use_ema": True, **more}
 
 
 def is_decayed(optimizer: Optimizer, shape: tuple[int, ...]) -> bool:

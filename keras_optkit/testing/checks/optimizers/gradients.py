@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from keras_optkit.testing import problems
 from keras_optkit.testing.checks.optimizers.common import assert_close, assert_equal, by_twin, made
 from keras_optkit.testing.conformance import check
 from keras_optkit.testing.tools import float64, numbers
+from keras_optkit.testing.twins.optimizers import TWINS
 
 
 @check("optimizer")
@@ -193,3 +195,40 @@ def check_loss_scaling(card: Card) -> None:
     constant = made(card)
     constant.loss_scale_factor = 8.0
     assert_close(problems.train(constant, [[8 * g for g in grads[0]]], dtype="float32")[0], expected, rtol=1e-6)
+
+
+@check("optimizer", requires=("second_gradient",))
+def check_second_gradient(card: Card) -> None:
+    """`fit` updates with the gradient at weights that the first one has moved, as the twin's `perturbed` says.
+
+    The update itself is of the weights as they were, and all other state is as after the first forward pass.
+    """
+    x, y = problems.regression()
+    for case in card.cases:
+        model = problems.network()
+        model.compile(made(card, case), loss="mse")
+        losses = model.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0).history["loss"]
+        other, optimizer, first = problems.network(), made(card, case), []
+        weights, others = other.trainable_variables, other.non_trainable_variables
+        for i in (0, 32, 0, 32):
+            origin, before = [numbers(w) for w in weights], [numbers(v) for v in others]
+            loss, grads = problems.loss_and_gradients(other, x[i : i + 32], y[i : i + 32])
+            first.append(loss)
+            after = [numbers(v) for v in others]
+            moved = optimizer.perturbed_values([ops.convert_to_tensor(g) for g in grads], weights)
+            perturbed = getattr(card.twin or TWINS[card.name], "perturbed", None)
+            if perturbed is not None:
+                own = {k: v for k, v in case.items() if k in inspect.signature(perturbed).parameters}
+                assert_close(map(numbers, moved), perturbed(origin, grads, **own), rtol=1e-5, what="moved,")
+            _assign([*weights, *others], [*map(numbers, moved), *before])
+            _, grads = problems.loss_and_gradients(other, x[i : i + 32], y[i : i + 32])
+            _assign([*weights, *others], [*origin, *after])
+            optimizer.apply([ops.convert_to_tensor(g) for g in grads], weights)
+        optimizer.finalize_variable_values(weights)
+        assert_close(model.get_weights(), other.get_weights(), rtol=1e-4, what=f"{case},")
+        np.testing.assert_allclose(losses, np.mean(np.reshape(first, (2, 2)), axis=1), rtol=1e-4, err_msg=str(case))
+
+
+def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -19,7 +19,7 @@ from keras_optkit.optimizers.slots import FromWeights
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
 from keras_optkit.testing.checks.optimizers.common import assert_close, assert_equal, made
-from keras_optkit.testing.conformance import check
+from keras_optkit.testing.conformance import check, traits
 from keras_optkit.testing.tools import float64
 
 
@@ -80,7 +80,7 @@ def check_group_rules(card: Card) -> None:
 
     common: dict[str, Any] = {"learning_rate": 0.02, "weight_decay": 0.1}
     for host, guest in ((mine, other), (other, mine)):
-        if guest is mine and "averages" in card.tags:  # which a guest may not
+        if guest is mine and "averages" in traits(card):  # which a guest may not
             continue
         group = Group("weight_[036]", lr_scale=0.5, weight_decay=0.2, rule=guest())
         optimizer, weights = host(groups=[group], **common), problems.variables(values)
@@ -120,7 +120,7 @@ def check_skip_nonfinite(card: Card) -> None:
     for mode, bad in (("eager", np.nan), ("eager", np.inf), ("graph", np.nan), ("xla", np.inf)):
         broken = [g.copy() for g in finite[0]]
         broken[3][1, 0, 2] = bad
-        optimizer = made(card, skip_nonfinite=2, global_clipnorm=1.0, use_ema="averages" not in card.tags)
+        optimizer = made(card, skip_nonfinite=2, global_clipnorm=1.0, use_ema="averages" not in traits(card))
         weights = problems.variables(problems.start())
         step = problems.stepper(optimizer, weights, mode)
 

@@ -16,7 +16,7 @@ from keras_optkit.private import op_determinism
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
 from keras_optkit.testing.checks.optimizers.common import assert_close, assert_equal, flat, made, with_ema
-from keras_optkit.testing.conformance import check
+from keras_optkit.testing.conformance import check, traits
 from keras_optkit.testing.tools import float64
 
 
@@ -75,7 +75,7 @@ def check_more_variables(card: Card) -> None:
             assert_close([ops.convert_to_numpy(weights[i]) for i in rest], expected, rtol=1e-12)
         own = made(card, **with_ema(card))
         late = problems.train(own, [[g[place]] for g in grads[2:]], values=[values[place]])[-1]
-        if "averages" not in card.tags and separate:  # whose shares are those of the whole model
+        if "averages" not in traits(card) and separate:  # whose shares are those of the whole model
             assert_close([ops.convert_to_numpy(weights[place])], late, rtol=1e-12, what="the one that joined,")
         assert np.abs(ops.convert_to_numpy(weights[place]) - values[place]).max() > 0
         assert int(optimizer.iterations) == 5
