@@ -53,7 +53,7 @@ def repeatable(data: Any) -> Any:
     """The argument `batch_norm_data`, if several passes can be made over it."""
     if hasattr(data, "__next__"):
         raise TypeError(
-            f"batch_norm_data must be something that can be passed over again, such as an array or a tf.data.Dataset; "
+            f"batch_norm_data must be something that can be read again, such as an array or a tf.data.Dataset; "
             f"got {data!r} of type {type(data).__name__}."
         )
     return checked_inputs("batch_norm_data", data)

@@ -57,7 +57,7 @@ class Store:
     def newest(self, epochs: int) -> dict[str, Any] | None:
         """The newest bundle that a run of so many epochs can be resumed from; None if there are no bundles.
 
-        Damaged ones are passed over with a warning.
+        Damaged ones are skipped with a warning.
 
         Raises:
             RuntimeError: If all that there are, are damaged or have other names, or if none can be continued to so

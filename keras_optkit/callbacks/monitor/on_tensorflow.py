@@ -1,4 +1,4 @@
-"""What `TrainingMonitor` computes on request. It has to reach inside of the gradient, where nothing leaves JAX's."""
+"""What `TrainingMonitor` computes on request. It has to reach inside the gradient, where nothing leaves JAX's."""
 
 from __future__ import annotations
 

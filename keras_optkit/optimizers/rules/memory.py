@@ -123,7 +123,7 @@ class Adafactor(Optimizer):
     θ ← θ - max(ε₂, rms(θ)) min(η, 1/√t) û
     ```
 
-    State: one number for each row and each column of a kernel, and of a vector as many as it has elements. Keras's
+    State: one element for each row and each column of a kernel, and as many as a vector has elements. Keras's
     `Adafactor` stores a second moment of full size besides.
 
     A kernel is seen as the matrix from a unit's inputs to its outputs, as its layer has them (`optimizer.explain`):

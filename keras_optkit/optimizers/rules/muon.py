@@ -160,7 +160,7 @@ class MuonRule(Rule):
     },
 )
 class Muon(Optimizer):
-    """Muon: momentum whose matrices are orthogonalized; AdamW for all parameters that are no matrices.
+    """Muon: momentum whose matrices are orthogonalized; AdamW for all parameters that are not matrices.
 
     ```text
     m ← γ m + (1 - γ) g
