@@ -30,7 +30,7 @@ ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 
 def modules() -> dict[str, ModuleType]:
-    """The public modules, `ok.optimizers` and those inside of them, by name; "" is the package itself."""
+    """The public modules, `ok.optimizers` and those inside them, by name; "" is the package itself."""
 
     def inside(name: str, module: ModuleType) -> dict[str, ModuleType]:
         values = {f"{name}.{inner}".lstrip("."): getattr(module, inner) for inner in getattr(module, "__all__", ())}

@@ -1,4 +1,4 @@
-"""Stopping training when the model no longer gets better, is good enough, or has gone astray."""
+"""Stopping training when the model no longer gets better, is good enough, or diverges."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ class Store:
         """Makes sure that nobody else trains here, for as long as this process lives; returns what ends that.
 
         Raises:
-            RuntimeError: If somebody does, or if something that is no file has the name of one that is to be written.
+            RuntimeError: If somebody does, or if something that is not a file has the name of one that is to be
+                written.
             OSError: If the directory cannot be made or written to.
         """
         names = re.compile(f"{_NAME.pattern}|{re.escape(_FINISHED)}")

@@ -437,7 +437,7 @@ class NonFiniteGuard(Callback):
         layer = owner(self._watched, variable)
         return Found(f"the {what} of {variable.path!r} in layer {layer!r} is not finite", layer)
 
-    # -- going on in another process ----------------------------------------------------------------------------------
+    # -- continuing in another process --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What the guard knows, the copy of the good state included: as large as model and optimizer."""

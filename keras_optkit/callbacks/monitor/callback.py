@@ -168,7 +168,7 @@ class TrainingMonitor(Callback):
         self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
         self._probe: Any = None
         self._files: Any = ()
-        self._left_out: set[str] = set()  # what was in the logs of an epoch and is no number
+        self._left_out: set[str] = set()  # what was in the logs of an epoch and is not a number
         self._last_of_files: Any = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
