@@ -128,6 +128,13 @@ def test_card_is_in_the_guide_and_in_the_catalogue(card):
     assert f"::: {anchor}\n" in hooks.reference(ROOMS[card.kind])
 
 
+def test_every_how_to_page_is_in_the_list_of_needs_and_has_an_example():
+    pages = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "howto").glob("*.md")}
+    index = pages.pop("index.md")
+    assert set(pages) <= set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+    assert [name for name, text in pages.items() if not FENCE.search(text)] == []
+
+
 def test_readme_commands_are_one_line_each():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = dict(re.findall(r"^<!-- command: (\w+) -->\n+```bash\n([^\n]+)\n```$", text, re.MULTILINE))
