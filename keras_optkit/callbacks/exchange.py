@@ -73,7 +73,7 @@ def copies(variables: list[Any]) -> list[Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether all numbers are the same; NaN is itself, and 0 is not -0."""
+    """Whether all elements are the same; NaN is itself, and 0 is not -0."""
     equal = ops.equal(a, b)
     if "float" in keras.backend.standardize_dtype(a.dtype):
         equal = ops.logical_and(equal, ops.equal(ops.signbit(a), ops.signbit(b)))

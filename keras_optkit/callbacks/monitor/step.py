@@ -496,7 +496,7 @@ def _squares(tensor: Tensor | None) -> Tensor:
 
 
 def _nonfinite(tensor: Tensor | None) -> Tensor:
-    """How many of the numbers are not finite."""
+    """How many of the elements are not finite."""
     if tensor is None:
         return ops.zeros((), "float32")
     return ops.sum(ops.cast(ops.logical_not(ops.isfinite(tensor)), "float32"))
