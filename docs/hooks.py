@@ -30,7 +30,7 @@ ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 
 def modules() -> dict[str, ModuleType]:
-    """The public modules, `ok.optimizers` and those inside of them, by name; "" is the package itself."""
+    """The public modules, `ok.optimizers` and those inside them, by name; "" is the package itself."""
 
     def inside(name: str, module: ModuleType) -> dict[str, ModuleType]:
         values = {f"{name}.{inner}".lstrip("."): getattr(module, inner) for inner in getattr(module, "__all__", ())}
@@ -102,14 +102,14 @@ def catalogue() -> str:
         *("---", "hide: [toc]", "---"),
         "# Catalogue",
         "",
-        "Everything that is registered, written from the registry when these pages are built. *Parity* is the "
-        "independent implementation that the tests compare with; *space* is the default search space, used by "
-        "`ok.tuning`. The same facts are in `ok.cards()`.",
+        "Everything that is registered, written from the registry when these pages are built; an entry of the registry "
+        "is called a card. *Parity* is the independent implementation that the tests compare with; *space* is the "
+        "default search space, used by `ok.tuning`. The same facts are in `ok.cards()`.",
     ]
     for kind in KINDS:
         rows = [_row(card) for card in ok.cards(kind)]
         if rows:
-            header = ["| name | what it is | source | parity | space |", "|---|---|---|---|---|"]
+            header = ["| name | summary | source | parity | space |", "|---|---|---|---|---|"]
             lines += ["", f"## {kind.capitalize()}s", "", *header, *rows]
     return "\n".join(lines) + "\n"
 

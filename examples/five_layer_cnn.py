@@ -102,7 +102,7 @@ DIGITS = Recipe(
     widths=(32, 64, 64),
     windows=(3, 3, 3),
     pools=(True, False, False),  # 8x8 becomes 4x4, so that the dense layers are 1024 -> 256 -> 10
-    # no mirror images: a mirrored 2 is no digit
+    # no mirror images: a mirrored 2 is not a digit
     augmentation=lambda: [keras.layers.RandomRotation(0.03), keras.layers.RandomTranslation(0.1, 0.1)],
     batch_size=32,
     epochs=20,
@@ -174,7 +174,7 @@ class Result(NamedTuple):
 
 
 def steps(recipe: Recipe, data: Data) -> int:
-    """How many times a training updates the weights."""
+    """How many times a run updates the weights."""
     return recipe.epochs * math.ceil(len(data.train[0]) / recipe.batch_size)
 
 
@@ -184,7 +184,7 @@ def train(recipe: Recipe, row: Row, data: Data, seed: int, logs: Path, after_epo
     keras.utils.set_random_seed(seed)
     log_dir = logs / f"{row.value}-{row.name.lower()}" / f"seed-{seed}"
     for old in (*log_dir.glob("events.out.tfevents.*"), *log_dir.glob("monitor.jsonl")):
-        old.unlink()  # TrainingMonitor would go on with an earlier run's curves
+        old.unlink()  # TrainingMonitor would continue an earlier run's curves
     start = time.perf_counter()
     model = build(recipe, row, steps(recipe, data))
     callbacks = [

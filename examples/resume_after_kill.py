@@ -34,14 +34,14 @@ import keras_optkit as ok
 class Say(keras.callbacks.Callback):
     """Tells the other process of every batch."""
 
-    stateless = True  # nothing to go on from
+    stateless = True  # no state to keep
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002, D102
         print("batch", flush=True)
 
 
 def train(directory: Path, epochs: int) -> None:
-    """What would be the script of a user; run again, it goes on."""
+    """What would be the script of a user; run again, it continues."""
     keras.utils.set_random_seed(1)
     tf.config.experimental.enable_op_determinism()
     images, labels = load_digits(return_X_y=True)
@@ -85,7 +85,7 @@ def run(directory: Path, epochs: int, kill_after: int | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A training that is killed and goes on.")
+    parser = argparse.ArgumentParser(description="A run that is killed and resumes.")
     parser.add_argument("--kills", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=4, help="of 47 batches (default: %(default)s)")
     parser.add_argument("--directory", type=Path, help="only train, with the bundles in this directory")

@@ -1,4 +1,4 @@
-"""Train in two processes that talk over gRPC: `MultiWorkerMirroredStrategy`, in a loop of one's own and in `fit`.
+"""Train in two processes that talk over gRPC: `MultiWorkerMirroredStrategy`, in a custom loop and in `fit`.
 
 Starts the two workers on this machine by itself, trains the same network in one process on the same global batches, and
 shows that the weights agree. On machines of your own, set `TF_CONFIG` on each and run what `work` does.

@@ -1,4 +1,4 @@
-"""What averaged weights need besides the optimizer: batch normalisation that fits them."""
+"""Batch normalisation that fits averaged weights."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def recalibrate_batch_norm(
 
     over the batches b of the data, with μ_b and σ²_b the mean and the biased variance that the layer normalises batch b
     with in training, and n_b the number of values behind them: examples times positions, without masked ones. A smaller
-    last batch thus has its share and no more. Nothing of the old statistics is left, and momentum has no part in it.
+    last batch thus counts less. The old statistics and `momentum` do not matter.
 
-    This is for weights that were not trained with: an average of weights (`use_ema`, `Lookahead`, Schedule-Free) goes
-    with other activations than the weights that the moving statistics come from.
+    This is for weights that were not the ones in training: with an average of weights (`use_ema`, `Lookahead`,
+    Schedule-Free) activations differ from those that the moving statistics were collected with.
 
-    The model runs as in training, so that dropout and augmentation inside of it act, and layers that are frozen, or
-    called with `training=False`, keep their statistics. The variance is the mean of the batches' variances, as it is
-    while training; the scatter of the means is not in it, so use the batch size of training. Everything else stays as
+    The model runs as in training, so that dropout and augmentation inside it act, and layers that are frozen, or called
+    with `training=False`, keep their statistics. The variance is the mean of the batches' variances, as it is while
+    training; it does not include the variance of the means, so use the batch size of training. Everything else stays as
     it is: weights, optimizer, metrics, states of other layers, seeds. If something fails, the model is as before.
 
-    `torch.optim.swa_utils.update_bn` does the same with two differences: there each batch has the same share whatever
-    its size, and the variances are the unbiased ones, larger by n/(n-1). A layer that is called several times in the
-    model counts each call.
+    `torch.optim.swa_utils.update_bn` does the same with two differences: there each batch counts the same whatever its
+    size, and the variances are the unbiased ones, larger by n/(n-1). A layer that is called several times in the model
+    counts each call.
 
     When not to use it: for the weights that training ended with; their moving statistics fit them already.
 
@@ -61,11 +61,10 @@ def recalibrate_batch_norm(
         verbose: As in `model.predict`: 0 is silent, 1 and "auto" show a progress bar, 2 a line.
 
     Returns:
-        How many layers were given new statistics. 0, and data that is not looked at, if the model has no batch
-        normalisation.
+        How many layers were given new statistics. 0, without reading the data, if the model has no batch normalisation.
 
     Raises:
-        TypeError: If `model` is no Keras model, or `data` nothing that `model.predict` takes.
+        TypeError: If `model` is not a Keras model, or `data` is not what `model.predict` takes.
         ValueError: If it is not built or has no `call`, if there is no batch in the data, or if a statistic is not
             finite.
 
@@ -107,7 +106,7 @@ def recalibrate_batch_norm(
             for layer, (mean, variance) in statistics.items():
                 layer.moving_mean.assign(mean)
                 layer.moving_variance.assign(variance)
-                if layer.renorm:  # training goes on from the deviation
+                if layer.renorm:  # training continues from the deviation
                     layer.moving_stddev.assign(np.sqrt(variance + layer.epsilon))
     return len(statistics)
 

@@ -1,6 +1,6 @@
-"""Data whose order is a function of a seed and the epoch, so that a training can be continued inside of an epoch.
+"""Data whose order is a function of a seed and the epoch, so that a run can be continued inside an epoch.
 
-`fit(x, y)` shuffles with TensorFlow's generators, whose place cannot be read or set. The classes here compute each
+`fit(x, y)` shuffles with TensorFlow's generators, whose position cannot be read or set. The classes here compute each
 batch from the number of the epoch and of the batch alone. `keras_optkit.callbacks.Resume` relies on it.
 """
 
@@ -25,12 +25,13 @@ __all__ = ["EpochDataset", "PerEpoch", "Shuffled"]
 class EpochDataset(keras.utils.PyDataset, abc.ABC):
     """A `PyDataset` that declares: batch i of epoch e is a function of e and i.
 
-    Subclasses write `batch(index)`, which reads `self.epoch`, and `__len__`, the number of batches of an epoch. Being
-    one is the declaration; `keras_optkit.callbacks.Resume` then continues inside of an epoch. Random choices in
-    `batch`, such as augmentation, have to come from a generator that is seeded with `(seed, self.epoch, index)`.
+    Subclasses write `batch(index)`, which reads `self.epoch`, and `__len__`, the number of batches of an epoch. This is
+    the declaration; `keras_optkit.callbacks.Resume` then continues inside an epoch. Random choices in `batch`, such as
+    augmentation, have to come from a generator that is seeded with `(seed, self.epoch, index)`.
 
-    `fit` counts `epoch` on when an epoch is over, so that a second `fit` goes on with new orders; a loop of one's own
-    sets it. `evaluate` and `predict` do not change it. The `shuffle` of `fit` has no say: the order is that of `batch`.
+    `fit` increments `epoch` at the end of an epoch, so that a second `fit` continues with new orders; set it in your
+    own loop. `evaluate` and `predict` do not change it. The `shuffle` of `fit` does not matter: the order is that of
+    `batch`.
 
     When not to use it: for data that arrive as a stream and cannot be read again from a given place.
 
@@ -40,7 +41,7 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         max_queue_size: Batches that they compute ahead.
 
     Attributes:
-        epoch: The number of the epoch whose batches are given, counted from 0; may be set.
+        epoch: The epoch whose batches are given, counted from 0; may be set.
 
     Raises:
         ValueError: From `fit`, if it is to train for several epochs of another length (`steps_per_epoch`), or with
@@ -88,14 +89,14 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
 
     @property
     def num_batches(self) -> int:
-        """The number of batches that the present epoch will give, less than its length if it is begun inside."""
+        """The number of batches that the present epoch will give, less than its length if it begins inside."""
         return len(self) - self._begun_at
 
     def __getitem__(self, index: int) -> Any:
         return tree.lists_to_tuples(self.batch(index + self._begun_at))  # tf.data would stack the arrays of a list
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells these data from others, as JSON; a continued run must find the same. Extend it if you can.
+        """Identifies these data, as JSON; a continued run must find the same. Extend it if you can.
 
         The class with its code, the length, and checksums of the arrays of the first batch of epoch 0, which is
         computed for it.
@@ -113,7 +114,7 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         }
 
     def begin_epoch_at(self, batch: int) -> None:
-        """Has the present epoch begin with batch number `batch`; until `end_epoch`.
+        """Makes the present epoch begin with batch number `batch`, until `end_epoch`.
 
         Args:
             batch: From 0 to the length of an epoch, that one not included.
@@ -121,7 +122,7 @@ class EpochDataset(keras.utils.PyDataset, abc.ABC):
         self._begun_at = arguments.integer("batch", batch, 0, len(self) - 1)
 
     def end_epoch(self) -> None:
-        """Counts the epoch on; `fit` calls it."""
+        """Increments the epoch; `fit` calls it."""
         self.epoch += 1
         self._begun_at = 0
 
@@ -175,7 +176,7 @@ class Shuffled(EpochDataset):
         y: Targets, likewise, or None.
         sample_weight: Weights, likewise, or None; only with `y`. None among several of them: each row weighs 1.
         batch_size: Rows of a batch.
-        seed: A whole number, not negative.
+        seed: A non-negative integer.
         shuffle: False: rows in order, the same in every epoch.
         drop_remainder: Whether a last batch with fewer rows is left out.
         workers: Threads or processes that compute batches; see `keras.utils.PyDataset`.
@@ -187,8 +188,8 @@ class Shuffled(EpochDataset):
         rows: n.
 
     Raises:
-        TypeError: For something that is no array, such as a list of Python numbers.
-        ValueError: For arrays of different lengths or without rows, and for numbers out of range.
+        TypeError: For something that is not an array, such as a list of Python numbers.
+        ValueError: For arrays of different lengths or without rows, and for values out of range.
 
     Example:
     ```python
@@ -275,21 +276,21 @@ class PerEpoch(EpochDataset):
     """A `tf.data.Dataset` for each epoch.
 
     `make_dataset(epoch)` builds the data of one epoch, batches included, with seeds that follow from the number of the
-    epoch: `dataset.shuffle(10_000, seed=epoch)`. A training that goes on inside of an epoch builds it again and passes
-    over the first batches, which `tf.data` computes and drops.
+    epoch: `dataset.shuffle(10_000, seed=epoch)`. A run that is continued inside an epoch builds it again and skips the
+    first batches, which `tf.data` computes and drops.
 
     Batches pass through Python, one after the other, which costs a copy of each.
 
-    When not to use it: for arrays, where `Shuffled` is faster; or with random `tf.data` operations that were given no
-    seed, which are different in every process.
+    When not to use it: for arrays, where `Shuffled` is faster; or with random `tf.data` operations without a seed,
+    which are different in every process.
 
     Args:
-        make_dataset: Function of the number of the epoch, an int; returns a `tf.data.Dataset` that gives batches as
-            `fit` takes them.
+        make_dataset: Function that takes the epoch, an int, and returns a `tf.data.Dataset` of batches as `fit` takes
+            them.
         steps: The number of batches of an epoch; None: that of `make_dataset(0)`, which must be known then.
 
     Raises:
-        TypeError: If `make_dataset` is no function, or what it returns no `tf.data.Dataset`.
+        TypeError: If `make_dataset` is not a function, or does not return a `tf.data.Dataset`.
         ValueError: If `steps` is None and the length of the dataset is infinite or not known.
 
     Example:

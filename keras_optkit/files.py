@@ -107,7 +107,7 @@ def leftovers(directory: Path, names: re.Pattern[str]) -> list[Path]:
 
 
 def refuse_unless_file(path: Path, *, links: bool = True) -> None:
-    """Raises if something that is no file has the name of one that is to be written.
+    """Raises if something that is not a file has the name of one that is to be written.
 
     Args:
         path: The name.
@@ -137,7 +137,7 @@ def lock(directory: Path, names: re.Pattern[str], *, user: str, folders: str = "
         What ends it.
 
     Raises:
-        RuntimeError: If somebody does, or if the lock is no file.
+        RuntimeError: If somebody does, or if the lock is not a file.
         OSError: If the directory cannot be made or written to.
     """
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Initializers with exact claims: the standard deviation that is stated is the one that is drawn, on every kernel."""
+"""Initializers with exact claims: the stated standard deviation is the one that is drawn, for every kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.
 
 
 class _Seeded(FromSignature, keras.initializers.Initializer):
-    """Seeds, shapes and dtypes, which all our initializers treat alike."""
+    """Seeds, shapes and dtypes, which all our initializers treat the same."""
 
     def __init__(self, seed: Seed = None) -> None:
         if not isinstance(seed, keras.random.SeedGenerator):

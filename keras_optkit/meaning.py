@@ -2,8 +2,8 @@
 
 Code is compared as it is compiled: comments, docstrings, annotations, formatting, and the file and line where it stands
 make no difference. What it refers to counts with it: default values, the variables that a function encloses, and the
-globals that it reads, functions of one's own among them, to any depth. The code of installed packages is taken to be
-the same; `keras_optkit.callbacks.Resume` tells other releases.
+globals that it reads, the user's functions among them, to any depth. The code of installed packages is taken to be the
+same; `keras_optkit.callbacks.Resume` tells other releases.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def meaning(value: Any) -> Any:
 
 
 class _Describing:
-    """One description: what occurs again in it, also inside of itself, is named by where it occurred first."""
+    """One description: what occurs again in it, also inside itself, is named by where it occurred first."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, Any]] = {}  # with the thing itself, so that its id stays its own
@@ -111,7 +111,7 @@ class _Describing:
         if hasattr(value, "get_config"):
             try:
                 described["config"] = self.of(without_made_up(value.get_config()))
-            except Exception:  # many classes of one's own have none that works
+            except Exception:  # many users' classes have none that works
                 described["config"] = None
             # what a config has of a function is its name
             described["functions"] = {
@@ -197,7 +197,7 @@ def _referred_to(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[Any
 
 
 def _plain_function(part: Any) -> Any:
-    """What is inside of a method of a class's `__dict__`."""
+    """What is inside a method of a class's `__dict__`."""
     if isinstance(part, staticmethod | classmethod):
         return part.__func__
     if isinstance(part, property):

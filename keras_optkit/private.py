@@ -55,7 +55,7 @@ def in_stateless_scope() -> bool:
 
 
 def sublayers(layer: Any, *, direct: bool = False) -> list[Any]:
-    """All layers inside of a layer or model, at any depth, or only those directly inside of it.
+    """All layers inside a layer or model, at any depth, or only those directly inside it.
 
     Keras lists only those that a model was put together from. Fall-back: the lists of all models in the lists.
     """
@@ -95,11 +95,11 @@ def compile_arguments(model: Any) -> dict[str, Any]:
 
 
 def forget_trace(function: Callable[..., Any]) -> None:
-    """Has `jax.jit(function)` traced anew the next time that it is called.
+    """Makes `jax.jit(function)` trace again the next time that it is called.
 
     jax.jit keeps its traces by function, and the bound methods of one object are all one to it. As long as something
-    holds the old compiled step, the traceback of a failed `fit` for example, a new one would go on with its trace, and
-    so with the hyperparameters of then. Of a plain function that lives on, set as an attribute of a model, it keeps
+    holds the old compiled step, the traceback of a failed `fit` for example, a new one would continue with its trace,
+    and so with the hyperparameters of then. Of a plain function that lives on, set as an attribute of a model, it keeps
     more, which the public `jax.clear_caches` alone forgets, with every other function. It is the fall-back, too.
     """
     import jax

@@ -1,4 +1,4 @@
-"""What exists: one card for every public algorithm. Docs, conformance tests and the tuner read the cards."""
+"""The registry: one card for every public algorithm. Docs, conformance tests and the tuner read the cards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One algorithm: where it comes from, how to build it, and what it claims.
+    """The entry of one algorithm in the registry: where it comes from, how to build it, and what it claims.
 
     Attributes:
         name: Public name, the class's own.
@@ -36,7 +36,8 @@ class Card:
         tags: Claims that choose which checks apply, e.g. `"elementwise"`.
         cases: Keyword arguments the conformance suite builds it with; the first should be the plain use.
         space: Default search space, hyperparameter name to `Float`, `Int` or `Choice`.
-        twin: The NumPy twin the suite compares with. Its form depends on the kind; see `keras_optkit.testing`.
+        twin: The same formula in plain NumPy, which the suite compares with. Its form depends on the kind; see
+            `keras_optkit.testing`.
         known_failures: Check name to reason. Strict: a check listed here that passes is an error.
     """
 

@@ -19,7 +19,7 @@ _TIME = "timedelta"
 def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
     """The named parameters of `cls(...)` that classes of this package declare.
 
-    A constructor that passes `**kwargs` on accepts what the next one in the MRO accepts, so the walk goes on from
+    A constructor that passes `**kwargs` on accepts what the next one in the MRO accepts, so the walk continues from
     there, as far as the classes built on `FromSignature` reach; Keras's own base classes have configs of their own. The
     nearest class wins where a name appears twice.
     """

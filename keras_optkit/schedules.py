@@ -22,10 +22,10 @@ Tensor = Any
 
 
 class Schedule(FromSignature, LearningRateSchedule):
-    """Base of the schedules: a function of the number of optimizer updates made so far.
+    """Base class of schedules: a function of the number of optimizer updates made so far.
 
-    A subclass stores its constructor's arguments under their own names, which is its config too, and says in `value`
-    what the schedule is. It works wherever Keras takes a `LearningRateSchedule`, and in
+    A subclass stores its constructor's arguments under their own names, which are its config too, and computes the
+    schedule in `value`. It works wherever Keras takes a `LearningRateSchedule`, and in
     `ok.callbacks.ScheduleHyperparameters` for any hyperparameter.
 
     Values are float64 (on JAX without `jax_enable_x64` float32), so that steps beyond 2^24 are still told apart;
@@ -93,7 +93,7 @@ class Schedule(FromSignature, LearningRateSchedule):
 
 
 def _share(step: Any, steps: float) -> Tensor:
-    """How much of `steps` is over, from 0 to 1, and 1 ever after."""
+    """How much of `steps` is over, from 0 to 1."""
     return ops.clip(Schedule.real(step) / steps, 0.0, 1.0)
 
 
@@ -139,7 +139,7 @@ class Linear(_Between):
 
     t is the number of updates made before, so the first update has `initial` and the one after T updates `final`.
 
-    When not to use it: for a rate that must stay above 0 for longer than you know; T has to be known beforehand.
+    When not to use it: if the length of training is not known; T has to be known beforehand.
 
     Args:
         initial: Value at the first update.
@@ -181,7 +181,7 @@ class Cosine(_Between):
     t is the number of updates made before. Keras's `CosineDecay(initial, T, alpha)` is the same curve with
     `final = alpha * initial`, computed in float32.
 
-    When not to use it: where training may be ended early or prolonged; the curve is right for its own T only.
+    When not to use it: if training may end early or be extended; the curve is right for its own T only.
 
     Args:
         initial: Value at the first update, the peak of a learning rate.
@@ -290,7 +290,7 @@ class OneCycle(Schedule):
     and `final_div_factor` has `initial = peak / div_factor` and `final = initial / final_div_factor`; the defaults here
     are torch's. The momentum that goes down while the rate goes up is `momentum(low, high)`.
 
-    When not to use it: where the number of updates is not known beforehand, or training may be prolonged.
+    When not to use it: if the number of updates is not known beforehand, or training may be extended.
 
     Args:
         peak: The largest learning rate, best found with a learning rate range test.

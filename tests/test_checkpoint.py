@@ -522,7 +522,7 @@ def test_a_damaged_list_is_an_error(text, tmp_path):
     (tmp_path / "checkpoints.json").write_text(text)
     callback = Checkpoint(tmp_path)
     for use in (lambda: walked(callback, [0.5]), lambda: callback.best):
-        with pytest.raises(ValueError, match=r"checkpoints\.json is no list of checkpoints.*Move it away"):
+        with pytest.raises(ValueError, match=r"checkpoints\.json is not a list of checkpoints.*Move it away"):
             use()
     assert files(tmp_path) == []
 

@@ -2,12 +2,18 @@
 
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import textwrap
+import tomllib
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import keras_optkit as ok
 
@@ -122,6 +128,13 @@ def test_card_is_in_the_guide_and_in_the_catalogue(card):
     assert f"::: {anchor}\n" in hooks.reference(ROOMS[card.kind])
 
 
+def test_every_how_to_page_is_in_the_list_of_needs_and_has_an_example():
+    pages = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "howto").glob("*.md")}
+    index = pages.pop("index.md")
+    assert set(pages) <= set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+    assert [name for name, text in pages.items() if not FENCE.search(text)] == []
+
+
 def test_readme_commands_are_one_line_each():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = dict(re.findall(r"^<!-- command: (\w+) -->\n+```bash\n([^\n]+)\n```$", text, re.MULTILINE))
@@ -129,3 +142,44 @@ def test_readme_commands_are_one_line_each():
     assert commands["quickstart"].endswith("examples/quickstart.py")
     assert commands["test"].endswith("-m pytest -n 2")
     assert all("-c constraints.txt" in command for command in commands.values())
+
+
+def releases(name):
+    """What a file of constraints pins."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def test_compatibility_page_says_which_versions_are_declared_and_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["jax"]]]
+    declared = {w.name: w.specifier for w in wanted} | {"python": SpecifierSet(project["requires-python"])}
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    for name in ("Python", "Keras", "TensorFlow", "JAX"):
+        row = re.search(rf"^\| {name}\b.*$", page, re.MULTILINE).group()
+        said = set(re.findall(r"\d+(?:\.\d+)*", row))
+        assert {bound.version for bound in declared[name.lower()]} <= said
+        for file in ("constraints.txt", "constraints-lowest.txt"):
+            tested = releases(file).get(name.lower())
+            assert tested is None or said & {tested, tested.rsplit(".", 1)[0]}, (name, file, row)
+
+
+def test_private_modules_of_others_are_imported_in_one_file():
+    """As the compatibility page says; `tests/test_private.py` is the canary."""
+    private = re.compile(r"^ *(?:from|import) (?:keras\.src|keras_tuner\.src|tensorflow\.python|jax\._src)\b", re.M)
+    files = {path.name for path in ROOT.glob("keras_optkit/**/*.py") if private.search(path.read_text("utf-8"))}
+    assert files == {"private.py"}
+
+
+def test_state_in_another_format_is_refused_with_both_formats():
+    """As the compatibility page says."""
+    optimizer, weight = ok.optimizers.Adam(0.1), keras.Variable(np.ones(3), name="w")
+    optimizer.apply([keras.ops.ones(3)], [weight])
+    state = {}
+    optimizer.save_own_variables(state)
+    schema = json.loads(state["schema"].tobytes())
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert f"| optimizer state | has a format number, now {schema['format']};" in page
+    state["schema"] = np.frombuffer(json.dumps(schema | {"format": 1}).encode(), np.uint8)
+    with pytest.raises(ValueError, match=f"has format 1; this version reads {schema['format']}"):
+        optimizer.load_own_variables(state)

@@ -445,9 +445,9 @@ def test_what_is_printed(capsys):
     lines = capsys.readouterr().out.split("\n")
     assert lines[1::2] == [
         "NonFiniteGuard: the loss is inf, in batch 4 of epoch 1; the inputs of the batch are not finite. "
-        "Training goes on from update 1.",
+        "Training continues from update 1.",
         "NonFiniteGuard: the loss is inf, in batch 8 of epoch 1; all layers are finite, but not the loss function of "
-        "what they give. Training goes on from update 1, with 0.5 of the learning rate.",
+        "what they give. Training continues from update 1, with 0.5 of the learning rate.",
     ]
 
 

@@ -241,7 +241,7 @@ def test_an_update_that_loss_scaling_skips_is_not_counted():
     seen = Rates()
     plateau = ReduceLROnPlateau("loss", unit="update", factor=0.5, patience=2, smoothing=0.0)
     fit(model, x[:, None], x, plateau, seen, batch_size=1, epochs=1)
-    assert min(seen.seen) == pytest.approx(1e-12)  # from the infinite loss on, the epoch is passed over
+    assert min(seen.seen) == pytest.approx(1e-12)  # from the infinite loss on, the epoch is skipped
     fit(model, np.full((4, 1), 3, "float32"), x[:4], plateau, seen, batch_size=1, epochs=1)
     np.testing.assert_allclose(seen.seen[-4:], np.array([1, 1, 0.5, 0.5]) * 1e-12, rtol=1e-6)
 

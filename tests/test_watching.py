@@ -46,7 +46,7 @@ def each(directory, monitor, mode="auto"):
 
 
 every = pytest.mark.parametrize("which", [0, 1, 2], ids=["stopping", "plateau", "checkpoint"])
-NOT_YET = r"'loss', got 'score'.* Epochs are passed over until a callback adds it"
+NOT_YET = r"'loss', got 'score'.* Epochs are skipped until a callback adds it"
 
 
 def test_patience_counts_the_epochs_with_a_score_that_a_callback_adds(tmp_path):
@@ -106,7 +106,7 @@ def test_a_score_of_the_models_own_evaluate():
 def test_a_misspelt_name_raises_when_training_ends_where_a_callback_might_have_added_it(which, tmp_path):
     callback = each(tmp_path, "los", "min")[which]
     message = r"monitor must be one of the names in the logs, .*'loss', 'other', got 'los'\. Did you mean 'loss'"
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ValueError, match=message):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match=message):
         run(Score({0: 1.0}, "other"), callback, epochs=2)
 
 

@@ -53,7 +53,7 @@ def refuse_unsupported_strategy() -> None:
 
 
 def refuse_foreign(variables: list[Any]) -> None:
-    """Raises if a variable was made outside of the present strategy's scope, and so has no copy on each device."""
+    """Raises if a variable was made outside the present strategy's scope, and so has no copy on each device."""
     strategy = tf.distribute.get_strategy()
     if isinstance(strategy, tf.distribute.OneDeviceStrategy):  # any variable will do
         return

@@ -96,13 +96,13 @@ def cast(gradient: Any, dtype: str) -> Any:
 
 
 def touched(gradient: Any, shape: Sequence[int]) -> Tensor:
-    """For a sparse gradient, True for all numbers of the rows that it holds, in the shape of the parameter."""
+    """For a sparse gradient, True for all elements of the rows that it holds, in the shape of the parameter."""
     hits = tf.math.unsorted_segment_sum(tf.ones_like(gradient.indices), gradient.indices, shape[0])
     return tf.broadcast_to(tf.reshape(hits > 0, (-1, *[1] * (len(shape) - 1))), shape)
 
 
 def nonzero_rows(tensor: Tensor) -> Tensor:
-    """True for all numbers of the rows, along the first axis, that hold a number other than 0."""
+    """True for all elements of the rows, along the first axis, that have an element other than 0."""
     nonzero = ops.not_equal(tensor, 0)
     other_axes = list(range(1, len(tensor.shape)))
     return ops.broadcast_to(ops.any(nonzero, axis=other_axes, keepdims=True), tensor.shape) if other_axes else nonzero

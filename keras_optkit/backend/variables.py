@@ -23,7 +23,7 @@ NO_MORE_DATA = (StopIteration, tf.errors.OutOfRangeError) if TENSORFLOW else (St
 
 
 def handle(variable: Any) -> Any:
-    """The backend's own variable inside of one of Keras's."""
+    """The backend's own variable inside one of Keras's."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
@@ -68,7 +68,7 @@ def on_host(variable: Any) -> np.ndarray:
 
 
 def key(variable: Any) -> int:
-    """What identifies a variable, whether it comes as a Keras variable or as the tf.Variable inside of one."""
+    """What identifies a variable, whether it comes as a Keras variable or as the tf.Variable inside one."""
     return id(handle(variable) if TENSORFLOW else variable)
 
 
@@ -104,7 +104,7 @@ def outside_graph() -> contextlib.AbstractContextManager[None]:
 
 
 def is_here(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to the computation that is traced or runs at present, and not to one inside of it."""
+    """Whether a tensor belongs to the computation that is traced or runs at present, and not to one inside it."""
     return not TENSORFLOW or tf.executing_eagerly() or tensor.graph is tf.compat.v1.get_default_graph()
 
 

@@ -1,4 +1,4 @@
-"""Callbacks for `model.fit`: stopping, checkpoints, hyperparameters, monitoring, averages, going back, going on."""
+"""Callbacks for `model.fit`: stopping, checkpoints, hyperparameters, monitoring, averages, recovery, resuming."""
 
 from keras_optkit.callbacks.averaging import AveragedWeights
 from keras_optkit.callbacks.budget import TimeBudget

@@ -1,4 +1,4 @@
-"""Evaluating, predicting and saving with averaged weights while training goes on with others."""
+"""Evaluating, predicting and saving with averaged weights while training continues with its own."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ class AveragedWeights(Callback):
     - during validation, and in every `model.evaluate`, `predict`, `test_on_batch`, `predict_on_batch`, `save`,
       `save_weights` and `export` that is called by any callback at any time;
     - in `on_epoch_end` of all callbacks of this `fit`, wherever in the list they stand, so that `ModelCheckpoint`,
-      `EarlyStopping` and one's own callbacks see the weights that the validation has measured.
+      `EarlyStopping` and your own callbacks see the weights that were validated.
 
-    Afterwards the weights of training and the optimizer's state are back bitwise, from copies, also when an exception
-    or Ctrl-C comes by. Training is therefore not changed by this callback, and `fit` ends with the weights that it
-    would have ended with; after an exception the model has the weights of training, on JAX those to evaluate at. Where
-    a callback assigns weights during `on_epoch_end`, they stay, as weights to evaluate at. Passed to `evaluate` or
-    `predict` directly, it acts for that call.
+    Afterwards the training weights and the optimizer's state are restored bitwise, from copies, also after an exception
+    or Ctrl-C. This callback therefore does not change training, and `fit` ends with the weights that it would have
+    ended with; after an exception the model has the training weights, on JAX those to evaluate at. Where a callback
+    assigns weights during `on_epoch_end`, they stay, as weights to evaluate at. Passed to `evaluate` or `predict`
+    directly, it acts for that call.
 
-    `keras.callbacks.BackupAndRestore` is left alone: it saves in order to resume, and is given the weights of training.
+    `keras.callbacks.BackupAndRestore` is left alone: it saves in order to resume, and sees the training weights.
 
-    It works with our optimizers, with Keras's that have `use_ema=True`, and with both inside of `LossScaleOptimizer`
-    and `MultiOptimizer`. Of a model that holds several optimizers, as attributes or in lists and dicts, all that
-    average take part, and `fit` ends with their averages; weights that others train are shown as they are. An average
-    that has not been updated yet is not shown.
+    It works with our optimizers, with Keras's that have `use_ema=True`, and with both inside `LossScaleOptimizer` and
+    `MultiOptimizer`. Of a model that holds several optimizers, as attributes or in lists and dicts, all that average
+    take part, and `fit` ends with their averages; weights that others train are shown as they are. An average that has
+    not been updated yet is not shown.
 
     A file that is saved while the averaged weights are in place can be trained further with our optimizers, since it
-    holds the other weights as well; with Keras's training then goes on from the average.
+    holds the other weights as well; with Keras's training then continues from the average.
 
     With `start`, it averages by itself, and the optimizer must not (stochastic weight averaging):
 
@@ -72,11 +72,11 @@ class AveragedWeights(Callback):
     ```
 
     with n = 0 at the start and θ the weights that are trained. Everything above holds for this equal average a as well,
-    once it has begun, with any optimizer; before, the model shows the weights of training. `fit` ends with a. The next
-    `fit` trains on from there and averages anew; the weights that training had got to are gone. The average takes the
-    memory of the weights on the host, in at least float32. Weights that are unfrozen within the window are averaged
-    from then on. Weights that a callback assigns during `on_epoch_end` are weights of training, too. After an exception
-    the model has the weights of training, on JAX as well.
+    once it has begun, with any optimizer; before, the model shows the training weights. `fit` ends with a. The next
+    `fit` continues from there and begins a new average; the training weights are lost. The average takes the memory of
+    the weights on the host, in at least float32. Weights that are unfrozen within the window are averaged from then on.
+    Weights that a callback assigns during `on_epoch_end` are training weights, too. After an exception the model has
+    the training weights, on JAX as well.
 
     With `batch_norm_data` the moving statistics of batch normalisation are those of a pass over these data with the
     averaged weights; see `keras_optkit.recalibrate_batch_norm`. The pass takes place once for each state of training
@@ -84,11 +84,11 @@ class AveragedWeights(Callback):
 
     When not to use it: without `start` with an optimizer that does not average, which raises, or if only the final
     weights matter. With `start` and a small `every` in updates, where each step would wait for a copy of the weights;
-    `use_ema=True` averages inside of the step.
+    `use_ema=True` averages inside the step.
 
     Args:
-        batch_norm_data: Inputs, as for `model.predict`, to recalibrate batch normalisation with, but no generator,
-            which gives them once only; None: the statistics of training are used. Arrays are taken in batches of the
+        batch_norm_data: Inputs, as for `model.predict`, to recalibrate batch normalisation with, but not a generator,
+            which yields them once only; None: the statistics of training are used. Arrays are taken in batches of the
             size that `fit` was given.
         start: The first epoch, counted from 0, after which the weights are averaged, or the update count, as in
             `optimizer.iterations`, with 0 as 1, the first there is; >= 0. None: the optimizer averages.
@@ -417,7 +417,7 @@ class AveragedWeights(Callback):
                 optimizer.finalize_variable_values(self.model.trainable_weights if known is None else known)
 
     def _leave(self) -> None:
-        """Takes the weights of training back, unless somebody has assigned others meanwhile.
+        """Restores the training weights, unless somebody has assigned others meanwhile.
 
         Only what the exchange has changed is assigned: a learning rate that a callback has set in between stays.
         """

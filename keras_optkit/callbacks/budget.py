@@ -18,21 +18,21 @@ from keras_optkit.registry import register
     cases=({"budget": 3600}, {"budget": 0, "stop_after": "epoch"}),
 )
 class TimeBudget(Callback):
-    """Stops training when its time is used up.
+    """Stops training when its time is up.
 
-    The time is that since `fit` began its first epoch, validation and other callbacks included, by a clock that is not
-    set while it runs. Each `fit` has the whole budget; time that was used before an interruption counts in a `fit` that
+    The time runs from the first epoch of `fit` on, validation and other callbacks included, by a monotonic clock. Each
+    `fit` has the whole budget; time that was used before an interruption counts in a `fit` that
     `keras_optkit.callbacks.Resume` continues, up to the moment that it continues from.
 
     With `stop_after="batch"` training ends, in the middle of an epoch, with the first batch that begins after the
-    budget has run out; with `steps_per_execution=k` that is k batches. What `fit` does at the end of an epoch, the
-    validation above all, comes on top, so leave room for it. No batch waits for the clock: the device may still be
-    working on batches that were handed to it.
+    budget has run out; with `steps_per_execution=k` that is k batches. What `fit` does at the end of an epoch, such as
+    validation, comes on top, so leave time for it. No batch waits for the clock: the device may still be working on
+    earlier batches.
 
     With `stop_after="epoch"` training ends with the last epoch that fits: after an epoch, if the longest one so far
-    would not fit into what is left. The first epoch always takes place as a whole, however long it is.
+    would not fit into what is left. The first epoch always runs to its end, however long it takes.
 
-    When not to use it: for a schedule that has to come to its end; make it shorter instead.
+    When not to use it: with a schedule that has to reach its end; make that shorter instead.
 
     Args:
         budget: Seconds, at least 0, or a `datetime.timedelta`.

@@ -91,7 +91,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error}.") from error
     except Exception as error:  # a file of another kind with a digest at its end
-        raise DamagedError(f"{path} is no bundle: {error!r}.") from error
+        raise DamagedError(f"{path} is not a bundle: {error!r}.") from error
     raise ValueError(
         f"{path} has format {version!r}, of another version of keras_optkit; this one reads {_FORMAT}. Finish the run "
         "with that version, or take another directory."

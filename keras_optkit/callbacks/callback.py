@@ -1,7 +1,7 @@
 """The base of our callbacks: a callback that is also told when training fails, and has state.
 
 Keras calls `on_train_end` only when `fit` comes to its end; callbacks are not told of an exception, Ctrl-C included.
-`keras_optkit.fit.run` tells ours before it lets the exception go on.
+`keras_optkit.fit.run` tells ours before it lets the exception pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Callback(FromSignature, keras.callbacks.Callback):
             raise RuntimeError("Keras has lost the optimizer's variables in a step that failed.") from error
 
     def on_train_failure(self, error: BaseException) -> None:
-        """Called when an exception, Ctrl-C included, leaves `fit`; it goes on afterwards.
+        """Called when an exception, Ctrl-C included, leaves `fit`; it is raised again afterwards.
 
         It may come at any moment, also before `on_train_begin` or after `on_train_end`.
 
@@ -67,13 +67,13 @@ class Callback(FromSignature, keras.callbacks.Callback):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What is to be known in order to go on in another process: numbers, strings and arrays, in lists and dicts."""
+        """The state needed to continue in another process: numbers, strings and arrays, in lists and dicts."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets what `state_dict` returned.
 
-        Called after `on_train_begin`, inside of an epoch after `on_epoch_begin`, of all callbacks, and before the
+        Called after `on_train_begin`, inside an epoch after `on_epoch_begin`, of all callbacks, and before the
         variables of the model and the optimizer are set.
 
         Args:

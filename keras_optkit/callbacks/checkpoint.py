@@ -35,34 +35,34 @@ from keras_optkit.saving import mark_as_built
     ),
 )
 class Checkpoint(Callback):
-    """Keeps the best k and the last n states of a model as files, whatever comes between.
+    """Keeps the best k and the last n states of a model as files, across restarts.
 
     - **The best** are those with the best values of `monitor` at the end of an epoch, where it is measured. NaN, and
       infinity in the wrong direction, are never among them; of equal values the earlier one stays.
     - **The last** are written every epoch, or every so many updates, or after some time.
 
-    A file is written to another name in the directory, synced and renamed, so that there is never half of one, and only
-    then is one deleted that is no longer wanted. If it cannot be written, since the disk is full, that is an error, and
-    those that are there stay.
+    A file is written under another name in the directory, synced and renamed, so that there is never half of one; only
+    then is an old one deleted. If it cannot be written, for example since the disk is full, that is an error, and the
+    existing files stay.
 
     `checkpoints.json` in the directory lists the files with their epochs, counted from 1, updates, values and digests,
-    once for people and once in a string with a digest, which is what is believed, and is written in the same way. It is
-    read when `fit` begins, so that the best is still the best after a restart, in another process or with another
+    once for people and once in a string with a digest, which is the one that is read. It is written in the same way. It
+    is read when `fit` begins, so that the best is still the best after a restart, in another process or with another
     callback: a worse one never replaces it.
 
     A damaged list is an error and not guessed from the files, whose names hold rounded values. So is a damaged file
-    where `best`, `latest`, `load_best` or `load_latest` would give it; when `fit` begins, it is left out of the list
-    with a warning, as files are that somebody has removed. Files that are not listed are neither overwritten nor
-    deleted; where one is named like a checkpoint, there is a warning. If nothing that was written is left whole, but
-    such files are there, that is an error.
+    that `best`, `latest`, `load_best` or `load_latest` would return; when `fit` begins, it is left out of the list with
+    a warning, as are files that somebody has removed. Files that are not listed are neither overwritten nor deleted;
+    where one is named like a checkpoint, there is a warning. If nothing that was written is left whole, but such files
+    are there, that is an error.
 
     Models load without `custom_objects`, by `load_best` and `load_latest` or by Keras itself. With `AveragedWeights`
     the files hold the averaged weights that were measured. Updates are those of the optimizer that the model was
     compiled with; where it is not used, of the one with most among those that the model holds. Where a step makes
     several, or with Keras's `steps_per_execution`, a file by updates is written after the first step at which it is
-    due. Epochs without the monitored value are passed over, as with `EarlyStopping`.
+    due. Epochs without the monitored value are skipped, as with `EarlyStopping`.
 
-    When not to use it: to go on after a crash; `Resume` writes what the next step depends on, and this does not.
+    When not to use it: to continue after a crash; `Resume` writes what the next step depends on, and this does not.
 
     Args:
         directory: Where the files are; made if it does not exist. One directory for one `Checkpoint`.

@@ -53,7 +53,7 @@ def repeatable(data: Any) -> Any:
     """The argument `batch_norm_data`, if several passes can be made over it."""
     if hasattr(data, "__next__"):
         raise TypeError(
-            f"batch_norm_data must be something that can be passed over again, such as an array or a tf.data.Dataset; "
+            f"batch_norm_data must be something that can be read again, such as an array or a tf.data.Dataset; "
             f"got {data!r} of type {type(data).__name__}."
         )
     return checked_inputs("batch_norm_data", data)
@@ -73,7 +73,7 @@ def copies(variables: list[Any]) -> list[Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether all numbers are the same; NaN is itself, and 0 is not -0."""
+    """Whether all elements are the same; NaN is itself, and 0 is not -0."""
     equal = ops.equal(a, b)
     if "float" in keras.backend.standardize_dtype(a.dtype):
         equal = ops.logical_and(equal, ops.equal(ops.signbit(a), ops.signbit(b)))

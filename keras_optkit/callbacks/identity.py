@@ -118,7 +118,7 @@ def _config(thing: Any) -> Any:
     """The config of a model or an optimizer without made-up names; None where there is none, as in many own models."""
     try:
         config = json.loads(json.dumps(keras.saving.serialize_keras_object(thing)))
-    except Exception:  # whatever the config of a class of one's own raises
+    except Exception:  # whatever the config of a user's class raises
         return type(thing).__qualname__
     return without_made_up(_without_code(config))
 
@@ -146,9 +146,9 @@ def _code(model: Any) -> dict[str, Any]:
 
 
 def _attributes(model: Any) -> dict[str, Any]:
-    """Settings of layers and models of one's own, which often have no config: numbers, strings, functions, losses.
+    """Settings of a user's layers and models, which often have no config: numbers, strings, functions, losses.
 
-    Of Keras's layers they are functions and objects of one's own, of which a config has no more than the name.
+    Of Keras's layers they are functions and objects of the user, of which a config has no more than the name.
     """
     found = {}
     for i, part in enumerate([model, *sublayers(model)]):

@@ -88,7 +88,7 @@ class Due:
         return (updates // self._every + 1) * self._every if isinstance(self._every, int) else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What is to be known in order to go on."""
+        """The state needed to continue."""
         return {"seconds": time.monotonic() - self._since, "next": self._next}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Entry:
         file: Its name.
         epoch: The epoch that it was written in, or at the end of, counted from 1.
         update: How many updates the optimizer had made.
-        value: The monitored value; None inside of an epoch.
+        value: The monitored value; None inside an epoch.
         regular: Whether it was written since `every` asked for it.
         error: The name of the exception that it was written for, or None.
         sha256: The digest of the file.
@@ -155,7 +155,7 @@ class List:
                 found._take(_opened(path))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DamagedError(
-                    f"{path} is no list of checkpoints of this version, or was changed: {error}. Move it away, with "
+                    f"{path} is not a list of checkpoints of this version, or was changed: {error}. Move it away, with "
                     "the files that it is of, to begin a new one."
                 ) from error
         found._forget_what_is_gone()
@@ -228,7 +228,7 @@ class List:
         return [entry for _, entry in sorted(usable, key=lambda pair: pair[0] if self.mode == "min" else -pair[0])]
 
     def named(self, entry: Entry, ending: str) -> Entry:
-        """The entry with a name that says what it is, which another one has only if it is the same."""
+        """The entry with a name that identifies it: another entry has it only if it is the same."""
         parts = [f"epoch={entry.epoch:04d}", f"update={entry.update:06d}"]
         if entry.value is not None:
             parts.append(f"{re.sub(r'[^0-9A-Za-z_]+', '_', self.monitor or '')}={entry.value:.6g}")

@@ -31,16 +31,16 @@ class ReduceLROnPlateau(Callback):
 
     ```text
     improved:  value < best - min_delta   (mode "min")        value > best + min_delta   (mode "max")
-    η ← max(factor η, min_lr)   when `patience` in a row have not improved; then `cooldown` are not looked at
+    η ← max(factor η, min_lr)   when `patience` in a row have not improved; then `cooldown` are ignored
     ```
 
-    It takes the arguments of `keras.callbacks.ReduceLROnPlateau` and sets the same learning rates where every value is
-    finite. Beyond it:
+    It takes the arguments of `keras.callbacks.ReduceLROnPlateau` and sets the same learning rates as long as all values
+    are finite. In addition:
 
     - It works over any schedule with the optimizers of this package, whose rate is the schedule's times a multiplier:
-      the multiplier is what is lowered, so the schedule goes on from there. `min_lr` holds where the rate is lowered.
-    - NaN is never the best and counts as no improvement, and so does infinity in the wrong direction.
-    - Epochs without the monitored value are passed over, and a `monitor` that no epoch can have raises, as with
+      the multiplier is lowered, and the schedule continues. `min_lr` applies at the moment the rate is lowered.
+    - NaN is never the best and does not count as an improvement, and neither does infinity in the wrong direction.
+    - Epochs without the monitored value are skipped, and a `monitor` that no epoch can have raises, as with
       `EarlyStopping`.
     - It lowers the rates of all optimizers that update the model: the one it was compiled with, those that it holds as
       attributes, in lists or dicts, and those inside `keras.optimizers.MultiOptimizer`.
@@ -50,10 +50,10 @@ class ReduceLROnPlateau(Callback):
     s ← smoothing^n s + (1 - smoothing^n) l,        value = s / (1 - smoothing^t)
     ```
 
-    with l the mean loss over the examples since it last looked, n the updates since then, usually 1, and t all updates.
-    It looks after every batch that made an update, which makes `fit` wait for the step; with `steps_per_execution=k`
+    with l the mean loss over the examples since the last check, n the updates since then, usually 1, and t all updates.
+    It checks after every batch that made an update, which makes `fit` wait for the step; with `steps_per_execution=k`
     after every k. What callbacks evaluate within an epoch is left out. Once a batch of an epoch had a loss that is not
-    finite, Keras's sums do not tell the losses of the rest of this epoch, and they are passed over.
+    finite, Keras's sums do not give the losses of the rest of this epoch, and they are skipped.
 
     As with Keras's callback, the learning rate is added to the logs of the epoch, before it is lowered; with several
     optimizers it is one for each, `learning_rate_` and the name of the attribute that holds it:
@@ -68,7 +68,7 @@ class ReduceLROnPlateau(Callback):
         patience: Epochs (updates) without improvement after which the rate is lowered; 0 and 1 both act at the first.
         verbose: 1 prints when the rate is lowered, 0 is silent.
         mode: `"min"`, `"max"` or `"auto"`, as in `EarlyStopping`.
-        min_delta: A change that is not larger than this is no improvement; >= 0.
+        min_delta: A change that is not larger than this does not count as an improvement; >= 0.
         cooldown: Epochs (updates) after a reduction in which those without improvement are not counted.
         min_lr: The rate is not lowered below this; >= 0.
         unit: `"epoch"` or `"update"`.

@@ -24,38 +24,37 @@ from keras_optkit.registry import register
 class Resume(Callback):
     """Lets a run that was killed resume when the same script is run again, as if nothing had happened.
 
-    From time to time everything that the rest of the run depends on is written to a file, a bundle: the weights, the
-    optimizers, metrics, the generators of random numbers, the learning rate, the state of the other callbacks, the
-    history, and the place in the data. When the script is run again, `fit` begins from the newest bundle. With op
-    determinism (`tf.config.experimental.enable_op_determinism()`), on the same machine, all of them end bitwise equal
-    to those of a run without an interruption, however often and wherever it was killed.
+    From time to time everything that the rest of the run depends on is written to a file, called a bundle: the weights,
+    the optimizers, metrics, the random generators, the learning rate, the state of the other callbacks, the history,
+    and the place in the data. When the script is run again, `fit` begins from the newest bundle. With op determinism
+    (`tf.config.experimental.enable_op_determinism()`), on the same machine, all of them end bitwise equal to those of a
+    run without an interruption, however often and wherever it was killed.
 
     **Models.** Any model that `fit` trains: with a `train_step` of its own, several optimizers, or not built. Where a
     model has variables that only a step makes, a resumed `fit` first trains one step on a batch, which is then undone.
 
-    **Data.** Inside of an epoch only data can be continued whose order is a function of the epoch:
+    **Data.** Inside an epoch, data can only be continued if their order is a function of the epoch:
     `keras_optkit.data.Shuffled` for arrays, `keras_optkit.data.PerEpoch` for `tf.data`, or another
     `keras_optkit.data.EpochDataset`. With anything else bundles are written at the end of epochs, and a warning says
-    so; the order of the data after a resume is then what the data make of it.
+    so; the order of the data after an interruption then depends on the data.
 
     **Callbacks.** Those of this package and Keras's EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, CSVLogger,
-    TensorBoard, SwapEMAWeights, LearningRateScheduler and History resume from their state. One's own take part with two
+    TensorBoard, SwapEMAWeights, LearningRateScheduler and History resume from their state. Your own take part with two
     methods, `state_dict()` and `load_state_dict(state)`; those without are named in a warning. `BackupAndRestore` is
     refused. The place of this callback in the list does not matter.
 
     **Files.** A bundle is written by another thread, to a temporary name, synced and renamed, so that there is always a
-    whole one. A digest tells a damaged bundle; the one before is then taken, with a warning, and if there is none, it
+    whole one. A digest reveals a damaged bundle; the one before is then used, with a warning, and if there is none, it
     is an error. A second process that trains in the same directory is refused as well. Bundles can be read with
     `numpy.load`.
 
     **Another run.** A bundle of another model, other data, another optimizer, other callbacks or other code is refused
     with the differences. Functions and classes are compared by what they do, not by comments or where they stand in a
-    file; arrays by all of their rows. Of data that are read as they come, only the kind can be compared. A change that
-    is meant is named in `accept`.
+    file; arrays by all of their rows. Of data that are read as they come, only the kind can be compared. Name an
+    intended change in `accept`.
 
-    **Signals.** On SIGTERM, which is what a machine gets when it is preempted, a bundle is written after the present
-    batch, and the process ends with `SystemExit(143)`. Ctrl-C does the same and ends with `KeyboardInterrupt`; a second
-    one ends at once.
+    **Signals.** On SIGTERM, which announces preemption, a bundle is written after the present batch, and the process
+    ends with `SystemExit(143)`. Ctrl-C does the same and ends with `KeyboardInterrupt`; a second one ends at once.
 
     **A finished run** is not repeated: `fit` returns at once, and model, callbacks and history are those of its end.
     With more `epochs` than before it continues from its last epoch, unless another callback had stopped it.
@@ -69,7 +68,7 @@ class Resume(Callback):
         every: `"epoch"`, a number of batches, or a `datetime.timedelta`, after which a bundle is written. After the
             last epoch there always is one.
         keep: Bundles to keep, at least 1.
-        strict: Whether data that cannot be continued inside of an epoch, and callbacks whose state is not known, are
+        strict: Whether data that cannot be continued inside an epoch, and callbacks whose state is not known, are
             errors instead of warnings.
         accept: What may differ from the run that the bundle comes from, one or several of `"model"`, `"optimizer"`,
             `"compile"`, `"data"`, `"validation"`, `"fit"`, `"callbacks"` and `"backend"`. The error about a difference

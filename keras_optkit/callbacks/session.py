@@ -209,7 +209,7 @@ class Session:
         if self._signal is not None:
             signal.raise_signal(self._signal)
 
-    # -- inside of fit ------------------------------------------------------------------------------------------------
+    # -- inside fit ---------------------------------------------------------------------------------------------------
 
     @property
     def _model(self) -> Any:

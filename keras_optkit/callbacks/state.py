@@ -4,13 +4,13 @@
 states of the seed generators in layers and metrics, variables that Keras does not track (a `tf.Variable` or a
 `tf.random.Generator` in an attribute), vocabularies and other values that layers have adapted, every optimizer that the
 model holds, and the global generators of Python, NumPy and Keras. What it does not see are the generators of
-TensorFlow's own random operations, which have no readable state (layers of one's own should draw from a
+TensorFlow's own random operations, which have no readable state (your own layers should draw from a
 `keras.random.SeedGenerator`), and optimizers and variables that no attribute of the model or of a layer leads to.
 
 A callback that is not in there has state of its own. If it is to survive, it has two methods:
 
 - `state_dict()` returns it: None, numbers, strings and arrays, in lists and dicts with strings as keys;
-- `load_state_dict(state)` takes it, in another process, after `on_train_begin` (and, inside of an epoch, after
+- `load_state_dict(state)` takes it, in another process, after `on_train_begin` (and, inside an epoch, after
   `on_epoch_begin`) of all callbacks, and before the variables of the model and the optimizers are set.
 """
 
@@ -59,7 +59,7 @@ class TrainingState:
 
     @classmethod
     def of(cls, model: Any, copy: Copy | None = None) -> TrainingState:
-        """Copies the present state; on JAX, inside of an epoch, take the model from `callback.model`, which syncs it.
+        """Copies the present state; on JAX, inside an epoch, take the model from `callback.model`, which syncs it.
 
         Args:
             model: A built model. The optimizer that it was compiled with is built, if the first step is sure to do so.
@@ -255,7 +255,7 @@ def _optimizer_state(model: Any, optimizer: Any, places: Mapping[int, int], copy
 
 
 def _joined_in_stages(state: Mapping[str, Any]) -> bool:
-    """Whether an optimizer of ours, or one inside of another, has variables that joined after others."""
+    """Whether an optimizer of ours, or one inside another, has variables that joined after others."""
     schema = state.get("ours", {}).get("schema")
     here = schema is not None and len(set(json.loads(schema.tobytes())["since"])) > 1
     return here or any(_joined_in_stages(inner) for inner in state.get("inside", []))
@@ -276,7 +276,7 @@ def _places_of_variables(model: Any, optimizer: Any, places: Mapping[int, int]) 
 
 
 def _was_built(optimizer: Any, state: Mapping[str, Any]) -> bool:
-    """False where an optimizer is built now and was not when the state was taken, itself or one inside of it."""
+    """False where an optimizer is built now and was not when the state was taken, itself or one inside it."""
     if optimizer.built and state["for"] is None:
         return False
     return all(

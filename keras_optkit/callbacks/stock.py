@@ -72,7 +72,7 @@ def _copied(value: Any) -> Any:
 
 
 def _text(logger: Any) -> str:
-    """What the log holds, which is flushed at every epoch; a resumed log goes on from here, whatever came after."""
+    """What the log holds, which is flushed at every epoch; a resumed log continues from here, whatever came after."""
     with open(logger.filename, newline="") as file:  # noqa: PTH123  (a name as Keras takes them)
         return file.read()
 

@@ -1,4 +1,4 @@
-"""Stopping training when the model no longer gets better, is good enough, or has gone astray."""
+"""Stopping training when the model no longer gets better, is good enough, or diverges."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ class EarlyStopping(Callback):
     epochs in a row have not improved, with which the first value never stops
     ```
 
-    It takes the arguments of `keras.callbacks.EarlyStopping` and decides alike where every value is finite. Beyond it:
+    It takes the arguments of `keras.callbacks.EarlyStopping` and decides the same as long as all values are finite. In
+    addition:
 
     - NaN is never the best and counts as an epoch without improvement, and so does infinity in the wrong direction.
-    - Epochs without the monitored value are passed over: they neither count nor stop. It may be one of a validation in
-      every second epoch (`validation_freq`), or a score that a callback adds to `logs` in its `on_epoch_end`; that
+    - Epochs without the monitored value are skipped: they neither count nor stop. The value may come from a validation
+      in every second epoch (`validation_freq`), or from a callback that adds it to `logs` in its `on_epoch_end`; that
       callback has to come earlier in the list.
-    - A `monitor` that no epoch can have raises, with the names that there are: before training, if it begins with
-      "val_" and `fit` has no validation data; at the end of the first epoch that could have it; or, if one of your own
+    - A `monitor` that no epoch can have raises, with the names that exist: before training, if it begins with "val_"
+      and `fit` has no validation data; at the end of the first epoch that could have it; or, if one of your own
       callbacks might add it to `logs`, when `fit` ends, with a warning after that first epoch.
     - With `restore_best_weights` the model has the best weights after every `fit`: stopped early, run to its last
       epoch, or left by an exception or Ctrl-C. They are a copy, with non-trainable ones (BatchNormalization's moving
       statistics) as they were at the end of that epoch; the state of the optimizer is not restored. With an optimizer
       that averages weights (`use_ema=True`) the weights that were measured are restored, not the average. They are
       kept in memory or, with a path, in a file, which is always whole and stays after `fit`.
-    - `target` and `divergence` end a training that is good enough, or that has gone astray; without them it goes on.
-    - With `keras_optkit.callbacks.Resume` it goes on after an interruption as if there had been none.
+    - `target` and `divergence` end a run that is good enough, or that diverges.
+    - With `keras_optkit.callbacks.Resume` it continues after an interruption as if there had been none.
 
     `mode="auto"` asks Keras, which knows its own losses and metrics; for another name its words decide ("loss",
     "error", "mse", "mae", "rmse" go down, "acc", "accuracy", "auc", "precision", "recall", "f1", "iou", "r2" up), and
@@ -60,14 +61,14 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: Name in the logs, e.g. `"val_loss"` or `"val_accuracy"`.
-        min_delta: A change that is not larger than this is no improvement; >= 0.
+        min_delta: A change that is not larger than this does not count as an improvement; >= 0.
         patience: Epochs without improvement after which training stops; 0 and 1 both stop at the first.
         verbose: 1 prints what happened, 0 is silent.
         mode: `"min"`, `"max"` or `"auto"`.
-        baseline: The wait only starts anew with values better than this; None for none.
+        baseline: Only values better than this restart the wait; None for none.
         restore_best_weights: Whether the model ends with the weights of the best epoch. A path of a file, whose
             directory is made where there is none, keeps them there instead of in memory; `numpy.load` reads it.
-        start_from_epoch: Epochs before this number, counted from 0, are not looked at.
+        start_from_epoch: Epochs before this one, counted from 0, are ignored.
         target: Training stops when the value is as good as this; None for none.
         divergence: A difference > 0 to the best value; an epoch that is worse by more has diverged, and so has one
             whose value is NaN or infinite in the wrong direction. With a very large number it is these alone. None:
@@ -220,7 +221,7 @@ class EarlyStopping(Callback):
         return None if self._best_weights is None or self.best_epoch is None else self._best_weights.get()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there; a file with the best weights is written anew.
+        """Continues from there; a file with the best weights is written again.
 
         Args:
             state: What `state_dict` returned.

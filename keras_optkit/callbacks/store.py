@@ -41,7 +41,8 @@ class Store:
         """Makes sure that nobody else trains here, for as long as this process lives; returns what ends that.
 
         Raises:
-            RuntimeError: If somebody does, or if something that is no file has the name of one that is to be written.
+            RuntimeError: If somebody does, or if something that is not a file has the name of one that is to be
+                written.
             OSError: If the directory cannot be made or written to.
         """
         names = re.compile(f"{_NAME.pattern}|{re.escape(_FINISHED)}")
@@ -57,7 +58,7 @@ class Store:
     def newest(self, epochs: int) -> dict[str, Any] | None:
         """The newest bundle that a run of so many epochs can be resumed from; None if there are no bundles.
 
-        Damaged ones are passed over with a warning.
+        Damaged ones are skipped with a warning.
 
         Raises:
             RuntimeError: If all that there are, are damaged or have other names, or if none can be continued to so

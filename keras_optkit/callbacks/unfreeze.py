@@ -37,13 +37,13 @@ class Unfreeze(Callback):
     unfreeze = ok.callbacks.Unfreeze({0: "head", 3: "block5/", 6: ".*"})
     ```
 
-    trains the layers whose path has "head" in it from the beginning, those of block 5 as well from epoch 3 on, counted
+    trains the layers whose path contains "head" from the beginning, those of block 5 as well from epoch 3 on, counted
     from 0, and all from epoch 6 on. Everything that no stage has reached is frozen.
 
     A pattern is looked for (`re.search`) in the path of each layer that has weights, with and without a slash at its
-    end: the names of the layers that it is inside of and its own, as in "encoder/block5/conv" or "head". A layer
-    that matches is unfrozen with all that is inside of it. A layer that is in several places is found under each of its
-    paths, and of two layers with one name in one place the second has the path "name_1". These are the paths of
+    end: the names of the layers that contain it and its own, as in "encoder/block5/conv" or "head". A layer that
+    matches is unfrozen with all that is inside it. A layer that is in several places is found under each of its paths,
+    and of two layers with one name in one place the second has the path "name_1". These are the paths of
     `keras_optkit.Group`, too, where the name of the variable follows.
 
     - The state that the optimizer has stays as it is, bitwise, and the learning rate's schedule continues. With the
@@ -53,25 +53,24 @@ class Unfreeze(Callback):
       stages when `fit` begins, which takes memory from the start, and count the updates of before in their bias
       correction: Adam's first steps for new weights are larger by up to sqrt(1 - beta_2) / (1 - beta_1), about 3. On
       JAX they cannot leave variables out, and `keras.optimizers.MultiOptimizer` nowhere: stages are refused.
-    - A model may train with several optimizers in a `train_step` of its own. Those of this package make room for their
+    - A model may train with several optimizers in a `train_step` of its own. Those of this package add state for their
       parts of the new variables; those of Keras have to be built for all stages before `fit`.
     - Frozen layers are frozen as Keras does it, by `layer.trainable`: no gradients are computed for them, and
       BatchNormalization uses its moving statistics, and does not update them.
-    - The training step is compiled anew at each stage.
+    - The training step is compiled again at each stage.
 
     The flags are set when `fit` begins and stay as the last stage has set them, also when an exception ends it: they
     are what the optimizer's state belongs to, and what is saved with the model. Another `fit` begins with the stage
     of its `initial_epoch`, and so freezes layers again that have been trained; with `unit="update"` it continues.
 
-    When not to use it: where all layers are to be trained from the beginning with rates of their own; that is for
-    `groups`.
+    When not to use it: to train all layers from the beginning at different rates; use `groups` for that.
 
     Args:
         stages: When to pattern, or to a list of patterns, as a dict or a list of pairs. One stage must begin at 0.
         unit: What stages are counted in: `"epoch"`, or `"update"` of the weights, which may be more or fewer than
-            batches; of several optimizers those of the one with most updates count. It is looked at before each batch,
-            for which `fit` waits for the step before until the last stage has begun. With `steps_per_execution=k` a
-            stage begins with the first k batches before which its number of updates is reached.
+            batches; of several optimizers those of the one with most updates count. It is checked before each batch, so
+            that `fit` waits for each step until the last stage has begun. With `steps_per_execution=k` a stage begins
+            with the first k batches before which its number of updates is reached.
         verbose: 1 prints when a stage begins, 0 is silent.
 
     Attributes:
@@ -229,7 +228,7 @@ class _Layers:
         self._tree = LayerTree.of(model)
         nodes = [node for node in self._tree.nodes if node.layer.weights]
         self._inside = {id(node): [n for n in node.all_inside().values() if n.layer.weights] for node in nodes}
-        # outer ones first, also of layers that are in several places: a layer's flag decides about all inside of it
+        # outer ones first, also of layers that are in several places: a layer's flag decides about all inside it
         self._nodes = sorted(nodes, key=lambda node: -len(self._inside[id(node)]))
         self._own = [v for v in model.weights if self._tree.layer_of(v) is self._tree.root]
 
@@ -250,7 +249,7 @@ class _Layers:
         return any(re.search(pattern, path) for path in self._tree.paths_of(variable))
 
     def train_only(self, patterns: Iterable[str]) -> None:
-        """Makes the layers that match trainable, with all inside of them, and no others."""
+        """Makes the layers that match trainable, with all inside them, and no others."""
         patterns = list(patterns)
         matching = [node for pattern in patterns for node in self._matching(pattern)]
         chosen = {id(each) for node in matching for each in [node, *self._inside[id(node)]]}

@@ -54,16 +54,16 @@ def _validates(fit: Run) -> bool:
 class Watched:
     """A monitored value, for the time of one `fit`.
 
-    It need not be in the logs of every epoch: a validation may take place in every second one, and a callback may add
-    a score of its own when it has one. Epochs without it are passed over. A name that no epoch can have is an error as
-    early as that is known: when training begins, if it is one of a validation and there is none; after the first epoch
-    that could have had it; or, where a callback might add it, with a warning then and an error when training ends.
+    It need not be in the logs of every epoch: a validation may take place in every second one, and a callback may add a
+    score of its own when it has one. Epochs without it are skipped. A name that no epoch can have is an error as early
+    as that is known: when training begins, if it is one of a validation and there is none; after the first epoch that
+    could have had it; or, where a callback might add it, with a warning then and an error when training ends.
 
     Args:
         model: The model that is trained.
         monitor: Name in the logs.
         mode: `"min"`, `"max"` or `"auto"`, which is resolved when the first value comes.
-        min_delta: A change that is not larger than this is no improvement.
+        min_delta: A change that is not larger than this does not count as an improvement.
 
     Attributes:
         seen: Whether there has been a value.
@@ -137,7 +137,7 @@ class Watched:
         error = self._unknown(self._names)
         if fit is not None and not others.may_log(self._model, fit):
             raise error
-        warnings.warn(f"{error} Epochs are passed over until a callback adds it to the logs.", stacklevel=4)
+        warnings.warn(f"{error} Epochs are skipped until a callback adds it to the logs.", stacklevel=4)
 
     def end_training(self) -> None:
         """Called when training has come to its end.

@@ -72,7 +72,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """What `find_batch_size` has found.
+    """The result of `find_batch_size`.
 
     Attributes:
         rows: What was measured, by size.
@@ -162,11 +162,11 @@ def find_batch_size(
     seed: int = 0,
     verbose: str | int = "auto",
 ) -> BatchSizes:
-    """Finds a batch size: what a training step of each takes, and how large a batch the gradient's noise is worth.
+    """Finds a batch size from the time and memory of a training step and the noise of the gradient.
 
     For each size the model is trained for `warm_up + steps` steps, each size from the same weights: the time of a step
     is the median of the last `steps`, and the peak of the memory is that of all of them. A size that runs out of memory
-    ends the measuring, and the table says so.
+    ends the measurement, and the table says so.
 
     The simple noise scale B = tr(Σ) / |G|², with G the true gradient and Σ the covariance of that of one example, is
     the batch size at which noise and signal in a batch's gradient are equal. Batches that are much smaller need hardly
@@ -181,7 +181,7 @@ def find_batch_size(
     which are unbiased; their ratio is less so, and uncertain for small K. b is the largest size for which there are K
     batches. An estimate of |G|² that is not positive makes B infinite: the gradient cannot be told from its noise.
 
-    At random weights, where all examples pull in one direction, B is far below what it is for nearly all of training:
+    At random weights, where all examples pull in one direction, B is far below its value during nearly all of training:
     it rises steeply in the first updates and slowly after that. So the model is first trained for `noise_warm_up`
     updates, with its own optimizer and batches of 32, and B is measured in the middle and at the end of them. Where it
     rises by more than half in between, it is a lower bound; `doubt` and a warning say so if it limits the suggestion.
@@ -189,9 +189,9 @@ def find_batch_size(
     The suggestion is the smallest size with at least 90 % of the best throughput among the sizes up to 2 B (the
     smallest size, if none is).
 
-    Everything is put back as after `find_learning_rate`, also when memory runs out.
+    Everything is restored as after `find_learning_rate`, also when memory runs out.
 
-    When not to use it: for the time of the input pipeline: the batches here come from memory. Nor for the last word on
+    When not to use it: for the time of the input pipeline: the batches here come from memory. Nor for a final value of
     B, which keeps rising as the loss falls: measure it again later in training, with `noise_warm_up=0`. Dropout and
     batch normalization count as noise of the gradient, which for the latter depends on b. B is not measured, and
     `doubt` says so, where a `train_step` may use other optimizers than that of `compile`, each of which has a gradient
@@ -207,7 +207,7 @@ def find_batch_size(
         warm_up: Steps before them, in which the step is compiled, at least 1.
         noise_batches: K, at most; as many as there are examples for. 0: the noise scale is not measured.
         noise_warm_up: Training steps before the noise is measured. 0: it is measured at the weights that the model has.
-        seed: Of the order of the examples.
+        seed: Seed of the order of the examples.
         verbose: 0 is silent, 1 and "auto" show a progress bar, 2 a line.
 
     Returns:

@@ -8,7 +8,7 @@ import numpy as np
 
 Floats = np.ndarray
 
-#: A fall of the smoothed loss below this many standard deviations of the losses around it is no fall.
+#: A fall of the smoothed loss below this many standard deviations of the losses around it does not count as one.
 CLEAR = 1.5
 
 

@@ -32,7 +32,7 @@ PATIENCE = 40
 
 @dataclass(frozen=True, eq=False)
 class LearningRates:
-    """What a sweep over learning rates has found.
+    """The result of a sweep over learning rates.
 
     Attributes:
         learning_rates: The rate of each update, in order.
@@ -40,7 +40,7 @@ class LearningRates:
             its micro-batches.
         smoothed: The exponential mean of the losses to both sides; see `find_learning_rate`.
         rule: Name of the rule that `suggestion` is from.
-        suggestions: The rate that each rule suggests; empty where the curve is none to read a rate off.
+        suggestions: The rate that each rule suggests; empty if no rate can be read off the curve.
         ended: Why the sweep ended before the highest rate, or "".
         doubt: What is wrong with the curve, or "".
     """
@@ -120,7 +120,7 @@ def find_learning_rate(
     ```
 
     l_i is the loss of the i-th batch alone, before it is trained on, at the weights that the rates up to η_{i-1} have
-    made. Keras's logs hold the mean since the epoch began instead, which goes on falling after the loss has begun to
+    made. Keras's logs hold the mean since the epoch began instead, which keeps falling after the loss has begun to
     rise, so that the rate that is read off it is too high. For the same reason the exponential mean is taken to both
     sides: one of the past alone lags by β / (1 - β) updates.
 
@@ -143,8 +143,8 @@ def find_learning_rate(
     Afterwards everything is bitwise as it was found, also after an exception or Ctrl-C: weights, moving statistics,
     optimizer with its update count and rate or schedule, metrics, seeds in layers, the generators of Python, NumPy and
     Keras, `history`, and the compiled training step. Two things are new: an optimizer that was not built is, with the
-    state that it begins with, and so are the metrics. What cannot be put back is in the data: a generator has given
-    batches away, and a `tf.data.Dataset` that shuffles goes on with its own order.
+    state that it begins with, and so are the metrics. The data cannot be restored: the batches of a generator are used
+    up, and a `tf.data.Dataset` that shuffles continues with its own order.
 
     One rate is swept for the whole optimizer: groups keep their `lr_scale`. It replaces a schedule, and its multiplier,
     for the time of the sweep. Where a model trains with several optimizers, by a `train_step` of its own or with
@@ -171,7 +171,7 @@ def find_learning_rate(
         smoothing: β in [0, 1), 0 being none. None: `1 - 10 / steps`, so that s is the mean of a tenth of
             the sweep or so.
         stop_factor: See above, > 1.
-        seed: Of the order of arrays.
+        seed: Seed of the order of arrays.
         verbose: 0 is silent, 1 and "auto" show a progress bar, 2 a line.
 
     Returns:
@@ -387,7 +387,7 @@ class Recorder(keras.callbacks.Callback):
         return self._sweep.place()
 
     def _loss(self, logs: Mapping[str, Any]) -> float:
-        """The metric outside of the step, as in the logs of an epoch; inside it may be that of one replica."""
+        """The metric outside the step, as in the logs of an epoch; inside it may be that of one replica."""
         metrics = self.model.get_metrics_result()
         found = metrics if set(metrics) == set(logs) else logs
         if "loss" not in found:

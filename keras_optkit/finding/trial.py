@@ -44,7 +44,7 @@ def as_found(model: Any) -> Iterator[None]:
                     setattr(model, name, value)
                 elif hasattr(model, name):
                     delattr(model, name)
-            if keras.config.backend() == "jax":  # or the old function would go on with the trace of the trial
+            if keras.config.backend() == "jax":  # or the old function would continue with the trace of the trial
                 forget_trace(model.train_step)
 
 
@@ -114,7 +114,7 @@ def batches(data: Any, batch_size: int | None, seed: int) -> dict[str, Any]:
     """The arguments of `fit` that give it the data.
 
     Raises:
-        TypeError: If `data` is no data.
+        TypeError: If `data` is not data.
         ValueError: If data that have batches of their own come with a batch size.
     """
     arguments.integer("batch_size", batch_size, 1, optional=True)

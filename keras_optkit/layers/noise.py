@@ -35,20 +35,20 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
     y = x r / (1 - p) with r ~ Bernoulli(1 - p) in training, y = x at inference. A number p is `keras.layers.Dropout`,
     draw for draw. A schedule is evaluated at the layer's own step, which starts at 0 and counts the calls in training;
     rates outside [0, 1] are taken as the nearer end. In half precision a schedule's masks are drawn in float32, so that
-    any rate can be met (bfloat16 draws know 128 rates only, which is what Keras and a number have).
+    any rate can be met (bfloat16 draws have 128 rates only, as Keras and a number have).
 
     Shapes: the output has the shape, dtype and mask of the input.
 
-    A call with `training=True` is one in training, wherever it is made: Monte-Carlo predictions by
-    `model(x, training=True)` advance the step, too. Put it back after them: `layer.step.assign(before)`.
+    Every call with `training=True` counts as one in training: Monte-Carlo predictions by `model(x, training=True)`
+    advance the step, too. Reset it afterwards: `layer.step.assign(before)`.
 
-    When not to use it: with a constant rate, where Keras's own layer does, or in a layer that is called several times
-    in one training step (shared, or recomputed by `keras.remat`), since each call counts as a step.
+    When not to use it: with a constant rate, for which Keras's own layer is enough, or in a layer that is called
+    several times in one training step (shared, or recomputed by `keras.remat`), since each call counts as a step.
 
     Args:
         rate: The fraction p of the units to drop, in [0, 1], or a `LearningRateSchedule` that gives it.
         noise_shape: Shape of the mask r, with 1 where it is to be shared and None for the input's own size.
-        seed: An int makes the masks repeatable. The state of the generator is saved with the layer, and goes on after
+        seed: An int makes the masks repeatable. The state of the generator is saved with the layer, and continues after
             loading, as does the step.
         **kwargs: `name`, `dtype` and so on, as for every Keras layer.
 

@@ -1,4 +1,4 @@
-"""Groups: parameters that are found by their paths and are trained with rates and decays of their own."""
+"""Groups: parameters that are found by their paths, with their own rates and decays."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ class Treatment:
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class Group(FromSignature):
-    """Parameters whose paths match a pattern, and what is different for them.
+    """Parameters whose paths match a pattern, with settings of their own.
 
     A parameter belongs to the first group of `groups=[...]` that matches its path; those that no group matches are
     trained as usual. The path is that of its layer, as in `keras_optkit.callbacks.Unfreeze`, and its name: the names of
-    the layers, nested models included, that it is inside of, without that of the whole model, as in
+    the layers, nested models included, that contain it, without that of the whole model, as in
     "backbone/block5/conv/kernel". A pattern is looked for anywhere in it (`re.search`). A layer that is in several
     places is found under each of its paths. `optimizer.explain(model)` shows which parameter is in which group.
 
-    A group may be for layers that are frozen, and join when they are unfrozen. The model is known from `compile` on. In
-    a loop of your own call `optimizer.build(model)` before the first step; the paths are those of Keras's variables
-    otherwise, which lack the names of nested models.
+    A group may match frozen layers, which join when they are unfrozen. The model is known from `compile` on. In your
+    own loop call `optimizer.build(model)` before the first step; the paths are those of Keras's variables otherwise,
+    which lack the names of nested models.
 
     A group may have another update rule, given as an optimizer. Only the rule of that optimizer is used, with its own
     hyperparameters: learning rate, clipping, accumulation and all other common keywords are those of the optimizer that
@@ -81,7 +81,7 @@ class Group(FromSignature):
 
     Raises:
         TypeError: For a value of a wrong type.
-        ValueError: For a value out of range, a pattern that is no regular expression, or a `rule` that is unknown,
+        ValueError: For a value out of range, a pattern that is not a regular expression, or a `rule` that is unknown,
             averages by itself or was given keywords that are those of the whole.
 
     Example:
@@ -263,7 +263,7 @@ class Places:
                 f"Nearest: {', '.join(map(repr, near_misses(blocks, layers)))}.{self.hint}"
             )
         depth = self._tree.depths(blocks)
-        found = [depth.get(key, max(depth.values())) for key in self._keys]  # those outside of the model decay nothing
+        found = [depth.get(key, max(depth.values())) for key in self._keys]  # those outside the model decay nothing
         scales = [layer_decay ** (max(found, default=0) - mine) for mine in found]
         small = min(scales, default=1.0)
         if small < SMALL:

@@ -1,8 +1,8 @@
 """The layers of a model as a tree, with the paths that patterns are looked for in, and their depths.
 
-A path holds the names of the layers that a layer is inside of and its own, "backbone/block5/conv", without the name of
-the model; that of a variable adds the variable's name. Keras's own paths of variables lack the names of nested models,
-so two models made by one function look alike in them, and change when a model is reloaded.
+A path holds the names of the layers that contain a layer and its own, "backbone/block5/conv", without the name of the
+model; that of a variable adds the variable's name. Keras's own paths of variables lack the names of nested models, so
+two models made by one function look alike in them, and change when a model is reloaded.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Node:
         layer: The layer itself; None where only the paths of variables are known.
         path: Its path, which no other layer has.
         paths: `path` and, for a layer that is in several places, its paths there.
-        inside: The layers directly inside of it.
+        inside: The layers directly inside it.
         first: Those of `inside` that are nowhere else before, so that they make a tree.
-        own: Its own variables by name, without those of layers inside of it; their keys (`backend.key`).
+        own: Its own variables by name, without those of layers inside it; their keys (`backend.key`).
     """
 
     def __init__(self, layer: Any, path: str):
@@ -47,13 +47,13 @@ class Node:
         self.own: dict[str, int] = {}
 
     def below(self) -> Iterator[Node]:
-        """All layers inside of it, at any depth, each once, outer ones first."""
+        """All layers inside it, at any depth, each once, outer ones first."""
         for node in self.first:
             yield node
             yield from node.below()
 
     def all_inside(self) -> dict[int, Node]:
-        """All layers inside of it, by the id of the node, also those that are elsewhere in the tree."""
+        """All layers inside it, by the id of the node, also those that are elsewhere in the tree."""
         found: dict[int, Node] = {}
         waiting = list(self.inside)
         while waiting:
@@ -132,7 +132,7 @@ class LayerTree:
     def last_kernel(self, keys: set[int]) -> set[int]:
         """The keys of the kernels of the last layer that has one of its own, frozen or not.
 
-        Of a model of one's own that holds several, such as a GAN, it is that of the one that all of `keys` are in.
+        Of a custom model that holds several, such as a GAN, it is that of the one that all of `keys` are in.
         """
         root = self.root
         while not hasattr(root.layer, "outputs"):  # what Sequential and functional models have
@@ -162,7 +162,7 @@ class LayerTree:
         order = [self.root, *self.nodes]
         of_node = self._by_pattern(blocks) if isinstance(blocks, str) else self._by_structure(blocks)
         depth: dict[int, int] = {}
-        for node in reversed(order):  # weights of a layer that was opened are counted with the first one inside of it
+        for node in reversed(order):  # weights of a layer that was opened are counted with the first one inside it
             if id(node) not in of_node:
                 inner = [of_node[id(n)] for n in node.first if n.size]
                 of_node[id(node)] = min(inner, default=0)
@@ -202,7 +202,7 @@ class LayerTree:
     def _by_pattern(self, pattern: str) -> dict[int, int]:
         """Layers make a block for which the pattern's groups, or all that it matches, are equal.
 
-        So do neighbours without a match that are inside of the same layer.
+        So do neighbours without a match that are inside the same layer.
         """
         around = {id(inner): id(node) for node in [self.root, *self.nodes] for inner in node.first}
         of_node: dict[int, int] = {}

@@ -29,10 +29,10 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
     ```
 
     Gradients of float16 activations below 6e-8 are 0; multiplying the loss by s keeps them. Keras's class has no
-    limits: in a model that overflows whatever the scale is, s is halved until it is 0, from where on all gradients are
-    0 / 0, and in a model that never overflows s grows to infinity. Its decision whether to update is that of the first
-    replica alone, so that an infinite gradient of another one goes into the weights. Everything else is as in Keras,
-    so an instance can be compiled with a model, whose `mixed_float16` policy then adds no second one.
+    limits: in a model that overflows whatever the scale is, s is halved until it is 0, and then all gradients are 0 /
+    0, and in a model that never overflows s grows to infinity. Its decision whether to update is that of the first
+    replica alone, so that an infinite gradient of another one goes into the weights. Everything else is as in Keras, so
+    an instance can be compiled with a model, whose `mixed_float16` policy then adds no second one.
 
     At the floor, s stays where it is, and updates with non-finite gradients are still left out: `skipped` counts them
     all and `skipped_in_a_row` those without an update in between. `TrainingMonitor` writes the scale of every update as
@@ -102,7 +102,7 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
 
     @property
     def skipped(self) -> int:
-        """How many updates were left out."""
+        """How many updates were skipped."""
         return int(ops.convert_to_numpy(self._own["skipped"])) if self.built else 0
 
     @property

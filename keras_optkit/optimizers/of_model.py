@@ -1,4 +1,4 @@
-"""Which optimizers a model has: the one it was compiled with, others that it holds, and those inside of them.
+"""Which optimizers a model has: the one it was compiled with, others that it holds, and those inside them.
 
 A GAN or an actor-critic holds several, as attributes or in lists and dicts; Keras wraps others for loss scaling and for
 parts of a model (`keras.optimizers.MultiOptimizer`). Whatever acts on "the optimizer" of a model asks here.
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def optimizers_of(model: Any) -> list[Any]:
     """Every optimizer that a model or a layer in it holds, each once, the one it was compiled with first.
 
-    They are found in attributes, also in lists, tuples, sets and dicts there. Those that are inside of another one are
-    not listed; see `innermost`.
+    They are found in attributes, also in lists, tuples, sets and dicts there. Those that are inside another one are not
+    listed; see `innermost`.
     """
     return list(named_optimizers_of(model).values())
 
@@ -79,13 +79,13 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def innermost(optimizer: Any) -> list[Any]:
-    """The optimizers that update weights: `optimizer` itself, or those inside of it."""
+    """The optimizers that update weights: `optimizer` itself, or those inside it."""
     inside = directly_inside(optimizer)
     return [found for inner in inside for found in innermost(inner)] if inside else [optimizer]
 
 
 def unscaled(optimizer: Any) -> Any:
-    """The optimizer inside of loss scaling, if there is any."""
+    """The optimizer inside loss scaling, if there is any."""
     scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     return unscaled(optimizer.inner_optimizer) if scales else optimizer
 

@@ -1,4 +1,4 @@
-"""What the state of a parameter begins as."""
+"""The initial state of a parameter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FromWeights:
     function: Callable[[Tensor], Tensor]
 
 
-#: What a slot begins as: a number stands for `fill(number)`, a function for `FromWeights(function)`.
+#: The initial value of a slot: a number stands for `fill(number)`, a function for `FromWeights(function)`.
 Initial = float | Callable[[Tensor], Tensor] | Fill | FromWeights
 
 
@@ -57,7 +57,7 @@ def weights_copy() -> FromWeights:
 
 
 def as_initial(initial: Initial) -> Fill | FromWeights:
-    """What a rule says a slot begins as, without the short forms."""
+    """The initial value that a rule declares for a slot, without the short forms."""
     if isinstance(initial, Fill | FromWeights):
         return initial
     return FromWeights(initial) if callable(initial) else Fill(initial)

@@ -231,7 +231,7 @@ class Float(_Range):
 
 @dataclass(frozen=True, repr=False)
 class Int(_Range):
-    """A whole number between `low` and `high`, both included.
+    """An integer between `low` and `high`, both included.
 
     Args:
         low: Least value.

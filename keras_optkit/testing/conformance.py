@@ -42,7 +42,7 @@ class Check:
         unless: Traits that a card must not have.
         only_on: The backends that it exists on; empty for all.
         because: Why only on those.
-        engine: Whether it is about what is around the algorithm, and the same for all of one profile.
+        engine: Whether it tests the engine around the algorithm, which is the same for all cards of one profile.
     """
 
     name: str
@@ -99,7 +99,8 @@ def check(
         unless: Traits that a card must not have.
         only_on: The backend, or the backends, that the check exists on; all when left out. On others it is not run.
         because: Why only on those; needed with `only_on`, and only there.
-        engine: Whether it is about what is around the algorithm, and the same for all of one profile; see `profile`.
+        engine: Whether it tests the engine around the algorithm, which is the same for all cards of one profile; see
+            `profile`.
 
     Raises:
         ValueError: For a second check of that name, an unknown backend, or one of `only_on` and `because` alone.

@@ -29,7 +29,7 @@ def float64() -> Iterator[None]:
 
 
 def numbers(x: Any) -> np.ndarray:
-    """The numbers of a tensor or variable of any float dtype, in float64. (NumPy takes no bfloat16 of TensorFlow's.)"""
+    """The elements of a tensor or variable of any float dtype, in float64. (NumPy takes no bfloat16 of TensorFlow.)"""
     return np.asarray(ops.convert_to_numpy(ops.cast(x, at_least_float32(x.dtype))), "float64")
 
 

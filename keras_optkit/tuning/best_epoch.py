@@ -30,9 +30,9 @@ def numbers_of(logs: Mapping[str, Any] | None) -> dict[str, float]:
 
 
 class BestEpoch(keras.callbacks.Callback):
-    """Keeps the model of the best epoch, and ends the training when the loss or the objective is no longer finite.
+    """Keeps the model of the best epoch, and ends the run when the loss or the objective is no longer finite.
 
-    An epoch whose logs do not have the objective is passed over, e.g. one without validation (`validation_freq`).
+    An epoch whose logs do not have the objective is skipped, e.g. one without validation (`validation_freq`).
 
     Args:
         objective: What is best.

@@ -63,7 +63,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not book.keys() & {"sealed", "sha256"}:
         return book
     book, unchanged = opened(content)
-    if not unchanged:  # KerasTuner reads what is outside of the seal
+    if not unchanged:  # KerasTuner reads what is outside the seal
         raise ValueError("it was changed after it had been written")
     return book
 

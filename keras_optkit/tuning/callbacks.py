@@ -25,7 +25,7 @@ class Factory:
         function: The argument `callbacks` of `search`; None makes none.
 
     Raises:
-        TypeError: If it is no function, or one with more parameters.
+        TypeError: If it is not a function, or one with more parameters.
     """
 
     def __init__(self, function: Callbacks | None) -> None:
@@ -60,7 +60,7 @@ class Copies:
     A stock TensorBoard callback writes into a directory of each run, below its own.
 
     Raises:
-        TypeError: If one of them is no callback, or cannot be copied.
+        TypeError: If one of them is not a callback, or cannot be copied.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:

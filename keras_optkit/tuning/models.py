@@ -30,7 +30,7 @@ class KeptModel:
 
     A `.keras` file holds the model itself, where Keras can serialise it. For another one, e.g. a subclass whose
     arguments are functions, there are its weights; and a file that Keras cannot open again, e.g. with a loss that is
-    defined inside of a function, still has the weights in it. Both are loaded into the model that the build function
+    defined inside a function, still has the weights in it. Both are loaded into the model that the build function
     returns, which a file beside them helps to build.
 
     Args:

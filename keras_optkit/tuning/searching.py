@@ -90,13 +90,13 @@ def search(
         max_trials: The most trials to run. When left out: 10 at random, all of a grid.
         points: For a grid, how many values to take of a continuous range: a number or a mapping from names to numbers.
         objective: A metric of the training, e.g. `"val_loss"`, or a `keras_tuner.Objective` with name and direction. An
-            epoch without it is passed over.
+            epoch without it is skipped.
         direction: `"max"` or `"min"`; when left out it follows from the objective's name, if that is clear.
-        epochs: Epochs per training; 10 when left out.
+        epochs: Epochs per run; 10 when left out.
         batch_size: Batch size of every trial; Keras's 32 when left out.
         fit_arguments: Other arguments of `fit` by name: `{"class_weight": {0: 1.0, 1: 5.0}, "steps_per_epoch": 100}`.
             `sample_weight` is split with the data. Data without an end need `steps_per_epoch` and `validation_steps`.
-        executions_per_trial: Trainings per trial with different seeds, scored by their mean.
+        executions_per_trial: Runs per trial with different seeds, scored by their mean.
         callbacks: A function that returns the list of callbacks of one run, new ones each time. It may take the
             trial's values, or the values and the run's log directory (None without `log_dir`).
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it

@@ -55,24 +55,23 @@ def _path(name: str, path: Any) -> Path:
 class Tuner(keras_tuner.Tuner, AtomicBooks):
     """Runs the trials that an oracle of KerasTuner proposes. `search` makes one; use it directly for other oracles.
 
-    What it does differently from KerasTuner's: every trial is seeded by the oracle's seed and its number; a run
-    whose loss is no longer finite ends and its trial has failed; models are kept with their optimizers, as `.keras`
-    files where that is possible; HParams are written for every trial. A trial that an oracle such as
-    `keras_tuner.oracles.HyperbandOracle` promotes continues the run that it comes from, weights and optimizer, at the
-    epoch where that ended.
+    Different from KerasTuner's: every trial is seeded by the oracle's seed and its number; a run whose loss is no
+    longer finite ends and its trial has failed; models are kept with their optimizers, as `.keras` files where that is
+    possible; HParams are written for every trial. A trial that an oracle such as `keras_tuner.oracles.HyperbandOracle`
+    promotes continues the run that it comes from, weights and optimizer, at the epoch where that ended.
 
     Args:
         oracle: Proposes the points, e.g. `keras_tuner.oracles.BayesianOptimizationOracle`.
         hypermodel: What to build.
         directory: Where state and models are kept. A search that is there already is continued. Only one search at a
             time can run in it.
-        executions_per_trial: Trainings per trial, with different seeds; the score is their mean.
+        executions_per_trial: Runs per trial, with different seeds; the score is their mean.
         callbacks: As in `search`.
         log_dir: As in `search`.
         overwrite: Whether to delete a search in `directory` and the logs of its trials in `log_dir`.
         verbose: 0: silent. 1: two lines a trial. 2: Keras's progress bars, too.
-        definition: What besides the space must be unchanged for a search in `directory` to be continued, as JSON-ready
-            values.
+        definition: What else than the space must be unchanged for a search in `directory` to be continued, as
+            JSON-ready values.
         keep_models: Of how many of the best trials the model is kept, for `get_best_models`; None: of all.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Guarding a training against numbers that are not finite."""
+"""Guarding a run against values that are not finite."""
 
 from keras_optkit.callbacks.guard.callback import NonFiniteGuard
 from keras_optkit.callbacks.guard.failure import Failure, TrainingDivergedError

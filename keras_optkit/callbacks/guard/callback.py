@@ -49,7 +49,7 @@ class _Copy:
     @classmethod
     def of(cls, model: Any, epoch: int, memory: Copies) -> _Copy:
         memory.restart()
-        # random numbers go on when training goes back: data that are drawn with them would be the bad ones again
+        # random generators are not set back: data that are drawn with them would be the bad ones again
         return cls(epoch, dataclasses.replace(TrainingState.of(model, memory), generators={}), memory)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,13 +62,13 @@ class _Copy:
 
 @register(
     "callback",
-    paper="Chowdhery et al. 2022, arXiv 2204.02311, section 5.1 (going back, passing over data); "
+    paper="Chowdhery et al. 2022, arXiv 2204.02311, section 5.1 (going back, skipping data); "
     "Iglewicz and Hoaglin 1993, How to detect and handle outliers (robust z-score)",
     tags=("passive",),
     cases=({}, {"every": 2, "spike": None, "find_layer": False, "verbose": 0}),
 )
 class NonFiniteGuard(Callback):
-    """Goes back to the last good state when a loss, gradient or weight is not finite, or the loss jumps up.
+    """Goes back to the last good state when a loss, gradient or weight is not finite, or the loss jumps.
 
     A batch is bad if its loss, a gradient or, after the update, a weight is NaN or infinite, or if its loss L is a
     spike among the last `window` good losses l:
@@ -77,25 +77,25 @@ class NonFiniteGuard(Callback):
     L > median(l) + spike · s,   s = max(1.4826 · median(|l - median(l)|), 0.01 · |median(l)|, 0.01 · |median(l₀)|)
     ```
 
-    that is, if its robust z-score is above `spike`; l₀ are the first `window` good losses of this `fit`, beside which
-    the noise of small ones is no spike. A low loss never is one. Then
+    that is, if its robust z-score is above `spike`; l₀ are the first `window` good losses of this `fit`, so that the
+    noise of small losses is not a spike. A low loss never is one. Then
 
-    1. the model, the optimizer with its update count, and the running metrics get the last good state back, bitwise, of
-       which a copy is kept in the host's memory;
-    2. training goes on with the *next* batch of the data: those since the good state are passed over;
-    3. the learning rate is multiplied by `rate_factor`, and gets the factor back after `recover_after` good batches;
-       not so if the batch itself holds NaN or infinity, against which a lower rate does not help;
-    4. the n-th bad batch in a row, or in all, ends the training with `TrainingDivergedError`, which says which layer
-       and batch were bad. "In a row" means without a new good state in between.
+    1. the last good state of the model, the optimizer with its update count, and the running metrics is restored,
+       bitwise, from a copy in the host's memory;
+    2. training continues with the *next* batch of the data: those since the good state are skipped;
+    3. the learning rate is multiplied by `rate_factor`, until `recover_after` batches were good; it is not if the batch
+       itself holds NaN or infinity, against which a lower rate does not help;
+    4. the n-th bad batch in a row, or in all, ends `fit` with `TrainingDivergedError`, which says which layer and batch
+       were bad. "In a row" means without a new good state in between.
 
     A copy is made every `every` batches, after the first good batch of each epoch, and where layers are unfrozen; it
     counts as good once the next batch is. It takes as much of the host's memory as model and optimizer, for a moment
-    twice that. While all is well nothing else happens: weights and metrics are those of a training without the guard.
+    twice that. As long as all is well nothing else happens: weights and metrics are those of a run without the guard.
 
     *The first bad layer* is found by running the model on the bad batch once more, eagerly and from the good state; if
     all layers are finite there, it is the one whose gradient or weight was not finite in the step, and of several
-    gradients the one nearest to the loss. With several replicas or `steps_per_execution > 1` on TensorFlow the batch
-    is not at hand, and there is only the latter.
+    gradients the one nearest to the loss. With several replicas or `steps_per_execution > 1` on TensorFlow the batch is
+    not available, and there is only the latter.
 
     *The learning rate* is lowered by the multiplier of our optimizers, also below a schedule. Keras's optimizers must
     have a number: with a schedule only `rate_factor=1` works. A rate that another callback has set since the copy, such
@@ -107,28 +107,28 @@ class NonFiniteGuard(Callback):
     *A model that its first step builds* is built before it, on TensorFlow by tracing the step once more, so that there
     is a first state to go back to.
 
-    *Together with others*: gradients that are not finite are no failure where somebody else leaves such updates out,
-    that is, with a `LossScaleOptimizer` (so overflows under mixed precision are none) and with our `skip_nonfinite`;
+    *Together with others*: gradients that are not finite are not a failure if something else skips such updates, that
+    is, with a `LossScaleOptimizer` (so overflows under mixed precision are not failures) and with our `skip_nonfinite`;
     the loss and the weights still count. With `gradient_accumulation_steps` micro-batches are batches here, and sums
-    that are not finite are taken back with the rest. `EarlyStopping`, `ReduceLROnPlateau` and `History` see metrics
-    without the bad batches; those with them only if no batch is left in the epoch, before or after.
+    that are not finite are undone with the rest. `EarlyStopping`, `ReduceLROnPlateau` and `History` see metrics without
+    the bad batches; those with them only if no batch is left in the epoch, before or after.
 
-    When not to use it: with `keras.callbacks.TerminateOnNaN`, which stops at the first NaN; for data that hold NaN
-    everywhere, which belong cleaned; or if a batch may well have a loss far above the others (then `spike=None`).
-    `keras.callbacks.LearningRateScheduler` sets the rate anew and so undoes the lowering; take `rate_factor=1` with it.
-    On JAX with `steps_per_execution > 1` only the last step of each execution is looked at.
+    When not to use it: with `keras.callbacks.TerminateOnNaN`, which stops at the first NaN; for data with NaN
+    everywhere, which should be cleaned; or if a batch may well have a loss far above the others (then `spike=None`).
+    `keras.callbacks.LearningRateScheduler` sets the rate again and so undoes the lowering; use `rate_factor=1` with it.
+    On JAX with `steps_per_execution > 1` only the last step of each execution is checked.
 
     Args:
         every: Batches between two copies, at least 1.
         spike: Robust z-score above which a finite loss is a spike, > 0; None: only what is not finite counts.
         window: Good losses that a spike is measured by, at least 3; before so many there are no spikes. With
             `steps_per_execution=k` every k-th is among them.
-        rate_factor: What the learning rate is multiplied by after a failure, in (0, 1]; 1 leaves it.
+        rate_factor: Factor on the learning rate after a failure, in (0, 1]; 1 leaves it unchanged.
         recover_after: Good batches after which one such factor is taken back, at least 1; None: never.
-        max_in_a_row: The failure in a row that ends the training, at least 1.
+        max_in_a_row: The failure in a row that ends `fit`, at least 1.
         max_total: The failure of one `fit` in all that ends it, at least 1; None: no limit.
-        find_layer: Whether each batch is held while it is trained on, for the search of the layer. On TensorFlow, a
-            last batch of another size then makes the step be traced once more.
+        find_layer: Whether each batch is kept while it is trained on, to search for the layer. On TensorFlow, a last
+            batch of another size then makes the step be traced once more.
         verbose: 1 prints a line for every failure, 0 is silent.
 
     Attributes:
@@ -231,8 +231,8 @@ class NonFiniteGuard(Callback):
         for part, rate in zip(self._parts, self._rates, strict=True):
             if rate is None:
                 raise ValueError(
-                    f"rate_factor must be 1 for {part!r}, whose learning rate is no number that could be "
-                    f"lowered, got {self.rate_factor!r}. Our optimizers can be lowered below a schedule."
+                    f"rate_factor must be 1 for {part!r}, whose learning rate is not a number that "
+                    f"could be lowered, got {self.rate_factor!r}. Our optimizers can be lowered below a schedule."
                 )
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
@@ -303,8 +303,8 @@ class NonFiniteGuard(Callback):
             self._said_blind = True
             warnings.warn(
                 "NonFiniteGuard does not see the loss, as train_step does not call optimizer.scale_loss (on JAX: does "
-                "not update the metric 'loss'). It looks at gradients and weights, and finds no spike; spike=None says "
-                "that this is meant.",
+                "not update the metric 'loss'). It checks gradients and weights, and finds no spikes; pass spike=None "
+                "if this is intended.",
                 stacklevel=2,
             )
         seen = number(self._sensor["seen"])
@@ -358,7 +358,7 @@ class NonFiniteGuard(Callback):
         self._look_anew()
         if self.verbose:
             rate = f", with {self.rate_factor:g} of the learning rate" if lowered else ""
-            print(f"\nNonFiniteGuard: {failure}. Training goes on from update {self._updates()}{rate}.")
+            print(f"\nNonFiniteGuard: {failure}. Training continues from update {self._updates()}{rate}.")
 
     def _give_up_if_too_many(self) -> None:
         total = len(self.failures)
@@ -382,7 +382,7 @@ class NonFiniteGuard(Callback):
             self._sensor["limit"] = self._limit
 
     def _look_anew(self) -> None:
-        """Sets what the step keeps to what it is before the first step."""
+        """Resets what the step keeps to its values before the first step."""
         for name in SCALARS:
             self._sensor[name] = 0.0
         self._sensor["limit"] = self._limit
@@ -437,7 +437,7 @@ class NonFiniteGuard(Callback):
         layer = owner(self._watched, variable)
         return Found(f"the {what} of {variable.path!r} in layer {layer!r} is not finite", layer)
 
-    # -- going on in another process ----------------------------------------------------------------------------------
+    # -- continuing in another process --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What the guard knows, the copy of the good state included: as large as model and optimizer."""

@@ -1,4 +1,4 @@
-"""Which layer is the first whose numbers are not finite, by going through the model once more."""
+"""Which layer is the first whose values are not finite, by going through the model once more."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def refuse_what_is_not_finite(weights: Sequence[Any]) -> None:
 
 
 def is_finite(structure: Any) -> bool:
-    """Whether all floating-point numbers in a nest of tensors are finite."""
+    """Whether all floating-point elements in a nest of tensors are finite."""
     for tensor in tree.flatten(structure):
         dtype = getattr(tensor, "dtype", None)
         if dtype is None or "float" not in keras.backend.standardize_dtype(dtype):

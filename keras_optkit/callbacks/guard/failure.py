@@ -12,7 +12,7 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class Failure:
-    """One failure that `NonFiniteGuard` has met.
+    """One failure that `NonFiniteGuard` has seen.
 
     Attributes:
         epoch: Its epoch, counted from 0.
@@ -21,7 +21,7 @@ class Failure:
         loss: The loss of this batch; NaN also where the training step does not show it.
         limit: The loss above which it would have been a spike; infinity if there was no limit yet.
         layer: Path of the first layer that was bad, or None if none was, or none was found.
-        in_data: Whether the batch itself was found to hold numbers that are not finite.
+        in_data: Whether the batch itself was found to hold values that are not finite.
         where: What was bad first in words: the data, a layer, the loss function, a gradient or a weight.
     """
 
@@ -50,7 +50,7 @@ class TrainingDivergedError(FloatingPointError):
 
     Attributes:
         failure: The last failure, a `Failure`.
-        failures: All of this training, in order.
+        failures: All failures of this `fit`, in order.
     """
 
     def __init__(self, message: str, failures: Sequence[Failure]):

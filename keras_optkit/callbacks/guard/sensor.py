@@ -1,4 +1,4 @@
-"""What NonFiniteGuard computes inside of the training step."""
+"""What NonFiniteGuard computes inside the training step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Remembering:
 
 
 class Sensor(Instrument):
-    """Judges every step, after it: whether its loss, gradients and weights are finite, and the loss is no spike.
+    """Judges every step, after it: whether its loss, gradients and weights are finite, and the loss is not a spike.
 
     Attributes:
         variables: Those of which gradients or weights were seen; the values "gradient" and "weight" are places here,
@@ -100,11 +100,11 @@ class Sensor(Instrument):
                 build_as_the_first_step(self.model, iterator)
                 when_built()
         if not self.holds or self.model.steps_per_execution > 1 or not isinstance(iterator, tf.data.Iterator):
-            return iterator  # it is taken inside of the graph, or is one of several replicas
+            return iterator  # it is taken inside the graph, or is one of several replicas
         self.batch = next(iterator)
         return [self.batch]  # as `train_on_batch` hands it over
 
-    # -- inside of the step -------------------------------------------------------------------------------------------
+    # -- inside the step ----------------------------------------------------------------------------------------------
 
     def begin(self, *_: Any) -> None:
         """Nothing bad has been seen in this step."""
@@ -183,7 +183,7 @@ class Sensor(Instrument):
 
 
 def _bad(tensors: Sequence[Tensor]) -> Tensor:
-    """For each tensor 1 if a number in it is not finite, else 0."""
+    """For each tensor 1 if an element of it is not finite, else 0."""
     return ops.stack([ops.cast(ops.logical_not(ops.all(ops.isfinite(t))), "float32") for t in tensors])
 
 

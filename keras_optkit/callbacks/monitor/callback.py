@@ -56,7 +56,7 @@ class TrainingMonitor(Callback):
     | `train/gradient_norm` | `‖g‖`, over all trained weights, before clipping and without loss scaling |
     | `train/weight_norm` | `‖θ‖` before the update |
     | `train/update_ratio` | `‖θ′ - θ‖ / ‖θ‖`, θ′ being the weights after the update |
-    | `train/nonfinite` | how many numbers of the gradient are not finite |
+    | `train/nonfinite` | how many elements of the gradient are not finite |
     | `train/clip_rate` | the share of the last 20 written updates in which clipping changed the gradient |
     | `train/skipped` | updates left out so far for gradients that were not finite, where the optimizer counts them |
     | `train/loss_scale` | the scale of the loss in this update, with a `LossScaleOptimizer` |
@@ -68,7 +68,7 @@ class TrainingMonitor(Callback):
     | `activation_dead/<layer>` | the share of units that are 0 in the whole batch |
     | `weights/<variable>` | with `histograms`, a histogram of the weights |
     | `log10_update_ratio/<layer>`, ... | in TensorBoard only, logarithms of the three values of each layer |
-    | `hyperparameters/<name>` | the optimizer's other numbers in this update: `momentum`, `weight_decay`, ... |
+    | `hyperparameters/<name>` | the optimizer's other hyperparameters in this update: `momentum`, `weight_decay`, ... |
     | `throughput/updates`, `throughput/examples` | a second, since the last write, without validation |
     | `memory/process`, `memory/process_peak`, `memory/accelerator`, `memory/accelerator_peak` | in MiB |
     | `epoch/<name>` | every epoch, everything in the epoch's logs: `epoch/loss`, `epoch/val_accuracy`, ... |
@@ -76,11 +76,10 @@ class TrainingMonitor(Callback):
 
     `<layer>` is the path of the layer in the model. With several optimizers, `train/learning_rate`, `train/loss`,
     `train/loss_scale`, `train/clip_rate` and `hyperparameters/` have the name of the attribute that holds the optimizer
-    in them, as in `train/learning_rate/d_optimizer`. What in the logs of an epoch is no number is left out, with one
-    warning. The loss is the batch's own, whereas Keras's logs hold
-    the mean since the epoch began. The values are computed inside the training step, with any optimizer, in graph
-    mode, with XLA, in mixed precision and on replicas, and are read only when they are written. Training itself is not
-    changed.
+    in them, as in `train/learning_rate/d_optimizer`. Logs of an epoch that are not numbers are left out, with one
+    warning. The loss is the batch's own, whereas Keras's logs hold the mean since the epoch began. The values are
+    computed inside the training step, with any optimizer, in graph mode, with XLA, in mixed precision and on replicas,
+    and are read only when they are written. Training itself is not changed.
 
     The training step is compiled twice: as it is, and with the computations, for the updates that are to be written. So
     all other updates cost nothing, and the first one that is written waits for the compiler. The model keeps both for
@@ -88,8 +87,8 @@ class TrainingMonitor(Callback):
 
     The gradient noise scale follows from the squared norms of the gradients of the batch, of B examples, and of its
     first half, of b: `‖G‖² ≈ (B ‖g_B‖² - b ‖g_b‖²) / (B - b)` and `tr(Σ) ≈ (‖g_b‖² - ‖g_B‖²) / (1/b - 1/B)`, running
-    means of both with decay 0.9 per write. It has no value while the first is not above 0. It says at which batch size
-    larger batches cease to save updates.
+    means of both with decay 0.9 per write. It has no value while the first is not above 0. It is the batch size above
+    which larger batches hardly save updates.
 
     The step axis counts updates of the weights (`optimizer.iterations`), and the steps of every tag always increase:
     over several calls of `fit`, and in a new process with the same `log_dir`, whether its optimizer was restored or
@@ -102,13 +101,13 @@ class TrainingMonitor(Callback):
     When not to use it: on a backend other than TensorFlow and JAX. A custom `train_step` that does not go through
     `optimizer.scale_loss` (on JAX: does not update Keras's metric "loss") has no `train/loss`, and one that does not go
     through `optimizer.apply` (on JAX: `optimizer.stateless_apply`) has no value of gradients and weights. With batch
-    normalisation the noise scale is only a rough number, since there a half of a batch is not half of the batch.
+    normalisation the noise scale is only a rough estimate, since half of a batch is normalised differently.
 
     Args:
         log_dir: Directory of the files, a string or a path; made when it does not exist.
         every: Number of updates between two values, at least 1. The first updates are written at the powers of 2 below.
-        activations: A regular expression that is looked for in the paths of layers, those inside of others included;
-            the first output of the matching ones is measured. On TensorFlow only. None: none.
+        activations: A regular expression that is looked for in the paths of layers, those inside others included; the
+            first output of the matching ones is measured. On TensorFlow only. None: none.
         histograms: Writes histograms of all weights with every k-th write, k >= 1. None: never.
         noise_scale: Whether the gradient noise scale is measured, for which a written update computes the gradient of
             half of the batch besides. On TensorFlow only, with Keras's own `train_step`.
@@ -118,7 +117,7 @@ class TrainingMonitor(Callback):
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: For a value out of range; when training begins, for `activations` that match no layer, and for
-            `noise_scale` with a `train_step` of one's own.
+            `noise_scale` with a custom `train_step`.
         RuntimeError: When training begins, on another backend than TensorFlow and JAX, and for `activations` or
             `noise_scale` on another than TensorFlow.
 
@@ -169,7 +168,7 @@ class TrainingMonitor(Callback):
         self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
         self._probe: Any = None
         self._files: Any = ()
-        self._left_out: set[str] = set()  # what was in the logs of an epoch and is no number
+        self._left_out: set[str] = set()  # what was in the logs of an epoch and is not a number
         self._last_of_files: Any = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
@@ -279,7 +278,7 @@ class TrainingMonitor(Callback):
             self._end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the axis stands, and what running shares and means go on from; values that are due are written."""
+        """The position of the axis, and the state of running shares and means; values that are due are written."""
         if self._probe is not None:
             self._finish_batch()
             self._write_if_due()

@@ -91,7 +91,7 @@ class EventFile:
         return True
 
     def write_histograms(self, values: Mapping[str, np.ndarray], step: int) -> None:
-        """Writes how the numbers of each array are distributed."""
+        """Writes how the elements of each array are distributed."""
         from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 
         self._add([histogram_pb(tag, value) for tag, value in values.items()], step)

@@ -1,4 +1,4 @@
-"""What `TrainingMonitor` asks the host for: time, memory, and the numbers of the optimizer that are no tensors."""
+"""What `TrainingMonitor` asks the host for: time, memory, and the numbers of the optimizer that are not tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `TrainingMonitor` computes on request. It has to reach inside of the gradient, where nothing leaves JAX's."""
+"""What `TrainingMonitor` computes on request. It has to reach inside the gradient, where nothing leaves JAX's."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _by_unit(output: Tensor, unit_axis: int) -> Tensor:
 def half_gradient(model: Any, scaled: Callable[[Tensor], Tensor], data: Any) -> tuple[list[Any], Tensor]:
     """The gradient of the first half of the batch, with the loss scaled, and how many examples that is.
 
-    What the model counts and draws on the way, such as moving statistics and random seeds, is put back.
+    What the model counts and draws on the way, such as moving statistics and random seeds, is restored.
     """
     import tensorflow as tf
 

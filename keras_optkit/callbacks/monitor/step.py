@@ -1,4 +1,4 @@
-"""What `TrainingMonitor` computes, inside of the training steps that it looks at."""
+"""What `TrainingMonitor` computes, inside the training steps that it looks at."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Probe(Instrument):
         self._before: tuple[Any, ...] = ()
 
     def begin_fit(self) -> None:
-        """Has the updates seen that end an epoch, outside of any step."""
+        """Has the updates seen that end an epoch, outside any step."""
         self.wanted, self.fresh, self.ended, self._flushed = False, False, False, {}
         self._flushes = [around(optimizer, "flush", self._see_flush(optimizer)) for optimizer in ours_of(self.model)]
 
@@ -135,7 +135,7 @@ class Probe(Instrument):
         self._flushes = []
 
     def prepare(self) -> None:
-        """Makes the variables for replicas, where they cannot be made inside of the step; `fit` has built the model."""
+        """Makes the variables for replicas, where they cannot be made inside the step; `fit` has built the model."""
         strategy = getattr(self.model, "distribute_strategy", None)
         if strategy is None or strategy.num_replicas_in_sync == 1:
             return
@@ -162,7 +162,7 @@ class Probe(Instrument):
                 hooks.append(around(optimizer, "scale_loss", self._see_loss(optimizer)))
                 hooks.append(around(optimizer, "apply", self._see_apply(optimizer)))
             else:
-                # On JAX `scale_loss` is called inside of what is differentiated and `apply`, with loss scaling, inside
+                # On JAX `scale_loss` is called inside what is differentiated and `apply`, with loss scaling, inside
                 # of a condition. No value can come out of either; it can from around them.
                 hooks.append(around(optimizer, "stateless_apply", self._see_stateless_apply(optimizer)))
         return hooks
@@ -427,7 +427,7 @@ class Probe(Instrument):
             if not seen or not all(backend.is_here(call.output) for call in seen):
                 raise ValueError(
                     f"activations: the layer {name!r} is not called in the training step itself, but "
-                    f"{'inside of a loop or a function in it' if seen else 'nowhere'}. Choose other layers."
+                    f"{'inside a loop or a function in it' if seen else 'nowhere'}. Choose other layers."
                 )
             columns.append(on_tensorflow.moments(seen, layer.weights, _unit_axis(layer)))
         self._watched = list(found)
@@ -496,7 +496,7 @@ def _squares(tensor: Tensor | None) -> Tensor:
 
 
 def _nonfinite(tensor: Tensor | None) -> Tensor:
-    """How many of the numbers are not finite."""
+    """How many of the elements are not finite."""
     if tensor is None:
         return ops.zeros((), "float32")
     return ops.sum(ops.cast(ops.logical_not(ops.isfinite(tensor)), "float32"))

@@ -69,11 +69,11 @@ class Adam(Optimizer):
     amsgrad:  the largest v so far instead of v
     ```
 
-    m and v have the shape of θ and start at 0; t counts updates from 1. ε is added outside of the root and after the
-    bias correction, as in the paper's algorithm 1 and in torch. Keras adds "epsilon hat" before the correction
-    (the paper's note after algorithm 1), `θ ← θ - η √(1-β₂ᵗ)/(1-β₁ᵗ) m/(√v + ε)`, which acts like a larger ε in the
-    early steps: `epsilon_hat=True, epsilon=1e-7` gives it. The corrections are computed as `-expm1(t log β)`, which
-    keeps all digits where `1 - βᵗ` in float32 loses half of them.
+    m and v have the shape of θ and start at 0; t counts updates from 1. ε is added outside the root and after the bias
+    correction, as in the paper's algorithm 1 and in torch. Keras adds "epsilon hat" before the correction (the paper's
+    note after algorithm 1), `θ ← θ - η √(1-β₂ᵗ)/(1-β₁ᵗ) m/(√v + ε)`, which acts like a larger ε in the early steps:
+    `epsilon_hat=True, epsilon=1e-7` gives it. The corrections are computed as `-expm1(t log β)`, which keeps all digits
+    where `1 - βᵗ` in float32 loses half of them.
 
     When not to use it: with an L2 penalty as weight decay; the penalty's gradient is divided by √v̂ too and hardly acts
     on weights with large gradients. Use `AdamW`, or `weight_decay=`, which is decoupled for every optimizer here.
@@ -126,7 +126,7 @@ class Adam(Optimizer):
     space=_SPACE | {"weight_decay": Float(1e-4, 1.0, log=True)},
 )
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay: the weights shrink by a rate of their own, not through the gradient.
+    """Adam with decoupled weight decay: the weights shrink directly, not through the gradient.
 
     ```text
     θ ← θ - η m̂ / (√v̂ + ε) - η λ θ

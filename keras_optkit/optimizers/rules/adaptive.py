@@ -46,24 +46,24 @@ class AdagradRule(Rule):
     space={"learning_rate": Float(1e-3, 1.0, log=True)},
 )
 class Adagrad(Optimizer):
-    """Adagrad: rates that fall, number by number, with the sum of the squared gradients.
+    """Adagrad: rates that fall, element by element, with the sum of the squared gradients.
 
     ```text
     G ← G + g²          θ ← θ - η g / √(G + ε)
     ```
 
-    G has the shape of θ and starts at 0, so the first step is about ±η for every number. Keras starts G at 0.1, which
+    G has the shape of θ and starts at 0, so the first step is about ±η for every element. Keras starts G at 0.1, which
     damps the first steps of parameters with small gradients: `initial_accumulator_value=0.1, epsilon=1e-7` gives its
-    formula. torch has ε outside of the root, `θ ← θ - η g / (√G + ε)`: `epsilon_inside=False, epsilon=1e-10`.
+    formula. torch has ε outside the root, `θ ← θ - η g / (√G + ε)`: `epsilon_inside=False, epsilon=1e-10`.
 
     When not to use it: in long or non-stationary training. G only grows, so the rate goes to zero for good; `RMSprop`
     and `Adam` forget. It is at its best for sparse features with a convex loss.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count.
-        initial_accumulator_value: What G starts at, >= 0.
+        initial_accumulator_value: The initial value of G, >= 0.
         epsilon: ε >= 0; with 0, a gradient that has been exactly 0 so far gives NaN.
-        epsilon_inside: Whether ε is inside of the root.
+        epsilon_inside: Whether ε is inside the root.
         **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
 
     Raises:
@@ -148,8 +148,8 @@ class RMSprop(Optimizer):
     ```
 
     E, a and v have the shape of θ and start at 0; there is no bias correction, so early steps are larger by up to
-    `1/√(1-ρ)`. Keras has the same formula with ε = 1e-7. torch has ε outside of the root, the learning rate outside of
-    the velocity and ρ = 0.99: `rho=0.99, epsilon_inside=False, rate_in_velocity=False`.
+    `1/√(1-ρ)`. Keras has the same formula with ε = 1e-7. torch has ε outside the root, the learning rate outside the
+    velocity and ρ = 0.99: `rho=0.99, epsilon_inside=False, rate_in_velocity=False`.
 
     When not to use it: where the first steps matter (fine-tuning); `Adam` corrects the bias. `centered=True` subtracts
     two nearly equal numbers when gradients hardly vary: E - a² can come out slightly negative in float32, so keep ε
@@ -161,7 +161,7 @@ class RMSprop(Optimizer):
         momentum: γ in [0, 1), or a schedule. 0 keeps no velocity.
         epsilon: ε >= 0.
         centered: Whether to divide by the running standard deviation.
-        epsilon_inside: Whether ε is inside of the root.
+        epsilon_inside: Whether ε is inside the root.
         rate_in_velocity: Whether η is inside the velocity (Keras) or outside (torch).
         **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
 

@@ -59,7 +59,7 @@ class LookaheadRule(Wrapper):
     },
 )
 class Lookahead(Around):
-    """Lookahead: fast weights explore, and slow weights follow where k steps have led.
+    """Lookahead: fast weights take k steps, and slow weights then follow part of the way.
 
     ```text
     each update:    θ ← θ - (step of the inner optimizer at θ, decay included)
@@ -67,19 +67,19 @@ class Lookahead(Around):
     evaluated at φ
     ```
 
-    φ has the shape of θ and starts at θ; k counts updates. The slots of the inner optimizer, such as its momentum, go
-    through a synchronisation as they are. α = 1 is the inner optimizer, exactly. A parameter without a gradient in the
-    update in which the others are synchronised waits for the next time. Constraints of variables act on θ only.
+    φ has the shape of θ and starts at θ; k counts updates. A synchronisation does not change the slots of the inner
+    optimizer, such as its momentum. α = 1 is the inner optimizer, exactly. A parameter without a gradient in the update
+    in which the others are synchronised waits for the next time. Constraints of variables act on θ only.
 
-    The weights to evaluate at are φ; the two change places when `fit` ends, by `swap_weights`, or for the time of an
-    evaluation with the callback `AveragedWeights`, and back bitwise (with weights in half precision, φ is rounded to
-    it when they do).
+    The weights to evaluate at are φ; φ and θ are swapped when `fit` ends, by `swap_weights`, or for the time of an
+    evaluation with the callback `AveragedWeights`, and back bitwise (with weights in half precision, φ is rounded to it
+    when they do).
 
-    **What the inner optimizer hands over.** Its rule is used, and everything else that it was told is taken over as if
-    it had been told to `Lookahead`: learning rate or schedule, `weight_decay`, clipping, `groups` and all the other
-    common keywords but its name. A common keyword that is given here counts where the inner optimizer has its default;
-    given differently to both, it raises. `optimizer.learning_rate` and the others are those of the result, and
-    `optimizer.inner_rule` shows the hyperparameters of the inner rule; the object that was passed is not used again.
+    **Settings of the inner optimizer.** Its rule is used, and everything else is used as if it had been given to
+    `Lookahead`: learning rate or schedule, `weight_decay`, clipping, `groups` and all the other common keywords but its
+    name. A common keyword that is given here counts where the inner optimizer has its default; given differently to
+    both, it raises. `optimizer.learning_rate` and the others are those of the result, and `optimizer.inner_rule` shows
+    the hyperparameters of the inner rule; the object that was passed is not used again.
 
     When not to use it: on top of another average (`use_ema`, Schedule-Free), which it refuses; or with a learning rate
     that is decayed to 0 anyway, where fast and slow weights meet.

@@ -104,8 +104,8 @@ class Prodigy(Optimizer):
     ```
 
     θ₀ are the weights before the first update; m, v and s start at 0, and all four have the shape of θ: twice the state
-    of Adam. d, its largest estimate and r are kept once. As in the authors' implementation, d' is the new one in the
-    denominator only, β₃ is √β₂ unless it is given, and nothing changes d while the rate is 0.
+    of Adam. There is one d, one largest estimate and one r for the whole model. As in the authors' implementation, d'
+    is the new one in the denominator only, β₃ is √β₂ unless it is given, and nothing changes d while the rate is 0.
 
     Leave the learning rate at 1, or give a schedule that ends at 0, such as `ok.schedules.Cosine(1.0, steps)`. Factors
     of groups on the rate count in the estimate of d as well.

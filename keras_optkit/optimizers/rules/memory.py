@@ -123,15 +123,15 @@ class Adafactor(Optimizer):
     θ ← θ - max(ε₂, rms(θ)) min(η, 1/√t) û
     ```
 
-    State: one number for each row and each column of a kernel, and of a vector as many as it has elements. Keras's
-    `Adafactor` stores a second moment of full size besides.
+    State: one element for each row and each column of a kernel, and as many as a vector has elements. Keras's
+    `Adafactor` also stores a second moment of full size.
 
     A kernel is seen as the matrix from a unit's inputs to its outputs, as its layer has them (`optimizer.explain`):
     a convolution's window is in the rows, attention kernels have all heads in one axis, and kernels that are several
     maps side by side (depthwise, grouped and recurrent ones) are factored each by itself. torch and optax factor the
     last two or the two largest axes instead; for matrices all are the same.
 
-    When not to use it: where there is memory for `AdamW`, which needs fewer updates as a rule.
+    When not to use it: if there is memory for `AdamW`, which needs fewer updates as a rule.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count. It is relative to the size of each parameter.
@@ -141,7 +141,8 @@ class Adafactor(Optimizer):
         epsilon_2: ε₂ >= 0, the least size that a parameter counts as.
         clip_threshold: d > 0, the largest root mean square of û.
         relative_step: Whether the rate is at most 1/√t.
-        weight_decay: λ >= 0, a schedule, or None: `θ ← θ - η λ θ` besides the step, with η as given, as in torch.
+        weight_decay: λ >= 0, a schedule, or None: `θ ← θ - η λ θ` in addition to the step, with η as given, as in
+            torch.
         **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
 
     Raises:

@@ -160,7 +160,7 @@ class MuonRule(Rule):
     },
 )
 class Muon(Optimizer):
-    """Muon: momentum whose matrices are orthogonalized; AdamW for all parameters that are no matrices.
+    """Muon: momentum whose matrices are orthogonalized; AdamW for all parameters that are not matrices.
 
     ```text
     m ← γ m + (1 - γ) g
@@ -177,7 +177,7 @@ class Muon(Optimizer):
     layers: those of convolutions with the window in the rows, those of attention with all heads in one axis, and
     depthwise, grouped and recurrent ones each map by itself. Vectors (biases, those of attention among them, and the
     scales of normalisations), embeddings and the kernel of the last layer are trained by AdamW, with the rate
-    `η adam_lr_ratio` and the same weight decay. `optimizer.explain(model)` shows it. In a loop of your own, call
+    `η adam_lr_ratio` and the same weight decay. `optimizer.explain(model)` shows it. In your own loop, call
     `optimizer.build(model)`: without the model only shapes and names are known, and a warning says so. A group's `rule`
     takes its parameters out altogether: `ok.Group("head", rule="AdamW")`.
 
@@ -199,10 +199,10 @@ class Muon(Optimizer):
         adam_beta_1: β₁ of AdamW in [0, 1), or a schedule.
         adam_beta_2: β₂ of AdamW in [0, 1), or a schedule.
         adam_epsilon: ε of AdamW >= 0, or a schedule.
-        exclude_layers: Regular expressions; kernels in whose path one is found are trained by AdamW.
+        exclude_layers: Regular expressions; kernels whose path matches one are trained by AdamW.
         exclude_embeddings: Whether embeddings are trained by AdamW.
-        exclude_output: Whether the kernel of the last layer is trained by AdamW. In a model of your own that holds
-            several, such as a GAN, each optimizer's is that of the one that it trains.
+        exclude_output: Whether the kernel of the last layer is trained by AdamW. In a custom model that holds several,
+            such as a GAN, it is the last layer of the part that this optimizer trains.
         weight_decay: λ >= 0, a schedule, or None.
         **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
 

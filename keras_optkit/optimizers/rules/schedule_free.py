@@ -155,7 +155,7 @@ _SPACE = {"warmup_steps": Choice([0, 100, 1000]), "momentum": Choice([0.9, 0.95,
     space={"learning_rate": Float(1e-4, 1e-1, log=True)} | _SPACE,
 )
 class ScheduleFree(Around):
-    """Schedule-Free around any optimizer: an average of the iterates takes the place of a decaying learning rate.
+    """Schedule-Free around any optimizer: an average of the iterates replaces a decaying learning rate.
 
     ```text
     η_t = η min(1, t / warmup_steps)       c = w_t / (w_1 + ... + w_t)       w_t = tʳ (max of η_1 ... η_t)ᵖ
@@ -169,9 +169,9 @@ class ScheduleFree(Around):
     the callback `AveragedWeights`. Going to x and back is exact up to rounding.
 
     The decay λ is taken at y, which the authors recommend; an inner rule that looks at the weights sees z. The inner
-    optimizer needs no momentum of its own: β is in its place. Its settings are taken over as by `Lookahead`. The
-    weights w have one sequence of maxima for the whole model; factors on the rate of groups cancel in c. Constraints
-    of variables act on y only. With weights in half precision, x suffers from the rounding of y.
+    optimizer needs no momentum of its own: β replaces it. Its settings are used as by `Lookahead`. The weights w have
+    one sequence of maxima for the whole model; factors on the rate of groups cancel in c. Constraints of variables act
+    on y only. With weights in half precision, x suffers from the rounding of y.
 
     When not to use it: with a schedule that decays (it is to be replaced), with another average (refused), where
     batches are few and a tuned schedule exists; or, without recalibration (`ok.recalibrate_batch_norm`), in models with
@@ -237,7 +237,7 @@ class ScheduleFree(Around):
     space={"learning_rate": Float(1e-2, 10.0, log=True)} | _SPACE,
 )
 class ScheduleFreeSGD(Optimizer):
-    """Schedule-Free SGD: an average of the iterates takes the place of a decaying learning rate.
+    """Schedule-Free SGD: an average of the iterates replaces a decaying learning rate.
 
     ```text
     η_t = η min(1, t / warmup_steps)       c = w_t / (w_1 + ... + w_t)       w_t = tʳ (max of η_1 ... η_t)ᵖ
@@ -245,7 +245,7 @@ class ScheduleFreeSGD(Optimizer):
     trained at y, evaluated at x
     ```
 
-    As `ScheduleFree` around `SGD`, whose documentation says how x is had, and when not to use it. State: z.
+    As `ScheduleFree` around `SGD`; see there how x is computed, and when not to use it. State: z.
 
     The authors advise rates 10 to 50 times those of SGD with momentum, and β up to 0.98 for long training.
     `decay_mask="all"` decays vectors too, as the reference does.
@@ -303,7 +303,7 @@ class ScheduleFreeSGD(Optimizer):
     },
 )
 class ScheduleFreeAdamW(Optimizer):
-    """Schedule-Free AdamW: an average of the iterates takes the place of momentum and of a decaying learning rate.
+    """Schedule-Free AdamW: an average of the iterates replaces momentum and a decaying learning rate.
 
     ```text
     η_t = η min(1, t / warmup_steps)       c = w_t / (w_1 + ... + w_t)       w_t = tʳ (max of η_1 ... η_t)ᵖ
@@ -312,9 +312,9 @@ class ScheduleFreeAdamW(Optimizer):
     trained at y, evaluated at x
     ```
 
-    As `ScheduleFree` around Adam without its first moment; the documentation there says how x is had, and when not to
-    use it. State: z and v, as much as Adam's. The paper's algorithm 1 puts √(1 - β₂ᵗ) into the rate, and thereby into
-    the weights of the average; here v is corrected, as in the authors' own implementation since.
+    As `ScheduleFree` around Adam without its first moment; see there how x is computed, and when not to use it. State:
+    z and v, as much as Adam's. The paper's algorithm 1 puts √(1 - β₂ᵗ) into the rate, and thereby into the weights of
+    the average; here v is corrected, as in the authors' own implementation since.
 
     The authors advise rates 1 to 10 times those of AdamW. `decay_mask="all"` decays vectors too, as the reference does.
 

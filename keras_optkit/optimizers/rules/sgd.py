@@ -58,9 +58,9 @@ class SGD(Optimizer):
     nesterov:      v ← γ v + η g          θ ← θ - (γ v + η g)
     ```
 
-    v starts at 0 and has the shape of θ. The learning rate η stands inside the velocity, as in Keras, so a change of η
-    acts on new gradients only. With `rate_in_velocity=False` it stands outside, as in torch: `v ← γ v + g`,
-    `θ ← θ - η v`; a change of η then acts at once on all that v holds. The two are equal while η is constant.
+    v starts at 0 and has the shape of θ. The learning rate η is inside the velocity, as in Keras, so a change of η acts
+    on new gradients only. With `rate_in_velocity=False` it is outside, as in torch: `v ← γ v + g`, `θ ← θ - η v`; a
+    change of η then acts at once on all of v. The two are equal while η is constant.
 
     When not to use it: without tuning the learning rate. For transformers and other models whose gradients differ much
     in scale between layers, an adaptive method such as `AdamW` is the better start.

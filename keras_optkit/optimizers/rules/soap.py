@@ -167,9 +167,9 @@ class SOAP(Optimizer):
     each axis of d elements two matrices of d × d; for a square matrix three times that of Adam. Vectors are trained
     without bases. Weight decay is taken after the step, as in the reference.
 
-    The first bases are not reproducible where the first gradient has an eigenvalue twice, as rectangular matrices have
-    (0, of the longer side): whatever rounding decides is then a different basis, and after 50 updates weights differ by
-    a hundredth. `initial_basis="identity"` begins with the axes themselves and is as reproducible as Adam.
+    The first bases are not reproducible where the first gradient has a repeated eigenvalue, as rectangular matrices
+    have (0, of the longer side): rounding then decides about the basis, and after 50 updates weights differ by a
+    hundredth. `initial_basis="identity"` begins with the axes themselves and is as reproducible as Adam.
 
     When not to use it: on kernels with long axes without a `max_precondition_dim` that excludes them (QR takes d³), or
     where a step of the model takes less time than its optimizer would.

@@ -3,7 +3,7 @@
 A card of kind "callback" builds a `keras.callbacks.Callback`. The checks train a small regression model with it for two
 epochs, in an empty working directory, so that a case may name relative paths. The tag "passive" claims that training is
 not changed by the callback; "averages" says that it needs an optimizer that averages weights, and "resumes" that it has
-trainings go on by itself.
+runs resume by itself.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def check_config_round_trip(card: Card) -> None:
 
 @check("callback")
 def check_leaves_no_trace(card: Card) -> None:
-    """After a `fit` with it the optimizer's config is JSON, and training goes on as if it had never been there."""
+    """After a `fit` with it the optimizer's config is JSON, and training continues as if it had never been there."""
     with _each_case(card) as cases:
         for case, callback in cases:
             model = _model(card)
@@ -153,7 +153,7 @@ def check_goes_on(card: Card) -> None:
 
 
 def _interrupted(card: Card, case: Mapping[str, Any], crashes: tuple[int, ...]) -> dict[str, Any]:
-    """What there is at the end of a training that raises after so many batches each time but the last."""
+    """What there is at the end of a run that raises after so many batches each time but the last."""
     x, y = _data()
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory), op_determinism():
         for crash in (*crashes, 0):

@@ -92,7 +92,7 @@ def check_evaluation_weights(card: Card) -> None:
             return [ops.convert_to_numpy(w).copy() for w in weights]
 
         expected = problems.train(made(card, case, **with_ema(card)), grads, mode=mode)
-        # one that is compiled as a whole may be rounded otherwise where it takes the weights of training back itself
+        # one that is compiled as a whole may be rounded otherwise where it restores the training weights itself
         rounding = 1e-12 if mode == "graph" and keras.config.backend() == "jax" else 0.0
         for i, arrays in enumerate(grads):
             step([ops.convert_to_tensor(g) for g in arrays])
@@ -104,7 +104,7 @@ def check_evaluation_weights(card: Card) -> None:
             assert optimizer.evaluating
             optimizer.swap_weights(evaluating=True)
             assert_equal(values(), shown, what=f"{case} asked for twice,")
-            if i % 3 == 0:  # in the other steps the update takes the weights of training back itself
+            if i % 3 == 0:  # in the other steps the update restores the training weights itself
                 optimizer.swap_weights(evaluating=False)
                 assert not optimizer.evaluating
                 same(values(), trained, f"{case} back from the evaluation,")

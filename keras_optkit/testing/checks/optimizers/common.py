@@ -47,7 +47,7 @@ def is_decayed(optimizer: Optimizer, shape: tuple[int, ...]) -> bool:
 
 
 def flat(arrays: list[np.ndarray]) -> np.ndarray:
-    """All numbers of some arrays."""
+    """All elements of some arrays."""
     return np.concatenate([np.ravel(a) for a in arrays])
 
 

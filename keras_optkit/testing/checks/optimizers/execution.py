@@ -159,7 +159,7 @@ def check_replicas(card: Card) -> None:
 def check_fit(card: Card) -> None:
     """`fit` eagerly, as a graph and under XLA, and a custom loop over the same batches, give the same weights.
 
-    They are inside of their constraints, unless they are averages.
+    They are inside their constraints, unless they are averages.
     """
     x, y = problems.regression()
 

@@ -42,7 +42,7 @@ def check_twin(card: Card) -> None:
 @check("optimizer")
 @float64()
 def check_hyperparameters(card: Card) -> None:
-    """Every number of the rule, and the weight decay, can be a schedule or a variable: as if it were set in between."""
+    """Every hyperparameter of the rule, and the weight decay, can be a schedule or a variable: as if it were set."""
     done = set()
     for case in card.cases:
         rule = made(card, case).rule

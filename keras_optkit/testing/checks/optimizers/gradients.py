@@ -29,7 +29,7 @@ from keras_optkit.testing.twins.optimizers import TWINS
 @check("optimizer")
 @float64()
 def check_missing_gradient(card: Card) -> None:
-    """A parameter without a gradient keeps its value and its slots bitwise; the others go on."""
+    """A parameter without a gradient keeps its value and its slots bitwise; the others are updated."""
     grads: list[list[Any]] = problems.gradients(4)
     holes = [g.copy() for g in grads]
     for place, step in itertools.product((0, 1), (1, 2)):

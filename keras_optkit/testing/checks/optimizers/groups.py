@@ -143,7 +143,7 @@ def check_skip_nonfinite(card: Card) -> None:
         try:
             call(broken)
             optimizer.finalize_variable_values(weights)  # where a compiled step cannot raise
-        except Exception as error:  # the backend's own, from inside of a graph
+        except Exception as error:  # the backend's own, from inside a graph
             assert "non-finite" in str(error)
         else:
             raise AssertionError(f"{mode}: two non-finite gradients in a row with skip_nonfinite=2 did not raise")
