@@ -11,7 +11,7 @@ import keras
 
 from keras_optkit import arguments
 
-KINDS = ("optimizer", "schedule", "initializer", "regularizer", "layer", "callback")
+KINDS = ("optimizer", "transform", "schedule", "initializer", "regularizer", "layer", "callback")
 PACKAGE = "keras_optkit"
 
 _CARDS: dict[tuple[str, str], Card] = {}

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -44,7 +45,14 @@ from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
 from keras_optkit.optimizers.rules import adaptive, lookahead, muon, sam, schedule_free
 from keras_optkit.optimizers.rules.adam import AdamRule
-from keras_optkit.optimizers.transforms import ClipByGlobalNorm, ClipByValue
+from keras_optkit.optimizers.transforms import (
+    AdaptiveClip,
+    CautiousUpdate,
+    ClipByGlobalNorm,
+    ClipByValue,
+    centralize,
+    unit_axes,
+)
 from keras_optkit.registry import KINDS
 from keras_optkit.saving import FromSignature
 from keras_optkit.testing.conformance import Check, checks_for
@@ -904,6 +912,74 @@ def _(right):
                 variable.assign(ops.zeros_like(variable))
 
     return extend
+
+
+# -- transforms -------------------------------------------------------------------------------------------------------
+
+in_transforms = functools.partial(bug, kind="transform")
+
+
+@in_transforms("the units of a kernel are its inputs", "Centralize", "twin", centralize, "unit_axes")
+def _(right):
+    return lambda h, rank: tuple(axis + 1 for axis in h.kernel.outputs)
+
+
+@in_transforms("a step is down the gradient where it is up", "CautiousUpdate", "twin", CautiousUpdate, "change")
+def _(right):
+    return lambda self, u, p, h: u - right(self, u, p, h)
+
+
+@in_transforms("a limit is not in the config", "ClipByNorm", "config_round_trip", FromSignature, "get_config")
+def _(right):
+    return lambda self: {name: value for name, value in right(self).items() if name != "limit"}
+
+
+@in_transforms("a schedule stays where it was at first", "ClipByValue", "hyperparameters", Hyper, "exact")
+def _(right):
+    def exact(self, value):
+        early = copy.copy(self)
+        early._memo, early._iterations = {}, ops.zeros_like(self._iterations)
+        return right(early, value)
+
+    return exact
+
+
+@in_transforms("gradients drift to float64", "ClipByValue", "dtypes", ClipByValue, "change")
+def _(right):
+    return lambda self, u, p, h: ops.cast(right(self, u, p, h), "float64")
+
+
+@in_transforms("parameters without a gradient go on moving", "ClipByNorm", "missing_gradient", update, "apply_rule")
+def _(right):
+    return lambda plan, bucket, u, slots, p, h, mask: right(plan, bucket, u, slots, p, h, None)
+
+
+@in_transforms("a unit without a gradient is divided by its norm", "AdaptiveClip", "zero", AdaptiveClip, "change")
+def _(right):
+    return lambda self, u, p, h: u / ops.sqrt(ops.sum(ops.square(u), axis=unit_axes(h, len(u.shape)), keepdims=True))
+
+
+@in_transforms("in graphs the limit is another one", "ClipByValue", "modes_agree", ClipByValue, "change")
+def _(right):
+    return lambda self, u, p, h: right(self, u, p, h) * (1.0 if tf.executing_eagerly() else 0.5)
+
+
+@in_transforms("small parameters have one norm together", "ClipByNorm", "packing", packing.Bucket, "over_parameters")
+def _(right):
+    return lambda self, x, mean=False: ops.sum(x, keepdims=True) if self.form == "flat" else right(self, x, mean=mean)
+
+
+@in_transforms("what is clipped is the sum of the micro-batches", "ClipByValue", "accumulation", gradients, "means")
+def _(right):
+    def means(plan, state, grads):
+        return [g._replace(value=3 * g.value) for g in right(plan, state, grads)]
+
+    return means
+
+
+@in_transforms("rows without a gradient count", "ClipByNorm", "rows", gradients, "sum_of_rows")
+def _(right):
+    return lambda rows, x, mean: right(rows, x, mean=mean) + 1.0
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

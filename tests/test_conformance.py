@@ -15,11 +15,12 @@ def is_long(card, check):
     JAX compiles each operation of SOAP by itself, which takes minutes, unless the step is compiled as a whole. The
     moving average of `use_ema` does not depend on the rule.
     """
+    on_jax = keras.config.backend() == "jax" and card.kind == "transform"  # the check `transforms` runs on optimizers
     by_operation = keras.config.backend() == "jax" and card.name == "SOAP" and check.name != "modes_agree"
     same_average = (
         check.name == "evaluation_weights" and "averages" not in ok.testing.traits(card) and card.name != "Adagrad"
     )
-    return by_operation or same_average or (card.name in LONG and check.engine)
+    return by_operation or same_average or ((card.name in LONG or on_jax) and check.engine)
 
 
 PAIRS = [

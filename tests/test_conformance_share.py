@@ -17,16 +17,18 @@ def pairs(decorated):
     return {(p.values[0].name, p.values[1].name) for p in decorated.args[1]}
 
 
-def test_checks_of_the_engine_run_on_one_optimizer_of_each_profile_and_the_others_on_all():
+def test_checks_of_the_engine_run_on_one_of_each_profile_and_the_others_on_all():
     ours, everything = pairs(ok.testing.conformance()), pairs(ok.testing.conformance(ok.cards()))
-    optimizers = ok.cards("optimizer")
-    chosen = one_of_each_profile(optimizers)
-    profiles = [profile(card) for card in chosen]
-    left_out = [profile(card) for card in optimizers if card not in chosen]
-    assert all(own in profiles or any(other.covers(own) for other in profiles) for own in left_out)
-    assert len(set(profiles)) == len(profiles) < len(optimizers)
-    engine = {(card.name, c.name) for card in optimizers for c in checks_for(card) if c.engine}
-    assert everything - ours == {pair for pair in engine if pair[0] not in {card.name for card in chosen}}
+    for kind in ("optimizer", "transform"):
+        found = ok.cards(kind)
+        chosen = one_of_each_profile(found)
+        profiles = [profile(card) for card in chosen]
+        left_out = [profile(card) for card in found if card not in chosen]
+        assert all(own in profiles or any(other.covers(own) for other in profiles) for own in left_out)
+        assert len(set(profiles)) == len(profiles) < len(found)
+        engine = {(card.name, c.name) for card in found for c in checks_for(card) if c.engine}
+        left = {pair for pair in everything - ours if pair[0] in {card.name for card in found}}
+        assert left == {pair for pair in engine if pair[0] not in {card.name for card in chosen}}
     assert ours <= everything
 
 

@@ -50,6 +50,7 @@ def as_optax_has_it(path, x):
     return x.reshape(x.shape[0], -1) if x.shape == (8, 2, 3) else x.reshape(-1, x.shape[-1])
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     ("ours", "theirs"),
@@ -168,13 +169,15 @@ def cautious_adamw(p, grads, weight, learning_rate=0.01, weight_decay=0.0, clipp
     moving = np.zeros_like(p)
     before = []
     for g in grads:
-        g = twins.adaptive_clip(twins.centralize(g, weight), p, weight, clipping)
+        told = twins.Told([weight], [], [])
+        (g,) = twins.adaptive_clip(twins.centralize([g], [p], told), [p], told, clipping)
         before.append(g)
         path = [moving, *TWINS["AdamW"](moving, before, learning_rate=learning_rate, weight_decay=0.0)]
-        step = path[-2] - path[-1]
+        steps = [path[-2] - path[-1]]
+        told = twins.Told([weight], [g], [learning_rate * weight_decay])
         if minimum is not None:
-            step = twins.cautious_update(step, g, minimum)
-        p = p - twins.cautious_decay(step, p, learning_rate * weight_decay)
+            steps = twins.cautious_update(steps, [p], told, minimum)
+        p = p - twins.cautious_decay(steps, [p], told)[0]
         yield p
 
 
@@ -195,7 +198,7 @@ CARD = ok.Card(
 #: What is about the class, which `adamw` is not, a rule without transforms, or the whole decay; and rows of what no
 #: layer says is an embedding.
 NOT_HERE = {"config_round_trip", "bad_arguments", "hyperparameters", "rows", "transforms", "group_rules", "decay_mask"}
-SHORT = {"twin", "modes_agree", "dtypes", "packing", "accumulation", "missing_gradient", "groups", "replicas"}
+SHORT = {"twin", "groups", "replicas"}  # each transform by itself has a card
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,7 @@ def test_an_optimizer_with_transforms_passes_the_suite(check):
     check(CARD)
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="elsewhere the gradients of embeddings are dense")
 @pytest.mark.parametrize(
     "transforms",

@@ -178,7 +178,8 @@ class Profile(NamedTuple):
     """What the engine can see of an algorithm.
 
     Attributes:
-        traits: Those of an optimizer's rule that the engine goes another way by; for anything else, its name.
+        traits: Those of an optimizer's rule that the engine goes another way by; of a transform what it changes; for
+            anything else, its name.
         parts: What the engine has to do besides: the kinds of values that state starts as, sums over the model, routes.
     """
 
@@ -192,8 +193,10 @@ class Profile(NamedTuple):
 
 def profile(card: Card) -> Profile:
     """What the engine can see of the algorithm of a card."""
+    if card.kind == "transform":
+        return Profile((card.kind, card.make(**card.cases[0]).changes))
     if card.kind != "optimizer":
-        return Profile((card.name,))
+        return Profile((card.kind, card.name))
     rule = card.make(**card.cases[0]).rule
     known = [slots_of(rule_for(rule, w), w) for w in _WEIGHTS]
     more = {

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import keras
 from keras import ops
 
 from keras_optkit.optimizers.rule import Hyper, Tensor, Value, number
 from keras_optkit.optimizers.transforms.transform import Transform
-from keras_optkit.registry import PACKAGE
+from keras_optkit.registry import register
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
+@register(
+    "transform",
+    paper="Liang, Chen, Liu and Liu, arXiv 2411.16085, algorithm 2",
+    cases=({}, {"minimum": 0.4}),
+)
 @dataclass(frozen=True)
 class CautiousUpdate(Transform):
     """Takes only those parts of a step that go down the present gradient, and makes them larger in return.
@@ -46,7 +49,10 @@ class CautiousUpdate(Transform):
         return u * agrees / ops.maximum(h.mean(agrees), h(self.minimum))
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
+@register(
+    "transform",
+    paper="Chen, Li, Liang, Su, Xie, Pierse, Liang, Lao and Liu, arXiv 2510.12402, equation 2",
+)
 @dataclass(frozen=True)
 class CautiousDecay(Transform):
     """Decays only those weights that the step makes smaller, too.

@@ -6,16 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import keras
 from keras import ops
 
 from keras_optkit.kernels import KERNEL
 from keras_optkit.optimizers.rule import Hyper, Tensor
 from keras_optkit.optimizers.transforms.transform import Transform, unit_axes
-from keras_optkit.registry import PACKAGE
+from keras_optkit.registry import register
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
+@register(
+    "transform",
+    paper="Yong, Huang, Hua and Zhang, arXiv 2004.01461, equation 1",
+    parity="optax.centralize",
+)
 @dataclass(frozen=True)
 class Centralize(Transform):
     """Gradient centralization: the gradient of each unit's weights has a mean of 0.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import keras
 from keras import ops
 
 from keras_optkit.optimizers.rule import Hyper, Tensor, Value, number
 from keras_optkit.optimizers.transforms.transform import Transform, unit_axes
-from keras_optkit.registry import PACKAGE
+from keras_optkit.registry import register
+from keras_optkit.space import Float
 
 
 def shrink(sum_of_squares: Tensor, limit: Value) -> Tensor:
@@ -18,7 +18,13 @@ def shrink(sum_of_squares: Tensor, limit: Value) -> Tensor:
     return limit / ops.maximum(ops.sqrt(sum_of_squares), limit)
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
+@register(
+    "transform",
+    paper="Mikolov, Statistical Language Models Based on Neural Networks, 2012, section 3.2.2",
+    parity="optax.clip",
+    cases=({"limit": 0.3}, {"limit": 1e-3}),
+    space={"limit": Float(0.01, 10.0, log=True)},
+)
 @dataclass(frozen=True)
 class ClipByValue(Transform):
     """Clips each number of the gradient to `[-limit, limit]`, as the keyword `clipvalue` does.
@@ -43,7 +49,13 @@ class ClipByValue(Transform):
         return ops.clip(u, -h(self.limit), h(self.limit))
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
+@register(
+    "transform",
+    paper="the keyword clipnorm of Keras: each variable by itself",
+    parity="optax.clip_by_block_rms",
+    cases=({"limit": 0.5}, {"limit": 1e-3}),
+    space={"limit": Float(0.01, 10.0, log=True)},
+)
 @dataclass(frozen=True)
 class ClipByNorm(Transform):
     """Scales the gradient of each parameter down to an L2 norm of at most `limit`, as the keyword `clipnorm` does.
@@ -70,7 +82,13 @@ class ClipByNorm(Transform):
         return u * shrink(h.sum(ops.square(u)), h(self.limit))
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
+@register(
+    "transform",
+    paper="Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1",
+    parity="optax.clip_by_global_norm",
+    cases=({"limit": 1.0}, {"limit": 1e-2}),
+    space={"limit": Float(0.1, 10.0, log=True)},
+)
 @dataclass(frozen=True)
 class ClipByGlobalNorm(Transform):
     """Scales the gradient of all parameters together down to an L2 norm, as the keyword `global_clipnorm` does.
@@ -101,7 +119,13 @@ class ClipByGlobalNorm(Transform):
         return u * ops.cast(shrink(h.totals["squares"], h.exact(self.limit)), u.dtype)
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
+@register(
+    "transform",
+    paper="Brock, De, Smith and Simonyan, arXiv 2102.06171, equation 3",
+    parity="optax.adaptive_grad_clip",
+    cases=({"clipping": 0.05}, {"clipping": 0.5, "epsilon": 1.0}),
+    space={"clipping": Float(1e-3, 0.2, log=True)},
+)
 @dataclass(frozen=True)
 class AdaptiveClip(Transform):
     """Adaptive gradient clipping: no unit's gradient is larger than a part of the unit's weights.

@@ -1,15 +1,38 @@
-"""NumPy twins of transforms: functions of one parameter.
+"""NumPy twins of transforms.
 
-Where a transform looks at units, these are the outputs of a kernel, the rows of an embedding, or else the whole
-parameter; `weight` says which it is.
+A twin is a function `twin(u, p, told, **arguments)` of lists over the parameters of a model: gradients or steps, and
+the weights before. It returns what takes the place of `u`. `told` has the rest. Where a transform looks at units, these
+are the outputs of a kernel, the rows of an embedding, or else the whole parameter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from keras_optkit.kernels import KERNEL, TABLE
 from keras_optkit.optimizers.rule import Weight
+
+Arrays = list[np.ndarray]
+
+
+class Told(NamedTuple):
+    """What a transform is told besides.
+
+    Attributes:
+        weights: What each parameter is for its layer.
+        gradients: For steps, the gradients that the rule was handed.
+        decays: For each parameter its decay, times the learning rate.
+    """
+
+    weights: list[Weight]
+    gradients: Arrays
+    decays: list[float]
+
+
+Twin = Callable[..., Arrays]
 
 
 def _axes_of_unit(weight: Weight) -> tuple[int, ...]:
@@ -18,26 +41,57 @@ def _axes_of_unit(weight: Weight) -> tuple[int, ...]:
     return tuple(range(1 if weight.role == TABLE else 0, len(weight.shape)))
 
 
-def centralize(g: np.ndarray, weight: Weight) -> np.ndarray:
+def clip_by_value(u: Arrays, p: Arrays, told: Told, limit: float = 1.0) -> Arrays:
+    """Each element is within the limit."""
+    return [np.clip(x, -limit, limit) for x in u]
+
+
+def clip_by_norm(u: Arrays, p: Arrays, told: Told, limit: float = 1.0) -> Arrays:
+    """No parameter's norm is above the limit."""
+    return [x * min(1, limit / max(float(np.linalg.norm(x)), 1e-300)) for x in u]
+
+
+def clip_by_global_norm(u: Arrays, p: Arrays, told: Told, limit: float = 1.0) -> Arrays:
+    """The norm of all is not above the limit."""
+    norm = np.sqrt(sum(np.sum(x**2) for x in u))
+    return [x * min(1, limit / max(norm, 1e-300)) for x in u]
+
+
+def centralize(u: Arrays, p: Arrays, told: Told) -> Arrays:
     """`g - mean(g)` for each output of a kernel."""
-    return g - g.mean(axis=_axes_of_unit(weight), keepdims=True) if weight.role == KERNEL and g.size else g
+    return [
+        x - x.mean(axis=_axes_of_unit(w), keepdims=True) if w.role == KERNEL and x.size else x
+        for x, w in zip(u, told.weights, strict=True)
+    ]
 
 
-def adaptive_clip(
-    g: np.ndarray, p: np.ndarray, weight: Weight, clipping: float = 0.01, epsilon: float = 1e-3
-) -> np.ndarray:
+def adaptive_clip(u: Arrays, p: Arrays, told: Told, clipping: float = 0.01, epsilon: float = 1e-3) -> Arrays:
     """No unit's gradient is larger than `clipping` times the unit."""
-    axes = _axes_of_unit(weight)
-    norm, size = (np.sqrt(np.sum(x**2, axis=axes, keepdims=True)) for x in (g, p))
-    return g * np.minimum(1, clipping * np.maximum(size, epsilon) / np.maximum(norm, 1e-300))
+
+    def clipped(x: np.ndarray, w: np.ndarray, weight: Weight) -> np.ndarray:
+        norm, size = (np.sqrt(np.sum(a**2, axis=_axes_of_unit(weight), keepdims=True)) for a in (x, w))
+        return x * np.minimum(1, clipping * np.maximum(size, epsilon) / np.maximum(norm, 1e-300))
+
+    return [clipped(*each) for each in zip(u, p, told.weights, strict=True)]
 
 
-def cautious_update(step: np.ndarray, g: np.ndarray, minimum: float = 1e-3) -> np.ndarray:
+def cautious_update(u: Arrays, p: Arrays, told: Told, minimum: float = 1e-3) -> Arrays:
     """The parts of a step that go down the gradient, larger by as much as there are fewer of them."""
-    agrees = step * g > 0
-    return step * agrees / max(agrees.mean(), minimum) if step.size else step
+    agree = [x * g > 0 for x, g in zip(u, told.gradients, strict=True)]
+    return [x * a / max(a.mean(), minimum) if x.size else x for x, a in zip(u, agree, strict=True)]
 
 
-def cautious_decay(step: np.ndarray, p: np.ndarray, decay: float) -> np.ndarray:
-    """A step with the decay (times the learning rate) of those weights that it makes smaller."""
-    return step + decay * p * (step * p >= 0)
+def cautious_decay(u: Arrays, p: Arrays, told: Told) -> Arrays:
+    """A step with the decay of those weights that it makes smaller."""
+    return [x + decay * w * (x * w >= 0) for x, w, decay in zip(u, p, told.decays, strict=True)]
+
+
+TWINS: dict[str, Twin] = {
+    "AdaptiveClip": adaptive_clip,
+    "CautiousDecay": cautious_decay,
+    "CautiousUpdate": cautious_update,
+    "Centralize": centralize,
+    "ClipByGlobalNorm": clip_by_global_norm,
+    "ClipByNorm": clip_by_norm,
+    "ClipByValue": clip_by_value,
+}

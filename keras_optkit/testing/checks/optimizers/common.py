@@ -54,8 +54,8 @@ def flat(arrays: list[np.ndarray]) -> np.ndarray:
 def by_twin(card: Card, case: Mapping[str, Any], optimizer: Optimizer, grads: list[Any]) -> list[list[np.ndarray]]:
     """The weights after each step by the twin.
 
-    A twin is of one parameter, or, of a rule with sums over the whole model, of all of them at once. If it has an
-    argument `weight`, it is told what the rule is told about the parameter.
+    A twin is of one parameter, or, of a rule with sums over the whole model, of all of them at once, as one with the
+    attribute `of_model` is. If it has an argument `weight`, it is told what the rule is told about the parameter.
     """
     twin = card.twin or TWINS[card.name]
     arguments = {k: v for k, v in case.items() if k not in (*_COMMON, "decay_mask", "weight_decay")}
@@ -64,7 +64,7 @@ def by_twin(card: Card, case: Mapping[str, Any], optimizer: Optimizer, grads: li
     decays = [decay or 0.0 for decay in decays]
     weights = Places(problems.variables(start), None).weights(problems.variables(start))
     told = {"weight": weights} if "weight" in inspect.signature(twin).parameters else {}
-    if contributes(optimizer.rule):
+    if contributes(optimizer.rule) or hasattr(twin, "of_model"):
         return list(twin(start, grads, weight_decay=decays, **told, **arguments))
     paths = [
         list(
