@@ -5,6 +5,8 @@ import importlib
 import inspect
 import json
 import math
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -14,6 +16,8 @@ from small import At, Snapshots, assert_weights, boom, counting_model, fit, line
 
 import keras_optkit as ok
 from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters
+from keras_optkit.callbacks.callback import Callback
+from keras_optkit.fit.run import ON_FAILURE
 from keras_optkit.schedules import Cosine, Linear, OneCycle, Warmup
 
 STOCK = keras.optimizers
@@ -440,3 +444,14 @@ def test_suite_fails_a_wrong_callback(wrong, failing):
     (check,) = (c for c in ok.testing.checks_for(card) if c.name == failing)
     with pytest.raises(AssertionError):
         check(card)
+
+
+def test_all_hooks_are_declared_in_the_base_class():
+    """What is asked of callbacks by name, anywhere in the package, is an attribute of the base, with a description."""
+    package = Path(ok.__file__).parent
+    asked = set(ON_FAILURE.values())
+    for name in ("callbacks/averaging.py", "callbacks/stock.py", "fit/run.py"):
+        source = (package / name).read_text()
+        asked |= set(re.findall(r"(?:has|get)attr\((?:callback|c|part), \"(\w+)\"", source))
+    assert {"prepare_fit", "state_dict", "load_state_dict", "stateless", "sees_training_weights"} < asked
+    assert [name for name in sorted(asked) if not hasattr(Callback, name)] == []

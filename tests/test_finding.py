@@ -12,7 +12,8 @@ from small import without_names
 import keras_optkit as ok
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.finding import BatchSizes, LearningRates, Measured, batch_size, curve
-from keras_optkit.finding.batch_size import is_out_of_memory, noise_scale
+from keras_optkit.finding.batch_size import is_out_of_memory
+from keras_optkit.finding.noise_scale import noise_scale
 from keras_optkit.private import global_seed
 from keras_optkit.testing.problems import two_replicas
 

@@ -75,3 +75,8 @@ def test_engine_does_not_know_the_optimizer():
     for path in (PACKAGE / "optimizers" / "engine").glob("*.py"):
         modules = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
         assert not modules & {f"keras_optkit.optimizers.{name}" for name in ("optimizer", "building", "keywords")}, path
+
+
+def test_no_file_is_longer_than_500_lines():
+    lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > 500} == {}

@@ -7,12 +7,12 @@ Keras calls `on_train_end` only when `fit` comes to its end; callbacks are not t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
-from keras_optkit.fit.run import innermost_run
+from keras_optkit.fit.run import Run, innermost_run
 from keras_optkit.optimizers.of_model import update_counter
 from keras_optkit.saving import FromSignature
 
@@ -23,7 +23,26 @@ def number(scalar: Any) -> Any:
 
 
 class Callback(FromSignature, keras.callbacks.Callback):
-    """A Keras callback with more hooks, `on_train_failure` and the like, and with state."""
+    """A Keras callback with more hooks, `on_train_failure` and the like, and with state.
+
+    All hooks that there are beside Keras's are here. A callback that is not a subclass may have some of them: `Resume`
+    asks for `stateless`, `state_dict` and `load_state_dict`, `AveragedWeights` for `sees_training_weights`.
+
+    Attributes:
+        stateless: Whether nothing that training depends on is kept from one epoch to the next, so that `Resume` has
+            nothing to save of it. Callbacks with `state_dict` need not say so.
+        sees_training_weights: Whether `AveragedWeights` leaves the weights of training in the model for it.
+    """
+
+    stateless: ClassVar[bool] = False
+    sees_training_weights: ClassVar[bool] = False
+
+    def prepare_fit(self, run: Run) -> None:
+        """Called before `fit` itself, with its arguments, which may be changed.
+
+        Args:
+            run: The `fit`: its model and `arguments`, by name.
+        """
 
     def set_model(self, model: Any) -> None:
         """Called by Keras when `fit`, `evaluate` or `predict` begins."""

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
 from keras_optkit import arguments
-from keras_optkit.callbacks.callback import number
 from keras_optkit.data import Shuffled
+from keras_optkit.finding.noise_scale import Timer, noise_scales
 from keras_optkit.finding.trial import (
     as_found,
     build,
@@ -28,10 +27,7 @@ from keras_optkit.finding.trial import (
     state_as_found,
     used_optimizers,
 )
-from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.fit.steps import compile_anew
-from keras_optkit.optimizers import Optimizer, Rule
-from keras_optkit.optimizers.rule import Weight
 from keras_optkit.tables import table
 
 Tensor = Any
@@ -280,7 +276,7 @@ def find_batch_size(
                 size = max([size for size in fit if examples // size >= noise_batches], default=fit[0])
                 count = min(noise_batches, examples // size)
                 usual = max([size for size in fit if size <= USUAL], default=fit[0])
-                noise = _noise_scales(model, data_of(size), count, data_of(usual), noise_warm_up)
+                noise = noise_scales(model, data_of(size), count, data_of(usual), noise_warm_up)
     bar.update(len(rows), finalize=True)
     found = _with_doubt(BatchSizes(tuple(rows), noise[-1] if noise else None, doubt), noise, noise_warm_up)
     if found.doubt:
@@ -358,25 +354,6 @@ def _measured(model: Any, data: Shuffled, warm_up: int, steps: int) -> Measured:
         return Measured(data.batch_size)
 
 
-class Timer(keras.callbacks.Callback):
-    """Times the training steps, and ends the run after so many."""
-
-    def __init__(self, steps: int):
-        super().__init__()
-        self.seconds: list[float] = []
-        self._steps = steps
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002, D102
-        self._begun = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        for value in (logs or {}).values():
-            ops.convert_to_numpy(value)  # which waits for the device
-        self.seconds.append(time.perf_counter() - self._begun)
-        if len(self.seconds) == self._steps:
-            self.model.stop_training = True
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of a training step says that there is not enough memory."""
     if isinstance(error, MemoryError):
@@ -419,94 +396,3 @@ def _high_water() -> int | None:
     except OSError:  # not on Linux
         return None
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), None)
-
-
-# -- the noise of the gradient ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KeepGradient(Rule):
-    """Keeps the gradient, and leaves the weights as they are."""
-
-    def slots(self, w: Weight) -> Mapping[str, float]:  # noqa: ARG002
-        """The gradient of the last batch."""
-        return {"gradient": 0.0}
-
-    def update(self, u: Tensor, slots: Any, p: Tensor, h: Any) -> tuple[Tensor, Any]:  # noqa: ARG002
-        """A step of 0."""
-        return ops.zeros_like(p), {"gradient": u}
-
-
-class Gradients(keras.callbacks.Callback):
-    """Adds up the gradients of so many batches and their squared norms."""
-
-    def __init__(self, optimizer: Optimizer, count: int):
-        super().__init__()
-        self.total: np.ndarray = np.zeros(())
-        self.squares: list[float] = []
-        self._optimizer, self._count = optimizer, count
-        self._batches = 0
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002, D102
-        self._batches += 1
-        assert self.model.optimizer.built  # asking for the model has Keras fill its variables on JAX
-        if number(self._optimizer.iterations) > len(self.squares):  # loss scaling did not skip it
-            state: dict[str, Any] = {}
-            self._optimizer.save_own_variables(state)
-            parts = [np.ravel(state[name]) for name in sorted(state) if name.startswith("slot.gradient.")]
-            gradient = np.concatenate(parts).astype("float64")
-            self.total = self.total + gradient
-            self.squares.append(float(gradient @ gradient))
-        if len(self.squares) == self._count or self._batches >= 10 * self._count:
-            self.model.stop_training = True
-
-
-def _noise_scales(model: Any, data: Shuffled, count: int, training_data: Shuffled, updates: int) -> list[float | None]:
-    """The noise scale in the middle and at the end of so many updates; without any, at the weights as they are."""
-    with state_as_found(model):
-        found = []
-        for more in [updates // 2, updates - updates // 2] if updates > 1 else [updates]:
-            if more:
-                compile_anew(model)
-                run(model, [Timer(more)], x=training_data)
-            found.append(_noise_scale(model, data, count))
-        return found
-
-
-def _noise_scale(model: Any, data: Shuffled, count: int) -> float | None:
-    data.epoch = 0  # the same batches every time
-    with state_as_found(model), _keeping_gradients(model) as optimizer:
-        gradients = Gradients(optimizer, count)
-        run(model, [gradients], x=data)
-    return noise_scale(gradients.total, gradients.squares, data.batch_size)
-
-
-@contextlib.contextmanager
-def _keeping_gradients(model: Any) -> Iterator[Optimizer]:
-    """Gives the model an optimizer that keeps gradients instead of its own, with loss scaling if that has it."""
-    found = model.optimizer
-    strategy = getattr(model, "distribute_strategy", None)  # on TensorFlow
-    with strategy.scope() if strategy else contextlib.nullcontext():
-        keeping = Optimizer(0.0, KeepGradient(), sparse="dense", fuse=False, name="gradients")
-        scaled = isinstance(found, keras.optimizers.LossScaleOptimizer)
-        model.optimizer = keras.optimizers.LossScaleOptimizer(keeping) if scaled else keeping
-    try:
-        build_optimizer(model)
-        compile_anew(model)
-        yield keeping
-    finally:
-        model.optimizer = found
-
-
-def noise_scale(total: np.ndarray, squares: Sequence[float], size: int) -> float | None:
-    """tr(Σ) / |G|², from the sum of K gradients of batches of `size` examples, and their squared norms; see above.
-
-    None for fewer than two gradients, or if they are not finite.
-    """
-    count = len(squares)
-    if count < 2 or not np.all(np.isfinite(squares)):
-        return None
-    small, large = float(np.mean(squares)), float(total @ total) / count**2
-    signal = (count * large - small) / (count - 1)
-    noise = size * (small - large) * count / (count - 1)
-    return noise / signal if signal > 0 else math.inf

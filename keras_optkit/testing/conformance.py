@@ -163,13 +163,14 @@ _TRAITS: dict[int, tuple[Card, frozenset[str]]] = {}
 def traits(card: Card) -> frozenset[str]:
     """What chooses the checks of a card: its tags and, of an optimizer, what its rule says of itself.
 
-    That is the rule's layout, "averages", and what it `needs`.
+    That is the rule's layout, "rows" if rows of embeddings are updated alone, "averages", and what it `needs`.
     """
     if id(card) not in _TRAITS:
         found = card.tags
         if card.kind == "optimizer":
             rule = card.make(**card.cases[0]).rule
-            found |= {layout_of(rule), *rule.needs, *(["averages"] if rule.averages else [])}
+            alone = layout_of(rule) == "elementwise" and not rule.uses_first and not contributes(rule)
+            found |= {layout_of(rule), *rule.needs, *(["averages"] * rule.averages), *(["rows"] * alone)}
         _TRAITS[id(card)] = card, found
     return _TRAITS[id(card)][1]
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import keras_tuner
 import numpy as np
-from keras_tuner.errors import FatalTypeError, FatalValueError
+from keras_tuner.errors import FailedTrialError, FatalTypeError, FatalValueError
 
 from keras_optkit import arguments
 
@@ -98,3 +98,21 @@ class BestEpoch(keras.callbacks.Callback):
         name = next((name for name in names if name not in self._seen), names[0])
         known = ", ".join(map(repr, self._seen))
         return f"objective must be a metric of the training ({known}), got {name!r}.{arguments.near(name, self._seen)}"
+
+
+def take(returned: Any, watch: BestEpoch, others_have_it: bool) -> None:
+    """Raises if a run has no score; a `fit` of the hypermodel's own may return one, or metrics.
+
+    Args:
+        returned: What `fit` has returned.
+        watch: What has watched it.
+        others_have_it: Whether another trial had the objective.
+    """
+    if not watch.epochs and isinstance(returned, int | float | np.floating | dict):
+        watch.on_epoch_end(0, returned if isinstance(returned, dict) else {watch.objective.name: returned})
+    if watch.failure or not watch.epochs:
+        raise FailedTrialError(watch.failure or "No epoch was finished.")
+    if watch.best_epoch is None:
+        if getattr(watch.model, "stop_training", False) or others_have_it:  # a later epoch may have it
+            raise FailedTrialError(f"No epoch had the objective: {watch.missing()}")
+        raise FatalValueError(watch.missing())

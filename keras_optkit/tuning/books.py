@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,17 @@ _OF_A_TRIAL = ("trial.json", "model.keras", "*.weights.h5", "*.built.json")
 _NAMES = re.compile(r"(oracle|trial|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)")
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
 _IN_TRIAL = ("trial_id", "hyperparameters", "metrics", "status")
+
+
+class OtherSearchError(ValueError):
+    """The directory holds another search."""
+
+
+def path_of(name: str, path: Any) -> Path:
+    """The argument as a path."""
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise TypeError(f"{name} must be the path of a directory, got {path!r}.")
+    return Path(path)
 
 
 class CannotWriteError(keras_tuner.errors.FatalError, OSError):

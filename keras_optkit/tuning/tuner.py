@@ -7,7 +7,6 @@ import inspect
 import io
 import json
 import math
-import os
 import threading
 import time
 import traceback
@@ -25,9 +24,9 @@ from keras_tuner.errors import FailedTrialError, FatalError, FatalValueError
 from keras_optkit import arguments
 from keras_optkit.private import clear_session
 from keras_optkit.space import Values
-from keras_optkit.tuning import logs
-from keras_optkit.tuning.best_epoch import BestEpoch, names_of
-from keras_optkit.tuning.books import AtomicBooks, check_books, damaged, delete_search, keep_books_of, locked
+from keras_optkit.tuning import books, logs
+from keras_optkit.tuning.best_epoch import BestEpoch, names_of, take
+from keras_optkit.tuning.books import AtomicBooks, OtherSearchError, damaged, path_of
 from keras_optkit.tuning.callbacks import Callbacks, Copies, Factory, of_search
 from keras_optkit.tuning.data import check_ends, is_dataset
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
@@ -39,17 +38,6 @@ _PRINTING = threading.Lock()  # sys.stdout is one for all threads
 
 #: What an oracle that promotes trials, as Hyperband does, adds to their values.
 EPOCHS, INITIAL_EPOCH, PARENT = "tuner/epochs", "tuner/initial_epoch", "tuner/trial_id"
-
-
-class OtherSearchError(ValueError):
-    """The directory holds another search."""
-
-
-def _path(name: str, path: Any) -> Path:
-    """The argument as a path."""
-    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
-        raise TypeError(f"{name} must be the path of a directory, got {path!r}.")
-    return Path(path)
 
 
 class Tuner(keras_tuner.Tuner, AtomicBooks):
@@ -128,8 +116,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self.keep_models = arguments.integer("keep_models", keep_models, 1, optional=True)
         arguments.boolean("overwrite", overwrite)
         self.callbacks = Factory(callbacks)
-        path = _path("directory", directory).absolute()
-        self.log_dir = None if log_dir is None else _path("log_dir", log_dir)
+        path = path_of("directory", directory).absolute()
+        self.log_dir = None if log_dir is None else path_of("log_dir", log_dir)
         self.verbose = arguments.choice("verbose", verbose, (0, 1, 2))
         self.definition = json.loads(json.dumps({"space": hypermodel.space.get_config(), **(definition or {})}))
         self.records: dict[str, dict[str, Any]] = {}  # what KerasTuner's trials have no place for, by trial
@@ -137,10 +125,10 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self._started = 0.0
         self._used: weakref.WeakSet[keras.callbacks.Callback] = weakref.WeakSet()
         oracle.verbose = 0
-        keep_books_of(oracle)
+        books.keep_books_of(oracle)
         if overwrite:
-            with locked(path):
-                delete_search(path)
+            with books.locked(path):
+                books.delete_search(path)
         with _PRINTING, contextlib.redirect_stdout(io.StringIO()):  # KerasTuner prints whether it reloads
             # If it were given the hypermodel here, it would build a model to find the space, which is known.
             super().__init__(
@@ -198,7 +186,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             ValueError: If the search in the directory is another one.
         """
         path = Path(self.project_dir)
-        check_books(path)
+        books.check_books(path)
         try:
             super().reload()
         except (OtherSearchError, OSError):
@@ -241,7 +229,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         check_ends(kwargs, {"x": "x", "validation_data": "validation_data"})
         of_search(kwargs.get("callbacks"))  # raises now rather than in the first trial
         kwargs.setdefault("verbose", 1 if self.verbose == 2 else 0)
-        with locked(Path(self.project_dir)):
+        with books.locked(Path(self.project_dir)):
             if Path(self._get_tuner_fname()).exists():  # another search may have run since this object was made
                 self.reload()
             self.save()
@@ -376,23 +364,11 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
                 self._end(rounds[PARENT], execution).load_into(model)
             watch.set_model(model)
             returned = self.hypermodel.fit(trial.hyperparameters, model, *args, **kwargs, callbacks=[*callbacks, watch])
-            self._take(returned, watch)
+            take(returned, watch, any(record["metrics"] for record in self.records.values()))
             if EPOCHS in rounds:
                 self._end(trial.trial_id, execution).save_weights(model)
             assert watch.best_epoch is not None
             metric(f"best_{watch.objective.name}", watch.score, watch.best_epoch - 1)
-
-    def _take(self, returned: Any, watch: BestEpoch) -> None:
-        """Raises if a run has no score; a `fit` of the hypermodel's own may return one, or metrics."""
-        if not watch.epochs and isinstance(returned, int | float | np.floating | dict):
-            watch.on_epoch_end(0, returned if isinstance(returned, dict) else {self.oracle.objective.name: returned})
-        if watch.failure or not watch.epochs:
-            raise FailedTrialError(watch.failure or "No epoch was finished.")
-        if watch.best_epoch is None:
-            known = any(record["metrics"] for record in self.records.values())
-            if getattr(watch.model, "stop_training", False) or known:  # a later epoch may have it, or another trial has
-                raise FailedTrialError(f"No epoch had the objective: {watch.missing()}")
-            raise FatalValueError(watch.missing())
 
     def _new(self, callbacks: list[Any]) -> list[Any]:
         """Raises if one of the callbacks was in another run."""
@@ -472,26 +448,24 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
 
     def trials(self) -> list[Trial]:
         """The finished trials in the order in which they were started."""
-        found = []
-        for number, trial_id in enumerate(self.oracle.start_order):
-            if trial_id not in self.oracle.end_order:
-                continue
-            trial, record = self.oracle.trials[trial_id], self.records[trial_id]
-            completed = trial.status == TrialStatus.COMPLETED
-            found.append(
-                Trial(
-                    number=number,
-                    values=self.hypermodel.point(trial.hyperparameters),
-                    score=float(trial.score) if completed else None,
-                    metrics=record["metrics"] if completed else {},
-                    epochs=record["epochs"],
-                    best_epoch=record["best_epoch"] if completed else None,
-                    seconds=record["seconds"],
-                    status="completed" if completed else "failed",
-                    message=record.get("message", ""),
-                )
-            )
-        return found
+        finished = set(self.oracle.end_order)
+        started = enumerate(self.oracle.start_order)
+        return [self._trial(number, trial_id) for number, trial_id in started if trial_id in finished]
+
+    def _trial(self, number: int, trial_id: str) -> Trial:
+        trial, record = self.oracle.trials[trial_id], self.records[trial_id]
+        completed = trial.status == TrialStatus.COMPLETED
+        return Trial(
+            number=number,
+            values=self.hypermodel.point(trial.hyperparameters),
+            score=float(trial.score) if completed else None,
+            metrics=record["metrics"] if completed else {},
+            epochs=record["epochs"],
+            best_epoch=record["best_epoch"] if completed else None,
+            seconds=record["seconds"],
+            status="completed" if completed else "failed",
+            message=record.get("message", ""),
+        )
 
     def result(self, *, temporary: bool = False) -> Result:
         """The result.

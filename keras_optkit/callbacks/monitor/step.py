@@ -13,13 +13,12 @@ from keras import ops, tree
 
 from keras_optkit import backend
 from keras_optkit.callbacks.callback import number
-from keras_optkit.callbacks.monitor import on_tensorflow
+from keras_optkit.callbacks.monitor import norms, on_tensorflow
 from keras_optkit.fit.hooks import Hook, around
 from keras_optkit.fit.instrument import Instrument
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours_of, unscaled
-from keras_optkit.precision import at_least_float32
 from keras_optkit.private import accumulated_gradients, in_stateless_scope, known_variables, sublayers
 
 Tensor = Any
@@ -42,11 +41,7 @@ def clips(optimizer: Any) -> bool:
     return any(getattr(inner, name, None) is not None for name in _LIMITS)
 
 
-#: The sum of the gradients of the micro-batches before this one for each variable, by its key, and how many those are.
-Sums = tuple[Mapping[int, Tensor], Tensor]
-
-
-def _accumulated(optimizer: Any) -> Sums | None:
+def _accumulated(optimizer: Any) -> norms.Sums | None:
     """What is to be clipped together with the gradient of this micro-batch; None without accumulation or clipping."""
     inner = unscaled(optimizer)
     if not (clips(optimizer) and inner.built and getattr(inner, "gradient_accumulation_steps", None)):
@@ -339,37 +334,37 @@ class Probe(Instrument):
         after: Sequence[Tensor],
         scalars: dict[str, Tensor],
         scale: Tensor,
-        sums: Sums | None,
+        sums: norms.Sums | None,
     ) -> None:
         names = layer_names(self.model)
         self._order = list(dict.fromkeys(names.values()))
-        own = _dense(grads, variables)
+        own = norms.dense(grads, variables)
         whole = backend.sum_over_replicas(own)
-        squares = [_squares(g) / ops.square(scale) for g in whole]
+        squares = [norms.squares(g) / ops.square(scale) for g in whole]
         rows = [
             squares,
-            [_squares(w) for w in before],
-            [_squares(ops.subtract(_wide(a), _wide(b))) for a, b in zip(after, before, strict=True)],
-            [_nonfinite(g) for g in whole],
+            [norms.squares(w) for w in before],
+            [norms.squares(ops.subtract(norms.wide(a), norms.wide(b))) for a, b in zip(after, before, strict=True)],
+            [norms.nonfinite(g) for g in whole],
         ]
         if clips(optimizer):
             inner = unscaled(optimizer)
             seen = whole if isinstance(inner, Optimizer) else own  # Keras's clip in each replica, before the sum
-            scalars["clipped"] = self._clipped(inner, _to_clip(inner, seen, variables, scale, sums))
+            scalars["clipped"] = self._clipped(inner, norms.to_clip(inner, seen, variables, scale, sums))
         update = self._update(optimizer, variables, names, scalars)
         head = [self["execution"], *scalars.values()]
-        by_layer = [value for row in rows for value in _by_layer(row, variables, names, update.layers)]
+        by_layer = [value for row in rows for value in norms.by_layer(row, variables, names, update.layers)]
         self._hold(update.name, ops.stack([ops.cast(value, "float32") for value in [*head, *by_layer]]))
         half = getattr(self._thread, "half", None)
         if half is not None:
             self._thread.half = None
-            half = backend.sum_over_replicas(_dense(half, self.model.trainable_variables))
-            self._hold("half_squares", sum(_squares(g) for g in half) / ops.square(scale))
+            half = backend.sum_over_replicas(norms.dense(half, self.model.trainable_variables))
+            self._hold("half_squares", sum(norms.squares(g) for g in half) / ops.square(scale))
 
     @staticmethod
     def _clipped(inner: Any, grads: Sequence[Tensor | None]) -> Tensor:
         """Whether clipping changes the gradient, in any replica."""
-        squares = [_squares(g) for g in grads]
+        squares = [norms.squares(g) for g in grads]
         if inner.global_clipnorm is not None:
             size, limit = ops.sqrt(sum(squares)), inner.global_clipnorm
         elif inner.clipnorm is not None:
@@ -393,8 +388,14 @@ class Probe(Instrument):
                 if not variables or number(optimizer.iterations) == begun_at:
                     return
                 layers = dict.fromkeys(names[backend.key(v)] for v in variables)
-                changes = [_squares(ops.subtract(_wide(v), _wide(b))) for v, b in zip(variables, before, strict=True)]
-                rows = [_by_layer(row, variables, names, layers) for row in ([_squares(b) for b in before], changes)]
+                changes = [
+                    norms.squares(ops.subtract(norms.wide(v), norms.wide(b)))
+                    for v, b in zip(variables, before, strict=True)
+                ]
+                rows = [
+                    norms.by_layer(row, variables, names, layers)
+                    for row in ([norms.squares(b) for b in before], changes)
+                ]
                 self._flushed |= dict(zip(layers, np.array(ops.convert_to_numpy(ops.stack(rows))).T, strict=True))
 
             yield see_result
@@ -452,54 +453,6 @@ def _rates(optimizer: Any) -> dict[str, Any]:
         return {"learning_rate": optimizer.learning_rate}
     inside = enumerate(innermost(optimizer))
     return {f"learning_rate/{i}": part.learning_rate for i, part in inside if hasattr(part, "learning_rate")}
-
-
-def _by_layer(
-    values: Sequence[Tensor], variables: Sequence[Any], names: Mapping[int, str], layers: Mapping[str, Any]
-) -> list[Tensor]:
-    sums = dict.fromkeys(layers, ops.zeros((), "float32"))
-    for value, variable in zip(values, variables, strict=True):
-        if (weight := backend.key(variable)) in names:
-            sums[names[weight]] = sums[names[weight]] + value
-    return list(sums.values())
-
-
-def _dense(grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor | None]:
-    return [None if g is None else backend.dense(g, v.shape) for g, v in zip(grads, variables, strict=True)]
-
-
-def _to_clip(
-    inner: Any, grads: Sequence[Tensor | None], variables: Sequence[Any], scale: Tensor, sums: Sums | None
-) -> list[Tensor | None]:
-    """What an optimizer clips: the gradients without the scale of the loss, or with those before, their means."""
-    unscaled_grads = [None if g is None else _wide(g) / ops.cast(scale, _wide(g).dtype) for g in grads]
-    if sums is None:
-        return unscaled_grads
-    of_variable, micro = sums
-    # Keras's divide by this, also in an update of fewer
-    count = micro + 1 if isinstance(inner, Optimizer) else inner.gradient_accumulation_steps
-    found: list[Tensor | None] = []
-    for g, variable in zip(unscaled_grads, variables, strict=True):
-        before = of_variable.get(backend.key(variable))
-        total = g if before is None else before if g is None else before + ops.cast(g, before.dtype)
-        found.append(None if total is None else total / ops.cast(count, total.dtype))
-    return found
-
-
-def _wide(tensor: Any) -> Tensor:
-    return ops.cast(tensor, at_least_float32(tensor.dtype))
-
-
-def _squares(tensor: Tensor | None) -> Tensor:
-    """The sum of the squares, as float32; 0 for no tensor."""
-    return ops.zeros((), "float32") if tensor is None else ops.cast(ops.sum(ops.square(_wide(tensor))), "float32")
-
-
-def _nonfinite(tensor: Tensor | None) -> Tensor:
-    """How many of the elements are not finite."""
-    if tensor is None:
-        return ops.zeros((), "float32")
-    return ops.sum(ops.cast(ops.logical_not(ops.isfinite(tensor)), "float32"))
 
 
 def _unit_axis(layer: Any) -> int:
