@@ -169,6 +169,16 @@ def test_cost_of_the_guard(script, monkeypatch, capsys):
     assert all(float(cell) > 0 for cell in ours)
 
 
+def test_cost_of_a_second_gradient(script, monkeypatch, capsys):
+    sharpness = script("sharpness_aware")
+    monkeypatch.setitem(sharpness.MODELS, "tiny", (tiny, 2))
+    monkeypatch.delitem(sharpness.ALTERNATIVES, "adaptive")
+    sharpness.main(["--models", "tiny", "--steps", "2", "--rounds", "1"])
+    ((time, ratio),) = re.findall(r"│ +tiny │ +[\d.]+ \(1\.00\) │ +([\d.]+) \(([\d.]+)\) │", capsys.readouterr().out)
+    assert float(time) > 0
+    assert float(ratio) > 0
+
+
 def test_cost_of_resume(script, capsys):
     script("resume_overhead").main(
         ["--width", "4", "--batch-size", "2", "--every", "2", "--blocks", "2", "--rounds", "1"]
