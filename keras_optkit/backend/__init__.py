@@ -3,7 +3,7 @@
 Private names of either are not here but in `keras_optkit.private`.
 """
 
-from keras_optkit.backend.placement import Placement, data_axis, placed, placement
+from keras_optkit.backend.placement import Placement, computed, data_axis, placed, placement
 from keras_optkit.backend.replicas import (
     in_all_replicas,
     refuse_foreign,
@@ -50,6 +50,7 @@ __all__ = [
     "after",
     "as_gradient",
     "cast",
+    "computed",
     "concatenate",
     "data_axis",
     "dense",

@@ -32,6 +32,12 @@ class Placement:
         return not self.weight.is_fully_replicated
 
     @property
+    def is_one_of_several(self) -> bool:
+        """Whether XLA may lay out what is computed from the weight otherwise, since not all of a step is alike."""
+        axes = [size for size in self.weight.mesh.shape.values() if size > 1]
+        return self.is_split or self.over is not None or len(axes) > 1
+
+    @property
     def parts(self) -> int:
         """How many parts state is spread in."""
         return 1 if self.over is None else self.weight.mesh.shape[self.over]
@@ -104,3 +110,10 @@ def placed(tensor: Tensor, sharding: Any) -> Tensor:
     import jax
 
     return jax.lax.with_sharding_constraint(tensor, sharding)
+
+
+def computed(tensor: Tensor) -> Tensor:
+    """The same tensor; how the result is laid out does not count for what it is computed from."""
+    import jax
+
+    return jax.lax.optimization_barrier(tensor)

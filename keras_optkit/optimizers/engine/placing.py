@@ -102,16 +102,25 @@ def warn_unless_spread(name: str, buckets: Sequence[Bucket], state: State, varia
 _STORED = ("accumulated", "average", "master", "slots")
 
 
-def put_together(buckets: Sequence[Bucket], grads: Sequence[Grad | None]) -> list[Grad | None]:
-    """Gradients as every device has them, where small ones of a bucket whose state is spread are laid end to end.
+def like_state(plan: Plan, grads: Sequence[Grad | None]) -> list[Grad | None]:
+    """Gradients laid out as the state that is updated with them.
 
-    Otherwise XLA may split each of them over the devices, only to join the parts.
+    XLA might lay them out as what they are computed from, and gather the new weights and all new state instead. Those
+    of small parameters that are laid end to end are on every device: their parts would have to be sent to others.
     """
     found = list(grads)
-    for b, (bucket, grad) in enumerate(zip(buckets, grads, strict=True)):
+    for b, (bucket, grad) in enumerate(zip(plan.buckets, grads, strict=True)):
         place = bucket.placement
-        if grad is not None and bucket.form == "flat" and place is not None and place.over is not None:
-            found[b] = grad._replace(value=backend.placed(grad.value, place.whole))
+        if grad is None or place is None or not place.is_one_of_several:
+            continue
+        shape = tuple(grad.value.shape)
+        if bucket.form == "flat":
+            layout = place.whole
+        elif _needs_whole(plan, bucket, place) or (bucket.form == "stacked" and bucket.alone):
+            layout = _of_weights(bucket, place, len(shape))
+        else:
+            layout = bucket.layout(shape)
+        found[b] = grad._replace(value=backend.placed(grad.value, layout))
     return found
 
 
@@ -122,28 +131,42 @@ def gathered(plan: Plan, state: State) -> State:
     tensor would take XLA a communication for each; there, state is gathered once and computed as if it was not spread.
     """
 
-    def stored(bucket: Bucket, place: Placement, x: Tensor) -> Tensor:
+    def whole(bucket: Bucket, place: Placement, x: Tensor) -> Tensor:
         return _together(bucket, place, x) if _needs_whole(plan, bucket, place) else x
 
-    return _mapped(plan.buckets, state, stored, _STORED)
+    return _mapped(plan.buckets, state, whole, _STORED)
 
 
-def placed(plan: Plan, state: State) -> State:
-    """The state after a step, laid out as it was before, also in steps that nobody tells how to lay out their results.
+def collected(plan: Plan, state: State) -> State:
+    """The state after a micro-batch, with the sums laid out as their variables are."""
+    return _mapped(plan.buckets, state, lambda bucket, _, x: _stored(bucket, x), ("accumulated",))
 
-    The new weights of a bucket whose state is spread are put together once, before they are split.
+
+def updated(plan: Plan, state: State) -> State:
+    """The state after an update, laid out as its variables are; what was gathered is spread after all arithmetic."""
+
+    def again(bucket: Bucket, place: Placement, x: Tensor) -> Tensor:
+        if _needs_whole(plan, bucket, place):
+            x = backend.computed(_together(bucket, place, x))
+        return _stored(bucket, x)
+
+    return _mapped(plan.buckets, state, again, _STORED)
+
+
+def joined(plan: Plan, state: State) -> State:
+    """The state after a step, with weights laid out as their variables are, and once where they share a bucket.
+
+    This and `updated` hold also in steps that nobody tells which layouts to return.
     """
 
-    def stored(bucket: Bucket, place: Placement, x: Tensor) -> Tensor:
-        x = _together(bucket, place, x) if _needs_whole(plan, bucket, place) else x
-        return backend.placed(x, bucket.layout(tuple(x.shape)))
-
     def weights(bucket: Bucket, place: Placement, x: Tensor) -> Tensor:
-        first_axes = len(x.shape) - len(bucket.shapes[0])  # of a stack
-        return backend.placed(x, place.like_weight(first_axes) if bucket.alone else place.whole)
+        return backend.placed(x, _of_weights(bucket, place, len(x.shape)))
 
-    state = _mapped(plan.buckets, state, stored, _STORED)
     return _mapped(plan.buckets, state, weights, ("weights",))
+
+
+def _stored(bucket: Bucket, x: Tensor) -> Tensor:
+    return backend.placed(x, bucket.layout(tuple(x.shape)))
 
 
 def _mapped(
@@ -152,14 +175,19 @@ def _mapped(
     function: Callable[[Bucket, Placement, Tensor], Tensor],
     names: Sequence[str],
 ) -> State:
-    """The state with a function of the tensors of those buckets that are not the same on all devices."""
+    """The state with a function of the tensors of those buckets that XLA may lay out in several ways."""
     parts: dict[str, Any] = {name: list(getattr(state, name)) for name in names if state.has(name)}
     for b, bucket in enumerate(buckets):
         place = bucket.placement
-        if place is not None and (place.is_split or place.over is not None):
+        if place is not None and place.is_one_of_several:
             for part in parts.values():
                 part[b] = tree.map_structure(functools.partial(function, bucket, place), part[b])
     return state._replace(**parts)
+
+
+def _of_weights(bucket: Bucket, place: Placement, rank: int) -> Any:
+    """The layout of the weights of a bucket as one tensor."""
+    return place.like_weight(rank - len(bucket.shapes[0])) if bucket.alone else place.whole
 
 
 def _needs_whole(plan: Plan, bucket: Bucket, place: Placement) -> bool:

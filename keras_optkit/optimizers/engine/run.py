@@ -91,20 +91,21 @@ def _grads(plan: Plan, state: State, grads: list[Any]) -> list[Any]:
 
 def _run_pure(plan: Plan, state: State, grads: list[Any], flush: bool) -> None:
     joined = [gradients.join(plan, b, parts) if isinstance(parts, list) else parts for b, parts in enumerate(grads)]
-    joined = placing.put_together(plan.buckets, joined)
+    joined = placing.like_state(plan, joined)
     accumulates, dynamic = plan.keywords.gradient_accumulation_steps and not flush, plan.dynamic()
     before = _read(plan.buckets, state)
-    after = gradients.collect(plan, before, joined) if accumulates else before
+    after = placing.collected(plan, gradients.collect(plan, before, joined)) if accumulates else before
 
     def updated() -> State:
         ready = placing.gathered(plan, after)
         if state.has("evaluating"):
             ready = ops.cond(_is_outdated(ready), lambda: _renewed(plan, ready), lambda: ready)
         given, read = _grads(plan, ready, joined), present(dynamic, ready.iterations, ready.multiplier)
-        return update.update(plan, ready, given, dynamic, update.prepare(plan, ready, given, dynamic, read))
+        new = update.update(plan, ready, given, dynamic, update.prepare(plan, ready, given, dynamic, read))
+        return placing.updated(plan, new)
 
     new = ops.cond(_is_due(plan, after), updated, lambda: after) if accumulates else updated()
-    _write(plan.buckets, state, before, placing.placed(plan, new))
+    _write(plan.buckets, state, before, placing.joined(plan, new))
 
 
 # -- TensorFlow -------------------------------------------------------------------------------------------------------
