@@ -352,6 +352,16 @@ def a_loop_of_ones_own_keeps_the_layouts(layout):
         assert variable.ndim == 0 or new.sharding.is_equivalent_to(old, new.ndim), (variable.path, old, new.sharding)
 
 
+@for_each(layout=["data", "model"], few=("model",))
+def callbacks_are_in_the_step(layout):
+    """Keras asks for layouts where a callback has the step made again, in the middle of an epoch."""
+    one, model = (
+        fit(compiled(PLAIN, where), callbacks=[ok.callbacks.NonFiniteGuard()]) for where in ("one device", layout)
+    )
+    state_lies_where_it_should(model)
+    assert_equal(model, one)
+
+
 @for_each(case=CASES, few=())
 def eager_steps_equal_compiled_ones(case):
     model = compiled(case, "data", shard_state=True)
