@@ -26,6 +26,9 @@ from keras_optkit.optimizers.engine.state import State
 from keras_optkit.optimizers.groups import keras_path
 from keras_optkit.optimizers.rule import Tensor
 
+#: The parts with a tensor that is stored for each bucket, or several by name.
+_STORED = ("accumulated", "average", "master", "slots")
+
 
 @dataclass(frozen=True)
 class Places:
@@ -84,11 +87,12 @@ def places(variables: Sequence[Any], *, shard_state: bool) -> Places:
 def warn_unless_spread(name: str, buckets: Sequence[Bucket], state: State, variables: Sequence[Any]) -> None:
     """Warns of state of more than a few elements that `shard_state` cannot spread."""
     left = []
-    for bucket, slots in zip(buckets, state.slots, strict=True):
+    for b, bucket in enumerate(buckets):
         place = bucket.placement
         if place is None or place.over is None:
             continue
-        for shape in {bucket.stored_shape, *(tuple(slot.shape) for slot in slots.values())}:
+        held = tree.flatten([getattr(state, name)[b] for name in _STORED if state.has(name)])
+        for shape in sorted({tuple(variable.shape) for variable in held}):
             if math.prod(shape) >= PACK_BELOW and not place.spreads(bucket.layout(shape)):
                 left.append(f"{shape} of {keras_path(variables[bucket.indices[0]])} ({place.parts} parts)")
     if left:
@@ -96,10 +100,6 @@ def warn_unless_spread(name: str, buckets: Sequence[Bucket], state: State, varia
             f"shard_state=True of {name} leaves state as it is that has no axis to be split: {', '.join(left)}.",
             stacklevel=2,
         )
-
-
-#: The parts with a tensor that is stored for each bucket, or several by name.
-_STORED = ("accumulated", "average", "master", "slots")
 
 
 def like_state(plan: Plan, grads: Sequence[Grad | None]) -> list[Grad | None]:
