@@ -4,7 +4,7 @@
     python tests/planted_bugs.py momentum   # those with the word in their description
 
 Each bug is put into the running package, instead of one or two functions; the checks that are named with it must
-fail, and pass again without it.
+fail, and pass again without it. (Those of `keras.distribution`, which takes eight devices, are in `tests/meshes.py`.)
 """
 
 # ruff: noqa: ARG001, ARG005 (what is wrong has the arguments of what is right)

@@ -3,8 +3,11 @@
 import importlib.util
 import inspect
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -19,6 +22,10 @@ import keras_optkit as ok
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+#: Pages whose examples need an environment that is read when a process starts.
+ENVIRONMENTS = {
+    "distribution.md": {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+}
 FENCE = re.compile(r"^(?P<indent> *)```python\b[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
@@ -53,17 +60,25 @@ def script(text):
     return "\n".join(lines)
 
 
-def run(text, tmp_path, monkeypatch):
-    """Runs the blocks from top to bottom in one namespace, in an empty directory."""
+def run(text, tmp_path, monkeypatch, environment=None):
+    """Runs the blocks from top to bottom in one namespace, in an empty directory; where it needs one, in a process."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "blocks.py"  # a file, since AutoGraph reads the source of what it compiles
     file.write_text(script(text), encoding="utf-8")
+    if environment:
+        paths = {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-W", "error::UserWarning", str(file)]
+        done = subprocess.run(
+            command, env=os.environ | paths | environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return
     runpy.run_path(str(file), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
 def test_examples_of_page_run(page, tmp_path, monkeypatch):
-    run(page.read_text(encoding="utf-8"), tmp_path, monkeypatch)
+    run(page.read_text(encoding="utf-8"), tmp_path, monkeypatch, ENVIRONMENTS.get(page.name))
 
 
 @pytest.mark.parametrize("symbol", [s for s, value in SYMBOLS.items() if FENCE.search(inspect.getdoc(value) or "")])

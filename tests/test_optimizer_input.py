@@ -175,6 +175,7 @@ WRONG_VALUES = {
     "stochastic_rounding": None,
     "slot_dtype": "float16",
     "loss_scale_factor": 0,
+    "shard_state": 1,
     "momentum": 1e40,
 }
 
@@ -248,6 +249,23 @@ def test_what_decides_about_the_state_cannot_be_set_after_build(name):
     with pytest.raises(ValueError, match=f"{name} can only be set before the optimizer is built"):
         setattr(late, name, LATE[name])
     setattr(late, name, getattr(late, name))
+
+
+def test_state_is_not_sharded_without_a_distribution():
+    where = "on the tensorflow backend" if TENSORFLOW else "without a distribution"
+    with pytest.raises(ValueError, match=f"shard_state must be False {where}, got True: .*keras.distribution"):
+        ok.optimizers.SGD(0.1, shard_state=True).build([variable(2)])
+
+
+@pytest.mark.only_on("jax", because="elsewhere it is refused at once")
+def test_shard_state_is_in_the_config_and_set_before_build_alone():
+    optimizer = ok.optimizers.SGD(0.1, shard_state=True)
+    again = type(optimizer).from_config(optimizer.get_config())
+    assert again.shard_state is True
+    again.shard_state = False
+    again.build([variable(2)])
+    with pytest.raises(ValueError, match="shard_state can only be set before the optimizer is built, got True"):
+        again.shard_state = True
 
 
 def test_counts_may_change_after_build():

@@ -1,8 +1,9 @@
-"""Every difference between TensorFlow and JAX: variables, gradients of some rows, replicas, random bits.
+"""Every difference between TensorFlow and JAX: variables, gradients of some rows, replicas, meshes, random bits.
 
 Private names of either are not here but in `keras_optkit.private`.
 """
 
+from keras_optkit.backend.placement import Placement, computed, data_axis, placed, placement
 from keras_optkit.backend.replicas import (
     in_all_replicas,
     refuse_foreign,
@@ -44,13 +45,16 @@ from keras_optkit.backend.which import TENSORFLOW
 __all__ = [
     "NO_MORE_DATA",
     "TENSORFLOW",
+    "Placement",
     "Rows",
     "add",
     "after",
     "as_gradient",
     "assign",
     "cast",
+    "computed",
     "concatenate",
+    "data_axis",
     "dense",
     "described_shape",
     "handle",
@@ -65,6 +69,8 @@ __all__ = [
     "on_cpu",
     "on_host",
     "outside_graph",
+    "placed",
+    "placement",
     "random_bits",
     "refuse_foreign",
     "refuse_unsupported_strategy",

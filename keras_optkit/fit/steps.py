@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import keras
@@ -215,6 +215,8 @@ class _Steps:
             iterator = instrument.feed(iterator)
         taking_part = tuple(instrument for instrument in self._active if instrument.wanted)
         if taking_part not in self._chosen:
+            if _on_jax() and keras.distribution.distribution() is not None:
+                _show(self._model, state)
             self._chosen[taking_part] = self._compiled(taking_part)
         try:
             return self._chosen[taking_part].function(*state, iterator)
@@ -248,6 +250,19 @@ class _Steps:
             else:
                 vars(model)["train_step"] = own
         return compiled
+
+
+def _show(model: Any, state: Sequence[Any]) -> None:
+    """Has the variables hold a step's state: Keras asks them for their layouts, and during an epoch they are empty."""
+    held = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    for variables, values in zip(held, *state, strict=True):
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
 
 
 def _on_jax() -> bool:

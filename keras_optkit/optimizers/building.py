@@ -18,6 +18,8 @@ from keras_optkit import backend
 from keras_optkit.optimizers.engine.files import Legacy, SavedState, is_opening
 from keras_optkit.optimizers.engine.gradients import different
 from keras_optkit.optimizers.engine.packing import REPEATED, Bucket, pack
+from keras_optkit.optimizers.engine.placing import places as places_of
+from keras_optkit.optimizers.engine.placing import warn_unless_spread
 from keras_optkit.optimizers.engine.plan import Keywords, Plan, layout_for, with_routes
 from keras_optkit.optimizers.engine.state import State, for_buckets, joined, once
 from keras_optkit.optimizers.groups import (
@@ -263,6 +265,7 @@ class Built(SavedState):
             if not held.state.has("iterations"):
                 held.state = once(make, keywords, rules, self._updates, self._multiplier)
             more = for_buckets(make, keywords, rules, buckets, new, joining=bool(held.variables))
+            warn_unless_spread(self.name, buckets, more, new)
             held.state = joined(held.state, more)
         held.variables = [*held.variables, *new]
         held.buckets = (*held.buckets, *(b.moved(first) for b in buckets))
@@ -344,15 +347,18 @@ class Built(SavedState):
         if all(value is None for value in treatment.values()):
             raise ValueError(f"{self.name} has nothing to train: its groups freeze all {len(variables)} variables.")
         rules = with_routes(self._rules)
-        return pack(
+        on_devices = places_of(new, shard_state=self.shard_state)
+        buckets = pack(
             [weight[backend.key(v)] for v in new],
             [treatment[backend.key(v)] for v in new],
             layout=lambda treatment: layout_for(rules[treatment.rule, treatment.route].rule, self._transforms()),
             below=self.pack_below,
-            alone=lambda i: getattr(new[i], "constraint", None) is not None,
+            alone=lambda i: getattr(new[i], "constraint", None) is not None or on_devices.alone(i),
+            flat=lambda i: on_devices.flat(i, tuple(new[i].shape)),
             since=since,
             repeated=REPEATED,
         )
+        return on_devices.given_to(buckets)
 
     def _pack_again(self, since: list[int]) -> None:
         """Replaces the state, for variables that have joined at other update counts than those of here."""

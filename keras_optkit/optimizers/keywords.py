@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import keras
+
 from keras_optkit import arguments
+from keras_optkit.optimizers.engine.files import is_opening
 from keras_optkit.optimizers.groups import checked_pattern
 from keras_optkit.optimizers.rule import Value, is_dynamic
 from keras_optkit.registry import cards
@@ -27,6 +30,16 @@ def checked_patterns(name: str, value: Any) -> list[str] | None:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a list of regular expressions or None, got {value!r}.")
     return [checked_pattern(name, pattern) for pattern in value]
+
+
+def _checked_shard_state(name: str, value: Any) -> bool:
+    # a model's file opens everywhere; what is left then is said once it trains
+    if arguments.boolean(name, value) and keras.config.backend() != "jax" and not is_opening():
+        raise ValueError(
+            f"{name} must be False on the {keras.config.backend()} backend, got {value!r}: it needs a "
+            "keras.distribution, which optimizers have on JAX alone."
+        )
+    return bool(value)
 
 
 def _refused(name: str, value: Any) -> None:
@@ -54,6 +67,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stochastic_rounding": arguments.boolean,
     "slot_dtype": lambda name, value: arguments.choice(name, value, (None, "float32", "bfloat16")),
     "loss_scale_factor": _positive,
+    "shard_state": _checked_shard_state,
 }
 
 #: Attributes that have no setter, and what to do instead.
@@ -102,6 +116,7 @@ BEFORE_BUILD = {
     "master_weights",
     "stochastic_rounding",
     "slot_dtype",
+    "shard_state",
 }
 
 

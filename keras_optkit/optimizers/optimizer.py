@@ -103,6 +103,9 @@ class Optimizer(FromSignature, Stepping):
             of 8 bits; give `stochastic_rounding=True` then.
         loss_scale_factor: A constant > 0 that `scale_loss` multiplies the loss by, as `fit` does, and that the
             gradients are divided by; None for none.
+        shard_state: Spreads the state over the devices that batches are split over, so that each holds a part of it,
+            under a `keras.distribution` on JAX. Updates are the same up to rounding. Without a distribution it is an
+            error. See the guide on `keras.distribution`.
         name: Name of the optimizer.
 
     Raises:
@@ -162,6 +165,7 @@ class Optimizer(FromSignature, Stepping):
         stochastic_rounding: bool = False,
         slot_dtype: str | None = None,
         loss_scale_factor: float | None = None,
+        shard_state: bool = False,
         name: str | None = None,
     ):
         if not isinstance(rule, Rule):
@@ -195,6 +199,7 @@ class Optimizer(FromSignature, Stepping):
         self.stochastic_rounding = stochastic_rounding
         self.slot_dtype = slot_dtype
         self.loss_scale_factor = loss_scale_factor
+        self.shard_state = shard_state
         self._refuse_second_average(use_ema, rule)
         self.rule = rule
         for routed in with_routes(self._rules).values():

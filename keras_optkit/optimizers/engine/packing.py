@@ -48,6 +48,7 @@ class Bucket:
             updates a variable in place only if nothing, not even a reshape, stands between it and the arithmetic.)
         since: The update count at which they joined; their own updates are counted from there.
         weight: What their rule is told about them; where they are laid end to end, about the first of them.
+        placement: Where they are on the devices of a mesh; None where there is none.
     """
 
     indices: tuple[int, ...]
@@ -57,6 +58,7 @@ class Bucket:
     form: str
     since: int = 0
     weight: Weight = Weight(())
+    placement: backend.Placement | None = None
 
     @property
     def alone(self) -> bool:
@@ -72,8 +74,24 @@ class Bucket:
     def stored_shape(self) -> Shape:
         """The shape that its state is stored in."""
         if self.form == "flat":
-            return (1, sum(map(math.prod, self.shapes)))
+            return (1, self._size + self._padding)
         return self.stacked_shape(self.shapes[0])
+
+    @property
+    def _size(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def _padding(self) -> int:
+        """How many zeros are stored behind state that is laid end to end, so that it is spread in equal parts."""
+        return 0 if self.placement is None else -self._size % self.placement.parts
+
+    def layout(self, shape: Shape) -> Any:
+        """Where state that is stored in this shape is on the devices of a mesh; None where there is none."""
+        if self.placement is None:
+            return None
+        as_weight, stacked = self.alone and shape == self.stored_shape, self.form == "stacked" and not self.alone
+        return self.placement.of_state(shape, as_weight=as_weight, stacked=stacked)
 
     def stacked_shape(self, shape: Shape) -> Shape:
         """The shape that state of this shape for each parameter is stored in, in a bucket that is not flat."""
@@ -103,16 +121,20 @@ class Bucket:
             return [stored]
         if self.form == "stacked":
             return [stored[i, ...] for i in range(len(self.shapes))]
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1]
-        parts = np.split(np.reshape(stored, (-1,)), ends)
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        parts = np.split(np.reshape(stored, (-1,)), ends)[:-1]  # but for zeros at the end
         return [np.reshape(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def view(self, stored: Tensor) -> Tensor:
         """Stored state in the form of the one tensor."""
+        if self.form == "flat" and self._padding:
+            return stored[:, : self._size]
         return self.join([stored]) if self.alone else stored
 
     def stored(self, tensor: Tensor) -> Tensor:
         """The inverse of `view`."""
+        if self.form == "flat" and self._padding:
+            return ops.pad(tensor, [(0, 0), (0, self._padding)])
         return self.split(tensor)[0] if self.alone else tensor
 
     def mask(self, present: Collection[int], hits: Mapping[int, Tensor]) -> Any:
@@ -182,14 +204,16 @@ def pack(
     layout: Callable[[Treatment], str],
     below: int = PACK_BELOW,
     alone: Callable[[int], bool] = lambda _: False,
+    flat: Callable[[int], bool] = lambda _: False,
     since: Sequence[int] | None = None,
     repeated: int | None = None,
 ) -> tuple[Bucket, ...]:
     """Sorts parameters into buckets of one dtype, treatment and age, in the order of their first members.
 
     Parameters without a treatment are in no bucket: they are frozen. Those that are `alone` are in a bucket of their
-    own. `layout` is that of the rule of a treatment. If `repeated` is given, so many flat ones of one shape have a
-    bucket of their own, again and again, and what is left of each shape is laid end to end.
+    own, those that are `flat` as one row. `layout` is that of the rule of a treatment. If `repeated` is given, so many
+    flat ones of one shape have a bucket of their own, again and again, and what is left of each shape is laid end to
+    end.
     """
     members: dict[Hashable, list[int]] = {}
     forms = {}
@@ -199,7 +223,7 @@ def pack(
             continue
         kind, size = layout(treatment), math.prod(weight.shape)
         by_itself = alone(i) or (kind != "whole" and size >= below)
-        forms[i] = "stacked" if kind == "whole" else "bare" if by_itself else "flat"
+        forms[i] = "stacked" if kind == "whole" else "bare" if by_itself and not flat(i) else "flat"
         of_form = (weight.shape, weight.role, weight.axes) if forms[i] == "stacked" else forms[i]
         members.setdefault((weight.dtype, treatment, ages[i], of_form, i if by_itself else None), []).append(i)
     shapes = [weight.shape for weight in weights]

@@ -10,7 +10,7 @@ from keras import ops, tree
 
 from keras_optkit import backend
 from keras_optkit.backend import TENSORFLOW, Rows, handle, tensor
-from keras_optkit.optimizers.engine import averages, gradients, update
+from keras_optkit.optimizers.engine import averages, gradients, placing, update
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan, present
 from keras_optkit.optimizers.engine.state import PER_BUCKET, State
@@ -105,20 +105,21 @@ def _grads(plan: Plan, state: State, grads: list[Any]) -> list[Any]:
 
 
 def _run_pure(plan: Plan, state: State, grads: list[Any], flush: bool) -> None:
-    joined = _together(plan, grads)
+    joined = placing.like_state(plan, _together(plan, grads))
     accumulates, dynamic = plan.keywords.gradient_accumulation_steps and not flush, plan.dynamic()
     before = _read(plan.buckets, state)
-    after = gradients.collect(plan, before, joined) if accumulates else before
+    after = placing.collected(plan, gradients.collect(plan, before, joined)) if accumulates else before
 
     def updated() -> State:
-        ready = after
+        ready = placing.gathered(plan, after)
         if state.has("evaluating"):
-            ready = ops.cond(_is_outdated(after), lambda: _renewed(plan, after), lambda: after)
+            ready = ops.cond(_is_outdated(ready), lambda: _renewed(plan, ready), lambda: ready)
         given, read = _grads(plan, ready, joined), present(dynamic, ready.iterations, ready.multiplier)
-        return update.update(plan, ready, given, dynamic, update.prepare(plan, ready, given, dynamic, read))
+        new = update.update(plan, ready, given, dynamic, update.prepare(plan, ready, given, dynamic, read))
+        return placing.updated(plan, new)
 
     new = ops.cond(_is_due(plan, after), updated, lambda: after) if accumulates else updated()
-    _write(plan.buckets, state, before, new)
+    _write(plan.buckets, state, before, placing.joined(plan, new))
 
 
 # -- TensorFlow -------------------------------------------------------------------------------------------------------

@@ -93,16 +93,21 @@ def for_buckets(
         return f"{name}_joined_{bucket.since}" if joining or bucket.since else name
 
     def like_weights(name: str, bucket: Bucket) -> keras.Variable:
-        return make(bucket.stored_shape, dtype=at_least_float32(bucket.dtype), name=named(name, bucket))
+        shape, dtype = bucket.stored_shape, at_least_float32(bucket.dtype)
+        return make(shape, dtype=dtype, layout=bucket.layout(shape), name=named(name, bucket))
+
+    def counts(name: str, bucket: Bucket) -> keras.Variable:
+        layout = bucket.placement and bucket.placement.whole
+        return make((len(bucket.indices),), dtype="int32", layout=layout, name=named(name, bucket))
 
     def slot(name: str, initial: Fill | FromWeights, bucket: Bucket) -> keras.Variable:
         dtype = slot_dtype(bucket.dtype, initial, keywords)
         if isinstance(initial, FromWeights):  # the first update sets it; see `begun`
             zeros = ops.zeros(bucket.stored_shape, dtype)
             shape = tuple(bucket.stored(initial.function(bucket.view(zeros))).shape)
-            return make(shape, dtype=dtype, name=named(name, bucket))
+            return make(shape, dtype=dtype, layout=bucket.layout(shape), name=named(name, bucket))
         shape = bucket.stored_shape if initial.shape is None else bucket.stacked_shape(initial.shape)
-        return make(shape, filled(initial.value), dtype, name=named(name, bucket))
+        return make(shape, filled(initial.value), dtype, layout=bucket.layout(shape), name=named(name, bucket))
 
     def slots(bucket: Bucket) -> dict[str, keras.Variable]:
         initial = slots_of(rules[bucket.rule].rule, bucket.weight)
@@ -111,7 +116,7 @@ def for_buckets(
     def updates(bucket: Bucket) -> dict[str, keras.Variable]:
         if not rules[bucket.rule].rule.uses_first:
             return {}
-        return {"updates": make((len(bucket.indices),), dtype="int32", name=named("updates", bucket))}
+        return {"updates": counts("updates", bucket)}
 
     def master(bucket: Bucket) -> dict[str, keras.Variable]:
         return {"master": like_weights("master", bucket)} if bucket.dtype in HALF else {}
@@ -120,7 +125,7 @@ def for_buckets(
     if keywords.gradient_accumulation_steps:
         state = state._replace(
             accumulated=[like_weights("accumulated", b) for b in buckets],
-            given=[make((len(b.indices),), dtype="int32", name=named("given", b)) for b in buckets],
+            given=[counts("given", b) for b in buckets],
         )
     if keywords.use_ema:
         state = state._replace(average=[like_weights("average", b) for b in buckets])
