@@ -2,7 +2,9 @@
 
 import importlib
 import math
+import os
 import re
+import subprocess
 import sys
 
 import keras
@@ -211,3 +213,23 @@ def test_structured_optimizers_have_the_state_that_the_table_says(script, capsys
     assert state["Keras AdamW"] == pytest.approx(state["LAMB"], rel=0.01)
     assert state["LAMB"] > 8 > 2 > state["Adafactor"]
     assert rows[1][2] == "1.00"
+
+
+@pytest.mark.long
+def test_bytes_of_state_on_a_device(request):
+    """In a process, since the number of devices is set before JAX starts."""
+    root = request.config.rootpath
+    done = subprocess.run(
+        [sys.executable, str(root / "examples" / "benchmarks" / "state_sharding.py"), "--width", "8", "--steps", "1"],
+        env=os.environ | {"KERAS_BACKEND": "jax", "COLUMNS": "120", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"│ +(\w[\w ]+?) │ +(\w[\w ,]*?) │ +([\d,]+) │ +([\d,]+) │", done.stdout)
+    state = {(where, which): int(size.replace(",", "")) for where, which, _, size in rows}
+    assert len(state) == 8
+    for where in ("DataParallel", "ModelParallel"):
+        assert state[where, "ours"] == state[where, "keras"]
+    assert 7 < state["DataParallel", "ours"] / state["DataParallel", "ours, shard_state"] <= 8
