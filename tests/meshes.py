@@ -59,6 +59,7 @@ CASES = {
     "Prodigy": lambda **k: O.Prodigy(initial_d=0.01, **k),
     "ScheduleFree": lambda **k: O.ScheduleFreeAdamW(0.02, **k),
     "Lookahead": lambda **k: O.Lookahead("AdamW", 2, learning_rate=0.02, **k),
+    "SAM": lambda **k: O.SAM(O.SGD(0.02, momentum=0.9), rho=0.2, **k),
 }
 PLAIN, AVERAGED = list(CASES)[:2]
 
@@ -162,7 +163,7 @@ def for_each(few=None, **values):
 # -- equal to one device ----------------------------------------------------------------------------------------------
 
 
-@for_each(case=CASES)
+@for_each(case=CASES, few=(PLAIN, AVERAGED, "Muon", "Prodigy", "SAM"))
 def model_parallel_equals_one_device(case):
     model = trained(case, "model")
     state_lies_where_it_should(model)

@@ -50,6 +50,7 @@ def assert_close(got, expected, rtol=1e-9):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("how", [{}, {"steps_per_execution": 3}, {"run_eagerly": True}, {"jit_compile": True}])
 def test_fit_equals_large_batches(how):
@@ -62,6 +63,7 @@ def test_fit_equals_large_batches(how):
     np.testing.assert_allclose(micro_logs["val_loss"], logs["val_loss"], rtol=1e-9)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("k", "more"), [(3, {}), (3, {"fuse": True}), (None, {}), (None, {"fuse": True})])
 def test_data_whose_length_nobody_knows(k, more):

@@ -78,7 +78,7 @@ def test_schedule_free_sgd_is_its_authors_reference(settings, dtype, tolerance):
     )
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_schedule_free_adamw_is_its_authors_reference(settings, dtype, tolerance):
@@ -104,6 +104,7 @@ def test_defaults_are_the_authors():
         assert not expected["weight_decay"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["RMSprop", "SGD momentum"])
 def test_schedule_free_around_others_is_the_authors_wrapper(name, decay):
@@ -366,7 +367,7 @@ def without(make, epochs=3, **arguments):
     return model
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @every_optimizer
 def test_averaged_weights_are_shown_where_training_is_judged_and_nowhere_else(make):
     plain, hidden = compiled(make), Probe("on_epoch_begin", "on_train_batch_end")
@@ -398,7 +399,7 @@ def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
         assert loaded.evaluate(X[:20], Y[:20], verbose=0) == pytest.approx(measured, rel=1e-6)
 
 
-@pytest.mark.each_once
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("save_freq", "place"), [("epoch", 0), ("epoch", 1), (3, 1)])
 @each_kind
 def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save_freq, place, tmp_path):
@@ -470,7 +471,7 @@ class Judge(keras.callbacks.Callback):
             )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @each_kind
 def test_other_callbacks_judge_the_averaged_weights_and_leave_no_trace(make, tmp_path):
     model, judge = compiled(make), Judge(tmp_path)
@@ -523,7 +524,7 @@ class Fails(keras.callbacks.Callback):
 HOOKED = ("evaluate", "predict", "save", "save_weights", "export", "test_on_batch", "predict_on_batch")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("moment", "n", "error"),
     [

@@ -144,7 +144,7 @@ def test_a_loop_on_two_replicas_equals_one_device(case):
             [step(batch) for batch in bad]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
 def test_fit_on_two_replicas_equals_one_device(case):
     make, trained = CASES[case], []
@@ -205,7 +205,7 @@ def test_loss_scaling_leaves_out_an_update_that_is_infinite_on_one_replica(bad):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("case", "order"),
     [("all at once", "two, then one"), ("all at once", "one, then two"), ("schedule-free", "two, then one")],

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import keras_optkit as ok
+from keras_optkit.testing import conformance
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
@@ -74,6 +75,14 @@ def run(text, tmp_path, monkeypatch, environment=None):
         assert done.returncode == 0, done.stderr
         return
     runpy.run_path(str(file), run_name="__main__")
+
+
+@pytest.fixture(autouse=True)
+def few_checks(request, monkeypatch):
+    """Has pages that run all checks on a card run those of the rule alone, unless `--all` is given."""
+    if not request.config.getoption("all"):
+        every = ok.testing.checks_for
+        monkeypatch.setattr(conformance, "checks_for", lambda card: [c for c in every(card) if not c.engine])
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])

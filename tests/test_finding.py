@@ -571,7 +571,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_goes_on_as_if_there_had_been_no_finder(optimizer, finder):
@@ -596,7 +596,7 @@ def test_training_goes_on_as_if_there_had_been_no_finder(optimizer, finder):
     assert (logs, draws) == (other_logs, other_draws)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_model_that_was_not_trained_yet(optimizer):
     x, y = regression()

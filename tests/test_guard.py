@@ -142,7 +142,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("optimizer", "bad", "value", "passed_over"),
     [

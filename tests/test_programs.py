@@ -8,6 +8,7 @@ from small import boom
 import keras_optkit as ok
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="their train_step uses a gradient tape")
 @pytest.mark.parametrize("name", ["actor_critic", "vae"])
 def test_a_program_that_is_interrupted_and_run_again(name, tmp_path):

@@ -124,7 +124,7 @@ def uninterrupted(tmp_path_factory):
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("every", [3, "epoch", datetime.timedelta(microseconds=1), 1, 10, 100, datetime.timedelta(1)])
 def test_goes_on_wherever_it_was_left(tmp_path, uninterrupted, every):
     for crash in (4, 1, 13):
@@ -143,7 +143,7 @@ def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
     assert len(model.seen) == 15
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -386,6 +386,7 @@ def test_a_finished_training_is_not_done_again(tmp_path, uninterrupted):
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("average", [False, True])
 def test_more_epochs_go_on_from_the_end(tmp_path, average):
     def model():

@@ -180,6 +180,7 @@ def test_weights_that_are_thawed_are_averaged_from_then_on():
     close([model.layers[3].bias], [np.mean([weights[-1] for weights in ends], 0)])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("window", [{"start": 1}, {"start": 1, "every": 3, "by": "update"}], ids=["epochs", "updates"])
 def test_it_goes_on_after_a_crash(window, tmp_path):
     class Crash(keras.callbacks.Callback):

@@ -257,7 +257,7 @@ def fit_by_hand(model):
         fit(model, *data(), initial_epoch=first, epochs=last)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_it_is_a_fit_for_each_stage_with_the_flags_set_by_hand(make):
     model, by_hand = network(make()), network(make())
@@ -315,6 +315,7 @@ def test_old_slots_are_kept_bitwise_and_new_ones_are_fresh():
     assert after["iterations"] == before["iterations"] == 6
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="on JAX they update all of their variables at once")
 @pytest.mark.parametrize("wrap", [lambda o: o, STOCK.LossScaleOptimizer], ids=["plain", "loss scaling"])
 def test_optimizers_of_keras_are_built_for_all_stages(wrap):
@@ -432,7 +433,7 @@ def test_new_weights_join_at_the_update_that_thaws_them():
     assert json.loads(schema[: schema.rindex("}") + 1])["since"] == [6] * 6 + [0] * 2
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("after", [0, 2, 3])
 @pytest.mark.parametrize("first", [False, True])
 def test_an_interruption_makes_no_difference(after, first, tmp_path):
@@ -450,6 +451,7 @@ def test_an_interruption_makes_no_difference(after, first, tmp_path):
         np.testing.assert_array_equal(found[2][name], value, err_msg=name)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stages", [{0: "head", 8: ".*"}, {0: "head", 9: "middle", 10: ".*"}])
 def test_an_interruption_inside_of_an_epoch_makes_no_difference(stages, tmp_path):
     """By updates: a stage has begun before the bundle, or between it and the crash."""
