@@ -20,6 +20,7 @@ NOT_ON_JAX = {
     "optimizer-fused": "elsewhere a step is compiled as a whole or not at all",
     "optimizer-replicas": "tf.distribute; on JAX one step sees the arrays of all devices whole",
     "optimizer-rows": "tf.IndexedSlices; elsewhere the gradients of embeddings are dense",
+    "transform-rows": "elsewhere the gradients of embeddings are dense",
 }
 XLA = "the other backends of Keras do not compile with XLA"
 

@@ -417,6 +417,7 @@ MADE = {
     "Adafactor": lambda: ok.optimizers.Adafactor(0.05),
     "LAMB": lambda: ok.optimizers.LAMB(0.02),
     "Prodigy": lambda: ok.optimizers.Prodigy(),
+    "SAM": lambda: ok.optimizers.SAM(ok.optimizers.AdamW(0.01), rho=0.05),
 }
 
 

@@ -37,7 +37,7 @@ from keras_optkit.optimizers.keywords import (
     refuse_misspelt,
 )
 from keras_optkit.optimizers.rate import OfFunction, is_schedule, scaled_rate, schedule_and_multiplier
-from keras_optkit.optimizers.rule import Rule, Value, checked_needs
+from keras_optkit.optimizers.rule import Rule, Value, checked_needs, name_of
 from keras_optkit.optimizers.stepping import Stepping
 from keras_optkit.optimizers.transforms.transform import Transform, checked_transforms, refuse_unless_for
 from keras_optkit.precision import scalar_dtype
@@ -385,7 +385,7 @@ class Optimizer(FromSignature, Stepping):
                 own = routed.weight_decay if treatment.weight_decay is None else treatment.weight_decay
                 applied = decay if own is None else as_number(self._present(own))
                 row = row._replace(
-                    rule=type(routed.rule).__name__,
+                    rule=name_of(routed.rule),
                     learning_rate=rate * treatment.lr_scale * routed.lr_scale,
                     weight_decay=applied if treatment.decayed else 0.0,
                     state_bytes=state_bytes(routed.rule, weight, self._keywords()),

@@ -44,6 +44,7 @@ __all__ = [
     "is_dynamic",
     "layout_of",
     "measured",
+    "name_of",
     "number",
     "rule_for",
     "slots_of",
@@ -354,6 +355,12 @@ def rule_for(rule: Rule, w: Weight) -> Rule:
     """The rule that a parameter is updated by."""
     name = rule.route(w)
     return as_routed(rule.routes()[name]).rule if name else rule
+
+
+def name_of(rule: Rule) -> str:
+    """The name of a rule, with those inside: "SAMRule(AdamRule)"."""
+    inside = f"({name_of(rule.inner())})" if isinstance(rule, Wrapper) else ""
+    return f"{type(rule).__name__}{inside}"
 
 
 def checked_needs(rule: Rule) -> None:

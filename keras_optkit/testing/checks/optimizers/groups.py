@@ -13,7 +13,7 @@ from keras import ops
 from keras_optkit.optimizers.groups import Group, Places
 from keras_optkit.optimizers.inner import shared
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Weight, contributes, rule_for, slots_of
+from keras_optkit.optimizers.rule import Weight, contributes, name_of, rule_for, slots_of
 from keras_optkit.optimizers.rules.sgd import SGD
 from keras_optkit.optimizers.slots import FromWeights
 from keras_optkit.registry import Card
@@ -101,7 +101,7 @@ def check_group_rules(card: Card) -> None:
             assert_close([ops.convert_to_numpy(weights[i]) for i in places], expected, rtol=1e-12, what=str(places))
         rows, known = optimizer.explain(weights).rows, Places(weights, None).weights(weights)
         expected_rules = [rule_for(alone.rule, known[i]) for i, (_, alone) in enumerate(separate)]
-        assert [rows[i].rule for i in (0, 1)] == [type(rule).__name__ for rule in expected_rules]
+        assert [rows[i].rule for i in (0, 1)] == [name_of(rule) for rule in expected_rules]
         without = host(**common)
         without.build(weights)
         try:
