@@ -355,6 +355,67 @@ def test_a_teacher_follows_the_updated_weights():
     assert int(model.steps) == 3
 
 
+def with_step(train_step, optimizer=None, **how):
+    """A model with a training step of its own, and the weights of one with Keras's after the same `fit`."""
+
+    class Own(keras.Sequential):
+        pass
+
+    Own.train_step = train_step
+    keras.utils.set_random_seed(0)
+    model = Own([keras.Input((4,)), layers.Dense(3, activation="tanh"), layers.Dense(1)])
+    model.compile(optimizer or SAM(SGD(0.1), rho=0.1), loss="mse", **how)
+    return model
+
+
+def stepping(wrap, read=lambda loss: loss):
+    import tensorflow as tf
+
+    @wrap
+    def train(self, x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+        weights = self.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return loss
+
+    return lambda self, data: {"loss": read(train(self, *data))}
+
+
+@pytest.mark.only_on("tensorflow", because="a tf.function")
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_an_update_inside_of_a_function(eagerly):
+    import tensorflow as tf
+
+    model, _ = fit(with_step(stepping(tf.function), run_eagerly=eagerly))
+    expected, _ = fit(with_step(stepping(lambda function: function), run_eagerly=eagerly))
+    assert int(model.optimizer.iterations) == 8
+    assert_near(model, expected, 1e-6)
+    assert not tf.config.functions_run_eagerly()
+
+
+@pytest.mark.only_on("tensorflow", because="a step that is not traced")
+def test_a_step_that_reads_values():
+    model, _ = fit(with_step(stepping(lambda function: function, lambda loss: float(loss.numpy())), run_eagerly=True))
+    expected, _ = fit(with_step(stepping(lambda function: function)))
+    assert_near(model, expected, 1e-5)
+
+
+@pytest.mark.only_on("tensorflow", because="tf.cond")
+def test_an_update_under_a_condition_is_refused():
+    import tensorflow as tf
+
+    def train_step(self, data):
+        return tf.cond(
+            tf.reduce_all(data[0] < 100), lambda: keras.Sequential.train_step(self, data)["loss"], lambda: 0.0
+        )
+
+    model = with_step(train_step)
+    with pytest.raises(ValueError, match=r"Own\.train_step must make its update in every step"):
+        fit(model)
+    assert not tf.config.functions_run_eagerly()
+
+
 @pytest.mark.only_on("tensorflow", because="a strategy of TensorFlow")
 def test_two_replicas_are_one():
     def trained(scope):
@@ -384,6 +445,10 @@ def test_a_first_gradient_is_refused():
     with optimizer.perturbed(grads, weights):
         pass
     optimizer.apply(grads, weights)
+    with pytest.raises(ValueError, match="needs a second gradient"):  # one each
+        optimizer.apply(grads, weights)
+    with optimizer.perturbed(grads, weights), pytest.raises(ValueError, match="not inside"):
+        optimizer.apply(grads, weights)
     with pytest.raises(ValueError, match="takes one gradient alone"):
         SGD(0.1).perturbed_values(grads, weights)
 

@@ -31,6 +31,11 @@ def sum_over_replicas(tensors: list[Any]) -> list[Any]:
     return result
 
 
+def is_one_of_several_replicas() -> bool:
+    """Whether this is inside of one of several replicas."""
+    return TENSORFLOW and tf.distribute.get_strategy().num_replicas_in_sync > 1
+
+
 def in_all_replicas(flag: Tensor) -> Tensor:
     """Whether a flag is True in every replica of a strategy."""
     if not TENSORFLOW or tf.distribute.get_strategy().num_replicas_in_sync == 1:

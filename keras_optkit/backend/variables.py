@@ -92,6 +92,16 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return tf.autograph.experimental.do_not_convert(function) if TENSORFLOW else function
 
 
+def functions_inlined(inlined: bool) -> bool:
+    """Says whether what a `tf.function` holds becomes part of the computation that calls it; returns how it was."""
+    if not TENSORFLOW:
+        return False
+    before = tf.config.functions_run_eagerly()
+    if before != inlined:
+        tf.config.run_functions_eagerly(inlined)
+    return bool(before)
+
+
 def scope_of(variable: Any) -> contextlib.AbstractContextManager[Any]:
     """The scope of the strategy that a variable was made under."""
     strategy = getattr(handle(variable), "distribute_strategy", None) if TENSORFLOW else None

@@ -72,7 +72,8 @@ class _Two:
     """A training step that runs another one twice.
 
     The replicas of a strategy are traced in turns, in threads of their own: what is put in place of the optimizer's
-    method is there while any of them is inside, and asks its thread what to do.
+    method is there while any of them is inside, and asks its thread what to do. A `tf.function` that the step calls is
+    part of its trace meanwhile: one that was traced before would not ask.
     """
 
     computes_two_gradients = False
@@ -81,6 +82,7 @@ class _Two:
     def __init__(self, model: Any, outer: Any, step: Callable[..., Any]):
         self._model, self._outer, self._optimizer, self._step = model, outer, unscaled(outer), step
         self._inside = 0
+        self._functions = False
         self._thread = threading.local()
 
     @contextlib.contextmanager
@@ -96,6 +98,8 @@ class _Two:
                 return previous(*args, **kwargs) if mine is None else mine(previous, *args, **kwargs)
 
             own[self.method] = instead
+            self._functions = backend.functions_inlined(True)
+            self._optimizer.drives_second_gradient(True)
         self._inside += 1
         self._thread.update = update
         try:
@@ -107,6 +111,8 @@ class _Two:
             self._thread.update = None
             self._inside -= 1
             if not self._inside:
+                backend.functions_inlined(self._functions)
+                self._optimizer.drives_second_gradient(False)
                 if self._replaced is None:
                     del own[self.method]
                 else:
@@ -176,12 +182,12 @@ class _TwoOnTensorFlow(_Two):
     def __call__(self, data: Any) -> Any:
         self._build(data)
         model = self._model
-        metrics = model.metrics_variables
-        state = list({backend.key(v): v for v in [*model.variables, *metrics]}.values())
+        state = list({backend.key(v): v for v in [*model.variables, *model.metrics_variables]}.values())
         before = _read(state)
         seen: dict[str, Any] = {}
 
         def probe(_: Any, grads: Any, trainable_variables: Any = None) -> None:
+            self._refuse_elsewhere(before)
             variables = list(trainable_variables or self._optimizer._in_model_order())
             shapes = [tuple(v.shape) for v in variables]
             scale = getattr(self._outer, "dynamic_scale", None)
@@ -191,14 +197,21 @@ class _TwoOnTensorFlow(_Two):
             seen["state"] = _read(state)
 
         def update(apply: Any, grads: Any, trainable_variables: Any = None) -> None:
+            self._refuse_elsewhere(before)
             self._restore(state, seen["state"])
             self._restore(seen["variables"], seen["weights"])
-            apply(grads, trainable_variables)
+            alone = not backend.is_one_of_several_replicas()
+            inlined = backend.functions_inlined(not alone)  # the compiled update is a function of its own
+            try:
+                apply(grads, trainable_variables)
+            finally:
+                backend.functions_inlined(inlined)
 
         with self._with_updates(self._once(probe)):
             logs = self._step(data)
-        if "moved" not in seen:  # a frozen model
+        if "moved" not in seen:  # a frozen model, or a step that only collects gradients
             return logs
+        metrics = model.metrics_variables
         metrics_after = _read(metrics)
         backend.assign(state, before)
         backend.assign(seen["variables"], seen["moved"])
@@ -207,17 +220,30 @@ class _TwoOnTensorFlow(_Two):
         backend.assign(metrics, metrics_after)
         return logs
 
+    def _refuse_elsewhere(self, before: Sequence[Tensor]) -> None:
+        """Raises if an update is in a part of the step that may not be executed."""
+        if before and not backend.is_here(before[0]):
+            raise ValueError(
+                f"{self._optimizer.name} computes the gradient twice, for which {type(self._model).__name__}."
+                "train_step must make its update in every step, and makes it inside tf.cond or a loop. Call `apply` "
+                "unconditionally; `skip_nonfinite` leaves out updates with non-finite gradients."
+            )
+
     def _restore(self, variables: Sequence[Any], values: Sequence[Tensor]) -> None:
         """Gives variables the values that they had at the end of the first forward pass."""
         backend.assign(variables, values)
 
     def _build(self, data: Any) -> None:
-        """Has all variables made that the step makes, by tracing it for nothing: their first values must be known."""
+        """Has all weights made that the step makes, by tracing it for nothing: their first values must be known."""
         import tensorflow as tf
 
         model = self._model
-        built = all(layer.built for layer in sublayers(model)) and self._outer.built and _metrics_are_built(model)
-        if built or tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        if all(layer.built for layer in sublayers(model)):
+            if not self._outer.built and model.trainable_variables:
+                with backend.outside_graph():
+                    self._outer.build(model.trainable_variables)
+            return
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             return
 
         def no_update(_: Any, grads: Any, trainable_variables: Any = None) -> None:  # noqa: ARG001
@@ -225,13 +251,18 @@ class _TwoOnTensorFlow(_Two):
                 with backend.outside_graph():
                     self._outer.build(list(trainable_variables or model.trainable_variables))
 
+        spec = keras.tree.map_structure(lambda x: tf.type_spec_from_value(x) if tf.is_tensor(x) else x, data)
         with self._with_updates(no_update), muted():
-            spec = keras.tree.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype) if tf.is_tensor(x) else x, data)
-            tf.function(self._step, autograph=False).get_concrete_function(spec)
-
-
-def _metrics_are_built(model: Any) -> bool:
-    return all(getattr(metric, "built", True) for metric in model.metrics)
+            try:
+                tf.function(self._step, autograph=False).get_concrete_function(spec)
+            except Exception as error:
+                if not tf.executing_eagerly():  # Keras's own trace would fail, too
+                    raise
+                raise RuntimeError(
+                    f"{self._optimizer.name} has to know a model's weights before its first step, and tracing "
+                    f"{type(model).__name__}.train_step to make them failed. Build the model first, for instance by "
+                    "calling it on a batch."
+                ) from error
 
 
 def _read(variables: Sequence[Any]) -> list[Tensor]:

@@ -50,7 +50,9 @@ class Held:
         decay_exclude: See `Optimizer.decay_exclude`.
         undecayed: The weights that `exclude_from_weight_decay` was given, by key; None for none.
         used: Whether there was a step.
-        has_perturbed: Whether it was asked for weights to compute a second gradient at.
+        has_perturbed: Whether it was asked for weights to compute a second gradient at, since the last update.
+        perturbed: Whether the variables hold these weights.
+        driven: Whether a training step is running that computes the second gradient.
         in_compiled_fit: Whether a `fit` is running whose steps are compiled.
         opened: Whether it was made while a model was opened, and its state has not been read.
         model: The model that it trains, weakly.
@@ -73,6 +75,8 @@ class Held:
     undecayed: set[int] | None = None
     used: bool = False
     has_perturbed: bool = False
+    perturbed: bool = False
+    driven: bool = False
     in_compiled_fit: bool = False
     model: weakref.ref[Any] | None = None
     inner: dict[str, Any] = field(default_factory=dict)

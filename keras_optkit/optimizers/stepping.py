@@ -108,9 +108,11 @@ class Stepping(Built):
         variables = list(trainable_variables)
         before = [ops.copy(backend.tensor(v)) for v in variables]
         backend.assign(variables, self.perturbed_values(grads, variables))
+        self._held.perturbed = True
         try:
             yield
         finally:
+            self._held.perturbed = False
             backend.assign(variables, before)
 
     @backend.untraced
@@ -139,13 +141,28 @@ class Stepping(Built):
                     found |= dict(zip(keys, bucket.split(values), strict=True))
         return [found.get(backend.key(v), backend.tensor(v)) for v in variables]
 
+    def drives_second_gradient(self, driven: bool) -> None:
+        """Called around a training step that computes the second gradient by itself."""
+        self._held.driven = driven
+
     def _refuse_first_gradient(self) -> None:
-        if self.needs_second_gradient and not (self._held.has_perturbed or _fixed):
+        """Raises unless somebody has computed a second gradient since the last update."""
+        held = self._held
+        if not self.needs_second_gradient or held.driven or _fixed:
+            return
+        if held.perturbed:
+            raise ValueError(
+                f"{self.name}: `apply` must be called after the block `with optimizer.perturbed(...)`, not inside: at "
+                "its end the variables have their values again."
+            )
+        if not held.has_perturbed:
             raise ValueError(
                 f"{self.name} needs a second gradient, at weights that the first has moved. `fit` and `train_on_batch` "
                 "compute it; in a loop of your own, compute it inside of `with optimizer.perturbed(grads, variables):` "
-                "and call `apply` with it after that."
+                "and call `apply` with it after that, once."
             )
+        if not backend.is_one_of_several_replicas():  # which are traced in turns
+            held.has_perturbed = False
 
     # -- more about the step -------------------------------------------------------------------------------------------
 

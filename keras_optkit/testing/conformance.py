@@ -12,7 +12,7 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -173,6 +173,20 @@ def traits(card: Card) -> frozenset[str]:
             found |= {layout_of(rule), *rule.needs, *(["averages"] * rule.averages), *(["rows"] * alone)}
         _TRAITS[id(card)] = card, found
     return _TRAITS[id(card)][1]
+
+
+def twin_of(card: Card, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The NumPy twin of a card, or that of its name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if card.twin is None and card.name not in known:
+        raise ValueError(
+            f"{card.name} needs a NumPy twin to be compared with: give its card twin=..., in the form that "
+            f"keras_optkit.testing.twins.{card.kind}s describes."
+        )
+    return card.twin or known[card.name]
 
 
 class Profile(NamedTuple):

@@ -74,7 +74,9 @@ class SAM(Around):
     `train_on_batch` do so, also with a `train_step` of your own as long as that makes one update: it is run twice, and
     what it does to the weights is the second run's. Logs and metrics are those at θ; so are the batch statistics of
     `BatchNormalization`, as the paper's authors recommend. Both runs draw the same random numbers from the layers'
-    seeds, so that dropout is the same. In a loop of your own, with TensorFlow:
+    seeds, so that dropout is the same. What Keras does not track happens twice in a step: a `tf.Variable` or a Python
+    counter that `train_step` counts, and what `tf.random` draws. A metric that is updated after the update is that of
+    the weights before it. An update inside `tf.cond` is refused. In a loop of your own, with TensorFlow:
 
     ```python
     import keras

@@ -23,7 +23,7 @@ from keras_optkit.registry import Card
 from keras_optkit.testing import problems
 from keras_optkit.testing.checks.optimizers import execution, formula, gradients
 from keras_optkit.testing.checks.optimizers.common import assert_close
-from keras_optkit.testing.conformance import check
+from keras_optkit.testing.conformance import check, twin_of
 from keras_optkit.testing.tools import float64, numbers
 from keras_optkit.testing.twins.transforms import TWINS, Told
 
@@ -47,7 +47,7 @@ def in_optimizer(card: Card) -> Card:
         weight_decay: Any = (),
         **arguments: Any,
     ) -> Iterator[list[np.ndarray]]:
-        change, kind = card.twin or TWINS[card.name], card.make(**arguments)
+        change, kind = twin_of(card, TWINS), card.make(**arguments)
         velocity = [np.zeros_like(p) for p in ps]
         for step in grads:
             there = [i for i, g in enumerate(step) if g is not None]

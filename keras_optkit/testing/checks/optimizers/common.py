@@ -13,7 +13,7 @@ from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import contributes
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
-from keras_optkit.testing.conformance import traits
+from keras_optkit.testing.conformance import traits, twin_of
 from keras_optkit.testing.twins.optimizers import TWINS
 
 _COMMON = ("clipnorm", "clipvalue", "global_clipnorm", "gradient_accumulation_steps", "use_ema", "ema_momentum")
@@ -57,7 +57,7 @@ def by_twin(card: Card, case: Mapping[str, Any], optimizer: Optimizer, grads: li
     A twin is of one parameter, or, of a rule with sums over the whole model, of all of them at once, as one with the
     attribute `of_model` is. If it has an argument `weight`, it is told what the rule is told about the parameter.
     """
-    twin = card.twin or TWINS[card.name]
+    twin = twin_of(card, TWINS)
     arguments = {k: v for k, v in case.items() if k not in (*_COMMON, "decay_mask", "weight_decay")}
     start = problems.start()
     decays = [optimizer.weight_decay if is_decayed(optimizer, p.shape) else 0.0 for p in start]

@@ -21,7 +21,7 @@ from keras_optkit.optimizers.slots import FromWeights
 from keras_optkit.registry import Card
 from keras_optkit.testing import problems
 from keras_optkit.testing.checks.optimizers.common import assert_close, assert_equal, by_twin, made
-from keras_optkit.testing.conformance import check
+from keras_optkit.testing.conformance import check, twin_of
 from keras_optkit.testing.tools import float64, numbers
 from keras_optkit.testing.twins.optimizers import TWINS
 
@@ -216,7 +216,7 @@ def check_second_gradient(card: Card) -> None:
             first.append(loss)
             after = [numbers(v) for v in others]
             moved = optimizer.perturbed_values([ops.convert_to_tensor(g) for g in grads], weights)
-            perturbed = getattr(card.twin or TWINS[card.name], "perturbed", None)
+            perturbed = getattr(twin_of(card, TWINS), "perturbed", None)
             if perturbed is not None:
                 own = {k: v for k, v in case.items() if k in inspect.signature(perturbed).parameters}
                 assert_close(map(numbers, moved), perturbed(origin, grads, **own), rtol=1e-5, what="moved,")
