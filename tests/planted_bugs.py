@@ -1,6 +1,6 @@
 """Bugs that are planted into the package, to see that the conformance checks catch them.
 
-    python tests/planted_bugs.py            # all of them; the table of docs/guide/conformance.md
+    python tests/planted_bugs.py            # all of them; the tables of docs/evidence/planted-bugs.md
     python tests/planted_bugs.py momentum   # those with the word in their description
 
 Each bug is put into the running package, instead of one or two functions; the checks that are named with it must

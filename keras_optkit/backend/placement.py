@@ -16,11 +16,11 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class Placement:
-    """How a weight, and state for it, lie on the devices of a mesh.
+    """The layout of a weight, and of its state, on the devices of a mesh.
 
     Attributes:
         weight: The weight's `jax.sharding.NamedSharding`.
-        over: The axis of the mesh that state is spread over besides; None where it lies as the weight does.
+        over: The axis of the mesh that state is additionally spread over; None if it has the weight's layout.
     """
 
     weight: Any

@@ -1,4 +1,4 @@
-"""What `keras.ops` has not, or slowly, for both backends."""
+"""Functions that `keras.ops` lacks, or has only in a slow form, for both backends."""
 
 from __future__ import annotations
 

@@ -266,8 +266,8 @@ class ScheduleHyperparameters(Callback):
     A hyperparameter that is a Python number is compiled into the training step: setting `optimizer.momentum` during
     `fit` changes nothing. This callback has the schedules evaluated inside the step instead, at the number of updates
     made before, `optimizer.iterations`. It thus works in graph mode and with XLA, in mixed precision, with gradient
-    accumulation (an update is an update of the weights) and with `steps_per_execution > 1`, and a second `fit` goes on
-    where the first one ended.
+    accumulation (an update is an update of the weights) and with `steps_per_execution > 1`, and a second `fit`
+    continues where the first one ended.
 
     With Keras's optimizers any number in the config can be driven: `learning_rate`, `weight_decay`, `momentum`,
     `beta_1`, `clipnorm` and so on; with ours, the learning rate, the weight decay and the numbers of the update rule.

@@ -1,9 +1,9 @@
-"""What `fit` does for optimizers at moments at which Keras asks them nothing, or only one of them.
+"""What `fit` does for optimizers when Keras calls none of them, or only one.
 
-`fit` leaves a model with the weights to evaluate at. The next update restores the others, but by then the first
-gradient has been computed, at the wrong weights. And the last micro-batches of an epoch may be fewer than make an
-update. Outside of TensorFlow, too, state for more variables has to be made before a step. And where a model holds
-several optimizers, Keras finalises the one that it was compiled with. With other optimizers these do nothing.
+`fit` leaves a model with the evaluation weights. The next update restores the training weights, but by then the first
+gradient has been computed, at the wrong weights. At the end of an epoch, there may be fewer micro-batches left than an
+update needs. Outside of TensorFlow, state for more variables has to be created before a step. And if a model holds
+several optimizers, Keras only finalises the one that it was compiled with. With other optimizers these do nothing.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Finalize(keras.callbacks.Callback):
     sees_training_weights = True  # AveragedWeights leaves them in the model for it
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
-        """Gives the model the weights to evaluate at."""
+        """Gives the model the evaluation weights."""
         if not (self.params or {}).get("epochs", 1):
             return
         model = self.model

@@ -1,10 +1,10 @@
 """Compiled training steps with instruments in them, for as long as a `fit` lasts.
 
-`attach` puts an instrument to work and `detach` takes it out.
+`attach` adds an instrument to the steps and `detach` removes it.
 
-Compiled steps are kept, with their instruments, by the model. The next `fit` with instruments of the same keys takes
-them again, unless something that the trace depends on has changed since: the model was compiled, other weights are
-trained, an optimizer has other hyperparameters. A callback is no part of what is kept.
+The model keeps compiled steps with their instruments. The next `fit` with instruments of the same keys uses them again,
+unless something that the trace depends on has changed since: the model was compiled, other weights are trained, or an
+optimizer has other hyperparameters. Callbacks are not kept.
 
 An instrument that is not `wanted` in every step costs nothing in the others: the step is then compiled twice, with and
 without it, and the host chooses before every step. A condition inside of one compiled step would cost something in

@@ -1,4 +1,4 @@
-"""What is put around methods of `keras.Model`, once and for all."""
+"""The wrapper around methods of `keras.Model`, which is applied once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             given = signature.bind(self, *args, **kwargs)
-        except TypeError:  # Keras says it better
+        except TypeError:  # let Keras report it
             return function(self, *args, **kwargs)
         run = Run(method, self, given.arguments)
         with contextlib.ExitStack() as stack:

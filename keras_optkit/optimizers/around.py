@@ -1,4 +1,4 @@
-"""What optimizers around another one have in common: how they are made of it, and what their rules need."""
+"""Base and helpers for optimizers around another optimizer, and for their rules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def without(slots: Slots, name: str) -> Slots:
 
 
 class Around(Optimizer):
-    """An optimizer around the rule of another one, which also takes over what that one was told beside its rule."""
+    """An optimizer around the rule of another one, whose other settings it takes over."""
 
     def __init__(self, inner: Inner, learning_rate: Any, make_rule: Callable[[Rule], Rule], /, **given: Any):
         optimizer = built_from("inner", inner)

@@ -173,7 +173,7 @@ class Built(SavedState):
     def build(self, variables: Any) -> None:
         """Creates the state for `variables`, the weights to be trained, in this order.
 
-        They are a list, or, in a loop of one's own, the model, whose layers' paths the groups then go by.
+        Pass a list or, in a loop of your own, the model, so that groups can match the paths of its layers.
 
         An optimizer that is built already keeps the state that it has: `variables` may hold more than those it was
         built with, such as layers that are no longer frozen, and the new ones start afresh. This happens by itself, on
@@ -216,10 +216,10 @@ class Built(SavedState):
         self.__dict__.update(ours)
 
     def begin_training(self, variables: Sequence[Any] | None, *, inside: bool = False) -> None:
-        """Called by `fit` and `train_on_batch` when they begin: what a step of the backend cannot do, or not in time.
+        """Called by `fit` and `train_on_batch` when they begin: does what a step cannot do, or not in time.
 
-        The model is given the weights of training. Outside of TensorFlow, where a step creates no state, variables that
-        the optimizer was not built with join.
+        Restores the training weights. Outside of TensorFlow, where a step creates no state, variables that the
+        optimizer was not built with join.
 
         Args:
             variables: The weights to train; None: those it was built with.
@@ -234,7 +234,7 @@ class Built(SavedState):
             known = len(self._held.variables)
             if len(variables) < known or (inside and len(variables) > known):
                 raise ValueError(
-                    f"{self.name} was built for {known} variables and cannot go on with {len(variables)} on the "
+                    f"{self.name} was built for {known} variables and cannot continue with {len(variables)} on the "
                     f"{keras.config.backend()} backend. Compile the model with a new optimizer."
                 )
         if self.built and variables and (not backend.TENSORFLOW or self._held.pending is not None):
@@ -286,7 +286,7 @@ class Built(SavedState):
         if not given.issuperset(known):
             raise ValueError(
                 f"Unknown variables {', '.join(new)}: {self.name} was built for {len(known)} variables, and only "
-                f"{len(given & set(known))} of them are here. It can go on with more variables, but not with others: "
+                f"{len(given & set(known))} of them are here. It can continue with more variables, but not others: "
                 "make a new optimizer for another model."
             )
         self._add([v for v in variables if backend.key(v) not in known], variables)

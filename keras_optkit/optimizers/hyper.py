@@ -29,21 +29,21 @@ def is_dynamic(value: Value) -> bool:
 
 
 class Hyper:
-    """What a rule is told about the present step, in the dtype that it computes in.
+    """What a rule is told about the current step, in the dtype that it computes in.
 
     Attributes:
         step: t, the number of this update of the optimizer since these parameters joined it, counted from 1, in the
-            dtype for scalars: what is computed from it is to be cast to that of the gradients.
+            dtype for scalars: cast what you compute from it to the dtype of the gradients.
         learning_rate: The learning rate of this update for these parameters, which the rule multiplies into its result.
-        weight_decay: λ of this update for these parameters, 0 where there is none. Only a rule that says
-            `handles_decay` has to look at it.
+        weight_decay: λ of this update for these parameters, 0 where there is none. Only a rule that sets
+            `handles_decay` needs it.
         decays: Whether there is a decay.
         scalars: The rule's state for the whole model, as `measure` has left it.
         before: The same before `measure`.
-        kernel: Of kernels in the layout "whole", which axes of `shape` are inputs and outputs; None for others.
-        role: For transforms, what the parameters are for their layers in the layout "whole"; see `Weight`.
+        kernel: For kernels in the layout "whole", which axes of `shape` are inputs and outputs; None for others.
+        role: For transforms in the layout "whole", the role of the parameters in their layers; see `Weight`.
         totals: For transforms, the sums of what they have contributed, by name.
-        gradient: For transforms of steps, the gradient that the rule was handed.
+        gradient: For transforms of steps, the gradient that the rule was given.
     """
 
     role: str | None = None
@@ -80,7 +80,7 @@ class Hyper:
         self._first = first
 
     def __call__(self, value: Value) -> Any:
-        """The present value of a hyperparameter: numbers stay Python numbers, schedules are read at this step."""
+        """The current value of a hyperparameter: numbers stay Python numbers, schedules are read at this step."""
         return ops.cast(self.exact(value), self._dtype) if is_dynamic(value) else value
 
     def at_rate(self, learning_rate: Tensor) -> Hyper:
@@ -125,7 +125,7 @@ class Hyper:
         return self._first
 
     def every(self, n: int, compute: Callable[[], Any], keep: Callable[[], Any], *, at: int = 0) -> Any:
-        """`compute()` in the updates t with `t mod n = at mod n`, else `keep()`, and only one of the two is executed.
+        """`compute()` in the updates t with `t mod n = at mod n`, else `keep()`; only one of the two is executed.
 
         Args:
             n: A whole number >= 1.
@@ -140,12 +140,13 @@ class Hyper:
     def bias_correction(self, beta: Value, *, skipped: int = 0) -> Tensor:
         """`1 - beta**t`, without the cancellation that costs float32 half of its digits when beta is near 1.
 
-        Where beta is a schedule its present value is taken for all steps, as torch and optax do.
+        If beta is a schedule, its current value is used for all steps, as in torch and optax.
 
         Args:
-            beta: A number, a schedule or a variable; or a tensor that was computed of such, as `1 - h.exact(value)` is
-                in the convention in which β is the weight of what is new.
-            skipped: How many of the first updates do not count; until then it is that of the first one that does.
+            beta: A number, a schedule or a variable; or a tensor computed from one, such as `1 - h.exact(value)` in the
+                convention in which β is the weight of the new value.
+            skipped: How many of the first updates do not count; in these, the result is that of the first one that
+                counts.
         """
         key = ("correction", self._since, id(beta) if is_dynamic(beta) else beta, skipped)
         if ops.is_tensor(beta):  # may be another one of the same id tomorrow
@@ -164,7 +165,7 @@ class Hyper:
         return math.log(beta) if beta else -math.inf  # of 0.999 in float32, as on JAX, it would have 5 digits
 
     def exact(self, value: Value) -> Any:
-        """The present value in the dtype for scalars; numbers stay Python numbers, and schedules are read once."""
+        """The current value in the dtype for scalars; numbers stay Python numbers, and schedules are read once."""
         if not is_dynamic(value):
             return value
         key = ("value", id(value))

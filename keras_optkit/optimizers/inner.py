@@ -51,7 +51,7 @@ def built_from(argument: str, inner: Inner) -> Optimizer:
 
 
 def plain(argument: str, rule: Any) -> Rule:
-    """Returns `rule`, and raises if it is none or averages by itself."""
+    """Returns `rule`; raises if it is not a rule or averages on its own."""
     if not isinstance(rule, Rule):
         raise TypeError(f"{argument} must be a keras_optkit.optimizers.Rule, got {rule!r}.")
     if rule.averages:
@@ -81,7 +81,7 @@ def with_present(description: dict[str, Any], rule: Rule) -> dict[str, Any]:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two values of a keyword come to the same."""
+    """Whether two values of a keyword mean the same."""
     if isinstance(a, keras.Variable) or isinstance(b, keras.Variable):
         return a is b
     if isinstance(a, float) and isinstance(b, Real):

@@ -50,20 +50,20 @@ class Optimizer(FromSignature, Stepping):
     A subclass is a signature, a docstring and a rule. Every hyperparameter of the rule is an attribute of the optimizer
     that can be read and, before the training function is traced, set; the config is collected from the constructor's
     signature. The order of one step is: unscale, sum over replicas, accumulate, finite check, clip, rule, decoupled
-    weight decay, constraints, moving average; `transforms` come after clipping, and those of
-    steps after the rule. Clipping thus sees the gradient of the whole global batch, and schedules,
-    weight decay and the average count updates of the weights, not micro-batches.
+    weight decay, constraints, moving average; `transforms` of gradients come after clipping, and those of steps after
+    the rule. Clipping thus sees the gradient of the whole global batch, and schedules, weight decay and the average
+    count updates of the weights, not micro-batches.
 
     Float16 and bfloat16 parameters have float32 slots and are updated in float32.
 
     Args:
         learning_rate: A number >= 0, a `keras.optimizers.schedules.LearningRateSchedule` of the update count, or, as in
-            Keras, a function without arguments that returns the present rate.
+            Keras, a function without arguments that returns the current rate.
         rule: The update rule.
         weight_decay: λ of decoupled decay, `θ ← θ - η λ θ` besides the rule's step; None for none. A number >= 0 or a
             schedule.
         clipnorm: Each variable's gradient is scaled down to this L2 norm.
-        clipvalue: Each number of the gradient is clipped to ±this.
+        clipvalue: Each element of the gradient is clipped to ±this.
         global_clipnorm: The gradient of all variables together is scaled down to this L2 norm. At most one of the
             three can be given; None is no clipping.
         transforms: A list of `keras_optkit.optimizers.transforms`, which change gradients before the rule, after
@@ -75,24 +75,24 @@ class Optimizer(FromSignature, Stepping):
         ema_momentum: Decay of that average, in [0, 1): `a ← momentum a + (1 - momentum) θ`; the first update sets `a`.
         skip_nonfinite: k >= 1: an update whose gradient is not finite is left out, with weights, state and update
             count bitwise as before, and the k-th in a row is an error; see `nonfinite`. None: no check.
-        decay_mask: `"auto"` decays kernels and embeddings and spares all else (biases, those of attention among
-            them, and the scales of normalisations), `"all"` decays everything, as Keras and torch do by default.
-        decay_exclude: Regular expressions; variables in whose path one is found are spared from weight decay, too. Each
-            must match a variable. `exclude_from_weight_decay` sets it.
+        decay_mask: `"auto"` decays kernels and embeddings but nothing else (not biases, including those of attention,
+            nor the scales of normalisations); `"all"` decays everything, as Keras and torch do by default.
+        decay_exclude: Regular expressions; variables whose path matches one are not decayed either. Each must match a
+            variable. `exclude_from_weight_decay` sets it.
         groups: A list of `keras_optkit.Group`: parameters with rates and decays of their own. See `explain`.
         layer_decay: d in (0, 1]: the learning rate of each layer is d times that of the next one, so that the last
             layer that is trained has the full rate; multiplied with the groups' `lr_scale`. See `layer_blocks`.
         layer_blocks: What `layer_decay` counts as one layer. None: each layer that the model is made of, blocks as one;
             deep models of plain layers are counted in 12 blocks. n >= 1: as many blocks of about as many layers. A
             pattern, such as `"block_([0-9]+)"`: layers in whose paths its groups find the same are one block.
-        sparse: What is done with gradients of some rows only, those of embeddings: `"lazy"` updates these rows and
-            their state alone, as if the others were not there, decay included; `"dense"` takes the gradients of the
-            other rows as zeros. A rule that is not element-wise is always dense.
+        sparse: How gradients of some rows of an embedding are handled: `"lazy"` updates only these rows and their
+            state, as if the others did not exist, decay included; `"dense"` treats the gradients of the other rows as
+            zeros. A rule that is not element-wise is always dense.
         fuse: Whether the update is compiled with XLA where the training step is not: `"auto"` in graphs on CPUs, unless
             the model is so small that compiling takes longer than it saves in thousands of steps; True in all graphs,
             False never. Eager steps are never compiled.
         master_weights: Keeps a float32 copy of float16 and bfloat16 weights, which is what is updated, so that steps
-            below the weights' resolution add up. Costs 4 bytes for each number.
+            below the weights' resolution add up. Costs 4 bytes for each element.
         stochastic_rounding: Rounds updated bfloat16 weights up or down at random, with the probabilities that make the
             rounded weight right on average; small steps then add up without a copy. The random numbers are a function
             of the update count. At most one of the two can be given; for float32 weights neither does anything. State
@@ -113,7 +113,7 @@ class Optimizer(FromSignature, Stepping):
         ValueError: For a value out of range.
     """
 
-    #: Parameters with fewer numbers than this are packed; see `keras_optkit.optimizers.engine.packing`.
+    #: Parameters with fewer elements than this are packed; see `keras_optkit.optimizers.engine.packing`.
     pack_below = PACK_BELOW
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -266,7 +266,7 @@ class Optimizer(FromSignature, Stepping):
 
     @property
     def learning_rate(self) -> Any:
-        """The present learning rate, `schedule(iterations) * multiplier`; with a constant rate, its variable.
+        """The current learning rate, `schedule(iterations) * multiplier`; with a constant rate, its variable.
 
         Assigning a number always works. With a schedule it sets the multiplier, so that the schedule continues from
         there; while the schedule is 0, which no multiplier changes, the number replaces the schedule from there on.

@@ -1,6 +1,6 @@
 """The contract of an update rule: a frozen dataclass of hyperparameters with pure methods, and no variables.
 
-Which tensors a rule is handed is its `layout`. With "whole" they have a leading axis, `(k, *shape)`: k parameters of
+A rule's `layout` says which tensors it is given. With "whole" they have a leading axis, `(k, *shape)`: k parameters of
 one shape are updated as one tensor, so that matrix products batch for free. With "elementwise" they have any shape:
 many parameters laid end to end as `(1, n)`, or one as it is. "per_parameter" is the same for rules that also need sums
 over each parameter, which `h.sum` and `h.mean` give in either form.
@@ -52,7 +52,7 @@ __all__ = [
 
 Slots = dict[str, Tensor]
 
-#: Which tensors a rule is handed; see above.
+#: Which tensors a rule is given; see above.
 LAYOUTS = ("elementwise", "per_parameter", "whole")
 
 #: What a rule may need from who drives the step, besides the gradient.
@@ -92,7 +92,7 @@ def number(
 ) -> Any:
     """Declares a field that holds a real number in an interval, a schedule of it, or a scalar variable.
 
-    With `fixed` it holds a number alone: one that state begins with, or that weights are recovered with. With
+    With `fixed` it holds only a number: one that state is initialised with, or that weights are recovered with. With
     `optional` it may be None.
     """
 
@@ -152,12 +152,12 @@ class Rule(Fields):
             axis. "" leaves it to `elementwise`.
         elementwise: `elementwise = True` is short for `layout = "elementwise"`, and otherwise "whole" is meant.
         uses_first: Whether `update` asks `h.first`.
-        decomposes: Whether there is an eigenvalue or QR decomposition in it, which XLA on CPUs takes many times as long
-            for as TensorFlow: `fuse="auto"` does not compile it.
-        handles_decay: Whether `update` itself subtracts the decoupled decay `η λ θ`, or what stands in its place.
-        needs: What who drives the step must give it. With "second_gradient", `update` is given the gradient at the
+        decomposes: Whether it has an eigenvalue or QR decomposition, which takes XLA on CPUs many times as long as
+            TensorFlow: `fuse="auto"` does not compile it.
+        handles_decay: Whether `update` itself subtracts the decoupled decay `η λ θ`, or a replacement for it.
+        needs: What the caller of the step must provide. With "second_gradient", `update` is given the gradient at the
             weights that `perturbation` leads to.
-        averages: Whether the weights to evaluate at are others than those of training; then there are `eval_value` and
+        averages: Whether the evaluation weights differ from the training weights; then there are `eval_value` and
             `train_value`.
     """
 
@@ -170,9 +170,9 @@ class Rule(Fields):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def perturbation(self) -> Transform | None:
-        """What makes of the first gradient what is added to the weights before the second, for rules that need it.
+        """The transform from the first gradient to what is added to the weights before the second is computed.
 
-        It sees the gradient of the micro-batch, with no other transform before it.
+        For rules that need a second gradient. It sees the gradient of the micro-batch, with no transform before it.
         """
         return None
 
@@ -198,9 +198,9 @@ class Rule(Fields):
         return {}
 
     def contribute(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> dict[str, Tensor]:
-        """What `measure` is to be given the sum of, by name, over all parameters of this rule that have a gradient.
+        """The terms, by name, whose sums over all parameters of this rule with a gradient `measure` is given.
 
-        Those that are routed to another rule, and those of groups with another one, do not count.
+        Parameters that are routed to another rule, or in groups with another rule, do not count.
 
         Args:
             u: Gradients, after clipping, as in `update`.
@@ -216,8 +216,8 @@ class Rule(Fields):
     def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The new scalars of this update, from the old ones in `h.scalars`; computed before any `update`.
 
-        A rule that contributes nothing may leave out the second argument: `def measure(self, h)`. Of one that does, the
-        scalars stay as they are where none of its parameters has a gradient.
+        A rule that contributes nothing may leave out the second argument: `def measure(self, h)`. For one that does,
+        the scalars do not change if none of its parameters has a gradient.
 
         Args:
             h: With the old scalars.
@@ -244,7 +244,7 @@ class Rule(Fields):
         raise NotImplementedError
 
     def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
-        """The inverse of `eval_value`: the parameters and slots that training goes on from."""
+        """The inverse of `eval_value`: the parameters and slots that training continues from."""
         raise NotImplementedError
 
 
@@ -267,9 +267,9 @@ class Routed:
 class Wrapper(Rule):
     """Base of rules around another one, which is the field `inner_rule`.
 
-    Forwards the layout, what the other one needs, its perturbation, state, routes and sums; `handles_decay` and
-    `averages` are for the wrapper to say. A parameter that the inner rule routes to another one is updated by this
-    wrapper around that one.
+    Forwards the inner rule's layout, needs, perturbation, state, routes and sums; the wrapper itself sets
+    `handles_decay` and `averages`. A parameter that the inner rule routes to another rule is updated by this wrapper
+    around that rule.
     """
 
     def inner(self) -> Rule:
@@ -320,7 +320,7 @@ class Wrapper(Rule):
 
 
 def layout_of(rule: Rule) -> str:
-    """Which tensors a rule is handed."""
+    """Which tensors a rule is given."""
     layout = rule.layout or ("elementwise" if rule.elementwise else "whole")
     return arguments.choice(f"layout of {type(rule).__name__}", layout, LAYOUTS)
 
@@ -364,7 +364,7 @@ def name_of(rule: Rule) -> str:
 
 
 def checked_needs(rule: Rule) -> None:
-    """Raises if a rule needs what there is not, or does not say how a second gradient comes about.
+    """Raises if a rule needs something unknown, or does not say where its second gradient is computed.
 
     Raises:
         ValueError: If so.

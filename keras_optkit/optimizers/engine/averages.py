@@ -1,4 +1,4 @@
-"""Weights to evaluate at, and back to those of training."""
+"""Swapping between the training weights and the evaluation weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keras_optkit.optimizers.rule import Hyper, Tensor
 
 
 def swapped(plan: Plan, state: State, *, evaluating: bool) -> State:
-    """The state with the weights to evaluate at in the model, or from such a state that with those of training."""
+    """The state after the model's training weights are swapped for the evaluation weights, or back."""
     weights, slots, average = list(state.weights), list(state.slots), list(state.average)
     memo: dict[Any, Tensor] = {}
     rate = state.multiplier

@@ -1,4 +1,4 @@
-"""What a file holds of an optimizer: the state of every parameter by itself, and a description to be refused by."""
+"""What a file holds of an optimizer: the state of each parameter, and a description by which a wrong file is refused."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ class Grad(NamedTuple):
     """The gradients of the parameters of a bucket.
 
     Attributes:
-        value: They as one tensor, `(k, *shape)` or `(1, n)`; 0 where there is none.
-        mask: True for the numbers to update, in a shape that broadcasts; None: all.
+        value: The gradients joined into one tensor, `(k, *shape)` or `(1, n)`; 0 where there is none.
+        mask: True for the elements to update, in a shape that broadcasts; None: all.
         given: For each parameter, whether there is a gradient; see `NONE`.
     """
 
@@ -144,7 +144,7 @@ def join(plan: Plan, b: int, parts: list[Any]) -> Grad:
 
 
 def values(grad: Any) -> Tensor:
-    """The numbers of a Grad, of Rows or of a tensor."""
+    """The values of a Grad, of Rows or of a tensor."""
     return grad.values if isinstance(grad, Rows) else grad.value if isinstance(grad, Grad) else grad
 
 

@@ -26,7 +26,7 @@ class Nonfinite(NamedTuple):
 
 
 def first_bad(grads: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Whether all gradients are finite, and (bucket, place in it) of the first number that is not.
+    """Whether all gradients are finite, and (bucket, place in it) of the first element that is not.
 
     One pass, without a condition, since XLA takes seconds to compile both branches for many buckets.
     """

@@ -1,7 +1,7 @@
 """Which parameters are updated together: a bucket is one tensor for the rule, and several variables for the model.
 
-Many small tensors cost far more than one of the same total size, in tracing and in every step. Small parameters of an
-rule that does not look at shapes are therefore laid end to end; for other rules parameters of one shape are stacked.
+Many small tensors cost far more than one of the same total size, in tracing and in every step. Small parameters of a
+rule that does not look at shapes are therefore laid end to end; for other rules, parameters of one shape are stacked.
 Large parameters stay alone, since copying them together would cost more than it saves.
 """
 
@@ -138,7 +138,7 @@ class Bucket:
         return self.split(tensor)[0] if self.alone else tensor
 
     def mask(self, present: Collection[int], hits: Mapping[int, Tensor]) -> Any:
-        """True for the numbers to update, in a shape that broadcasts.
+        """True for the elements to update, in a shape that broadcasts.
 
         Args:
             present: Places in the bucket of the parameters that are to be updated.
@@ -192,7 +192,7 @@ class Bucket:
         return replace(self, indices=tuple(first + i for i in self.indices))
 
     def member(self, place: int) -> int:
-        """The index of the parameter that a number of the one tensor belongs to, given by its place in it, flat."""
+        """The index of the parameter that an element of the one tensor belongs to, given by its flat position."""
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         return self.indices[int(np.searchsorted(ends, place, side="right"))]
 

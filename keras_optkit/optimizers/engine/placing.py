@@ -41,7 +41,7 @@ class Places:
     each: Sequence[Placement | None]
 
     def alone(self, i: int) -> bool:
-        """Whether a variable is split over devices, and so shares a bucket with none."""
+        """Whether a variable is split over devices, and so is in a bucket of its own."""
         place = self.each[i]
         return place is not None and place.is_split
 

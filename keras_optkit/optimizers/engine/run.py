@@ -88,7 +88,7 @@ def _is_due(plan: Plan, state: State) -> Tensor:
 
 
 def _is_outdated(state: State) -> Tensor:
-    """Whether the model holds weights that training does not go on from."""
+    """Whether the model holds weights that training does not continue from."""
     return ops.equal(state.evaluating, 1)
 
 

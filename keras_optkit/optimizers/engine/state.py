@@ -181,8 +181,8 @@ def functions_of_weights(rule: Rule, bucket: Bucket) -> dict[str, Callable[[Tens
 def slot_dtype(weights: str, initial: Fill | FromWeights, keywords: Keywords) -> str:
     """The dtype of a slot.
 
-    Those that begin as the weights are, and those in a shape of their own, are as exact as the computation: the ones
-    are weights, and others are small or, like the basis of a space, useless if they are rounded.
+    Slots initialised from the weights, and those in a shape of their own, have the precision of the computation: the
+    former are weights, and the latter are small or, like the basis of a space, useless if they are rounded.
     """
     given = keywords.slot_dtype
     own = isinstance(initial, FromWeights) or initial.shape is not None

@@ -32,11 +32,11 @@ class Prepared(NamedTuple):
     scalars: dict[str, Tensor]  # and after `measure`
     changed: list[Tensor | None]  # the gradients of the buckets, after the transforms
     finite: Tensor | None  # whether all gradients are
-    position: Tensor | None  # (bucket, place in it) of the first number that is not
+    position: Tensor | None  # (bucket, place in it) of the first element that is not
 
 
 class Ready(NamedTuple):
-    """What a rule is handed for one bucket, but for `Hyper`."""
+    """What a rule is given for one bucket, except for `Hyper`."""
 
     u: Tensor | None  # the gradient, after the transforms; None where there is none
     slots: Slots

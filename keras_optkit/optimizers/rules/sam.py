@@ -103,8 +103,8 @@ class SAM(Around):
     Everything around the rule sees the second gradient: clipping, `transforms`, `skip_nonfinite`, accumulation. With
     accumulation each micro-batch has a perturbation of its own, as with m-sharpness in the paper; over the replicas of
     a strategy it is that of the global batch. Parameters of a group with another rule are neither moved nor counted
-    in the norm; `SAM` can be the rule of a group. What the inner optimizer was told beside its rule is taken over, as
-    by `Lookahead`. The perturbation needs a copy of the weights for the time of the step, and no state.
+    in the norm; `SAM` can be the rule of a group. The other settings of the inner optimizer are taken over, as in
+    `Lookahead`. The perturbation needs a copy of the weights during the step, and no state.
 
     The factor `θ²` of the adaptive form is applied to all parameters, as in the parity reference. The authors of ASAM
     add 0.01 to |θ| of kernels and leave biases and normalisations as in plain SAM.

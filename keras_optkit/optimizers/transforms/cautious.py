@@ -19,7 +19,7 @@ from keras_optkit.registry import register
 )
 @dataclass(frozen=True)
 class CautiousUpdate(Transform):
-    """Takes only those parts of a step that go down the present gradient, and makes them larger in return.
+    """Keeps only the elements of a step that descend along the current gradient, and scales them up in return.
 
     `u ← u φ / max(mean(φ), ε)`, `φ = 1 where u g > 0, else 0`, with the mean over each parameter (Liang et al.,
     2411.16085, Algorithm 2). The paper divides by `(‖φ‖₀ + 1) / d`; this is the authors' code, and timm's. Decoupled
@@ -55,7 +55,7 @@ class CautiousUpdate(Transform):
 )
 @dataclass(frozen=True)
 class CautiousDecay(Transform):
-    """Decays only those weights that the step makes smaller, too.
+    """Decays only the weights that the step also makes smaller.
 
     `θ ← θ - u - η λ θ 1[u θ >= 0]` (Chen et al., 2510.12402, equation 2), with the optimizer's `weight_decay` and
     `decay_mask`. It changes nothing without a decay, and must be the last transform of steps.

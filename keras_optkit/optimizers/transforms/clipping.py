@@ -27,7 +27,7 @@ def shrink(sum_of_squares: Tensor, limit: Value) -> Tensor:
 )
 @dataclass(frozen=True)
 class ClipByValue(Transform):
-    """Clips each number of the gradient to `[-limit, limit]`, as the keyword `clipvalue` does.
+    """Clips each element of the gradient to `[-limit, limit]`, as the keyword `clipvalue` does.
 
     When not to use it: it changes the gradient's direction; `ClipByGlobalNorm` does not.
 

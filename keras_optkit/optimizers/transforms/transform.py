@@ -62,20 +62,20 @@ class Transform(FromSignature, Fields):
     handles_decay: ClassVar[bool] = False
 
     def contribute(self, u: Tensor, p: Tensor, h: Hyper) -> dict[str, Tensor]:
-        """What `change` is to find the sum of, over all parameters that have a gradient, in `h.totals`, by name.
+        """The terms, by name, whose sums over all parameters with a gradient `change` finds in `h.totals`.
 
-        For transforms of gradients. Tensors in the shape of `u`, not summed yet; their sums are in the dtype for
-        scalars, which `ops.cast(h.totals[name], u.dtype)` brings into that of the gradients.
+        For transforms of gradients. Tensors in the shape of `u`, not summed yet. The sums are in the dtype for scalars;
+        cast them with `ops.cast(h.totals[name], u.dtype)`.
         """
         return {}
 
     def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
-        """Returns what takes the place of `u`.
+        """Returns the replacement for `u`.
 
         Args:
             u: Gradients; or steps, with the learning rate in them, which are subtracted from the parameters.
             p: The parameters before the step.
-            h: What a rule is told, and `totals`, `role` and (for steps) the `gradient` that the rule was handed.
+            h: What a rule is told, and also `totals`, `role` and (for steps) the `gradient` that the rule was given.
 
         Returns:
             A tensor in the shape and dtype of `u`.
@@ -92,7 +92,7 @@ class Transform(FromSignature, Fields):
 
 
 def unit_axes(h: Hyper, rank: int) -> tuple[int, ...]:
-    """The axes of a tensor in the layout "whole" that one unit's weights run over.
+    """The axes of one unit's weights in a tensor in the layout "whole".
 
     A unit is an output of a kernel, with all its inputs and window, a row of an embedding, or else a whole parameter.
     """

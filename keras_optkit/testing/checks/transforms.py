@@ -1,4 +1,4 @@
-"""Checks for transforms, as part of an optimizer with momentum; many are those of optimizers.
+"""Checks for transforms, made on an optimizer with momentum; many are those of optimizers.
 
 The twin of a transform's card is a function; see `keras_optkit.testing.twins.transforms` for its form.
 """
