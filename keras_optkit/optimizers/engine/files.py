@@ -1,4 +1,4 @@
-"""What a file holds of an optimizer: the state of each parameter, and a description by which a wrong file is refused."""
+"""What a file holds of an optimizer: each parameter's state, and a description by which a wrong file is refused."""
 
 from __future__ import annotations
 
