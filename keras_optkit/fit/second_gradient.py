@@ -212,7 +212,7 @@ class _TwoOnTensorFlow(_Two):
         backend.assign(variables, values)
 
     def _build(self, data: Any) -> None:
-        """Creates all variables that the step creates, by tracing it once: their initial values must be known."""
+        """Has all variables made that the step makes, by tracing it for nothing: their first values must be known."""
         import tensorflow as tf
 
         model = self._model
