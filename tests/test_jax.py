@@ -59,7 +59,7 @@ def test_a_layer_that_is_frozen_is_refused_before_anything_is_lost():
     before = model.get_weights()
     model.layers[0].trainable = False
     for train in (fit, lambda m: m.train_on_batch(*problems.regression())):
-        with pytest.raises(ValueError, match="built for 6 variables and cannot go on with 4 on the jax backend"):
+        with pytest.raises(ValueError, match="built for 6 variables and cannot continue with 4 on the jax backend"):
             train(model)
     model.layers[0].trainable = True  # this decides about the order of the weights
     for got, expected in zip(model.get_weights(), before, strict=True):
@@ -68,7 +68,7 @@ def test_a_layer_that_is_frozen_is_refused_before_anything_is_lost():
 
 def test_loss_scaling_has_no_room_for_more_variables():
     model = half_frozen(keras.optimizers.LossScaleOptimizer(ok.optimizers.SGD(0.05)))
-    with pytest.raises(ValueError, match="built for 4 variables and cannot go on with 6"):
+    with pytest.raises(ValueError, match="built for 4 variables and cannot continue with 6"):
         fit(model)
 
 

@@ -421,7 +421,7 @@ def test_a_stage_with_fewer_variables_than_the_optimizer_has_is_refused():
     model = network(ok.optimizers.SGD(0.05))
     unfreeze = Unfreeze({0: "head", 1: ".*"})
     fit(model, *data(), unfreeze, epochs=2)
-    with pytest.raises(ValueError, match="built for 8 variables and cannot go on with 2 on the jax backend"):
+    with pytest.raises(ValueError, match="built for 8 variables and cannot continue with 2 on the jax backend"):
         fit(model, *data(), unfreeze, epochs=2)
 
 

@@ -28,7 +28,7 @@ def handle(variable: Any) -> Any:
 
 
 def tensor(variable: Any) -> Tensor:
-    """The present value as a tensor; on TensorFlow `.value` of a Keras variable is still the variable."""
+    """The current value as a tensor; on TensorFlow `.value` of a Keras variable is still the variable."""
     value = handle(variable)
     return tf.convert_to_tensor(value) if TENSORFLOW else value
 

@@ -1,4 +1,4 @@
-"""Which backend there is."""
+"""Which backend Keras uses."""
 
 from __future__ import annotations
 

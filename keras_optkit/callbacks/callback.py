@@ -25,13 +25,13 @@ def number(scalar: Any) -> Any:
 class Callback(FromSignature, keras.callbacks.Callback):
     """A Keras callback with more hooks, `on_train_failure` and the like, and with state.
 
-    All hooks that there are beside Keras's are here. A callback that is not a subclass may have some of them: `Resume`
-    asks for `stateless`, `state_dict` and `load_state_dict`, `AveragedWeights` for `sees_training_weights`.
+    All hooks besides Keras's are declared here. A callback that is not a subclass may have some of them: `Resume` looks
+    for `stateless`, `state_dict` and `load_state_dict`, `AveragedWeights` for `sees_training_weights`.
 
     Attributes:
-        stateless: Whether nothing that training depends on is kept from one epoch to the next, so that `Resume` has
-            nothing to save of it. Callbacks with `state_dict` need not say so.
-        sees_training_weights: Whether `AveragedWeights` leaves the weights of training in the model for it.
+        stateless: Whether it keeps nothing that training depends on from one epoch to the next, so that `Resume` has
+            nothing to save. Callbacks with `state_dict` need not set it.
+        sees_training_weights: Whether `AveragedWeights` leaves the training weights in the model for it.
     """
 
     stateless: ClassVar[bool] = False

@@ -26,10 +26,10 @@ def muted(*, but: Collection[str] = ()) -> Iterator[None]:
 
 
 def around(owner: Any, method: str, hook: Hook, *, first: bool = False) -> Callable[[], None]:
-    """Runs `hook` around `owner.method` from now on, on this one object, and returns a function that takes it away.
+    """Runs `hook` around `owner.method` from now on, on this one object, and returns a function that removes it.
 
-    Several hooks may be on one method and be taken away in any order; those that come `first` are entered before the
-    others. What Keras compiles calls the method only while it is traced.
+    One method may have several hooks, which can be removed in any order; those added with `first` are entered before
+    the others. What Keras compiles calls the method only while it is traced.
     """
     own = vars(owner)  # not setattr, where Keras and TensorFlow would begin to track what is set
     wrapper = own.get(method)

@@ -24,7 +24,7 @@ Tensor = Any
 
 
 class Instrument:
-    """What is to happen inside of the training step of a model, and the values that step and host exchange by it.
+    """What happens inside the training step of a model, and the values that step and host exchange.
 
     A subclass says which `hooks` there are. On TensorFlow the values are variables. On JAX a step is a pure function:
     what the host has set goes in beside the data, and what the step has set comes out beside the logs. A host that sets
@@ -61,7 +61,7 @@ class Instrument:
     # -- what a subclass may say --------------------------------------------------------------------------------------
 
     def hooks(self) -> Iterable[Callable[[], None]]:
-        """Puts hooks around what the step is about to call, and gives what takes them away."""
+        """Puts hooks around what the step is about to call, and returns functions that remove them."""
         return ()
 
     def prepare(self) -> None:

@@ -93,7 +93,7 @@ class Built(SavedState):
 
     @property
     def variables(self) -> list[Any]:
-        """All variables of the optimizer; in which order and how packed, may change."""
+        """All variables of the optimizer; their order and packing may change."""
         kept = tree.flatten(self._held.state._replace(weights=()))
         # those that are attributes, then the state, in an order that does not depend on when it was made
         found = [*super().variables, *kept, *self._held.own, *self._given()]

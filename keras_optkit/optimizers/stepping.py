@@ -28,7 +28,7 @@ _fixed = 0
 
 @contextlib.contextmanager
 def fixed_gradients() -> Iterator[None]:
-    """Around tests whose gradients do not depend on the weights: there, a second gradient would be as the first."""
+    """For tests whose gradients do not depend on the weights, where a second gradient would equal the first."""
     global _fixed
     _fixed += 1
     try:
@@ -93,7 +93,7 @@ class Stepping(Built):
 
     @contextlib.contextmanager
     def perturbed(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Any]) -> Iterator[None]:
-        """Around the computation of the second gradient: the variables hold the weights that it is wanted at.
+        """A context for computing the second gradient: in it, the variables hold the weights to compute it at.
 
         For loops of your own with `SAM`; `fit` and `train_on_batch` do it, also with a `train_step` of your own.
 

@@ -1,4 +1,4 @@
-"""What a file holds of an optimizer: the state of each parameter, and a description that tells a wrong file."""
+"""What a file holds of an optimizer: each parameter's state, and a description by which a wrong file is refused."""
 
 from __future__ import annotations
 
@@ -52,10 +52,9 @@ class SavedState(keras.optimizers.Optimizer):
     Files are independent of the packing, of the number of replicas and of the paths of the variables; entries are
     numbered by the model's order. `.keras` and `.weights.h5` files call the two public methods through Keras,
     `tf.train.Checkpoint` through `backend.in_checkpoints`, and state trees through `state_tree.py`. State for other
-    variables is refused, also if they have the same shapes in the same model. A model file always opens, though:
-    weights may have been frozen or unfrozen between the last step and saving. One thing is as it is packed, the place
-    of the last gradient that was not finite, so that after loading with another packing `nonfinite` may name another
-    variable.
+    variables is refused, even if they have the same shapes in the same model. A model file always opens, though:
+    weights may have been frozen or unfrozen between the last step and saving. Only the place of the last non-finite
+    gradient depends on the packing, so after loading with another packing `nonfinite` may name another variable.
     """
 
     def _schema(self) -> dict[str, Any]:
@@ -76,9 +75,9 @@ class SavedState(keras.optimizers.Optimizer):
         }
 
     def _in_model(self) -> dict[str, Any] | None:
-        """Where among the model's weights the variables are, which tells layers of one shape apart; None if unknown.
+        """The variables' positions among the model's weights, which distinguish layers of one shape; None if unknown.
 
-        Paths would not: Keras numbers the names of layers through in a process.
+        Paths would not: Keras numbers the names of layers consecutively in a process.
         """
         model = self._held.model and self._held.model()
         if model is None:
@@ -183,7 +182,7 @@ class SavedState(keras.optimizers.Optimizer):
                 store[name] = flag
 
     def load_own_variables(self, store: Any) -> None:
-        """Restores the state; one of another optimizer or another model is refused.
+        """Restores the state; refuses that of another optimizer or another model.
 
         State that is loaded before the optimizer is built, or while all weights are frozen, is kept, and restored when
         there is something to train. A file that holds no optimizer state at all changes nothing.

@@ -184,9 +184,9 @@ def means(plan: Plan, state: State, grads: list[Grad | None]) -> list[Grad | Non
 
 
 def _given_mask(bucket: Bucket, sums: Tensor, given: Tensor, last: tuple[int, ...]) -> Any:
-    """The mask of a mean gradient: of a parameter with gradients of rows only, rows of zeros count as not there.
+    """The mask of a mean gradient: for a parameter with gradients of rows only, rows of zeros count as missing.
 
-    Which gradients there have been is known in the step alone; that all of them are in this call, before.
+    Which gradients there were before is known only inside the step; whether this call has all of them, already now.
     """
     if min(last) == WHOLE:
         return None

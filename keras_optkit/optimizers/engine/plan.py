@@ -27,7 +27,7 @@ def with_routes(rules: Mapping[int, Rule]) -> dict[RuleId, Routed]:
 
 
 def layout_for(rule: Rule, transforms: Iterable[Transform]) -> str:
-    """Which tensors a rule and the transforms around it are handed: those of the one that needs most."""
+    """The layout of the tensors given to a rule and the transforms around it: that of whichever needs most."""
     perturbation = rule.perturbation()
     around = [*transforms, *([] if perturbation is None else [perturbation])]
     return max([layout_of(rule), *(t.layout for t in around)], key=LAYOUTS.index)
@@ -35,7 +35,7 @@ def layout_for(rule: Rule, transforms: Iterable[Transform]) -> str:
 
 @dataclass(frozen=True)
 class Keywords:
-    """Those keywords of `Optimizer` that its steps and its state depend on."""
+    """The keywords of `Optimizer` that its steps and its state depend on."""
 
     weight_decay: Value | None
     gradient_accumulation_steps: int | None
@@ -77,7 +77,7 @@ class Plan:
         return self.rules[bucket.rule].rule
 
     def dynamic(self) -> list[Value]:
-        """The hyperparameters that are known in the step alone."""
+        """The hyperparameters that are known only inside the step."""
         own = [bucket.treatment.weight_decay for bucket in self.buckets]
         routed = self.rules.values()
         values = [value for r in routed for value in (r.weight_decay, *r.rule.hyperparameters())]
@@ -89,16 +89,16 @@ class Plan:
         return [t for t in self.transforms if t.changes == changes]
 
     def averages(self, bucket: Bucket) -> bool:
-        """Whether the weights of a bucket to evaluate at are not those of training."""
+        """Whether the evaluation weights of a bucket differ from its training weights."""
         return self.keywords.use_ema or self.rule(bucket).averages
 
 
 def memo(dynamic: Sequence[Value], read: Sequence[Tensor]) -> dict[Any, Tensor]:
-    """What `Hyper` remembers at the start of a step: the present values of schedules."""
+    """What `Hyper` remembers at the start of a step: the current values of schedules."""
     return {("value", id(value)): tensor for value, tensor in zip(dynamic, read, strict=True)}
 
 
 def present(dynamic: Sequence[Value], iterations: Tensor, multiplier: Tensor) -> list[Tensor]:
-    """The present values of hyperparameters."""
+    """The current values of hyperparameters."""
     h = Hyper(iterations, multiplier, scalar_dtype())
     return [h.exact(value) for value in dynamic]

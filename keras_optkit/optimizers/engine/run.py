@@ -59,9 +59,9 @@ def run(plan: Plan, state: State, grads: list[Any], *, fuse: bool = False, flush
 
 
 def perturbed(plan: Plan, state: State, grads: list[Any]) -> list[Tensor | None]:
-    """The weights of each bucket to compute the second gradient at; None where that is where they are.
+    """The weights of each bucket to compute the second gradient at; None where they do not change.
 
-    Computed in every replica alike; nothing is assigned.
+    Computed in every replica in the same way; nothing is assigned.
 
     Args:
         plan: How.
@@ -310,6 +310,6 @@ def _assign_all(variables: Sequence[Any], values: Sequence[Tensor]) -> None:
 
 
 def _scalars(state: State) -> State:
-    """What there is once: counters and the like."""
+    """The state that exists once, such as counters."""
     parts = dict.fromkeys(PER_BUCKET, ())
     return tree.map_structure(tensor, state._replace(**parts))

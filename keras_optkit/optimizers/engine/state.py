@@ -18,15 +18,15 @@ from keras_optkit.precision import HALF, at_least_float32, scalar_dtype
 
 
 class State(NamedTuple):
-    """All that a step depends on but the gradients: variables outside of a step, and their values inside.
+    """Everything that a step depends on except the gradients: variables outside a step, and their values inside.
 
-    What an optimizer does not have is empty. In lists there is something for each bucket. (The order of the fields is
-    that of `Optimizer.variables`, which `.h5` files depend on.)
+    What an optimizer does not have is empty. Lists have one item for each bucket. (The order of the fields is that of
+    `Optimizer.variables`, which `.h5` files depend on.)
 
     Attributes:
         accumulated: Sums of the gradients of the micro-batches since the last update.
         average: The moving averages of the weights.
-        evaluating: 1 where the model holds the weights to evaluate at.
+        evaluating: 1 while the model holds the evaluation weights.
         given: For each parameter, what there was of its gradients in these micro-batches; see `gradients.NONE`.
         iterations: How many updates there have been.
         master: Copies in float32 of weights in half precision.
@@ -84,9 +84,9 @@ def for_buckets(
 ) -> State:
     """The state for buckets of `variables`.
 
-    What begins as the weights are is zeros until the first update: the weights of a model that is built by its first
-    step have no values while that step is traced. Variables that join after others have names that say so, since state
-    is told by its variable's name in some kinds of files.
+    State initialised from the weights is zeros until the first update: the weights of a model that is built by its
+    first step have no values while that step is traced. Variables that join after others have names that say so, since
+    some kinds of files identify state by its variable's name.
     """
 
     def named(name: str, bucket: Bucket) -> str:
@@ -137,7 +137,7 @@ def for_buckets(
 
 
 def once(make: Make, keywords: Keywords, rules: Rules, iterations: Any, multiplier: Any) -> State:
-    """The state that there is once."""
+    """The state that exists once."""
 
     def counter(name: str) -> keras.Variable:
         return make((), dtype="int", name=name)
