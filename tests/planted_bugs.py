@@ -740,7 +740,7 @@ def _(right):
 
 
 @bug(
-    "`fit` goes on from the average that the last one ended with",
+    "`fit` continues from the average that the last one ended with",
     "AdamW",
     "evaluation_weights",
     keras.Model,
@@ -949,7 +949,7 @@ def _(right):
     return lambda self, u, p, h: ops.cast(right(self, u, p, h), "float64")
 
 
-@in_transforms("parameters without a gradient go on moving", "ClipByNorm", "missing_gradient", update, "apply_rule")
+@in_transforms("parameters without a gradient keep moving", "ClipByNorm", "missing_gradient", update, "apply_rule")
 def _(right):
     return lambda plan, bucket, u, slots, p, h, mask: right(plan, bucket, u, slots, p, h, None)
 
@@ -1036,7 +1036,7 @@ def _(right):
     return value
 
 
-@bug("the curve goes on after its end", "Cosine", "settles twin", schedules, "_share", kind="schedule")
+@bug("the curve continues after its end", "Cosine", "settles twin", schedules, "_share", kind="schedule")
 def _(right):
     return lambda step, steps: schedules.Schedule.real(step) / steps
 
@@ -1330,7 +1330,7 @@ def _(right):
     return lambda self: right(self) | {"best_weights": None}
 
 
-@bug("the generators of dropout begin anew", "Resume", "goes_on", TrainingState, "into", kind="callback")
+@bug("the generators of dropout restart", "Resume", "goes_on", TrainingState, "into", kind="callback")
 def _(right):
     def into(self, model, *, metrics=True):
         right(self, model, metrics=metrics)
@@ -1346,7 +1346,7 @@ def _(right):
     return lambda self, batch: right(self, batch - 1)
 
 
-@bug("metrics begin anew inside of the epoch", "Resume", "goes_on", TrainingState, "into", kind="callback")
+@bug("metrics restart inside the epoch", "Resume", "goes_on", TrainingState, "into", kind="callback")
 def _(right):
     return lambda self, model, *, metrics=True: right(self, model, metrics=False)
 

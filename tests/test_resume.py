@@ -1129,7 +1129,7 @@ def test_outside_of_fit_it_raises(tmp_path):
 
 
 @pytest.mark.only_on("tensorflow", because="a command about TensorFlow, which runs once")
-@pytest.mark.long  # tests/test_examples.py has one training killed that goes on
+@pytest.mark.long  # tests/test_examples.py kills a training and continues it
 @pytest.mark.parametrize("scenario", ["cnn", "transformer", "replicas"])
 def test_killed_trainings_end_as_if_left_alone(scenario):
     """A share of what `python tests/kill.py` does, in processes of its own."""

@@ -245,6 +245,10 @@ def test_a_schedule_of_the_radius_is_driven_by_a_callback():
     expected.make_train_function(force=True)
     assert_near(constant, fit(expected)[0], 1e-6)
     assert_near(none, fit(network(SGD(0.1)), epochs=3)[0], 1e-6)
+    fresh, _ = fit(
+        network(SAM(SGD(0.1), rho=0.0)), callbacks=[ok.callbacks.ScheduleHyperparameters({"rho": lambda _: 0.1})]
+    )
+    assert_near(fresh, fit(network(SAM(SGD(0.1), rho=0.1)))[0], 1e-6)  # in the first fit, too
 
 
 def test_a_bad_batch_changes_nothing():
@@ -432,6 +436,34 @@ def test_two_replicas_are_one():
     assert_near(two, trained(contextlib.nullcontext()), 1e-5)
 
 
+def test_the_norm_is_over_routed_parameters_too():
+    """Those of Muon's matrices and of its AdamW together."""
+    start, grads = problems.start(), problems.gradients(1)[0]
+    with float64():
+        weights = problems.variables(start)
+        moved = SAM(ok.optimizers.Muon(0.1, exclude_output=False), rho=0.3).perturbed_values(
+            [ops.convert_to_tensor(g) for g in grads], weights
+        )
+    for value, expected in zip(moved, perturbed(start, grads, 0.3), strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(value), expected, rtol=1e-12)
+
+
+def test_data_of_unknown_length_and_a_second_fit():
+    x, y = problems.regression()
+    # without dropout, of which Keras draws numbers for the batch that is missing, with any optimizer
+    model, expected = (network(SAM(SGD(0.1, momentum=0.9), rho=0.1), dropout=0.0) for _ in range(2))
+
+    def batches():
+        for i in range(0, 64, 16):
+            yield x[i : i + 16], y[i : i + 16]
+
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="ran out of data"):
+            model.fit(batches(), shuffle=False, epochs=1, verbose=0)
+    assert int(model.optimizer.iterations) == 8
+    assert_near(model, fit(expected)[0], 1e-6)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +483,28 @@ def test_a_first_gradient_is_refused():
         optimizer.apply(grads, weights)
     with pytest.raises(ValueError, match="takes one gradient alone"):
         SGD(0.1).perturbed_values(grads, weights)
+
+
+def test_a_first_gradient_is_refused_after_fit():
+    model, _ = fit(network(SAM(SGD(0.1))))
+    weights = model.trainable_variables
+    with pytest.raises(ValueError, match="needs a second gradient"):
+        model.optimizer.apply([ops.ones(w.shape) for w in weights], weights)
+
+
+@pytest.mark.only_on("tensorflow", because="on JAX a step calls stateless_apply")
+def test_an_update_that_is_made_behind_the_step_s_back_is_refused():
+    def train_step(self, data):
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(data[0], training=True) - data[1]))
+        weights = self.trainable_variables
+        SAM.apply(self.optimizer, tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+    with pytest.raises(ValueError, match="needs a second gradient"):
+        fit(with_step(train_step))
 
 
 def test_several_optimizers_are_refused():

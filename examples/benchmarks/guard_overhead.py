@@ -19,7 +19,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -82,19 +82,40 @@ ALTERNATIVES: dict[str, Callable[[], list[keras.callbacks.Callback]]] = {
 }
 
 
-def measure(name: str, steps: int, rounds: int) -> tuple[dict[str, list[float]], float]:
-    """The times of all alternatives, round by round, and of a copy."""
+def in_turns(
+    name: str,
+    alternatives: Mapping[str, Callable[[], tuple[Any, list[keras.callbacks.Callback]]]],
+    steps: int,
+    rounds: int,
+) -> tuple[dict[str, list[float]], keras.Model]:
+    """The times of alternatives, optimizers with callbacks, round by round; and the last model."""
     make, batch = MODELS[name]
     rng = np.random.default_rng(0)
     x = rng.normal(size=(steps * batch, *make().input_shape[1:])).astype("float32")
     y = rng.normal(size=(len(x), 10)).astype("float32")
-    times: dict[str, list[float]] = {alternative: [] for alternative in ALTERNATIVES}
+    times: dict[str, list[float]] = {alternative: [] for alternative in alternatives}
     for _ in range(rounds):
-        for alternative, callbacks in ALTERNATIVES.items():
-            clock, model = Clock(steps), make()
-            model.compile("adam", loss="mse")
-            model.fit(x, y, batch_size=batch, epochs=4, verbose=0, callbacks=[*callbacks(), clock])
+        for alternative, given in alternatives.items():
+            (optimizer, callbacks), clock, model = given(), Clock(steps), make()
+            model.compile(optimizer, loss="mse")
+            model.fit(x, y, batch_size=batch, epochs=4, verbose=0, callbacks=[*callbacks, clock])
             times[alternative].append(statistics.median(clock.times[1:]))
+    return times, model
+
+
+def cells(times: Mapping[str, Sequence[float]], reference: str) -> list[str]:
+    """The median of each alternative, and in brackets that of its ratios to the reference in the same round."""
+    found = []
+    for mine in times.values():
+        ratios = [a / b for a, b in zip(mine, times[reference], strict=True)]
+        found.append(f"{statistics.median(mine):.2f} ({statistics.median(ratios):.2f})")
+    return found
+
+
+def measure(name: str, steps: int, rounds: int) -> tuple[dict[str, list[float]], float]:
+    """The times of all alternatives, round by round, and of a copy."""
+    alternatives = {alternative: (lambda make=make: ("adam", make())) for alternative, make in ALTERNATIVES.items()}
+    times, model = in_turns(name, alternatives, steps, rounds)
     copies = []
     for _ in range(5):
         begun = time.perf_counter()
@@ -115,11 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown.add_column(heading, justify="right")
     for name in track(arguments.models.split(","), description="measuring", console=console):
         times, copy = measure(name, arguments.steps, arguments.rounds)
-        cells = []
-        for alternative in ALTERNATIVES:
-            ratios = [a / b for a, b in zip(times[alternative], times["no callback"], strict=True)]
-            cells.append(f"{statistics.median(times[alternative]):.2f} ({statistics.median(ratios):.2f})")
-        shown.add_row(name, *cells, f"{copy:.1f}")
+        shown.add_row(name, *cells(times, "no callback"), f"{copy:.1f}")
     console.print(shown)
 
 

@@ -11,12 +11,11 @@ this package. Shown are the medians of the rounds in milliseconds per step, and 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
-import numpy as np
-from guard_overhead import MODELS, Clock
+from guard_overhead import MODELS, cells, in_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,22 +29,6 @@ ALTERNATIVES: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 }
 
 
-def measure(name: str, steps: int, rounds: int) -> dict[str, list[float]]:
-    """The times of all alternatives, round by round."""
-    make, batch = MODELS[name]
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(steps * batch, *make().input_shape[1:])).astype("float32")
-    y = rng.normal(size=(len(x), 10)).astype("float32")
-    times: dict[str, list[float]] = {alternative: [] for alternative in ALTERNATIVES}
-    for _ in range(rounds):
-        for alternative, optimizer in ALTERNATIVES.items():
-            clock, model = Clock(steps), make()
-            model.compile(optimizer(), loss="mse")
-            model.fit(x, y, batch_size=batch, epochs=4, verbose=0, callbacks=[clock])
-            times[alternative].append(statistics.median(clock.times[1:]))
-    return times
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What SAM adds to a training step.")
     parser.add_argument("--models", default=",".join(MODELS), help="(default: %(default)s)")
@@ -57,12 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for heading in ("model", *ALTERNATIVES):
         shown.add_column(heading, justify="right")
     for name in track(arguments.models.split(","), description="measuring", console=console):
-        times = measure(name, arguments.steps, arguments.rounds)
-        cells = []
-        for alternative in ALTERNATIVES:
-            ratios = [a / b for a, b in zip(times[alternative], times["AdamW"], strict=True)]
-            cells.append(f"{statistics.median(times[alternative]):.2f} ({statistics.median(ratios):.2f})")
-        shown.add_row(name, *cells)
+        alternatives: dict[str, Any] = {each: (lambda make=make: (make(), [])) for each, make in ALTERNATIVES.items()}
+        times, _ = in_turns(name, alternatives, arguments.steps, arguments.rounds)
+        shown.add_row(name, *cells(times, "AdamW"))
     console.print(shown)
 
 

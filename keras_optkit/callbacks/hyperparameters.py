@@ -226,8 +226,11 @@ class _Drive(Instrument):
             if not each.optimizer.built:
                 continue
 
-            def update(grads: list[Tensor], each: _Driven = each) -> None:
-                with keras.StatelessScope(), self._hook(each)():
+            # an optimizer that needs a second gradient takes none without
+            given = getattr(each.optimizer, "given_second_gradient", contextlib.nullcontext)
+
+            def update(grads: list[Tensor], each: _Driven = each, given: Any = given) -> None:
+                with keras.StatelessScope(), self._hook(each)(), given():
                     each.optimizer.apply(grads)
 
             known = known_variables(each.optimizer) or self.model.trainable_variables

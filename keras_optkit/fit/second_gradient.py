@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_optkit import backend
 from keras_optkit.fit.hooks import muted
@@ -32,9 +31,9 @@ UPDATE = ("apply", "stateless_apply")
 def computing_second_gradients(run: Run) -> Iterator[None]:
     """The training function of a model is made with a step that computes the gradient twice, if that is needed."""
     model = run.model
-    own = vars(model).get("train_step")
-    step = with_second_gradient(model, model.train_step)
-    if step is model.train_step or step is own:
+    given, own = model.train_step, vars(model).get("train_step")
+    step = with_second_gradient(model, given)
+    if step is given:
         yield
         return
     vars(model)["train_step"] = step
@@ -99,7 +98,6 @@ class _Two:
 
             own[self.method] = instead
             self._functions = backend.functions_inlined(True)
-            self._optimizer.drives_second_gradient(True)
         self._inside += 1
         self._thread.update = update
         try:
@@ -112,7 +110,6 @@ class _Two:
             self._inside -= 1
             if not self._inside:
                 backend.functions_inlined(self._functions)
-                self._optimizer.drives_second_gradient(False)
                 if self._replaced is None:
                     del own[self.method]
                 else:
@@ -133,11 +130,13 @@ class _Two:
 
         return once
 
-    def _unscaled(self, grads: Sequence[Any], scale: Any, shapes: Sequence[Any]) -> list[Any]:
-        """The gradients of the loss itself."""
-        if scale is None:
-            return list(grads)
-        return [None if g is None else backend.dense(g, s) / scale for g, s in zip(grads, shapes, strict=True)]
+    def _perturbed(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor]:
+        """The weights to compute the second gradient at, from the gradients of the loss as it may be scaled."""
+        scale = getattr(self._outer, "dynamic_scale", None)
+        if scale is not None:
+            pairs = zip(grads, variables, strict=True)
+            grads = [None if g is None else backend.dense(g, tuple(v.shape)) / backend.tensor(scale) for g, v in pairs]
+        return list(self._optimizer.perturbed_values(grads, variables))
 
 
 class _TwoOnJAX(_Two):
@@ -150,11 +149,15 @@ class _TwoOnJAX(_Two):
         moved: list[Tensor] = []
 
         def probe(_: Any, optimizer_state: Any, grads: Any, weights: Any) -> tuple[Any, Any]:
-            moved.extend(self._perturbed(optimizer_state, grads, weights))
+            held = self._outer.variables, self._model.trainable_variables
+            values = zip([*held[0], *held[1]], [*optimizer_state, *weights], strict=True)
+            with keras.StatelessScope(list(values)):
+                moved.extend(self._perturbed(grads, held[1]))
             return list(weights), optimizer_state
 
         def update(stateless_apply: Any, optimizer_state: Any, grads: Any, _: Any) -> Any:
-            return stateless_apply(optimizer_state, grads, weights)
+            with self._optimizer.given_second_gradient():
+                return stateless_apply(optimizer_state, grads, weights)
 
         with self._with_updates(self._once(probe)):
             logs, (_, others_after, _, metrics_after) = self._step(state, data)
@@ -163,15 +166,6 @@ class _TwoOnJAX(_Two):
         with self._with_updates(self._once(update)), muted(but=UPDATE):
             _, (weights, _, optimizer_state, _) = self._step((moved, others, optimizer_state, metrics), data)
         return logs, (weights, others_after, optimizer_state, metrics_after)
-
-    def _perturbed(self, optimizer_state: Any, grads: Any, weights: Any) -> list[Tensor]:
-        variables = self._model.trainable_variables
-        mapping = [*zip(self._outer.variables, optimizer_state, strict=True), *zip(variables, weights, strict=True)]
-        with keras.StatelessScope(mapping):
-            scale = getattr(self._outer, "dynamic_scale", None)
-            scale = None if scale is None else ops.convert_to_tensor(scale)
-            shapes = [tuple(v.shape) for v in variables]
-            return list(self._optimizer.perturbed_values(self._unscaled(grads, scale, shapes), variables))
 
 
 class _TwoOnTensorFlow(_Two):
@@ -189,11 +183,8 @@ class _TwoOnTensorFlow(_Two):
         def probe(_: Any, grads: Any, trainable_variables: Any = None) -> None:
             self._refuse_elsewhere(before)
             variables = list(trainable_variables or self._optimizer._in_model_order())
-            shapes = [tuple(v.shape) for v in variables]
-            scale = getattr(self._outer, "dynamic_scale", None)
-            grads = self._unscaled(grads, None if scale is None else backend.tensor(scale), shapes)
             seen["variables"], seen["weights"] = variables, _read(variables)
-            seen["moved"] = self._optimizer.perturbed_values(grads, variables)
+            seen["moved"] = self._perturbed(grads, variables)
             seen["state"] = _read(state)
 
         def update(apply: Any, grads: Any, trainable_variables: Any = None) -> None:
@@ -203,7 +194,8 @@ class _TwoOnTensorFlow(_Two):
             alone = not backend.is_one_of_several_replicas()
             inlined = backend.functions_inlined(not alone)  # the compiled update is a function of its own
             try:
-                apply(grads, trainable_variables)
+                with self._optimizer.given_second_gradient():
+                    apply(grads, trainable_variables)
             finally:
                 backend.functions_inlined(inlined)
 

@@ -216,7 +216,7 @@ class _Steps:
         taking_part = tuple(instrument for instrument in self._active if instrument.wanted)
         if taking_part not in self._chosen:
             if _on_jax() and keras.distribution.distribution() is not None:
-                _show(self._model, state)
+                _fill_variables(self._model, state)
             self._chosen[taking_part] = self._compiled(taking_part)
         try:
             return self._chosen[taking_part].function(*state, iterator)
@@ -252,7 +252,7 @@ class _Steps:
         return compiled
 
 
-def _show(model: Any, state: Sequence[Any]) -> None:
+def _fill_variables(model: Any, state: Sequence[Any]) -> None:
     """Has the variables hold a step's state: Keras asks them for their layouts, and during an epoch they are empty."""
     held = (
         model.trainable_variables,

@@ -52,7 +52,7 @@ class Held:
         used: Whether there was a step.
         has_perturbed: Whether it was asked for weights to compute a second gradient at, since the last update.
         perturbed: Whether the variables hold these weights.
-        driven: Whether a training step is running that computes the second gradient.
+        driven: Whether an update is being made with a second gradient that a training step has computed.
         in_compiled_fit: Whether a `fit` is running whose steps are compiled.
         opened: Whether it was made while a model was opened, and its state has not been read.
         model: The model that it trains, weakly.

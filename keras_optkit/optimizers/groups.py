@@ -131,9 +131,8 @@ class Group(FromSignature):
 def _described_and_rule(inner: Inner) -> tuple[dict[str, Any], Rule]:
     optimizer = built_from("rule", inner)
     description = described(optimizer)
-    untold: Any = type(optimizer).from_config(
-        dict(description["config"])
-    )  # has the defaults, if need be of its inner one
+    # has the defaults, if need be those of its inner optimizer
+    untold: Any = type(optimizer).from_config(dict(description["config"]))
     for name in set(shared()) - {"name"}:
         value, default = (
             each._config_value(name) if name == "learning_rate" else getattr(each, name) for each in (optimizer, untold)

@@ -141,9 +141,14 @@ class Stepping(Built):
                     found |= dict(zip(keys, bucket.split(values), strict=True))
         return [found.get(backend.key(v), backend.tensor(v)) for v in variables]
 
-    def drives_second_gradient(self, driven: bool) -> None:
-        """Called around a training step that computes the second gradient by itself."""
-        self._held.driven = driven
+    @contextlib.contextmanager
+    def given_second_gradient(self) -> Iterator[None]:
+        """Around an update with a second gradient that a training step has computed."""
+        self._held.driven = True
+        try:
+            yield
+        finally:
+            self._held.driven = self._held.has_perturbed = False
 
     def _refuse_first_gradient(self) -> None:
         """Raises unless somebody has computed a second gradient since the last update."""

@@ -135,18 +135,10 @@ def lookahead(
         yield p
 
 
-def sam(
-    p: np.ndarray,
-    grads: Grads,
-    inner: dict[str, Any],
-    learning_rate: float = 0.001,
-    weight_decay: float = 0.0,
-    **_: Any,
-) -> Iterator[np.ndarray]:
+def sam(p: np.ndarray, grads: Grads, inner: dict[str, Any], **arguments: Any) -> Iterator[np.ndarray]:
     """SAM where the second gradients are given: the inner optimizer. Where they are to be taken says `perturbed`."""
-    for direction in _directions(inner, grads):
-        p = p - learning_rate * (direction + weight_decay * p)
-        yield p
+    common = {name: value for name, value in arguments.items() if name not in ("rho", "adaptive")}
+    return TWINS[inner["class_name"]](p, grads, **inner["config"], **common)
 
 
 def perturbed(
