@@ -55,6 +55,7 @@ CASES = {
     ),
     "LAMB": lambda **k: O.LAMB(0.02, **k),
     "Muon": lambda **k: O.Muon(0.02, gradient_accumulation_steps=2, **k),
+    "SOAP": lambda **k: O.SOAP(0.02, initial_basis="identity", **k),
     "Adafactor": lambda **k: O.Adafactor(0.02, **k),
     "Prodigy": lambda **k: O.Prodigy(initial_d=0.01, **k),
     "ScheduleFree": lambda **k: O.ScheduleFreeAdamW(0.02, **k),
