@@ -6,7 +6,7 @@ import pytest
 import keras_optkit as ok
 
 #: Optimizers whose checks of the engine take longest and show what those of others do. They are run with `--all`.
-LONG = {"tensorflow": {"SOAP"}, "jax": {"SOAP", "Adafactor", "LAMB", "Lookahead", "Muon", "Prodigy"}}[
+LONG = {"tensorflow": {"SOAP"}, "jax": {"SOAP", "Adafactor", "LAMB", "Lookahead", "Muon", "Prodigy", "Adan"}}[
     keras.config.backend()
 ]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
-from torch_references import in_torch, optim, optimizer_run
+from torch_references import Made, in_torch, optax_run, optim, optimizer_run
 
 import keras_optkit as ok
 from keras_optkit.optimizers.engine.packing import pack
@@ -137,6 +137,53 @@ TORCH = {
         optim("AdamW", lr=0.01, weight_decay=0.1, amsgrad=True),
     ),
 }
+
+
+TORCH |= {
+    "NAdam": (
+        lambda: ok.optimizers.NAdam(0.01, weight_decay=0.1, decay_mask="all"),
+        optim("NAdam", lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    ),
+    "NAdam momentum": (
+        lambda: ok.optimizers.NAdam(0.01, 0.8, 0.9, 1e-3, 0.1),
+        optim("NAdam", lr=0.01, betas=(0.8, 0.9), eps=1e-3, momentum_decay=0.1),
+    ),
+    "RAdam": (
+        lambda: ok.optimizers.RAdam(0.01, weight_decay=0.1, decay_mask="all"),
+        optim("RAdam", lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    ),
+    "RAdam betas": (
+        lambda: ok.optimizers.RAdam(0.01, 0.8, 0.9, 1e-3),
+        optim("RAdam", lr=0.01, betas=(0.8, 0.9), eps=1e-3),
+    ),
+    "Adan": (
+        lambda: ok.optimizers.Adan(0.01, weight_decay=0.1, decay_mask="all"),
+        Made("pytorch_optimizer:Adan", {"lr": 0.01, "weight_decay": 0.1}),
+    ),
+    "Adan betas": (
+        lambda: ok.optimizers.Adan(0.01, 0.9, 0.8, 0.95, 1e-3),
+        Made("pytorch_optimizer:Adan", {"lr": 0.01, "betas": (0.9, 0.8, 0.95), "eps": 1e-3}),
+    ),
+}
+OPTAX = {
+    "lion": (
+        lambda: ok.optimizers.Lion(0.01, weight_decay=0.1, decay_mask="all"),
+        {"learning_rate": 0.01, "weight_decay": 0.1},
+    ),
+    "adabelief": (
+        lambda: ok.optimizers.AdaBelief(0.01),
+        {"learning_rate": 0.01},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_equals_optax_for_100_steps(name):
+    ours, arguments = OPTAX[name]
+    expected = in_torch(optax_run, name, arguments, START, GRADS, "float64")
+    for got, theirs in zip(run(ours()), expected, strict=True):
+        for a, b in zip(got, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def torch_run(theirs, dtype):

@@ -8,6 +8,7 @@ from keras_optkit.optimizers.loss_scale import LossScale
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, choice, count, flag, number
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
+from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
 from keras_optkit.optimizers.rules.layerwise import LAMB
 from keras_optkit.optimizers.rules.lookahead import Lookahead
@@ -17,6 +18,7 @@ from keras_optkit.optimizers.rules.muon import Muon
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.sgd import SGD
+from keras_optkit.optimizers.rules.sign import Lion
 from keras_optkit.optimizers.rules.soap import SOAP
 from keras_optkit.optimizers.slots import shaped, weights_copy
 
@@ -25,19 +27,24 @@ __all__ = [
     "SAM",
     "SGD",
     "SOAP",
+    "AdaBelief",
     "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adan",
     "Explanation",
     "Group",
     "Hyper",
+    "Lion",
     "Lookahead",
     "LossScale",
     "Muon",
+    "NAdam",
     "Nonfinite",
     "Optimizer",
     "Prodigy",
+    "RAdam",
     "RMSprop",
     "Routed",
     "Rule",

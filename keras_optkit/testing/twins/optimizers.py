@@ -109,6 +109,115 @@ def adamw(p: np.ndarray, grads: Grads, weight_decay: float = 0.01, **arguments: 
     return adam(p, grads, weight_decay=weight_decay, **arguments)
 
 
+def nadam(
+    p: np.ndarray,
+    grads: Grads,
+    learning_rate: float = 0.002,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-8,
+    momentum_decay: float = 0.004,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """NAdam."""
+    m = v = np.zeros_like(p)
+    product = 1.0
+    for t, g in enumerate(grads, 1):
+        now, following = (beta_1 * (1 - 0.5 * 0.96 ** (i * momentum_decay)) for i in (t, t + 1))
+        product *= now
+        m = beta_1 * m + (1 - beta_1) * g
+        v = beta_2 * v + (1 - beta_2) * g**2
+        mean = following * m / (1 - product * following) + (1 - now) * g / (1 - product)
+        p = p - learning_rate * (mean / (np.sqrt(v / (1 - beta_2**t)) + epsilon) + weight_decay * p)
+        yield p
+
+
+def radam(
+    p: np.ndarray,
+    grads: Grads,
+    learning_rate: float = 0.001,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """RAdam."""
+    m = v = np.zeros_like(p)
+    limit = 2 / (1 - beta_2) - 1
+    for t, g in enumerate(grads, 1):
+        m = beta_1 * m + (1 - beta_1) * g
+        v = beta_2 * v + (1 - beta_2) * g**2
+        correction = 1 - beta_2**t
+        length = limit - 2 * t * beta_2**t / correction
+        step = m / (1 - beta_1**t)
+        if length > 5:
+            r = np.sqrt((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length))
+            step = r * step * np.sqrt(correction) / (np.sqrt(v) + epsilon)
+        p = p - learning_rate * (step + weight_decay * p)
+        yield p
+
+
+def adabelief(
+    p: np.ndarray,
+    grads: Grads,
+    learning_rate: float = 0.001,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-16,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """AdaBelief."""
+    m = s = np.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        m = beta_1 * m + (1 - beta_1) * g
+        s = beta_2 * s + (1 - beta_2) * (g - m) ** 2 + epsilon
+        size = np.sqrt(s / (1 - beta_2**t)) + epsilon
+        p = p - learning_rate * (m / (1 - beta_1**t) / size + weight_decay * p)
+        yield p
+
+
+def adan(
+    p: np.ndarray,
+    grads: Grads,
+    learning_rate: float = 0.001,
+    beta_1: float = 0.98,
+    beta_2: float = 0.92,
+    beta_3: float = 0.99,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """Adan."""
+    m = v = n = np.zeros_like(p)
+    before = None
+    for t, g in enumerate(grads, 1):
+        if g is not None:
+            change = g - (g if before is None else before)
+            m = beta_1 * m + (1 - beta_1) * g
+            v = beta_2 * v + (1 - beta_2) * change
+            n = beta_3 * n + (1 - beta_3) * (g + beta_2 * change) ** 2
+            size = np.sqrt(n / (1 - beta_3**t)) + epsilon
+            step = (m / (1 - beta_1**t) + beta_2 * v / (1 - beta_2**t)) / size
+            p = (p - learning_rate * step) / (1 + learning_rate * weight_decay)
+            before = g
+        yield p
+
+
+def lion(
+    p: np.ndarray,
+    grads: Grads,
+    learning_rate: float = 1e-4,
+    beta_1: float = 0.9,
+    beta_2: float = 0.99,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """Lion."""
+    m = np.zeros_like(p)
+    for g in grads:
+        p = p - learning_rate * (np.sign(beta_1 * m + (1 - beta_1) * g) + weight_decay * p)
+        m = beta_2 * m + (1 - beta_2) * g
+        yield p
+
+
 def _directions(inner: dict[str, Any], grads: Grads) -> list[np.ndarray]:
     """What an optimizer, whose steps do not depend on the weights, would subtract with a learning rate of 1."""
     grads = list(grads)
@@ -195,6 +304,11 @@ def schedule_free_adamw(
 
 #: The twin of each of the package's optimizers, by the optimizer's name.
 TWINS: dict[str, Twin] = {
+    "AdaBelief": adabelief,
+    "Adan": adan,
+    "Lion": lion,
+    "NAdam": nadam,
+    "RAdam": radam,
     "SGD": sgd,
     "Adagrad": adagrad,
     "RMSprop": rmsprop,

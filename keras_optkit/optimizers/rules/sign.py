@@ -1,0 +1,87 @@
+"""Optimizers whose steps are signs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule as Schedule
+
+from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, number
+from keras_optkit.registry import register
+from keras_optkit.space import Choice, Float
+
+
+@dataclass(frozen=True)
+class LionRule(Rule):
+    """`θ ← θ - η sign(β₁ m + (1 - β₁) g)`."""
+
+    elementwise = True
+    beta_1: Value = number(0.9, 0, 1, closed="left")
+    beta_2: Value = number(0.99, 0, 1, closed="left")
+
+    def slots(self, w: Weight | None = None) -> dict[str, float]:
+        return {"m": 0.0}
+
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+        beta_1, beta_2 = h(self.beta_1), h(self.beta_2)
+        direction = beta_1 * slots["m"] + (1 - beta_1) * u
+        return h.learning_rate * ops.sign(direction), {"m": beta_2 * slots["m"] + (1 - beta_2) * u}
+
+
+@register(
+    "optimizer",
+    paper="Chen, Liang, Huang, Real, Wang et al., arXiv 2302.06675, algorithm 2",
+    parity="optax.lion",
+    cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.95, "beta_2": 0.98}),
+    space={
+        "learning_rate": Float(1e-6, 1e-2, log=True),
+        "beta_1": Choice([0.9, 0.95]),
+        "weight_decay": Float(1e-3, 10.0, log=True),
+    },
+)
+class Lion(Optimizer):
+    """Lion: the sign of an interpolated momentum, so that every element moves by the learning rate.
+
+    ```text
+    θ ← θ - η sign(β₁ m + (1 - β₁) g) - η λ θ
+    m ← β₂ m + (1 - β₂) g
+    ```
+
+    m has the shape of θ and starts at 0: half of Adam's state. All elements move by η in each update, so that η should
+    be 3 to 10 times smaller than Adam's, and λ larger by the same factor, as the paper has it. The default is the
+    paper's 1e-4; Keras's `Lion` has 1e-3.
+
+    When not to use it: with small batches, whose gradients have random signs (the paper's gains begin at 64); where the
+    rate was tuned for Adam, which is several times too large here.
+
+    Args:
+        learning_rate: η >= 0, or a schedule of the update count.
+        beta_1: β₁ in [0, 1), or a schedule: the share of the momentum in the step.
+        beta_2: β₂ in [0, 1), or a schedule: the decay of the momentum.
+        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
+
+    Raises:
+        TypeError: For an unknown keyword or a value of a wrong type.
+        ValueError: For a value out of range.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.Lion(1e-4, weight_decay=0.1), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | Schedule = 1e-4,
+        beta_1: float | Schedule = 0.9,
+        beta_2: float | Schedule = 0.99,
+        **common: Any,
+    ):
+        super().__init__(learning_rate, LionRule(beta_1, beta_2), **common)
