@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,24 +40,28 @@ class NAdamRule(Rule):
     def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0}
 
-    def scalars(self) -> Mapping[str, float]:
-        return {"mu_product": 1.0}
-
-    def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"mu_product": h.scalars["mu_product"] * self._mu(h, 0)}
-
-    def _mu(self, h: Hyper, ahead: int) -> Tensor:
-        return h.exact(self.beta_1) * (
-            1 - 0.5 * ops.exp((h.step + ahead) * h.exact(self.momentum_decay) * math.log(0.96))
-        )
-
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         m, v = moments(u, slots, h(self.beta_1), h(self.beta_2))
-        product, now, following = h.scalars["mu_product"], self._mu(h, 0), self._mu(h, 1)
+        beta, decay = h.exact(self.beta_1), h.exact(self.momentum_decay) * -math.log(0.96)
+        now, following = (beta * (1 - 0.5 * ops.exp(-decay * t)) for t in (h.step, h.step + 1))
+        product = (beta * ops.ones_like(h.step)) ** h.step * _product(decay * ops.ones_like(h.step), h.step)
         of_gradient = ops.cast((1 - now) / (1 - product), u.dtype)
         of_momentum = ops.cast(following / (1 - product * following), u.dtype)
         size = ops.sqrt(v / h.bias_correction(self.beta_2)) + h(self.epsilon)
         return h.learning_rate * (of_gradient * u + of_momentum * m) / size, {"m": m, "v": v}
+
+
+def _product(decay: Tensor, t: Tensor) -> Tensor:
+    """`Π (1 - q^i / 2)` for i from 1 to t, with q = exp(-decay).
+
+    Its logarithm is `-Σ (q / 2)^k / k (1 - q^kt) / (1 - q^k)`, of which the terms halve. So the product needs no state,
+    which would be wrong for a parameter that joins later.
+    """
+    k = ops.cast(ops.arange(1, 60), decay.dtype)
+    flat = decay == 0
+    each = k * ops.where(flat, ops.ones_like(decay), decay)
+    lengths = ops.where(flat, t, ops.expm1(-each * t) / ops.expm1(-each))
+    return ops.exp(-ops.sum(ops.exp(-k * (decay + math.log(2.0))) / k * lengths))
 
 
 @register(
@@ -77,12 +80,11 @@ class NAdam(Optimizer):
     θ ← θ - η (μₜ₊₁ m / (1 - μ₁⋯μₜ₊₁) + (1 - μₜ) g / (1 - μ₁⋯μₜ)) / (√v̂ + ε) - η λ θ
     ```
 
-    m and v have the shape of θ and start at 0; the product of all μ is kept once, for the whole model. Parameters that
-    join later have the product of all updates, too. Keras's `Nadam` computes 0.96^t, without ψ, by which the momentum
-    is at its full size after a hundred updates instead of after tens of thousands. NAdamW, tuned, is the baseline of
-    AlgoPerf (2306.07179).
+    m and v have the shape of θ and start at 0. With a schedule for β₁ or ψ, the products are those of the current
+    values. Keras's `Nadam` computes 0.96^t, without ψ, so that the momentum is at its full size after a hundred updates
+    instead of after tens of thousands. NAdamW, tuned, is the baseline of AlgoPerf (2306.07179).
 
-    When not to use it: in place of a tuned AdamW there is little to gain.
+    When not to use it: where a tuned AdamW is already there, there is little to gain.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count. 0.002 as in torch.
