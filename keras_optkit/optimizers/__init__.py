@@ -14,6 +14,7 @@ from keras_optkit.optimizers.rules.layerwise import LAMB
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
+from keras_optkit.optimizers.rules.mixed_momentum import MARS, AdEMAMix
 from keras_optkit.optimizers.rules.muon import Muon
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
@@ -24,9 +25,11 @@ from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
     "LAMB",
+    "MARS",
     "SAM",
     "SGD",
     "SOAP",
+    "AdEMAMix",
     "AdaBelief",
     "Adafactor",
     "Adagrad",

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_optkit.testing.twins import (
+    mixed_momentum,
+)
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
 Twin = Callable[..., Iterator[Any]]
@@ -324,4 +327,5 @@ TWINS: dict[str, Twin] = {
     "Prodigy": prodigy,
     "Muon": muon,
     "SOAP": soap,
+    **mixed_momentum.TWINS,
 }
