@@ -18,12 +18,14 @@ from keras_optkit.optimizers.rules.mixed_momentum import MARS, AdEMAMix
 from keras_optkit.optimizers.rules.muon import Muon
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
+from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
 from keras_optkit.optimizers.rules.sgd import SGD
 from keras_optkit.optimizers.rules.sign import Lion
 from keras_optkit.optimizers.rules.soap import SOAP
 from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
+    "ADOPT",
     "LAMB",
     "MARS",
     "SAM",
@@ -39,6 +41,7 @@ __all__ = [
     "Explanation",
     "Group",
     "Hyper",
+    "LaProp",
     "Lion",
     "Lookahead",
     "LossScale",
@@ -54,8 +57,10 @@ __all__ = [
     "ScheduleFree",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "StableAdamW",
     "Weight",
     "Wrapper",
+    "Yogi",
     "choice",
     "count",
     "flag",

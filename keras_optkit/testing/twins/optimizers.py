@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_optkit.testing.twins import (
     mixed_momentum,
+    second_moment,
 )
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
@@ -328,4 +329,5 @@ TWINS: dict[str, Twin] = {
     "Muon": muon,
     "SOAP": soap,
     **mixed_momentum.TWINS,
+    **second_moment.TWINS,
 }
