@@ -20,7 +20,7 @@ from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
 from keras_optkit.optimizers.rules.sgd import SGD
-from keras_optkit.optimizers.rules.sign import Lion
+from keras_optkit.optimizers.rules.sign import Lion, Signum
 from keras_optkit.optimizers.rules.soap import SOAP
 from keras_optkit.optimizers.slots import shaped, weights_copy
 
@@ -57,6 +57,7 @@ __all__ = [
     "ScheduleFree",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "Signum",
     "StableAdamW",
     "Weight",
     "Wrapper",

@@ -15,6 +15,7 @@ import numpy as np
 from keras_optkit.testing.twins import (
     mixed_momentum,
     second_moment,
+    sign,
 )
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
@@ -330,4 +331,5 @@ TWINS: dict[str, Twin] = {
     "SOAP": soap,
     **mixed_momentum.TWINS,
     **second_moment.TWINS,
+    **sign.TWINS,
 }
