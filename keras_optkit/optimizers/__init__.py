@@ -10,6 +10,7 @@ from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, c
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
+from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
 from keras_optkit.optimizers.rules.layerwise import LAMB
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
@@ -33,12 +34,15 @@ __all__ = [
     "SOAP",
     "AdEMAMix",
     "AdaBelief",
+    "Adadelta",
     "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Adan",
     "Explanation",
+    "Ftrl",
     "Group",
     "Hyper",
     "LaProp",
@@ -53,6 +57,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Routed",
+    "Rprop",
     "Rule",
     "ScheduleFree",
     "ScheduleFreeAdamW",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from keras_optkit.testing.twins import (
+    classic,
     mixed_momentum,
     second_moment,
     sign,
@@ -329,6 +330,7 @@ TWINS: dict[str, Twin] = {
     "Prodigy": prodigy,
     "Muon": muon,
     "SOAP": soap,
+    **classic.TWINS,
     **mixed_momentum.TWINS,
     **second_moment.TWINS,
     **sign.TWINS,
