@@ -17,6 +17,7 @@ from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
 from keras_optkit.optimizers.rules.mixed_momentum import MARS, AdEMAMix
 from keras_optkit.optimizers.rules.muon import Muon
+from keras_optkit.optimizers.rules.projected import SGDP, AdamP
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
@@ -31,6 +32,7 @@ __all__ = [
     "MARS",
     "SAM",
     "SGD",
+    "SGDP",
     "SOAP",
     "AdEMAMix",
     "AdaBelief",
@@ -38,6 +40,7 @@ __all__ = [
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamP",
     "AdamW",
     "Adamax",
     "Adan",

@@ -15,6 +15,7 @@ import numpy as np
 from keras_optkit.testing.twins import (
     classic,
     mixed_momentum,
+    projected,
     second_moment,
     sign,
 )
@@ -332,6 +333,7 @@ TWINS: dict[str, Twin] = {
     "SOAP": soap,
     **classic.TWINS,
     **mixed_momentum.TWINS,
+    **projected.TWINS,
     **second_moment.TWINS,
     **sign.TWINS,
 }
