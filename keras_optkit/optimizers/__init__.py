@@ -11,6 +11,7 @@ from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
 from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
+from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
 from keras_optkit.optimizers.rules.layerwise import LAMB
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
@@ -29,6 +30,7 @@ from keras_optkit.optimizers.slots import shaped, weights_copy
 __all__ = [
     "ADOPT",
     "LAMB",
+    "MADGRAD",
     "MARS",
     "SAM",
     "SGD",

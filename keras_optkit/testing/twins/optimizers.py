@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_optkit.testing.twins import (
     classic,
+    dual_averaging,
     mixed_momentum,
     projected,
     second_moment,
@@ -332,6 +333,7 @@ TWINS: dict[str, Twin] = {
     "Muon": muon,
     "SOAP": soap,
     **classic.TWINS,
+    **dual_averaging.TWINS,
     **mixed_momentum.TWINS,
     **projected.TWINS,
     **second_moment.TWINS,
