@@ -19,6 +19,7 @@ from keras_optkit.optimizers.rules.memory import Adafactor
 from keras_optkit.optimizers.rules.mixed_momentum import MARS, AdEMAMix
 from keras_optkit.optimizers.rules.muon import Muon
 from keras_optkit.optimizers.rules.projected import SGDP, AdamP
+from keras_optkit.optimizers.rules.proximal import ConditionalGradient, ProximalAdagrad
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
@@ -46,6 +47,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "ConditionalGradient",
     "Explanation",
     "Ftrl",
     "Group",
@@ -59,6 +61,7 @@ __all__ = [
     "Nonfinite",
     "Optimizer",
     "Prodigy",
+    "ProximalAdagrad",
     "RAdam",
     "RMSprop",
     "Routed",

@@ -17,6 +17,7 @@ from keras_optkit.testing.twins import (
     dual_averaging,
     mixed_momentum,
     projected,
+    proximal,
     second_moment,
     sign,
 )
@@ -336,6 +337,7 @@ TWINS: dict[str, Twin] = {
     **dual_averaging.TWINS,
     **mixed_momentum.TWINS,
     **projected.TWINS,
+    **proximal.TWINS,
     **second_moment.TWINS,
     **sign.TWINS,
 }
