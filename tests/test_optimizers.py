@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
-from torch_references import Made, in_torch, optax_run, optim, optimizer_run
 
 import keras_optkit as ok
 from keras_optkit.optimizers.engine.packing import pack
@@ -81,134 +80,7 @@ def test_momentum_rate_acts_on_new_gradients_only():
         assert float(w[0]) == pytest.approx(0.9 - (0.05 if inside else 0.0), abs=1e-15)
 
 
-# -- torch and Keras --------------------------------------------------------------------------------------------------
-
-TORCH = {
-    "SGD": (lambda: ok.optimizers.SGD(0.01), optim("SGD", lr=0.01)),
-    "SGD momentum": (
-        lambda: ok.optimizers.SGD(0.01, momentum=0.9, rate_in_velocity=False),
-        optim("SGD", lr=0.01, momentum=0.9),
-    ),
-    "SGD nesterov": (
-        lambda: ok.optimizers.SGD(0.01, momentum=0.9, nesterov=True, rate_in_velocity=False),
-        optim("SGD", lr=0.01, momentum=0.9, nesterov=True),
-    ),
-    "SGD momentum, rate inside, constant": (
-        lambda: ok.optimizers.SGD(0.01, momentum=0.9),
-        optim("SGD", lr=0.01, momentum=0.9),
-    ),
-    "Adagrad": (
-        lambda: ok.optimizers.Adagrad(0.01, epsilon=1e-10, epsilon_inside=False),
-        optim("Adagrad", lr=0.01),
-    ),
-    "Adagrad start": (
-        lambda: ok.optimizers.Adagrad(0.01, 0.1, 1e-10, epsilon_inside=False),
-        optim("Adagrad", lr=0.01, initial_accumulator_value=0.1),
-    ),
-    "RMSprop": (
-        lambda: ok.optimizers.RMSprop(0.01, rho=0.99, epsilon_inside=False),
-        optim("RMSprop", lr=0.01),
-    ),
-    "RMSprop centered momentum": (
-        lambda: ok.optimizers.RMSprop(
-            0.01, 0.99, 0.9, 1e-3, centered=True, epsilon_inside=False, rate_in_velocity=False
-        ),
-        optim("RMSprop", lr=0.01, momentum=0.9, eps=1e-3, centered=True),
-    ),
-    "Adam": (lambda: ok.optimizers.Adam(0.01), optim("Adam", lr=0.01)),
-    "Adam betas": (
-        lambda: ok.optimizers.Adam(0.01, 0.5, 0.9, 1e-3),
-        optim("Adam", lr=0.01, betas=(0.5, 0.9), eps=1e-3),
-    ),
-    "Adam amsgrad": (
-        lambda: ok.optimizers.Adam(0.01, amsgrad=True),
-        optim("Adam", lr=0.01, amsgrad=True),
-    ),
-    "AdamW": (
-        lambda: ok.optimizers.AdamW(0.01, weight_decay=0.1, decay_mask="all"),
-        optim("AdamW", lr=0.01, weight_decay=0.1),
-    ),
-    "AdamW default decay": (
-        lambda: ok.optimizers.AdamW(0.01, decay_mask="all"),
-        optim("AdamW", lr=0.01),
-    ),
-    "AdamW amsgrad": (
-        lambda: ok.optimizers.AdamW(0.01, weight_decay=0.1, decay_mask="all", amsgrad=True),
-        optim("AdamW", lr=0.01, weight_decay=0.1, amsgrad=True),
-    ),
-}
-
-
-TORCH |= {
-    "NAdam": (
-        lambda: ok.optimizers.NAdam(0.01, weight_decay=0.1, decay_mask="all"),
-        optim("NAdam", lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
-    ),
-    "NAdam momentum": (
-        lambda: ok.optimizers.NAdam(0.01, 0.8, 0.9, 1e-3, 0.1),
-        optim("NAdam", lr=0.01, betas=(0.8, 0.9), eps=1e-3, momentum_decay=0.1),
-    ),
-    "RAdam": (
-        lambda: ok.optimizers.RAdam(0.01, weight_decay=0.1, decay_mask="all"),
-        optim("RAdam", lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
-    ),
-    "RAdam betas": (
-        lambda: ok.optimizers.RAdam(0.01, 0.8, 0.9, 1e-3),
-        optim("RAdam", lr=0.01, betas=(0.8, 0.9), eps=1e-3),
-    ),
-    "Adan": (
-        lambda: ok.optimizers.Adan(0.01, weight_decay=0.1, decay_mask="all"),
-        Made("pytorch_optimizer:Adan", {"lr": 0.01, "weight_decay": 0.1}),
-    ),
-    "Adan betas": (
-        lambda: ok.optimizers.Adan(0.01, 0.9, 0.8, 0.95, 1e-3),
-        Made("pytorch_optimizer:Adan", {"lr": 0.01, "betas": (0.9, 0.8, 0.95), "eps": 1e-3}),
-    ),
-}
-OPTAX = {
-    "lion": (
-        lambda: ok.optimizers.Lion(0.01, weight_decay=0.1, decay_mask="all"),
-        {"learning_rate": 0.01, "weight_decay": 0.1},
-    ),
-    "adabelief": (
-        lambda: ok.optimizers.AdaBelief(0.01),
-        {"learning_rate": 0.01},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OPTAX)
-def test_equals_optax_for_100_steps(name):
-    ours, arguments = OPTAX[name]
-    expected = in_torch(optax_run, name, arguments, START, GRADS, "float64")
-    for got, theirs in zip(run(ours()), expected, strict=True):
-        for a, b in zip(got, theirs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-def torch_run(theirs, dtype):
-    return in_torch(optimizer_run, theirs, START, GRADS, dtype)[0]
-
-
-@pytest.mark.parametrize("name", TORCH)
-def test_equals_torch_for_100_steps(name):
-    ours, theirs = TORCH[name]
-    for got, expected in zip(run(ours()), torch_run(theirs, "float64"), strict=True):
-        for a, b in zip(got, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.few(4)
-@pytest.mark.parametrize("name", TORCH)
-def test_float32_is_as_exact_as_torch(name):
-    """In float32 both round; ours may not be further from the float64 run than 1e-6 of the way travelled and back."""
-    ours, theirs = TORCH[name]
-    exact = torch_run(theirs, "float64")[-1]
-    got = run(ours(), "float32")[-1]
-    for a, b, start in zip(got, exact, START, strict=True):
-        scale = np.maximum(np.abs(b), np.abs(start)).max() + np.abs(b - start).max()
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale)
-
+# -- Keras --------------------------------------------------------------------------------------------------------
 
 RATE = 2.0**-6
 KERAS = {
