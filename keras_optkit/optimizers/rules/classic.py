@@ -20,7 +20,7 @@ class AdadeltaRule(Rule):
 
     elementwise = True
     rho: Value = number(0.95, 0, 1, closed="left")
-    epsilon: Value = number(1e-6)
+    epsilon: Value = number(1e-6, closed="neither")
 
     def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"E": 0.0, "D": 0.0}
@@ -61,7 +61,7 @@ class Adadelta(Optimizer):
     Args:
         learning_rate: η >= 0, or a schedule of the update count.
         rho: ρ in [0, 1), or a schedule.
-        epsilon: ε >= 0, or a schedule; with 0, nothing ever moves.
+        epsilon: ε > 0, or a schedule.
         **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
 
     Raises:

@@ -165,7 +165,7 @@ class MARSRule(Rule):
     "optimizer",
     paper="Yuan, Liu, Wu, Zhou and Gu, arXiv 2411.10438, algorithm 2 (MARS-AdamW), approximate: with the gradient of "
     "the previous batch at the previous weights",
-    parity="timm Mars (optimize_1d=True)",
+    parity="pytorch_optimizer.MARS (optimize_1d=True), with a first correction of 0 and ε behind the bias correction",
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.9, "gamma": 0.2, "epsilon": 1e-4},

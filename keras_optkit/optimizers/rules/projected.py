@@ -113,7 +113,7 @@ class AdamPVectorRule(AdamPRule):
 @register(
     "optimizer",
     paper="Heo, Chun, Oh, Han, Yun, Kim, Uh and Ha, arXiv 2006.08217, algorithm 2, with the test by unit of its code",
-    parity="timm AdamP",
+    parity="pytorch_optimizer.AdamP",
     cases=(
         {"learning_rate": 0.01},
         {
@@ -244,7 +244,7 @@ class SGDPVectorRule(SGDPRule):
 @register(
     "optimizer",
     paper="Heo, Chun, Oh, Han, Yun, Kim, Uh and Ha, arXiv 2006.08217, algorithm 1, with the test by unit of its code",
-    parity="timm SGDP",
+    parity="pytorch_optimizer.SGDP",
     cases=(
         {"learning_rate": 0.01},
         {

@@ -160,7 +160,7 @@ class ConditionalGradientRule(Rule):
 @register(
     "optimizer",
     paper="Frank and Wolfe 1956; Jaggi, ICML 2013, algorithm 1 and section 4; as TensorFlow Addons defined it",
-    parity="",
+    parity="none: TensorFlow Addons does not run with Keras 3, and the twin is its formula",
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.05, "radius": 3.0, "epsilon": 0.1, "weight_decay": 0.1},

@@ -131,7 +131,7 @@ class LaPropRule(Rule):
 @register(
     "optimizer",
     paper="Ziyin, Wang and Ueda, arXiv 2002.04839, algorithm 1",
-    parity="timm LaProp, with the decay before the step",
+    parity="pytorch_optimizer.LaProp, with ε behind the bias correction",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-4}),
     space=_SPACE,
 )
@@ -215,7 +215,7 @@ class ADOPTRule(Rule):
     "optimizer",
     paper="Taniguchi, Harada, Minegishi, Oshima, Jeong, Nagahara, Iiyama, Suzuki, Iwasawa and Matsuo, arXiv "
     "2411.02853, algorithm 2, with clipping",
-    parity="timm Adopt",
+    parity="optax.contrib.adopt",
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.99, "epsilon": 1e-3, "clip_exponent": 0.5},
@@ -306,7 +306,7 @@ class StableAdamWRule(Rule):
 @register(
     "optimizer",
     paper="Wortsman, Dettmers, Zettlemoyer, Morcos, Farhadi and Schmidt, arXiv 2304.13013, algorithm 2",
-    parity="optimi.StableAdamW",
+    parity="pytorch_optimizer.StableAdamW",
     cases=(
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-3, "weight_decay": 0.1},

@@ -69,12 +69,14 @@ class Parts(keras.Model):
             return value
         if len(variable.shape) < 2 or "bias" in variable.name:
             return np.ravel(value)
-        if view == "flat vectors":
+        if view == "flat vectors" or (view == "units" and variable is self.table.embeddings):
             return value
         inputs = self.inputs_of.get(id(variable), len(variable.shape) - 1)
-        return np.reshape(value, (int(np.prod(variable.shape[:inputs])), -1)).T
+        return np.ascontiguousarray(np.reshape(value, (int(np.prod(variable.shape[:inputs])), -1)).T)
 
     def unseen(self, variable: Any, value: np.ndarray, view: str) -> np.ndarray:
         """The inverse of `seen`."""
-        is_matrix = view == "matrices" and len(variable.shape) > 1 and "bias" not in variable.name
+        is_matrix = view in ("matrices", "units") and len(variable.shape) > 1 and "bias" not in variable.name
+        if view == "units" and variable is self.table.embeddings:
+            is_matrix = False
         return np.reshape(value.T if is_matrix else value, variable.shape)

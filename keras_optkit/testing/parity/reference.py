@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: How the reference is given the parameters; see `keras_optkit.testing.parity.problem`.
-VIEWS = ("keras", "matrices", "flat vectors")
+VIEWS = ("keras", "matrices", "units", "flat vectors")
 #: The largest error allowed, relative to the largest element of a parameter.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
@@ -27,7 +27,8 @@ class Reference:
         ours: Arguments that our optimizer needs in addition to those of the case; `decay_mask="all"` is one already.
         cases: Arguments of ours; None for those of the card.
         view: How the reference is given the parameters: as in Keras; "matrices" with outputs in the rows, as torch has
-            them, and vectors in one axis; or "flat vectors", where only vectors differ from Keras.
+            them, and vectors in one axis; "units", the same but for tables, whose rows stay rows; or "flat vectors",
+            where only vectors differ from Keras.
         only: The parameters that are compared: None for all, or a function of the name of a rule, as `explain` shows
             it, which is true for those.
         run: Name of the function of `keras_optkit.testing.parity.runs` that runs the reference; None for the usual one.
