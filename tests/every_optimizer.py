@@ -2,8 +2,8 @@
 
 A convolutional network, a transformer and an LSTM are trained with each for 30 steps, with `jit_compile` off and on.
 After 15 steps the model is saved; the model loaded from the file must end with the same weights, bit by bit. Optimizers
-have their own defaults. A line is printed for each: the first and the last loss of each program. The exit status is 1 if
-one fails.
+have their own defaults. A line is printed for each, with the first and the last loss of each program, and the exit
+status is 1 if one fails.
 
 KERAS_BACKEND=jax runs it on JAX, where the step is always compiled.
 """
