@@ -10,32 +10,49 @@ from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, c
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
+from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
+from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
 from keras_optkit.optimizers.rules.layerwise import LAMB
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
+from keras_optkit.optimizers.rules.mixed_momentum import MARS, AdEMAMix
 from keras_optkit.optimizers.rules.muon import Muon
+from keras_optkit.optimizers.rules.projected import SGDP, AdamP
+from keras_optkit.optimizers.rules.proximal import ConditionalGradient, ProximalAdagrad
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
+from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
 from keras_optkit.optimizers.rules.sgd import SGD
-from keras_optkit.optimizers.rules.sign import Lion
+from keras_optkit.optimizers.rules.sign import Lion, Signum
 from keras_optkit.optimizers.rules.soap import SOAP
 from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
+    "ADOPT",
     "LAMB",
+    "MADGRAD",
+    "MARS",
     "SAM",
     "SGD",
+    "SGDP",
     "SOAP",
+    "AdEMAMix",
     "AdaBelief",
+    "Adadelta",
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamP",
     "AdamW",
+    "Adamax",
     "Adan",
+    "ConditionalGradient",
     "Explanation",
+    "Ftrl",
     "Group",
     "Hyper",
+    "LaProp",
     "Lion",
     "Lookahead",
     "LossScale",
@@ -44,15 +61,20 @@ __all__ = [
     "Nonfinite",
     "Optimizer",
     "Prodigy",
+    "ProximalAdagrad",
     "RAdam",
     "RMSprop",
     "Routed",
+    "Rprop",
     "Rule",
     "ScheduleFree",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "Signum",
+    "StableAdamW",
     "Weight",
     "Wrapper",
+    "Yogi",
     "choice",
     "count",
     "flag",

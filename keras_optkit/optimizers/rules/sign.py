@@ -9,7 +9,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -85,3 +85,69 @@ class Lion(Optimizer):
         **common: Any,
     ):
         super().__init__(learning_rate, LionRule(beta_1, beta_2), **common)
+
+
+@dataclass(frozen=True)
+class SignumRule(Rule):
+    """`m ← γ m + (1 - γ) g; θ ← θ - η sign(m)`."""
+
+    elementwise = True
+    momentum: Value = number(0.9, 0, 1, closed="left")
+
+    def slots(self, w: Weight | None = None) -> dict[str, float]:
+        return {"m": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
+
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+        if "m" not in slots:
+            return h.learning_rate * ops.sign(u), {}
+        gamma = h(self.momentum)
+        m = gamma * slots["m"] + (1 - gamma) * u
+        return h.learning_rate * ops.sign(m), {"m": m}
+
+
+@register(
+    "optimizer",
+    paper="Bernstein, Wang, Azizzadenesheli and Anandkumar, arXiv 1802.04434, algorithms 1 (signSGD) and 2 (Signum)",
+    parity="pytorch_optimizer.SignSGD",
+    cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "momentum": 0.5}, {"learning_rate": 0.01, "momentum": 0.0}),
+    space={
+        "learning_rate": Float(1e-6, 1e-2, log=True),
+        "momentum": Choice([0.0, 0.9, 0.95, 0.99]),
+        "weight_decay": Float(1e-3, 10.0, log=True),
+    },
+)
+class Signum(Optimizer):
+    """Signum: the sign of the momentum; with `momentum=0`, signSGD: the sign of the gradient.
+
+    ```text
+    m ← γ m + (1 - γ) g          θ ← θ - η sign(m) - η λ θ
+    ```
+
+    m has the shape of θ and starts at 0; without momentum there is no state at all. All elements move by η in each
+    update, so that η should be as small as for `Lion`, which differs in that the current gradient counts more in the
+    step than in m.
+
+    When not to use it: with small batches and no momentum, where the sign is mostly that of noise. Where the end of the
+    run has no smaller rate: steps do not become shorter near a minimum.
+
+    Args:
+        learning_rate: η >= 0, or a schedule of the update count.
+        momentum: γ in [0, 1), or a schedule. 0 keeps no state.
+        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
+
+    Raises:
+        TypeError: For an unknown keyword or a value of a wrong type.
+        ValueError: For a value out of range.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.Signum(1e-4, weight_decay=0.1), loss="mse")
+    ```
+    """
+
+    def __init__(self, learning_rate: float | Schedule = 1e-4, momentum: float | Schedule = 0.9, **common: Any):
+        super().__init__(learning_rate, SignumRule(momentum), **common)

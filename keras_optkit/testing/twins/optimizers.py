@@ -12,6 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from keras_optkit.testing.twins import (
+    classic,
+    dual_averaging,
+    mixed_momentum,
+    projected,
+    proximal,
+    second_moment,
+    sign,
+)
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
 Twin = Callable[..., Iterator[Any]]
@@ -324,4 +333,11 @@ TWINS: dict[str, Twin] = {
     "Prodigy": prodigy,
     "Muon": muon,
     "SOAP": soap,
+    **classic.TWINS,
+    **dual_averaging.TWINS,
+    **mixed_momentum.TWINS,
+    **projected.TWINS,
+    **proximal.TWINS,
+    **second_moment.TWINS,
+    **sign.TWINS,
 }
