@@ -15,6 +15,7 @@ from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
 from keras_optkit.optimizers.rules.muon import Muon
+from keras_optkit.optimizers.rules.muon_family import AdaMuon, NorMuon, Scion
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.sgd import SGD
@@ -28,6 +29,7 @@ __all__ = [
     "SGD",
     "SOAP",
     "AdaBelief",
+    "AdaMuon",
     "Adafactor",
     "Adagrad",
     "Adam",
@@ -42,6 +44,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "Nonfinite",
+    "NorMuon",
     "Optimizer",
     "Prodigy",
     "RAdam",
@@ -51,6 +54,7 @@ __all__ = [
     "ScheduleFree",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "Scion",
     "Weight",
     "Wrapper",
     "choice",
