@@ -213,7 +213,7 @@ def _(right):
     return lambda places, weights, *rest: right(places, [w._replace(role="kernel") for w in weights], *rest)
 
 
-@bug("weights go up", "SGD", "learns twin", update, "apply_rule")
+@bug("weights move up the gradient", "SGD", "learns twin", update, "apply_rule")
 def _(right):
     def apply_rule(plan, bucket, u, slots, p, h, mask):
         return right(plan, bucket, -u, slots, p, h, mask)
@@ -234,7 +234,7 @@ def _(right):
     return lambda route: dataclasses.replace(right(route), lr_scale=1.0)
 
 
-@bug("what is missing counts in the sums over the model", "Prodigy", "some_updates", update, "_contributions")
+@bug("missing gradients count in the sums over the model", "Prodigy", "some_updates", update, "_contributions")
 def _(right):
     def contributions(plan, prepared, ready, remembered):
         unmasked = [theirs and theirs._replace(mask=None) for theirs in ready]
@@ -262,12 +262,12 @@ def _(right):
     return lambda self: [(1, sum(count * size for count, size in right(self)))]
 
 
-@bug("the first update is that of the bucket", "SOAP", "some_updates", update, "_had_gradients")
+@bug("the first update is that of the bucket, not of the parameter", "SOAP", "some_updates", update, "_had_gradients")
 def _(right):
     return lambda bucket, mask: right(bucket, None)
 
 
-@bug("every n updates, one too late", "SOAP", "twin", Hyper, "every")
+@bug("every n updates, but one update too late", "SOAP", "twin", Hyper, "every")
 def _(right):
     return lambda self, n, compute, keep, *, at=0: right(self, n, compute, keep, at=at + 1)
 
@@ -277,7 +277,7 @@ def _(right):
     return lambda mask, p, slot: right(mask, p, slot) if slot.shape == p.shape else np.True_
 
 
-@bug("rows are taken for columns", "Muon", "twin", muon, "as_matrices")
+@bug("rows and columns are swapped", "Muon", "twin", muon, "as_matrices")
 def _(right):
     return lambda x, axes: ops.transpose(right(x, axes), (0, 2, 1))
 
@@ -344,7 +344,7 @@ def _(right):
     return lambda self, changes: right(self, changes)[::-1]
 
 
-@bug("transforms of steps take the decay for a part of them", "AdamW", "transforms", update, "apply_rule")
+@bug("transforms of steps also change the decay", "AdamW", "transforms", update, "apply_rule")
 def _(right):
     def apply_rule(plan, bucket, u, slots, p, h, mask):
         p_new, new = right(dataclasses.replace(plan, transforms=()), bucket, u, slots, p, h, mask)
@@ -405,7 +405,7 @@ def _(right):
     return collect
 
 
-@bug("what is left at the end is divided by k", "SGD", "accumulation", gradients, "means")
+@bug("the remainder at the end is divided by k", "SGD", "accumulation", gradients, "means")
 def _(right):
     def of_k(plan, state, grads):
         k = plan.keywords.gradient_accumulation_steps
@@ -414,7 +414,7 @@ def _(right):
     return of_k
 
 
-@bug("what is left at the end is dropped", "AdamW", "accumulation", Optimizer, "flush")
+@bug("the remainder at the end is dropped", "AdamW", "accumulation", Optimizer, "flush")
 def _(right):
     return lambda self: None
 
@@ -462,7 +462,7 @@ def _(right):
     return apply
 
 
-@bug("accumulators are not emptied", "AdamW", "accumulation", gradients, "cleared")
+@bug("accumulators are not reset", "AdamW", "accumulation", gradients, "cleared")
 def _(right):
     return lambda state: right(state)._replace(accumulated=state.accumulated)
 
@@ -507,7 +507,7 @@ def _(right):
     return lambda self, tensors: right(self, tensors[::-1] if self.form == "flat" else tensors)
 
 
-@bug("packed by dtype alone, so the first one's decay is everybody's", "AdamW", "packing", building, "pack")
+@bug("packed by dtype alone, so all get the decay of the first one", "AdamW", "packing", building, "pack")
 def _(right):
     def by_dtype(weights, treatments, *, below, **rest):
         known = treatments[:1] * len(treatments) if below else treatments
@@ -516,7 +516,7 @@ def _(right):
     return by_dtype
 
 
-@bug("what the fused step has computed is not assigned", "SGD", "fused", run, "_write")
+@bug("the results of the fused step are not assigned", "SGD", "fused", run, "_write")
 def _(right):
     def write(buckets, *rest, keep=None, **more):
         result = right(buckets, *rest, keep=keep, **more)
@@ -602,12 +602,12 @@ def _(right):
     return lambda state, new, *rest: right(state, new, *rest)._replace(iterations=new.iterations)
 
 
-@bug("NaN is looked for, and infinity goes through", "SGD", "skip_nonfinite", ops, "isfinite")
+@bug("only NaN is looked for, not infinity", "SGD", "skip_nonfinite", ops, "isfinite")
 def _(right):
     return lambda x: ops.logical_not(ops.isnan(x))
 
 
-@bug("bad gradients in a row are counted from the start", "SGD", "skip_nonfinite", nonfinite, "unless_nonfinite")
+@bug("non-finite gradients in a row are counted from the start", "SGD", "skip_nonfinite", nonfinite, "unless_nonfinite")
 def _(right):
     def unless_nonfinite(*rest):
         result = right(*rest)
@@ -616,7 +616,9 @@ def _(right):
     return unless_nonfinite
 
 
-@bug("of a row that occurs twice in a batch, one gradient counts", "SGD", "rows", backend, "dense", backend, "rows")
+@bug(
+    "only one gradient counts for a row that occurs twice in a batch", "SGD", "rows", backend, "dense", backend, "rows"
+)
 def _(right):
     def without_duplicates(gradient, *rest):
         if backend.is_sparse(gradient):
@@ -637,7 +639,7 @@ def _(right):
 # -- groups, learning rate, averages ----------------------------------------------------------------------------------
 
 
-@bug("the factor of a group does not reach its decay", "AdamW", "groups", update, "hyper")
+@bug("the factor of a group does not apply to its decay", "AdamW", "groups", update, "hyper")
 def _(right):
     def hyper(plan, prepared, memo, bucket=None, **more):
         h = right(plan, prepared, memo, bucket, **more)
@@ -648,12 +650,12 @@ def _(right):
     return hyper
 
 
-@bug("of the groups that match, the last one counts", "AdamW", "groups", building, "treatments")
+@bug("the last matching group applies, not the first", "AdamW", "groups", building, "treatments")
 def _(right):
     return lambda places, weights, rules, given, *rest: right(places, weights, rules, (given or [])[::-1], *rest)
 
 
-@bug("the rule of a group is that of the others", "AdamW", "group_rules", building, "treatments")
+@bug("the rule of a group is ignored", "AdamW", "group_rules", building, "treatments")
 def _(right):
     def all_alike(*rest):
         found, groups = right(*rest)
@@ -693,7 +695,7 @@ bug(
 )([_count_frozen, _clip_with_frozen])
 
 
-@bug("what is set on top of a schedule is ignored", "AdamW", "learning_rate", update, "prepare")
+@bug("a rate set on top of a schedule is ignored", "AdamW", "learning_rate", update, "prepare")
 def _(right):
     def prepare(plan, state, *rest):
         one = ops.ones_like(state.multiplier)
@@ -712,7 +714,7 @@ def _(right):
     return exact
 
 
-@bug("momentum and 1 - momentum of the average change places", "AdamW", "average", update, "update")
+@bug("momentum and 1 - momentum of the average are swapped", "AdamW", "average", update, "update")
 def _(right):
     return lambda plan, *rest: right(with_keywords(plan, ema_momentum=1 - plan.keywords.ema_momentum), *rest)
 
@@ -740,7 +742,7 @@ def _(right):
 
 
 @bug(
-    "`fit` continues from the average that the last one ended with",
+    "`fit` continues from the average that the last `fit` ended with",
     "AdamW",
     "evaluation_weights",
     keras.Model,
@@ -801,7 +803,7 @@ def _(right):
 # -- configuration and state ------------------------------------------------------------------------------------------
 
 
-@bug("the config loses an argument that the class hands on", "AdamW", "config_round_trip", FromSignature, "get_config")
+@bug("the config loses an argument that the class passes on", "AdamW", "config_round_trip", FromSignature, "get_config")
 def _(right):
     return lambda self: {name: value for name, value in right(self).items() if name != "clipnorm"}
 
@@ -811,7 +813,7 @@ def _(right):
     return lambda name, value, *_, **__: value
 
 
-@bug("any keyword is accepted until Python finds it", "SGD", "bad_arguments", Optimizer, "__new__")
+@bug("unknown keywords are left to Python", "SGD", "bad_arguments", Optimizer, "__new__")
 def _(right):
     return staticmethod(lambda cls, *_, **__: object.__new__(cls))
 
@@ -898,12 +900,12 @@ def _(right):
     return add
 
 
-@bug("a variable that joins late has everybody's update count", "AdamW", "more_variables", Optimizer, "_pack")
+@bug("a variable that joins late has the update count of the others", "AdamW", "more_variables", Optimizer, "_pack")
 def _(right):
     return lambda self, new, variables, since: right(self, new, variables, [0] * len(since))
 
 
-@bug("a variable that joins sets everybody's state back", "AdamW", "more_variables", Optimizer, "_extend")
+@bug("a variable that joins resets the state of the others", "AdamW", "more_variables", Optimizer, "_extend")
 def _(right):
     def extend(self, variables):
         right(self, variables)
@@ -924,7 +926,7 @@ def _(right):
     return lambda h, rank: tuple(axis + 1 for axis in h.kernel.outputs)
 
 
-@in_transforms("a step is down the gradient where it is up", "CautiousUpdate", "twin", CautiousUpdate, "change")
+@in_transforms("elements that ascend are kept", "CautiousUpdate", "twin", CautiousUpdate, "change")
 def _(right):
     return lambda self, u, p, h: u - right(self, u, p, h)
 
@@ -934,7 +936,7 @@ def _(right):
     return lambda self: {name: value for name, value in right(self).items() if name != "limit"}
 
 
-@in_transforms("a schedule stays where it was at first", "ClipByValue", "hyperparameters", Hyper, "exact")
+@in_transforms("a schedule keeps its first value", "ClipByValue", "hyperparameters", Hyper, "exact")
 def _(right):
     def exact(self, value):
         early = copy.copy(self)
@@ -959,17 +961,19 @@ def _(right):
     return lambda self, u, p, h: u / ops.sqrt(ops.sum(ops.square(u), axis=unit_axes(h, len(u.shape)), keepdims=True))
 
 
-@in_transforms("in graphs the limit is another one", "ClipByValue", "modes_agree", ClipByValue, "change")
+@in_transforms("the limit differs in graphs", "ClipByValue", "modes_agree", ClipByValue, "change")
 def _(right):
     return lambda self, u, p, h: right(self, u, p, h) * (1.0 if tf.executing_eagerly() else 0.5)
 
 
-@in_transforms("small parameters have one norm together", "ClipByNorm", "packing", packing.Bucket, "over_parameters")
+@in_transforms("small parameters share one norm", "ClipByNorm", "packing", packing.Bucket, "over_parameters")
 def _(right):
     return lambda self, x, mean=False: ops.sum(x, keepdims=True) if self.form == "flat" else right(self, x, mean=mean)
 
 
-@in_transforms("what is clipped is the sum of the micro-batches", "ClipByValue", "accumulation", gradients, "means")
+@in_transforms(
+    "the sum of the micro-batches is clipped, not the mean", "ClipByValue", "accumulation", gradients, "means"
+)
 def _(right):
     def means(plan, state, grads):
         return [g._replace(value=3 * g.value) for g in right(plan, state, grads)]
@@ -1051,7 +1055,7 @@ def _(right):
 # -- initializers -----------------------------------------------------------------------------------------------------
 
 
-@bug("float32 whatever is asked for", "HeNormal", "dtype", initializers._Seeded, "__call__", kind="initializer")
+@bug("float32 for every dtype", "HeNormal", "dtype", initializers._Seeded, "__call__", kind="initializer")
 def _(right):
     return lambda self, shape, dtype=None: right(self, shape, "float32")
 
@@ -1062,7 +1066,7 @@ def _(right):
 
 
 @bug(
-    "without a seed, one is drawn for good",
+    "without a seed, one is drawn once and kept",
     "HeUniform",
     "fresh_without_seed",
     initializers._Seeded,
@@ -1090,7 +1094,7 @@ def _(right):
 
 
 @bug(
-    "a scalar is drawn like anything else",
+    "a scalar is accepted",
     "RandomUniform",
     "scalar_is_refused",
     initializers._Seeded,
@@ -1107,7 +1111,7 @@ def _(right):
 
 
 @bug(
-    "kernels of depthwise and transposed convolutions are read like others",
+    "kernels of depthwise and transposed convolutions are treated like others",
     "XavierUniform",
     "variance",
     initializers,
@@ -1118,7 +1122,7 @@ def _(right):
     return lambda layer, shape: None
 
 
-@bug("truncation takes variance away", "XavierNormal", "variance", initializers, "_TRUNCATED_STD", kind="initializer")
+@bug("truncation reduces the variance", "XavierNormal", "variance", initializers, "_TRUNCATED_STD", kind="initializer")
 def _(right):
     return 1.0
 
@@ -1158,7 +1162,7 @@ def _(right):
     return lambda self, x: self.l1 * ops.sum(x)
 
 
-@bug("an epsilon under the root stays at zero", "L2", "zero_at_zero", regularizers.L2, "__call__", kind="regularizer")
+@bug("an epsilon under the root remains at zero", "L2", "zero_at_zero", regularizers.L2, "__call__", kind="regularizer")
 def _(right):
     return lambda self, x: self.l2 * ops.sqrt(ops.sum(ops.square(x)) + 1e-7)
 
@@ -1218,7 +1222,7 @@ def _(right):
 
 
 @bug(
-    "the batch size of the build is taken for every batch's",
+    "the batch size at build time is used for every batch",
     "GhostBatchNormalization",
     "symbolic_shape",
     Ghost,
@@ -1319,7 +1323,7 @@ def _(right):
 
 
 @bug(
-    "best weights are not among the state",
+    "the best weights are not part of the state",
     "EarlyStopping",
     "goes_on",
     callbacks.EarlyStopping,

@@ -531,7 +531,7 @@ def test_several_updates_in_a_step_are_refused():
     keras.utils.set_random_seed(0)
     model = Twice([keras.Input((4,)), layers.Dense(1)])
     model.compile(SAM(SGD(0.1)), loss="mse", run_eagerly=keras.config.backend() == "jax")
-    with pytest.raises(ValueError, match=r"Twice\.train_step must make one update, and it makes several"):
+    with pytest.raises(ValueError, match=r"Twice\.train_step must make one update, but it makes several"):
         fit(model)
     assert "apply" not in vars(model.optimizer)
     assert "stateless_apply" not in vars(model.optimizer)

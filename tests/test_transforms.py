@@ -335,18 +335,18 @@ def test_they_are_saved_with_the_model(tmp_path):
         (
             lambda: ok.optimizers.AdamW(transforms=[CautiousDecay(), CautiousUpdate()]),
             ValueError,
-            "must be the last one of steps",
+            "must be the last transform of steps",
         ),
-        (lambda: ok.optimizers.SGD(transforms=[HandlesDecay()]), ValueError, "says handles_decay"),
+        (lambda: ok.optimizers.SGD(transforms=[HandlesDecay()]), ValueError, "sets handles_decay"),
         (
             lambda: ok.optimizers.SGD(transforms=[StepsContribute()]),
             ValueError,
-            "`contribute` is for those of gradients",
+            "`contribute` is for transforms of gradients",
         ),
         (lambda: ok.optimizers.SGD(transforms=[ClipByValue]), TypeError, "list of instances"),
         (lambda: ok.optimizers.LAMB(transforms=[CautiousDecay()]), ValueError, "LAMBRule does so itself"),
-        (lambda: ok.optimizers.ScheduleFreeAdamW(transforms=[CautiousUpdate()]), ValueError, "which averages"),
-        (lambda: ok.optimizers.Lookahead("AdamW", transforms=[CautiousUpdate()]), ValueError, "which averages"),
+        (lambda: ok.optimizers.ScheduleFreeAdamW(transforms=[CautiousUpdate()]), ValueError, "averages weights"),
+        (lambda: ok.optimizers.Lookahead("AdamW", transforms=[CautiousUpdate()]), ValueError, "averages weights"),
         (
             lambda: ok.optimizers.SGD(groups=[ok.Group("x", rule=ok.optimizers.LAMB())], transforms=[CautiousDecay()]),
             ValueError,

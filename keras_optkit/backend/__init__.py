@@ -1,6 +1,6 @@
-"""Every difference between TensorFlow and JAX: variables, gradients of some rows, replicas, meshes, random bits.
+"""Every difference between TensorFlow and JAX: variables, sparse gradients, replicas, meshes, random bits.
 
-Private names of either are not here but in `keras_optkit.private`.
+Their private names are in `keras_optkit.private`.
 """
 
 from keras_optkit.backend.placement import Placement, computed, data_axis, placed, placement

@@ -1,4 +1,4 @@
-"""Where tensors are on the devices of a mesh: the layouts of `keras.distribution`, which JAX has."""
+"""The layouts of tensors on a mesh of devices, as set by `keras.distribution`. JAX only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Placement:
 
     Attributes:
         weight: The weight's `jax.sharding.NamedSharding`.
-        over: The axis of the mesh that state is additionally spread over; None if it has the weight's layout.
+        over: The axis of the mesh that state is also spread over; None if state has the weight's layout.
     """
 
     weight: Any
@@ -33,22 +33,22 @@ class Placement:
 
     @property
     def is_one_of_several(self) -> bool:
-        """Whether XLA may lay out what is computed from the weight otherwise, since not all of a step is alike."""
+        """Whether XLA may choose another layout for what is computed from the weight."""
         axes = [size for size in self.weight.mesh.shape.values() if size > 1]
         return self.is_split or self.over is not None or len(axes) > 1
 
     @property
     def parts(self) -> int:
-        """How many parts state is spread in."""
+        """The number of parts that state is split into."""
         return 1 if self.over is None else self.weight.mesh.shape[self.over]
 
     @property
     def whole(self) -> Any:
-        """The layout of a tensor that every device holds."""
+        """The layout of a tensor that every device holds in full."""
         return self._sharding(())
 
     def like_weight(self, first_axes: int = 0) -> Any:
-        """The layout of a tensor in the shape of the weight, but for some axes before that are not split."""
+        """The layout of a tensor in the shape of the weight, after some leading axes that are not split."""
         return self._sharding((*[None] * first_axes, *self.weight.spec))
 
     def of_state(self, shape: Sequence[int], *, as_weight: bool, stacked: bool = False) -> Any:
@@ -56,8 +56,8 @@ class Placement:
 
         Args:
             shape: Its shape.
-            as_weight: Whether that is the weight's, whose layout it then has. Of other shapes every device holds all.
-            stacked: Whether it is that of several weights, which it is split by if that can be.
+            as_weight: Whether it is the weight's shape. If so, state is split like the weight, else only by `over`.
+            stacked: Whether its first axis counts stacked weights. If so, that axis is split if possible.
         """
         spec: list[Any] = [*self.weight.spec] if as_weight else []
         spec += [None] * (len(shape) - len(spec))
@@ -67,11 +67,11 @@ class Placement:
         return self._sharding(spec)
 
     def spreads(self, layout: Any) -> bool:
-        """Whether a layout has the axis that state is to be spread over."""
+        """Whether a layout contains the axis of the mesh that state is spread over."""
         return self.over in _names(layout.spec)
 
     def _divided(self, shape: Sequence[int], spec: Sequence[Any], stacked: bool) -> int | None:
-        """The axis to split in `parts`: one that is whole, if there is such, and the longest of these."""
+        """The axis to split into `parts`: the longest that fits, if possible one that is not split yet; else None."""
         there = [math.prod(self.weight.mesh.shape[name] for name in _names([entry])) for entry in spec]
         fits = [i for i, size in enumerate(shape) if size and size % (there[i] * self.parts) == 0]
         if stacked and 0 in fits:
@@ -90,7 +90,7 @@ def _names(spec: Sequence[Any]) -> list[str]:
 
 
 def placement(variable: Any) -> Placement | None:
-    """Where a weight is; None if it is on one device."""
+    """The placement of a weight; None if it is on one device."""
     if keras.config.backend() != "jax":
         return None
     import jax
@@ -106,14 +106,14 @@ def data_axis() -> str | None:
 
 
 def placed(tensor: Tensor, sharding: Any) -> Tensor:
-    """The same tensor, in a compiled step laid out like this."""
+    """The same tensor, with this layout in a compiled step."""
     import jax
 
     return jax.lax.with_sharding_constraint(tensor, sharding)
 
 
 def computed(tensor: Tensor) -> Tensor:
-    """The same tensor; how the result is laid out does not count for what it is computed from."""
+    """The same tensor, behind a barrier: the layout of the result does not affect what it is computed from."""
     import jax
 
     return jax.lax.optimization_barrier(tensor)

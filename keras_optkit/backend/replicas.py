@@ -32,7 +32,7 @@ def sum_over_replicas(tensors: list[Any]) -> list[Any]:
 
 
 def is_one_of_several_replicas() -> bool:
-    """Whether this is inside of one of several replicas."""
+    """Whether this runs inside one of several replicas."""
     return TENSORFLOW and tf.distribute.get_strategy().num_replicas_in_sync > 1
 
 
@@ -45,7 +45,7 @@ def in_all_replicas(flag: Tensor) -> Tensor:
 
 
 def refuse_unsupported_strategy() -> None:
-    """Raises under a distribution strategy that the steps have not been made for."""
+    """Raises under a distribution strategy that is not supported."""
     if not (TENSORFLOW and tf.distribute.has_strategy()):
         return
     strategy = tf.distribute.get_strategy()
@@ -58,7 +58,7 @@ def refuse_unsupported_strategy() -> None:
 
 
 def refuse_foreign(variables: list[Any]) -> None:
-    """Raises if a variable was made outside the present strategy's scope, and so has no copy on each device."""
+    """Raises if a variable was made outside the current strategy's scope, so that not every device has a copy."""
     strategy = tf.distribute.get_strategy()
     if isinstance(strategy, tf.distribute.OneDeviceStrategy):  # any variable will do
         return
@@ -67,5 +67,5 @@ def refuse_foreign(variables: list[Any]) -> None:
         raise ValueError(
             f"{len(foreign)} of the {len(variables)} variables of the optimizer and the model, such as "
             f"{getattr(foreign[0], 'path', foreign[0].name)}, were not made under the {type(strategy).__name__} that "
-            "trains them. Make and build the model and the optimizer, `iterations` and all, in `strategy.scope()`."
+            "trains them. Make and build the model and the optimizer, including `iterations`, in `strategy.scope()`."
         )

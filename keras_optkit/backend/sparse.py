@@ -1,4 +1,4 @@
-"""Gradients of some rows only, those of embeddings, which TensorFlow has."""
+"""Sparse gradients, which hold only some rows of an embedding. TensorFlow only."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Tensor = Any
 
 
 class Rows(NamedTuple):
-    """Some rows of a tensor, or what to write into them.
+    """Some rows of a tensor, or the values to write into them.
 
     Attributes:
-        indices: `(n,)`; a row may occur several times, each time with the same values.
+        indices: `(n,)`; a row may occur several times, with the same values each time.
         values: `(n, *row)`.
-        first: `(n, 1, ...)`, True where a row occurs for the first time.
+        first: `(n, 1, ...)`, True at the first occurrence of a row.
     """
 
     indices: Tensor
@@ -31,19 +31,19 @@ class Rows(NamedTuple):
 
 
 def is_sparse(gradient: Any) -> bool:
-    """Whether a gradient holds some rows only."""
+    """Whether a gradient is sparse."""
     return TENSORFLOW and isinstance(gradient, tf.IndexedSlices)
 
 
 def as_gradient(gradient: Any) -> Any:
-    """A gradient as a tensor, or as the rows that it is."""
+    """A gradient as a tensor; a sparse one is returned as it is."""
     if is_sparse(gradient):
         return gradient
     return tf.convert_to_tensor(gradient) if TENSORFLOW else ops.convert_to_tensor(gradient)
 
 
 def may_have_shape(gradient: Any, shape: Sequence[int]) -> bool:
-    """Whether a gradient has a shape, as far as that is known; in a graph it may be known in the step alone."""
+    """Whether a gradient may have a shape; in a graph, the shape may be known only when the step runs."""
     if not TENSORFLOW:
         return tuple(gradient.shape) == tuple(shape)
     if not is_sparse(gradient):
@@ -57,7 +57,7 @@ def may_have_shape(gradient: Any, shape: Sequence[int]) -> bool:
 
 
 def _shape_of_rows(gradient: Any) -> Any:
-    """The shape that a gradient of some rows is said to be part of."""
+    """The declared dense shape of a sparse gradient."""
     return gradient.shape if tf.is_tensor(gradient.dense_shape) else tf.TensorShape(gradient.dense_shape)
 
 
@@ -82,7 +82,7 @@ def add(a: Any, b: Any, shape: Sequence[int]) -> Any:
 
 
 def dense(gradient: Any, shape: Sequence[int]) -> Tensor:
-    """A gradient as one tensor; rows that occur twice in a sparse one are summed, which Keras's conversion leaves."""
+    """A gradient as a dense tensor. Rows that occur several times are summed, unlike in Keras's conversion."""
     if is_sparse(gradient):  # the conversion does not know the shape where `dense_shape` is computed in the graph
         return tf.ensure_shape(tf.math.unsorted_segment_sum(gradient.values, gradient.indices, shape[0]), shape)
     return tf.ensure_shape(gradient, shape) if TENSORFLOW else ops.convert_to_tensor(gradient)
@@ -96,22 +96,22 @@ def cast(gradient: Any, dtype: str) -> Any:
 
 
 def touched(gradient: Any, shape: Sequence[int]) -> Tensor:
-    """For a sparse gradient, True for all elements of the rows that it holds, in the shape of the parameter."""
+    """A mask in the shape of the parameter: True for the rows that a sparse gradient holds."""
     hits = tf.math.unsorted_segment_sum(tf.ones_like(gradient.indices), gradient.indices, shape[0])
     return tf.broadcast_to(tf.reshape(hits > 0, (-1, *[1] * (len(shape) - 1))), shape)
 
 
 def nonzero_rows(tensor: Tensor) -> Tensor:
-    """True for all elements of the rows, along the first axis, that have an element other than 0."""
+    """A mask in the shape of the tensor: True for the rows, along the first axis, that are not all zeros."""
     nonzero = ops.not_equal(tensor, 0)
     other_axes = list(range(1, len(tensor.shape)))
     return ops.broadcast_to(ops.any(nonzero, axis=other_axes, keepdims=True), tensor.shape) if other_axes else nonzero
 
 
 def rows(gradient: Any, row: Sequence[int]) -> Rows:
-    """The rows of a sparse gradient, where each occurrence of a row has the sum of all its occurrences.
+    """The rows of a sparse gradient; each occurrence of a row has the sum of all its occurrences.
 
-    Nothing here has a shape that depends on how many rows differ, so it can be compiled.
+    No shape depends on the number of distinct rows, so this can be compiled.
     """
     order = tf.argsort(gradient.indices, stable=True)
     indices = tf.gather(gradient.indices, order)

@@ -1,4 +1,4 @@
-"""What a trace of a training step depends on besides the model's own code."""
+"""What a traced training step depends on, besides the model's own code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keras_optkit.optimizers.of_model import directly_inside, optimizers_of
 
 
 def basis(model: Any, instruments: Iterable[Instrument]) -> Any:
-    """What is compiled into a step besides the model's own code: which weights are trained, and hyperparameters."""
+    """What is compiled into a step besides the model's own code: the trained weights, and hyperparameters."""
     driven: dict[int, set[str]] = {}
     for instrument in instruments:
         for optimizer, names in instrument.driven().items():
@@ -28,7 +28,7 @@ def basis(model: Any, instruments: Iterable[Instrument]) -> Any:
 
 
 class _Same:
-    """Equal to itself of the same object only, which it holds, so that no other one gets its id."""
+    """Compares by identity. It holds the object, so that no other one can get its id."""
 
     def __init__(self, held: Any):
         self._held = held
@@ -44,15 +44,15 @@ def _attributes(owner: Any, without: Iterable[str] = ()) -> tuple[Any, ...]:
     return tuple(
         (name, frozen(value, without))
         for name, value in sorted(vars(owner).items())
-        if name not in set(without) and not hasattr(value, "hooks")  # of another replica, say
+        if name not in set(without) and not hasattr(value, "hooks")  # such as one of another replica
     )
 
 
 def frozen(value: Any, without: Iterable[str] = ()) -> Hashable:
-    """What is equal as long as `value` means the same to a trace.
+    """A key that is equal as long as `value` means the same to a trace.
 
-    Numbers and strings, also in containers, in dataclasses (the rule of an optimizer) and in schedules, go by their
-    values; everything else by what it is.
+    Numbers and strings are compared by value, also inside containers, dataclasses (such as the rule of an optimizer)
+    and schedules; everything else by identity.
     """
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return type(value), value

@@ -1,4 +1,4 @@
-"""A `fit`, or another method of `keras.Model`, that is running."""
+"""A running `fit`, or another running method of `keras.Model`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import keras
 
-#: What is called on the callbacks when an exception leaves a method of `keras.Model`.
+#: The hook of callbacks that is called when a method of `keras.Model` raises.
 ON_FAILURE = {"fit": "on_train_failure", "evaluate": "on_test_failure", "predict": "on_predict_failure"}
 
 
 @dataclass
 class Run:
-    """A `model.fit(...)` or another method that is running: its arguments by name, and those of our callbacks in it.
+    """A running `model.fit(...)` or another method: its arguments by name, and our callbacks in it.
 
-    What is given as `x` or as a callback may have a method `prepare_fit(run)`, which is called before `fit` itself, and
-    may change the arguments.
+    `x` and each callback may have a method `prepare_fit(run)`, which is called before `fit` itself and may change the
+    arguments.
     """
 
     method: str
@@ -33,17 +33,17 @@ class Run:
         return given.callbacks if isinstance(given, keras.callbacks.CallbackList) else keras.tree.flatten(given)
 
     def replace(self, kind: type, callback: Any) -> None:
-        """Adds a callback as the first one, instead of another of its kind from an earlier run."""
+        """Adds a callback in first place, and removes one of the same kind from an earlier run."""
         given = self.arguments.get("callbacks")
         if isinstance(given, keras.callbacks.CallbackList):
             given.callbacks[:] = [c for c in given.callbacks if not isinstance(c, kind)]
         self.add(callback, first=True)
 
     def add(self, callback: Any, *, first: bool = False) -> None:
-        """Adds a callback, as the first or as the last one."""
+        """Adds a callback in first or last place."""
         given, listed = self.arguments.get("callbacks"), self.listed()
         listed.insert(0 if first else len(listed), callback)
-        if isinstance(given, keras.callbacks.CallbackList):  # what the list has told the others already
+        if isinstance(given, keras.callbacks.CallbackList):  # the list has told the others already
             callback.set_model(self.model)
             callback.set_params(given.params)
         else:
@@ -60,18 +60,18 @@ def _running() -> list[Run]:
 
 
 def running_fit(model: Any) -> Run | None:
-    """The innermost running `fit` of this model, or None, e.g. when callbacks are called from a hand-written loop."""
+    """The innermost running `fit` of this model, or None, for instance in a custom training loop."""
     return next((run for run in reversed(_running()) if run.model is model and run.method == "fit"), None)
 
 
 def innermost_run(model: Any) -> Run | None:
-    """The innermost method of this model that is running."""
+    """The innermost running method of this model, or None."""
     return next((run for run in reversed(_running()) if run.model is model), None)
 
 
 @contextlib.contextmanager
 def telling_callbacks(run: Run) -> Iterator[None]:
-    """While a method runs: data and callbacks prepare a `fit`, and callbacks of ours are told of an exception."""
+    """Lets data and callbacks prepare a `fit`, and tells our callbacks if the method raises."""
     _running().append(run)
     try:
         if run.method == "fit":
@@ -84,7 +84,7 @@ def telling_callbacks(run: Run) -> Iterator[None]:
         for callback in reversed(run.callbacks):
             try:
                 getattr(callback, hook)(error)
-            except Exception as second:  # the others have to be told, and the first error is the one to see
+            except Exception as second:  # the others have to be told, and the first error is the one to raise
                 error.add_note(f"{type(callback).__name__}.{hook} raised {second!r}.")
         raise
     finally:

@@ -1,9 +1,9 @@
-"""Training steps that compute the gradient twice, for optimizers that need one at weights that the first has moved.
+"""Training steps that compute the gradient twice, for optimizers that need one at perturbed weights.
 
-The model's own `train_step` is run twice on the same batch. In the first run, what it gives to `apply` tells where the
-second gradient is wanted, and nothing is updated. In the second run the model holds these weights, until `apply` is
-reached: there it has its own again, and makes the update. Around both runs all other state is as if the forward pass
-and the metrics had been run once, at the weights themselves; what the second run does after the update is kept.
+The model's own `train_step` runs twice on the same batch. In the first run, the gradients given to `apply` determine
+the perturbed weights, and nothing is updated. In the second run the model holds these weights until `apply` is called,
+which restores the original weights and makes the update. All other state is as if the forward pass and the metrics had
+run once, at the original weights. What the second run does after the update is kept.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from keras_optkit.private import sublayers
 
 Tensor = Any
 
-#: The methods whose hooks see the second run. All others see the first, in which these methods are not reached.
+#: The methods whose hooks see the second run. All other hooks see the first, which does not reach these methods.
 UPDATE = ("apply", "stateless_apply")
 
 
 @contextlib.contextmanager
 def computing_second_gradients(run: Run) -> Iterator[None]:
-    """The training function of a model is made with a step that computes the gradient twice, if that is needed."""
+    """Makes the training function with a step that computes the gradient twice, if that is needed."""
     model = run.model
     given, own = model.train_step, vars(model).get("train_step")
     step = with_second_gradient(model, given)
@@ -47,10 +47,10 @@ def computing_second_gradients(run: Run) -> Iterator[None]:
 
 
 def with_second_gradient(model: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-    """The training step that computes the gradient twice, if the model's optimizer needs that; else `step` itself.
+    """A training step that computes the gradient twice, if the model's optimizer needs that; else `step` itself.
 
     Raises:
-        ValueError: If the model is trained by several optimizers, one of which needs it.
+        ValueError: If the model has several optimizers, and one of them needs it.
     """
     needing = [optimizer for optimizer in ours_of(model) if optimizer.needs_second_gradient]
     if not needing or getattr(step, "computes_two_gradients", False):
@@ -59,7 +59,7 @@ def with_second_gradient(model: Any, step: Callable[..., Any]) -> Callable[..., 
     inside = [inner for optimizer in outer for inner in innermost(optimizer)]
     if len(inside) != 1:
         raise ValueError(
-            f"{needing[0].name} computes the gradient twice, for which it must be the only optimizer of the model, got "
+            f"{needing[0].name} computes the gradient twice, so it must be the only optimizer of the model, got "
             f"{', '.join(f'{optimizer.name} ({type(optimizer).__name__})' for optimizer in inside)}."
         )
     two = (_TwoOnJAX if keras.config.backend() == "jax" else _TwoOnTensorFlow)(model, outer[0], step)
@@ -70,9 +70,9 @@ def with_second_gradient(model: Any, step: Callable[..., Any]) -> Callable[..., 
 class _Two:
     """A training step that runs another one twice.
 
-    The replicas of a strategy are traced in turns, in threads of their own: what is put in place of the optimizer's
-    method is there while any of them is inside, and asks its thread what to do. A `tf.function` that the step calls is
-    part of its trace meanwhile: one that was traced before would not ask.
+    The replicas of a strategy are traced in turns, each in its own thread. The optimizer's method is replaced while any
+    of them is inside, and the replacement looks up in its thread what to do. Meanwhile, a `tf.function` that the step
+    calls is traced as part of the step, since an earlier trace would not look it up.
     """
 
     computes_two_gradients = False
@@ -86,7 +86,7 @@ class _Two:
 
     @contextlib.contextmanager
     def _with_updates(self, update: Callable[..., Any]) -> Iterator[None]:
-        """The updates of this thread go to a function, which is called with what the optimizer does and is given."""
+        """Redirects this thread's updates to `update`, which gets the optimizer's own method and its arguments."""
         own = vars(self._outer)
         if not self._inside:
             self._replaced = own.get(self.method)
@@ -103,7 +103,7 @@ class _Two:
         try:
             yield
         except BaseException:
-            self._inside = 1  # other replicas stay where they are
+            self._inside = 1  # the other replicas do not finish
             raise
         finally:
             self._thread.update = None
@@ -116,14 +116,14 @@ class _Two:
                     own[self.method] = self._replaced
 
     def _once(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which raises if it is called a second time."""
+        """The same function, which raises if it is called a second time."""
         called: list[bool] = []
 
         def once(*args: Any, **kwargs: Any) -> Any:
             if called:
                 raise ValueError(
-                    f"{self._optimizer.name} computes the gradient twice, for which {type(self._model).__name__}."
-                    "train_step must make one update, and it makes several."
+                    f"{self._optimizer.name} computes the gradient twice, so {type(self._model).__name__}.train_step "
+                    "must make one update, but it makes several."
                 )
             called.append(True)
             return update(*args, **kwargs)
@@ -131,7 +131,7 @@ class _Two:
         return once
 
     def _perturbed(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor]:
-        """The weights to compute the second gradient at, from the gradients of the loss as it may be scaled."""
+        """The weights to compute the second gradient at, from the first gradients, unscaled if necessary."""
         scale = getattr(self._outer, "dynamic_scale", None)
         if scale is not None:
             pairs = zip(grads, variables, strict=True)
@@ -140,7 +140,7 @@ class _Two:
 
 
 class _TwoOnJAX(_Two):
-    """The same where the step is a function of the state."""
+    """For JAX, where the step is a function of the state."""
 
     method = "stateless_apply"
 
@@ -169,7 +169,7 @@ class _TwoOnJAX(_Two):
 
 
 class _TwoOnTensorFlow(_Two):
-    """The same where the step assigns variables."""
+    """For TensorFlow, where the step assigns variables."""
 
     method = "apply"
 
@@ -192,7 +192,7 @@ class _TwoOnTensorFlow(_Two):
             self._restore(state, seen["state"])
             self._restore(seen["variables"], seen["weights"])
             alone = not backend.is_one_of_several_replicas()
-            inlined = backend.functions_inlined(not alone)  # the compiled update is a function of its own
+            inlined = backend.functions_inlined(not alone)  # the compiled update is a separate function
             try:
                 with self._optimizer.given_second_gradient():
                     apply(grads, trainable_variables)
@@ -213,20 +213,20 @@ class _TwoOnTensorFlow(_Two):
         return logs
 
     def _refuse_elsewhere(self, before: Sequence[Tensor]) -> None:
-        """Raises if an update is in a part of the step that may not be executed."""
+        """Raises if an update is in a conditional part of the step."""
         if before and not backend.is_here(before[0]):
             raise ValueError(
-                f"{self._optimizer.name} computes the gradient twice, for which {type(self._model).__name__}."
-                "train_step must make its update in every step, and makes it inside tf.cond or a loop. Call `apply` "
-                "unconditionally; `skip_nonfinite` leaves out updates with non-finite gradients."
+                f"{self._optimizer.name} computes the gradient twice, so {type(self._model).__name__}.train_step must "
+                "make its update in every step, but it makes it inside tf.cond or a loop. Call `apply` "
+                "unconditionally; `skip_nonfinite` skips updates with non-finite gradients."
             )
 
     def _restore(self, variables: Sequence[Any], values: Sequence[Tensor]) -> None:
-        """Gives variables the values that they had at the end of the first forward pass."""
+        """Assigns the values that the variables had at the end of the first forward pass."""
         backend.assign(variables, values)
 
     def _build(self, data: Any) -> None:
-        """Has all weights made that the step makes, by tracing it for nothing: their first values must be known."""
+        """Builds all weights that the step creates, by tracing it once: their initial values must be known."""
         import tensorflow as tf
 
         model = self._model
@@ -251,8 +251,8 @@ class _TwoOnTensorFlow(_Two):
                 if not tf.executing_eagerly():  # Keras's own trace would fail, too
                     raise
                 raise RuntimeError(
-                    f"{self._optimizer.name} has to know a model's weights before its first step, and tracing "
-                    f"{type(model).__name__}.train_step to make them failed. Build the model first, for instance by "
+                    f"{self._optimizer.name} must know the model's weights before its first step, but tracing "
+                    f"{type(model).__name__}.train_step to build them failed. Build the model first, for instance by "
                     "calling it on a batch."
                 ) from error
 

@@ -1,4 +1,4 @@
-"""Transforms of gradients and of steps, which any optimizer is given as `transforms=[...]`."""
+"""Transforms of gradients and of steps, passed to any optimizer as `transforms=[...]`."""
 
 from keras_optkit.optimizers.transforms.cautious import CautiousDecay, CautiousUpdate
 from keras_optkit.optimizers.transforms.centralize import Centralize

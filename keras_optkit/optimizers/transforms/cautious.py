@@ -1,4 +1,4 @@
-"""Caution: only those parts of a step that agree with the gradient, or with the weights, are taken."""
+"""Cautious transforms: keep only the parts of a step that agree with the gradient, or with the weights."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from keras_optkit.registry import register
 )
 @dataclass(frozen=True)
 class CautiousUpdate(Transform):
-    """Keeps only the elements of a step that descend along the current gradient, and scales them up in return.
+    """Keeps only the elements of a step that descend along the current gradient, and scales them up to compensate.
 
     `u ← u φ / max(mean(φ), ε)`, `φ = 1 where u g > 0, else 0`, with the mean over each parameter (Liang et al.,
-    2411.16085, Algorithm 2). The paper divides by `(‖φ‖₀ + 1) / d`; this is the authors' code, and timm's. Decoupled
+    2411.16085, Algorithm 2). The paper divides by `(‖φ‖₀ + 1) / d`; this follows the authors' code and timm. Decoupled
     decay is not part of u.
 
-    When not to use it: for rules whose steps are always down the gradient, such as plain SGD; for sparse embeddings,
-    since the mean needs all rows, so that `sparse="lazy"` becomes `"dense"`. Rules that average, and Lookahead, refuse
-    it.
+    When not to use it: with rules whose steps always descend along the gradient, such as plain SGD; with sparse
+    embeddings, since the mean needs all rows and `sparse="lazy"` becomes `"dense"`. Rules that average, and Lookahead,
+    refuse it.
 
     Args:
-        minimum: ε in (0, 1], the least share that counts.
+        minimum: ε in (0, 1], the lower bound of the mean.
 
     Example:
     ```python
@@ -45,7 +45,7 @@ class CautiousUpdate(Transform):
     minimum: Value = number(1e-3, 0, 1, closed="right")
 
     def change(self, u: Tensor, p: Tensor, h: Hyper) -> Tensor:
-        agrees = ops.cast(ops.sign(u) * ops.sign(h.gradient) > 0, u.dtype)  # products of small numbers are 0
+        agrees = ops.cast(ops.sign(u) * ops.sign(h.gradient) > 0, u.dtype)  # the product of small values underflows
         return u * agrees / ops.maximum(h.mean(agrees), h(self.minimum))
 
 
@@ -58,9 +58,9 @@ class CautiousDecay(Transform):
     """Decays only the weights that the step also makes smaller.
 
     `θ ← θ - u - η λ θ 1[u θ >= 0]` (Chen et al., 2510.12402, equation 2), with the optimizer's `weight_decay` and
-    `decay_mask`. It changes nothing without a decay, and must be the last transform of steps.
+    `decay_mask`. Without a decay it changes nothing. It must be the last transform of steps.
 
-    When not to use it: with a decay that was tuned without it, of which about half is left. Rules that subtract the
+    When not to use it: with a decay that was tuned without it, since about half of it remains. Rules that subtract the
     decay themselves (LAMB, Schedule-Free), rules that average, and Lookahead refuse it.
 
     Example:

@@ -23,11 +23,11 @@ from keras_optkit.registry import register
 class Centralize(Transform):
     """Gradient centralization: the gradient of each unit's weights has a mean of 0.
 
-    `g_i ← g_i - mean(g_i)` (Yong et al., 2004.01461, equation 1), i being the outputs of a kernel, each with all its
-    inputs and window; biases and embeddings stay as they are. Which axes these are comes from the layer. optax's
-    `centralize` takes the first axis for the units, which is true of torch's kernels and not of Keras's.
+    `g_i ← g_i - mean(g_i)` (Yong et al., 2004.01461, equation 1), where i runs over the outputs of a kernel, each with
+    all its inputs and window; biases and embeddings do not change. The layer determines the axes. optax's
+    `centralize` takes the first axis for the units, which is right for PyTorch's kernels but not for Keras's.
 
-    When not to use it: where a layer's inputs have a mean that the kernel has to learn to use.
+    When not to use it: where the kernel has to learn to use the mean of its inputs.
 
     Example:
     ```python

@@ -1,4 +1,4 @@
-"""Clipping: gradients that are too large are made smaller."""
+"""Clipping: scales down gradients that are too large."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keras_optkit.space import Float
 
 
 def shrink(sum_of_squares: Tensor, limit: Value) -> Tensor:
-    """The factor that brings a tensor with this sum of squares down to the norm `limit`; NaN goes through."""
+    """The factor that scales a tensor with this sum of squares down to the norm `limit`; NaN propagates."""
     return limit / ops.maximum(ops.sqrt(sum_of_squares), limit)
 
 
@@ -27,12 +27,12 @@ def shrink(sum_of_squares: Tensor, limit: Value) -> Tensor:
 )
 @dataclass(frozen=True)
 class ClipByValue(Transform):
-    """Clips each element of the gradient to `[-limit, limit]`, as the keyword `clipvalue` does.
+    """Clips each element of the gradient to `[-limit, limit]`, like the keyword `clipvalue`.
 
     When not to use it: it changes the gradient's direction; `ClipByGlobalNorm` does not.
 
     Args:
-        limit: A number > 0, or a schedule or variable of such.
+        limit: A number > 0, or a schedule or variable.
 
     Example:
     ```python
@@ -51,21 +51,21 @@ class ClipByValue(Transform):
 
 @register(
     "transform",
-    paper="the keyword clipnorm of Keras: each variable by itself",
+    paper="the keyword clipnorm of Keras: each variable separately",
     parity="optax.clip_by_block_rms",
     cases=({"limit": 0.5}, {"limit": 1e-3}),
     space={"limit": Float(0.01, 10.0, log=True)},
 )
 @dataclass(frozen=True)
 class ClipByNorm(Transform):
-    """Scales the gradient of each parameter down to an L2 norm of at most `limit`, as the keyword `clipnorm` does.
+    """Scales the gradient of each parameter down to an L2 norm of at most `limit`, like the keyword `clipnorm`.
 
-    `g ← g min(1, c / ‖g‖)`, for each parameter by itself.
+    `g ← g min(1, c / ‖g‖)`, for each parameter separately.
 
-    When not to use it: parameters then move by rates of their own; `ClipByGlobalNorm` keeps the gradient's direction.
+    When not to use it: it scales each parameter differently; `ClipByGlobalNorm` keeps the gradient's direction.
 
     Args:
-        limit: c, a number > 0, or a schedule or variable of such.
+        limit: c, a number > 0, or a schedule or variable.
 
     Example:
     ```python
@@ -91,15 +91,15 @@ class ClipByNorm(Transform):
 )
 @dataclass(frozen=True)
 class ClipByGlobalNorm(Transform):
-    """Scales the gradient of all parameters together down to an L2 norm, as the keyword `global_clipnorm` does.
+    """Scales the gradient of all parameters together down to an L2 norm of at most `limit`, like `global_clipnorm`.
 
     `g ← g min(1, c / ‖g‖)`, with the norm over all parameters that have a gradient (Pascanu et al., 1211.5063,
-    Algorithm 1). Those that groups freeze do not count.
+    Algorithm 1). Parameters that groups freeze do not count.
 
     When not to use it: before `Centralize`, which makes the gradient smaller again; put it after.
 
     Args:
-        limit: c, a number > 0, or a schedule or variable of such.
+        limit: c, a number > 0, or a schedule or variable.
 
     Example:
     ```python
@@ -128,19 +128,19 @@ class ClipByGlobalNorm(Transform):
 )
 @dataclass(frozen=True)
 class AdaptiveClip(Transform):
-    """Adaptive gradient clipping: no unit's gradient is larger than a part of the unit's weights.
+    """Adaptive gradient clipping: limits each unit's gradient to a fraction of the norm of its weights.
 
-    `g_i ← g_i min(1, λ max(‖θ_i‖, ε) / ‖g_i‖)` (Brock et al., 2102.06171, equation 3), i being the units of a kernel
-    (each output with all its inputs and window), the rows of an embedding, or a whole bias. Which axes of a kernel
-    these are comes from its layer: the kernels of attention, grouped and recurrent layers have one unit for each output
-    of each map, where optax takes the first axis for the inputs of whatever has two or three.
+    `g_i ← g_i min(1, λ max(‖θ_i‖, ε) / ‖g_i‖)` (Brock et al., 2102.06171, equation 3), where i runs over the units of a
+    kernel (each output with all its inputs and window), the rows of an embedding, or a whole bias. The layer determines
+    the axes of a kernel: the kernels of attention, grouped and recurrent layers have one unit for each output of each
+    map, where optax takes the first axis of any tensor with two or three axes for the inputs.
 
-    When not to use it: for the last layer, which the paper leaves out; weights that begin as zeros move by at most
-    λ ε times the learning rate with plain SGD.
+    When not to use it: for the last layer, which the paper excludes. With plain SGD, weights that start at zero move
+    by at most λ ε times the learning rate.
 
     Args:
-        clipping: λ, a number > 0, or a schedule or variable of such.
-        epsilon: ε > 0, the least norm that weights count with.
+        clipping: λ, a number > 0, or a schedule or variable.
+        epsilon: ε > 0, the smallest norm used for the weights.
 
     Example:
     ```python
@@ -158,5 +158,5 @@ class AdaptiveClip(Transform):
         axes = unit_axes(h, len(u.shape))
         norm, size = (ops.sqrt(ops.sum(ops.square(x), axis=axes, keepdims=True)) for x in (u, p))
         limit = h(self.clipping) * ops.maximum(size, h(self.epsilon))
-        # below the limit gradients stay bitwise what they are
+        # gradients below the limit do not change, bitwise
         return ops.where(norm < limit, u, u * (limit / ops.maximum(norm, 1e-6)))

@@ -1,0 +1,168 @@
+"""The comparison of an optimizer with its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import packages_distributions, version
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_optkit.registry import cards
+from keras_optkit.testing import problems
+from keras_optkit.testing.parity import runs
+from keras_optkit.testing.parity.problem import Arrays, Parts
+from keras_optkit.testing.parity.process import elsewhere
+from keras_optkit.testing.parity.reference import Reference
+from keras_optkit.testing.tools import float64
+
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run of ours and one of the reference.
+
+    Attributes:
+        reference: The reference.
+        case: Our arguments.
+        decay: The weight decay.
+        dtype: The dtype that both compute in.
+    """
+
+    reference: Reference
+    case: Mapping[str, Any]
+    decay: float
+    dtype: str
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value}" for name, value in self.case.items())
+        return f"{self.reference.optimizer}({arguments}) decay {self.decay} {self.dtype}"
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error allowed."""
+        return self.reference.tolerance[self.dtype]
+
+    def error(self, steps: int = STEPS) -> float:
+        """The largest difference between the weights, relative to the largest element of the parameter."""
+        with float64():
+            return self._error(steps)
+
+    def _error(self, steps: int) -> float:
+        reference, model = self.reference, Parts(self.dtype)
+        variables = model.trainable_variables
+        grads: Any = model.coefficients(steps) if reference.second_gradient else model.gradients(steps)
+        optimizer = self._ours()
+        places = list(range(len(variables)))
+        if reference.only is not None:
+            rows = optimizer.explain(model).rows
+            places = [i for i in places if reference.only(rows[i].rule)]
+
+        def seen(values: Any) -> Any:
+            if isinstance(values, tuple):  # of coefficients
+                return tuple(map(seen, values))
+            return [model.seen(variables[i], values[i], reference.view) for i in places]
+
+        run = getattr(runs, reference.run or "usual")
+        config = optimizer.get_config()
+        arguments = reference.translated(config | {"weight_decay": config["weight_decay"] or 0.0})
+        found, besides = elsewhere(
+            run,
+            reference.implementation,
+            arguments,
+            seen(model.start()),
+            [seen(g) for g in grads],
+            self.dtype,
+            reference.evaluated,
+        )
+        inject = reference.inject
+        got = self._trained(grads, None if inject is None else inject([variables[i] for i in places], besides))
+        expected = found if reference.evaluated is None else [[*a, *b] for a, b in zip(found, besides, strict=True)]
+        each = len(variables)
+        compared = places if reference.evaluated is None else [*places, *(each + i for i in places)]
+        return max(
+            _difference(model.unseen(variables[i % each], theirs, reference.view), step[i])
+            for step, other in zip(got, expected, strict=True)
+            for i, theirs in zip(compared, other, strict=True)
+        )
+
+    def _ours(self) -> Any:
+        card = _card(self.reference.optimizer)
+        given = {"weight_decay": self.decay, "decay_mask": "all", **self.reference.ours, **self.case}
+        return card.make(**given)
+
+    def _stepper(self, model: Parts) -> tuple[Any, Callable[[Any], None]]:
+        """A new optimizer, and a function that makes one of its steps."""
+        optimizer = self._ours()
+        optimizer.build(model)
+        if self.reference.second_gradient:
+            return optimizer, lambda problem: _perturbed_step(optimizer, problem, model)
+        compiled = problems.stepper(optimizer, model.trainable_variables, "graph")
+        return optimizer, lambda grads: compiled([ops.convert_to_tensor(g, self.dtype) for g in grads])
+
+    def _trained(self, grads: list[Any], injected: dict[str, Any] | None) -> list[Arrays]:
+        """The weights after each step, and those to evaluate at, with the state saved and loaded in the middle."""
+        model = Parts(self.dtype)
+        for variable, value in zip(model.trainable_variables, model.start(), strict=True):
+            variable.assign(value)
+        optimizer, step = self._stepper(model)
+        trajectory = []
+        for i, arrays in enumerate(grads):
+            if i == len(grads) // 2 or (i == 1 and injected):
+                state = problems.state_of(optimizer) | ((injected or {}) if i == 1 else {})
+                optimizer, step = self._stepper(model)
+                optimizer.load_own_variables(state)
+            step(arrays)
+            weights = _values(model)
+            if self.reference.evaluated is not None:
+                optimizer.swap_weights(evaluating=True)
+                weights += _values(model)
+                optimizer.swap_weights(evaluating=False)
+            trajectory.append(weights)
+        return trajectory
+
+
+def _perturbed_step(optimizer: Any, problem: Any, model: Parts) -> None:
+    variables = model.trainable_variables
+    a, b = ([ops.convert_to_tensor(x, model.dtype) for x in each] for each in problem)
+
+    def gradient() -> list[Any]:
+        return [x * y * ops.cos(y * ops.convert_to_tensor(p)) for p, x, y in zip(variables, a, b, strict=True)]
+
+    with optimizer.perturbed(gradient(), variables):
+        second = gradient()
+    optimizer.apply(second, variables)
+
+
+def _values(model: Parts) -> Arrays:
+    return [np.array(ops.convert_to_numpy(v)) for v in model.trainable_variables]
+
+
+def _difference(theirs: np.ndarray, ours: np.ndarray) -> float:
+    return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+
+
+@cache
+def _card(name: str) -> Any:
+    (card,) = (card for card in cards("optimizer", package=None) if card.name == name)
+    return card
+
+
+def comparisons(reference: Reference) -> Iterator[Comparison]:
+    """All runs of a reference: its cases, or those of the card, each without and with decay, in both dtypes."""
+    cases = reference.cases if reference.cases is not None else _card(reference.optimizer).cases
+    for dtype in reference.tolerance:
+        for case in cases:
+            for decay in reference.decays:
+                yield Comparison(reference, case, decay, dtype)
+
+
+def installed(reference: Reference) -> str:
+    """The name of a reference with the version of its package."""
+    module, _, name = reference.implementation.partition(":")
+    distributions = packages_distributions().get(module.partition(".")[0], [module])
+    return f"{module}.{name} {version(distributions[0]).partition('+')[0]}"

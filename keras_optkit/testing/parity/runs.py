@@ -1,0 +1,178 @@
+"""Runs of the references. This file is loaded in a process without TensorFlow and without this package."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+
+
+def usual(
+    implementation: str,
+    arguments: dict[str, Any],
+    start: Arrays,
+    grads: list[Arrays],
+    dtype: str,
+    evaluated: str | None = None,
+) -> tuple[list[Arrays], Any]:
+    """The weights after each step of an optimizer of torch or optax; and nothing, or its weights to evaluate at."""
+    if implementation.startswith("optax"):
+        return optax(implementation, arguments, start, grads, dtype), None
+    return torch(resolve_name(implementation), arguments, start, grads, dtype, evaluated)
+
+
+def torch(
+    kind: Any, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, evaluated: str | None = None
+) -> tuple[list[Arrays], Any]:
+    """The same for a class of torch's."""
+    import torch
+
+    parameters = [torch.nn.Parameter(torch.tensor(p, dtype=getattr(torch, dtype))) for p in start]
+    optimizer = kind(parameters, **arguments)
+    if hasattr(optimizer, "train"):  # of Schedule-Free
+        optimizer.train()
+    weights, evaluated_at = [], []
+    for arrays in grads:
+        for p, g in zip(parameters, arrays, strict=True):
+            p.grad = torch.tensor(g, dtype=p.dtype)  # a new one: some references add the decay to it
+        optimizer.step()
+        weights.append([np.array(p.detach()) for p in parameters])
+        if evaluated is not None:
+            evaluated_at.append([np.array(optimizer.state[p][evaluated]) for p in parameters])
+    return weights, evaluated_at or None
+
+
+def optax(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str
+) -> list[Arrays]:
+    """The same for a function of optax's."""
+    import jax
+    import optax
+
+    jax.config.update("jax_enable_x64", True)
+    optimizer = resolve_name(implementation)(**arguments)
+    parameters = [jax.numpy.asarray(p, dtype) for p in start]
+    state, weights = optimizer.init(parameters), []
+    step = jax.jit(optimizer.update)
+    for arrays in grads:
+        updates, state = step([jax.numpy.asarray(g, dtype) for g in arrays], state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        weights.append([np.asarray(p) for p in parameters])
+    return weights
+
+
+@contextlib.contextmanager
+def without_bfloat16() -> Iterator[None]:
+    """Lets `tensor.bfloat16()` leave the dtype as it is."""
+    import torch
+
+    rounded = torch.Tensor.bfloat16
+    torch.Tensor.bfloat16 = lambda self: self.clone()  # it is changed in place
+    try:
+        yield
+    finally:
+        torch.Tensor.bfloat16 = rounded
+
+
+def exact_muon(implementation: str, *args: Any) -> tuple[list[Arrays], Any]:
+    """Muon without its rounding to bfloat16."""
+    with without_bfloat16():
+        return usual(implementation, *args)
+
+
+def patched(kind: Any, method: str, old: str, new: str) -> Any:
+    """A subclass whose method has another word in its source, which has to be there once."""
+    source = textwrap.dedent(inspect.getsource(getattr(kind, method)))
+    assert source.count(old) == 1, (kind, method, old, source.count(old))
+    found: dict[str, Any] = {}
+    exec(source.replace(old, new), vars(inspect.getmodule(kind)), found)
+    return type(kind.__name__, (kind,), found)
+
+
+def exact_soap(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, *_: Any
+) -> tuple[list[Arrays], Any]:
+    """SOAP with QR in the dtype of the rest; and its first bases, by parameter and axis."""
+    kind = patched(resolve_name(implementation), "get_orthogonal_matrix_qr", "torch.float32", "power_iter.dtype")
+    bases: list[Any] = []
+
+    class Noted(kind):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            done = super().step(closure)
+            if not bases:
+                parameters = self.param_groups[0]["params"]
+                bases.extend([np.array(q) if len(q) else None for q in self.state[p]["Q"]] for p in parameters)
+            return done
+
+    return torch(Noted, arguments, start, grads, dtype)[0], bases
+
+
+def around(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, evaluated: str
+) -> tuple[list[Arrays], Any]:
+    """A class around the optimizer that the argument `inner` names, with its arguments."""
+    import torch as library
+
+    name, inner = arguments.pop("inner")
+
+    def made(parameters: Any, **rest: Any) -> Any:
+        optimizer = resolve_name(name)(parameters, **inner)
+        for p in parameters:  # makes the state; or the wrapper's part of it would be taken for all of it
+            p.grad = library.zeros_like(p)
+        if name.endswith("RMSprop"):
+            optimizer.step()
+        return resolve_name(implementation)(optimizer, **rest)
+
+    return torch(made, arguments, start, grads, dtype, evaluated)
+
+
+def two_gradients(
+    implementation: str,
+    arguments: dict[str, Any],
+    start: Arrays,
+    problem: list[tuple[Arrays, Arrays]],
+    dtype: str,
+    *_: Any,
+) -> tuple[list[Arrays], Any]:
+    """The weights after each step on `sum(a sin(b θ))`, with a and b for each step."""
+    import torch
+    from pytorch_optimizer.optimizer import sam
+
+    def exact_norm(groups: Any, *_: Any, **__: Any) -> Any:
+        squares = [
+            torch.sum(torch.square(p.grad * p.abs() if group["adaptive"] else p.grad))
+            for group in groups
+            for p in group["params"]
+        ]
+        return torch.sum(torch.stack(squares)).reshape(1)
+
+    rounded = sam.get_global_gradient_norm
+    if dtype == "float64":
+        sam.get_global_gradient_norm = exact_norm
+    try:
+        name, inner = arguments.pop("inner")
+        parameters = [torch.nn.Parameter(torch.tensor(value, dtype=getattr(torch, dtype))) for value in start]
+        optimizer = resolve_name(implementation)(parameters, resolve_name(name), **arguments, **inner)
+        weights = []
+        for each in problem:
+            terms = [[torch.tensor(x, dtype=getattr(torch, dtype)) for x in arrays] for arrays in each]
+
+            def closure(terms: Any = terms) -> Any:
+                optimizer.zero_grad()
+                loss = sum(torch.sum(a * torch.sin(b * p)) for p, a, b in zip(parameters, *terms, strict=True))
+                loss.backward()
+                return loss
+
+            closure()
+            optimizer.step(closure)
+            weights.append([np.array(p.detach()) for p in parameters])
+        return weights, None
+    finally:
+        sam.get_global_gradient_norm = rounded
