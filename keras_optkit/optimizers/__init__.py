@@ -20,10 +20,11 @@ from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.sgd import SGD
 from keras_optkit.optimizers.rules.sign import Lion
-from keras_optkit.optimizers.rules.soap import SOAP
+from keras_optkit.optimizers.rules.soap import KLSOAP, SOAP
 from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
+    "KLSOAP",
     "LAMB",
     "SAM",
     "SGD",

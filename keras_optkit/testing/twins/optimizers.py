@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_optkit.testing.twins import muon_family
+from keras_optkit.testing.twins import muon_family, shampoo
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
 Twin = Callable[..., Iterator[Any]]
@@ -326,4 +326,5 @@ TWINS: dict[str, Twin] = {
     "Muon": muon,
     "SOAP": soap,
     **muon_family.TWINS,
+    **shampoo.TWINS,
 }
