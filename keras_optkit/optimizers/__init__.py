@@ -19,6 +19,7 @@ from keras_optkit.optimizers.rules.muon_family import AdaMuon, NorMuon, Scion
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.sgd import SGD
+from keras_optkit.optimizers.rules.shampoo import Shampoo
 from keras_optkit.optimizers.rules.sign import Lion
 from keras_optkit.optimizers.rules.soap import KLSOAP, SOAP
 from keras_optkit.optimizers.slots import shaped, weights_copy
@@ -56,6 +57,7 @@ __all__ = [
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
     "Scion",
+    "Shampoo",
     "Weight",
     "Wrapper",
     "choice",
