@@ -10,6 +10,7 @@ from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, c
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
+from keras_optkit.optimizers.rules.kron import Kron
 from keras_optkit.optimizers.rules.layerwise import LAMB
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
@@ -40,6 +41,7 @@ __all__ = [
     "Explanation",
     "Group",
     "Hyper",
+    "Kron",
     "Lion",
     "Lookahead",
     "LossScale",

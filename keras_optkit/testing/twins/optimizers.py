@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_optkit.testing.twins import muon_family, shampoo
+from keras_optkit.testing.twins import kron, muon_family, shampoo
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
 Twin = Callable[..., Iterator[Any]]
@@ -325,6 +325,7 @@ TWINS: dict[str, Twin] = {
     "Prodigy": prodigy,
     "Muon": muon,
     "SOAP": soap,
+    **kron.TWINS,
     **muon_family.TWINS,
     **shampoo.TWINS,
 }
