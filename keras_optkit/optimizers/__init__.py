@@ -10,7 +10,7 @@ from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, c
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
-from keras_optkit.optimizers.rules.layerwise import LAMB
+from keras_optkit.optimizers.rules.layerwise import LAMB, LARS, NovoGrad
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
@@ -24,6 +24,7 @@ from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
     "LAMB",
+    "LARS",
     "SAM",
     "SGD",
     "SOAP",
@@ -42,6 +43,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "Nonfinite",
+    "NovoGrad",
     "Optimizer",
     "Prodigy",
     "RAdam",

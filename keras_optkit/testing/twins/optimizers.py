@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_optkit.testing.twins import layerwise
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
 Twin = Callable[..., Iterator[Any]]
@@ -324,4 +325,5 @@ TWINS: dict[str, Twin] = {
     "Prodigy": prodigy,
     "Muon": muon,
     "SOAP": soap,
+    **layerwise.TWINS,
 }
