@@ -13,7 +13,7 @@ from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
 from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
 from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
 from keras_optkit.optimizers.rules.kron import Kron
-from keras_optkit.optimizers.rules.layerwise import LAMB
+from keras_optkit.optimizers.rules.layerwise import LAMB, LARS, NovoGrad
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
@@ -35,6 +35,7 @@ __all__ = [
     "ADOPT",
     "KLSOAP",
     "LAMB",
+    "LARS",
     "MADGRAD",
     "MARS",
     "SAM",
@@ -66,6 +67,7 @@ __all__ = [
     "NAdam",
     "Nonfinite",
     "NorMuon",
+    "NovoGrad",
     "Optimizer",
     "Prodigy",
     "ProximalAdagrad",

@@ -16,6 +16,7 @@ from keras_optkit.testing.twins import (
     classic,
     dual_averaging,
     kron,
+    layerwise,
     mixed_momentum,
     muon_family,
     projected,
@@ -346,4 +347,5 @@ TWINS: dict[str, Twin] = {
     **kron.TWINS,
     **muon_family.TWINS,
     **shampoo.TWINS,
+    **layerwise.TWINS,
 }
