@@ -1,6 +1,7 @@
 """Each optimizer against its reference: a share here, all of it by `python -m keras_optkit.testing.parity`."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,13 @@ def test_the_command_prints_a_table_and_writes_it(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(sys, "argv", ["parity", "AdaBelief", "--markdown", str(tmp_path / "parity.md")])
     assert main() == 0
     assert "1 passed, 0 failed" in capsys.readouterr().out
-    head, _, line = (tmp_path / "parity.md").read_text().splitlines()
+    head, _, line = [line for line in (tmp_path / "parity.md").read_text().splitlines() if line.startswith("|")]
     assert head.startswith("| optimizer | reference | steps |")
     assert line.startswith("| AdaBelief | optax.adabelief 0.")
+
+
+def test_the_page_has_every_reference():
+    page = (Path(__file__).parent.parent / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| ")]
+    listed = [(name.lstrip("| "), theirs.rpartition(" ")[0]) for name, theirs in rows if theirs != "reference"]
+    assert listed == [(each.optimizer, each.implementation.replace(":", ".")) for each in REFERENCES]

@@ -1,14 +1,12 @@
 """Optimizers that look at whole parameters: what is theirs alone. (test_parity.py compares them with others.)"""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
+from every_optimizer import continued, network, recurrent, transformer
 from keras import layers, ops
 
 import keras_optkit as ok
-from keras_optkit.private import op_determinism
 from keras_optkit.testing import problems
 from keras_optkit.testing.parity.problem import Parts
 
@@ -37,31 +35,6 @@ def error(got, expected):
 
 
 # -- which parameters ------------------------------------------------------------------------------------------------
-
-
-def transformer():
-    tokens = keras.Input((6,), dtype="int32")
-    x = layers.Embedding(11, 8, name="embedding")(tokens)
-    x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    x = layers.LayerNormalization(name="norm")(x)
-    x = layers.Dense(12, activation="relu", name="dense")(x)
-    x = layers.GlobalAveragePooling1D()(x)
-    return keras.Model(tokens, layers.Dense(3, name="head")(x))
-
-
-def network():
-    image = keras.Input((8, 8, 3))
-    x = layers.Conv2D(6, 3, activation="relu", name="conv")(image)
-    x = layers.BatchNormalization(name="norm")(x)
-    x = layers.DepthwiseConv2D(3, name="depthwise")(x)
-    x = layers.Conv2DTranspose(4, 3, name="transposed")(x)
-    x = layers.Conv2D(4, 3, groups=2, name="grouped")(x)
-    x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(image, layers.Dense(3, name="head")(x))
-
-
-def recurrent():
-    return keras.Sequential([keras.Input((5, 4)), layers.LSTM(6, name="lstm"), layers.Dense(3, name="head")])
 
 
 def rules_of(optimizer, model):
@@ -211,17 +184,6 @@ def test_lookahead_with_a_step_of_1_is_the_inner_optimizer(name):
 # -- in `fit` ---------------------------------------------------------------------------------------------------------
 
 
-def problem(make, seed=0):
-    """Inputs and classes that a small model can learn."""
-    rng = np.random.default_rng(seed)
-    if make is transformer:
-        x = rng.integers(0, 11, (96, 6)).astype("int32")
-        return x, np.argmax([np.sum(x == n, axis=1) + 0.1 * n for n in range(3)], axis=0)
-    shape = (8, 8, 3) if make is network else (5, 4)
-    x = rng.normal(size=(96, *shape)).astype("float32")
-    return x, np.argmax(np.mean(x, axis=tuple(range(1, x.ndim - 1)))[:, :3], axis=1)
-
-
 MADE = {
     "Muon": lambda: ok.optimizers.Muon(0.01),
     "SOAP": lambda: ok.optimizers.SOAP(0.01, precondition_frequency=5),
@@ -236,20 +198,6 @@ MADE = {
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("make", [network, transformer, recurrent])
 @pytest.mark.parametrize("name", list(MADE))
-def test_it_trains_and_continues_bitwise_from_a_file(name, make, jit_compile, tmp_path):
-    x, y = problem(make)
-    with contextlib.nullcontext() if jit_compile else op_determinism():  # Keras refuses XLA with it
-        keras.utils.set_random_seed(0)
-        model = make()
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(MADE[name](), loss=loss, jit_compile=jit_compile)
-        how = {"batch_size": 16, "shuffle": False, "verbose": 0}
-        first = model.fit(x, y, epochs=10, **how).history["loss"]
-        model.save(tmp_path / "model.keras")
-        last = model.fit(x, y, epochs=10, **how).history["loss"]
-        assert last[-1] < 0.8 * first[0]
-        loaded = keras.models.load_model(tmp_path / "model.keras")
-        loaded.compile(loaded.optimizer, loss=loss, jit_compile=jit_compile)
-        assert loaded.fit(x, y, epochs=10, **how).history["loss"] == last
-        for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
+def test_it_trains_and_continues_bitwise_from_a_file(name, make, jit_compile):
+    first, last = continued(MADE[name](), make, jit_compile, 96, 10)
+    assert last[-1] < 0.8 * first[0]

@@ -12,25 +12,30 @@ from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RA
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
 from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
 from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
-from keras_optkit.optimizers.rules.layerwise import LAMB
+from keras_optkit.optimizers.rules.kron import Kron
+from keras_optkit.optimizers.rules.layerwise import LAMB, LARS, NovoGrad
 from keras_optkit.optimizers.rules.lookahead import Lookahead
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
 from keras_optkit.optimizers.rules.mixed_momentum import MARS, AdEMAMix
 from keras_optkit.optimizers.rules.muon import Muon
+from keras_optkit.optimizers.rules.muon_family import AdaMuon, NorMuon, Scion
 from keras_optkit.optimizers.rules.projected import SGDP, AdamP
 from keras_optkit.optimizers.rules.proximal import ConditionalGradient, ProximalAdagrad
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
 from keras_optkit.optimizers.rules.sgd import SGD
+from keras_optkit.optimizers.rules.shampoo import Shampoo
 from keras_optkit.optimizers.rules.sign import Lion, Signum
-from keras_optkit.optimizers.rules.soap import SOAP
+from keras_optkit.optimizers.rules.soap import KLSOAP, SOAP
 from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
     "ADOPT",
+    "KLSOAP",
     "LAMB",
+    "LARS",
     "MADGRAD",
     "MARS",
     "SAM",
@@ -39,6 +44,7 @@ __all__ = [
     "SOAP",
     "AdEMAMix",
     "AdaBelief",
+    "AdaMuon",
     "Adadelta",
     "Adafactor",
     "Adagrad",
@@ -52,6 +58,7 @@ __all__ = [
     "Ftrl",
     "Group",
     "Hyper",
+    "Kron",
     "LaProp",
     "Lion",
     "Lookahead",
@@ -59,6 +66,8 @@ __all__ = [
     "Muon",
     "NAdam",
     "Nonfinite",
+    "NorMuon",
+    "NovoGrad",
     "Optimizer",
     "Prodigy",
     "ProximalAdagrad",
@@ -70,6 +79,8 @@ __all__ = [
     "ScheduleFree",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "Scion",
+    "Shampoo",
     "Signum",
     "StableAdamW",
     "Weight",

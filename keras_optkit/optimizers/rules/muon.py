@@ -76,6 +76,17 @@ def orthogonalized(x: Tensor, coefficients: Sequence[Polynomial], epsilon: Any, 
     return ops.transpose(x, (0, 2, 1)) if tall else x
 
 
+def warn_of_unknown_output(rule: Rule, treated: str, option: str) -> None:
+    """Warns that the kernel of the last layer is not treated in the way that an option of the rule asks for."""
+    name = type(rule).__name__.removesuffix("Rule")
+    warnings.warn(
+        f"{name} does not know the model, and so neither its last layer, whose kernel {treated} ({option}=True), nor "
+        "what kernels are for their layers. Call optimizer.build(model) before the first step, or give "
+        f"{option}=False.",
+        stacklevel=3,
+    )
+
+
 def _patterns() -> Any:
     def check(name: str, value: Any) -> tuple[str, ...] | None:
         patterns = checked_patterns(name, value)
@@ -109,12 +120,7 @@ class MuonRule(Rule):
     def route(self, w: Weight) -> str:
         named = any(re.search(pattern, path) for pattern in self.exclude_layers or () for path in w.paths)
         if w.role == KERNEL and w.output is None and self.exclude_output:
-            warnings.warn(
-                "Muon does not know the model, and so neither its last layer, whose kernel is to be trained by AdamW "
-                "(exclude_output=True), nor what kernels are for their layers. Call optimizer.build(model) before the "
-                "first step, or give exclude_output=False.",
-                stacklevel=2,
-            )
+            warn_of_unknown_output(self, "is to be trained by AdamW", "exclude_output")
         table = w.role == TABLE and not self.exclude_embeddings
         matrix = table or (w.role == KERNEL and not (w.output and self.exclude_output))
         return "" if matrix and not named else "adam"
@@ -122,18 +128,29 @@ class MuonRule(Rule):
     def slots(self, w: Weight) -> dict[str, float]:
         return {"m": 0.0}
 
-    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+    def looked_ahead(self, u: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Tensor]:
+        """The momentum to orthogonalize, and the one to keep."""
         gamma = h(self.momentum)
         m = gamma * slots["m"] + (1 - gamma) * u
-        x = gamma * m + (1 - gamma) * u if self.nesterov else m
-        matrices = as_matrices(x, h.kernel)
-        _, rows, columns = matrices.shape
+        return (gamma * m + (1 - gamma) * u if self.nesterov else m), m
+
+    def orthogonal(self, x: Tensor, h: Hyper) -> Tensor:
+        """X as orthogonalized matrices."""
         margin = SAFETY if self.coefficients == "polar_express" else 1.0
-        done = orthogonalized(matrices, polynomials(self.coefficients, self.ns_steps), h(self.epsilon), margin)
-        scale = (
-            0.2 * max(rows, columns) ** 0.5 if self.scaling == "moonlight" else max(1, columns / max(rows, 1)) ** 0.5
-        )
+        steps = polynomials(self.coefficients, self.ns_steps)
+        return orthogonalized(as_matrices(x, h.kernel), steps, h(self.epsilon), margin)
+
+    def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
+        x, m = self.looked_ahead(u, slots, h)
+        done = self.orthogonal(x, h)
+        _, rows, columns = done.shape
+        scale = 0.2 * max(rows, columns) ** 0.5 if self.scaling == "moonlight" else widening(rows, columns)
         return h.learning_rate * scale * from_matrices(done, x.shape, h.kernel), {"m": m}
+
+
+def widening(rows: int, columns: int) -> float:
+    """Keller Jordan's factor for the shape of a matrix from inputs to outputs: √max(1, outputs / inputs)."""
+    return max(1, columns / max(rows, 1)) ** 0.5
 
 
 @register(

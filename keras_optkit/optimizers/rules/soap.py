@@ -72,13 +72,12 @@ class SOAPRule(SOAPVectorRule):
         return {"m": 0.0, "v": 0.0, **squares}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-        beta = h(self.beta_2 if self.shampoo_beta is None else self.shampoo_beta)
         axes = [i for i in range(len(u.shape) - 1) if f"gram_{i}" in slots]
         old = {i: slots[f"basis_{i}"] for i in axes}
         m = h(self.beta_1) * slots["m"] + (1 - h(self.beta_1)) * u
-        v = h(self.beta_2) * slots["v"] + (1 - h(self.beta_2)) * ops.square(_turned(u, old, back=False))
-        adam = _turned(_turned(m, old, back=False) / (ops.sqrt(v) + h(self.epsilon)), old, back=True)
-        grams = {i: beta * slots[f"gram_{i}"] + (1 - beta) * _gram(u, i) for i in axes}
+        v = h(self.beta_2) * slots["v"] + (1 - h(self.beta_2)) * ops.square(turned(u, old, back=False))
+        adam = turned(turned(m, old, back=False) / (ops.sqrt(v) + h(self.epsilon)), old, back=True)
+        grams = self.grams(u, {i: slots[f"gram_{i}"] for i in axes}, old, h)
         new_v, bases = h.every(self.precondition_frequency, lambda: _iterated(v, grams, old), lambda: (v, old), at=1)
         first = ops.any(h.first)
         begun = ops.cond(first, lambda: self.begun(grams), lambda: dict(old))
@@ -88,11 +87,40 @@ class SOAPRule(SOAPVectorRule):
             new |= {f"gram_{i}": grams[i], f"basis_{i}": ops.where(fresh, begun[i], bases[i])}
         return self.step(adam, p, h), new
 
+    def gram_beta(self) -> Value:
+        """The decay β of the means L."""
+        return self.beta_2 if self.shampoo_beta is None else self.shampoo_beta
+
+    def grams(self, u: Tensor, grams: dict[int, Tensor], bases: dict[int, Tensor], h: Hyper) -> dict[int, Tensor]:
+        """The means L with this gradient."""
+        beta = h(self.gram_beta())
+        return {i: beta * gram + (1 - beta) * gram_along(u, i) for i, gram in grams.items()}
+
     def begun(self, grams: dict[int, Tensor]) -> dict[int, Tensor]:
         """The first bases."""
         if self.initial_basis == "identity":
             return {i: ops.broadcast_to(ops.eye(g.shape[-1], dtype=g.dtype), g.shape) for i, g in grams.items()}
         return {i: ops.flip(ops.eigh(g)[1], axis=-1) for i, g in grams.items()}  # largest eigenvalues first
+
+
+@dataclass(frozen=True)
+class KLSOAPRule(SOAPRule):
+    """The same with `L ← (1 - w) L + w g Λ⁻¹ gᵀ / d` by axis, Λ and d those of the other axes, and w without a bias."""
+
+    def grams(self, u: Tensor, grams: dict[int, Tensor], bases: dict[int, Tensor], h: Hyper) -> dict[int, Tensor]:
+        roots = {}
+        for i, gram in grams.items():
+            values = ops.maximum(ops.sum(bases[i] * ops.matmul(gram, bases[i]), axis=1), h(self.epsilon))
+            along = (values.shape[0], *[1] * i, -1, *[1] * (len(u.shape) - 2 - i))
+            roots[i] = ops.reshape(ops.sqrt(max(1, values.shape[1]) * values), along)
+        weight = (1 - h(self.gram_beta())) / h.bias_correction(self.gram_beta())
+        new = {}
+        for i, gram in grams.items():
+            others = turned(u, {j: basis for j, basis in bases.items() if j != i}, back=False)
+            for j in roots:
+                others = others / roots[j] if j != i else others
+            new[i] = gram + weight * (gram_along(ops.where(h.first, u, others), i) - gram)
+        return new
 
 
 def _by_axis(x: Tensor, axis: int) -> Tensor:
@@ -101,13 +129,14 @@ def _by_axis(x: Tensor, axis: int) -> Tensor:
     return ops.reshape(moved, (*moved.shape[:2], math.prod(moved.shape[2:])))
 
 
-def _gram(x: Tensor, axis: int) -> Tensor:
+def gram_along(x: Tensor, axis: int) -> Tensor:
+    """The products `xᵢ xᵢᵀ` of each parameter, in which xᵢ has one row for each place along an axis."""
     rows = _by_axis(x, axis)
     return ops.matmul(rows, ops.transpose(rows, (0, 2, 1)))
 
 
-def _turned(x: Tensor, bases: dict[int, Tensor], *, back: bool) -> Tensor:
-    """X in the bases of its axes, or back from there."""
+def turned(x: Tensor, bases: dict[int, Tensor], *, back: bool) -> Tensor:
+    """X times a matrix along each of its axes: `Qᵀ x`, x in the bases Q of its axes, or `Q x`, back from there."""
     for axis, basis in bases.items():
         shape = ops.moveaxis(x, axis + 1, 1).shape
         turned = ops.matmul(basis if back else ops.transpose(basis, (0, 2, 1)), _by_axis(x, axis))
@@ -214,6 +243,93 @@ class SOAP(Optimizer):
         **common: Any,
     ):
         rule = SOAPRule(
+            beta_1, beta_2, epsilon, shampoo_beta, precondition_frequency, max_precondition_dim, initial_basis
+        )
+        super().__init__(learning_rate, rule, weight_decay=weight_decay, **common)
+
+
+@register(
+    "optimizer",
+    paper="Lin, Lowe, Dangel, Eschenhagen, Xu and Grosse, arXiv 2509.03378, figure 3 (KL-SOAP)",
+    parity="heavyball.KLSOAP, without the shift of its QR",
+    cases=(
+        {"learning_rate": 0.01, "max_precondition_dim": 3, "initial_basis": "identity"},
+        {
+            "learning_rate": 0.01,
+            "beta_1": 0.9,
+            "beta_2": 0.8,
+            "shampoo_beta": 0.7,
+            "epsilon": 1e-10,
+            "precondition_frequency": 3,
+            "max_precondition_dim": 4,
+            "initial_basis": "identity",
+        },
+    ),
+    space={
+        "learning_rate": Float(1e-4, 1e-1, log=True),
+        "precondition_frequency": Choice([1, 10, 50]),
+        "weight_decay": Float(1e-4, 1e-1, log=True),
+    },
+)
+class KLSOAP(Optimizer):
+    """KL-SOAP: SOAP with the bases of a covariance of Kronecker form that is nearest by the KL divergence.
+
+    ```text
+    for each axis i of a kernel:   Lᵢ ← (1 - w) Lᵢ + w gᵢ (⊗ 1 / (dⱼ λⱼ)) gᵢᵀ      j: all other axes, g in their bases
+                                   λᵢ = diag(Qᵢᵀ Lᵢ Qᵢ), at least ε                w = (1 - β) / (1 - βᵗ)
+    ```
+
+    All else is as in `SOAP`, which has Lᵢ ← β Lᵢ + (1 - β) gᵢ gᵢᵀ: what a gradient adds along one axis counts less
+    where the other axes have large gradients anyway. dⱼ is the length of axis j. As in the reference, the first Lᵢ is
+    gᵢ gᵢᵀ, and λ is that of the present L and Q; the paper also has a running mean of it. The reference takes
+    this sum for matrices only and SOAP's for kernels with more axes; here these have the paper's form for tensors.
+    Weight decay is taken after the step. State: that of `SOAP`.
+
+    The first bases are as little reproducible as those of SOAP, and λ of a first gradient that does not have full rank
+    is ε: `initial_basis="identity"` has neither.
+
+    When not to use it: where `SOAP` is too slow already; it adds products with Q in every update.
+
+    Args:
+        learning_rate: η >= 0, or a schedule of the update count.
+        beta_1: β₁ in [0, 1), or a schedule.
+        beta_2: β₂ in [0, 1), or a schedule.
+        shampoo_beta: β in [0, 1), or a schedule; None for β₂.
+        epsilon: ε > 0, or a schedule: that of Adam, and the least λ.
+        precondition_frequency: n >= 1.
+        max_precondition_dim: Axes with more elements than this keep their own basis, and have no λ.
+        initial_basis: `"gradient"`, the eigenvectors of the first L, or `"identity"`.
+        weight_decay: λ >= 0, a schedule, or None.
+        **common: The keywords of every optimizer; see `keras_optkit.optimizers.Optimizer`.
+
+    Raises:
+        TypeError: For an unknown keyword or a value of a wrong type.
+        ValueError: For a value out of range.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(1)])
+    model.compile(optimizer=ok.optimizers.KLSOAP(3e-3, max_precondition_dim=2048), loss="mse")
+    ```
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | Schedule = 0.003,
+        beta_1: float | Schedule = 0.95,
+        beta_2: float | Schedule = 0.95,
+        shampoo_beta: float | Schedule | None = None,
+        epsilon: float | Schedule = 1e-8,
+        precondition_frequency: int = 10,
+        max_precondition_dim: int = 10000,
+        initial_basis: str = "gradient",
+        weight_decay: float | Schedule | None = 0.01,
+        **common: Any,
+    ):
+        rule = KLSOAPRule(
             beta_1, beta_2, epsilon, shampoo_beta, precondition_frequency, max_precondition_dim, initial_basis
         )
         super().__init__(learning_rate, rule, weight_decay=weight_decay, **common)

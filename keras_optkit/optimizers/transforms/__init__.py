@@ -3,6 +3,7 @@
 from keras_optkit.optimizers.transforms.cautious import CautiousDecay, CautiousUpdate
 from keras_optkit.optimizers.transforms.centralize import Centralize
 from keras_optkit.optimizers.transforms.clipping import AdaptiveClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
+from keras_optkit.optimizers.transforms.hyperball import Hyperball
 from keras_optkit.optimizers.transforms.transform import Transform, unit_axes
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ClipByGlobalNorm",
     "ClipByNorm",
     "ClipByValue",
+    "Hyperball",
     "Transform",
     "unit_axes",
 ]

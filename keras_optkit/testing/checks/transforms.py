@@ -53,7 +53,7 @@ def in_optimizer(card: Card) -> Card:
             there = [i for i, g in enumerate(step) if g is not None]
             some, decays = [ps[i] for i in there], [learning_rate * weight_decay[i] for i in there]
             given = [step[i] for i in there]
-            told = Told([weight[i] for i in there], given, decays)
+            told = Told([weight[i] for i in there], given, decays, learning_rate)
             if kind.changes == "gradient":
                 given = change(given, some, told, **arguments)
             for i, g in zip(there, given, strict=True):

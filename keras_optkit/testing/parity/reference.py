@@ -42,7 +42,7 @@ class Reference:
 
     optimizer: str
     implementation: str
-    arguments: Mapping[str, str | tuple[str, ...] | Callable[[Mapping[str, Any]], Any]]
+    arguments: Mapping[str, Any]
     theirs: Mapping[str, Any] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] | None = None

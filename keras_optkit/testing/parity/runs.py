@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import inspect
 import os
 import pickle
@@ -110,15 +111,15 @@ def exact_soap(
     kind = patched(resolve_name(implementation), "get_orthogonal_matrix_qr", "torch.float32", "power_iter.dtype")
     bases: list[Any] = []
 
-    class Noted(kind):  # type: ignore[misc]
-        def step(self, closure: Any = None) -> Any:
-            done = super().step(closure)
-            if not bases:
-                parameters = self.param_groups[0]["params"]
-                bases.extend([np.array(q) if len(q) else None for q in self.state[p]["Q"]] for p in parameters)
-            return done
+    def step(self: Any, closure: Any = None) -> Any:
+        done = kind.step(self, closure)
+        if not bases:
+            parameters = self.param_groups[0]["params"]
+            bases.extend([np.array(q) if len(q) else None for q in self.state[p]["Q"]] for p in parameters)
+        return done
 
-    return torch(Noted, arguments, start, grads, dtype)[0], bases
+    noted = type(kind.__name__, (kind,), {"step": step})
+    return torch(noted, arguments, start, grads, dtype)[0], bases
 
 
 def around(
@@ -150,7 +151,8 @@ def two_gradients(
 ) -> tuple[list[Arrays], Any]:
     """The weights after each step on `sum(a sin(b θ))`, with a and b for each step."""
     import torch
-    from pytorch_optimizer.optimizer import sam
+
+    sam: Any = importlib.import_module("pytorch_optimizer.optimizer.sam")
 
     def exact_norm(groups: Any, *_: Any, **__: Any) -> Any:
         squares = [

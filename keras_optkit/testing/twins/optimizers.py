@@ -15,10 +15,14 @@ import numpy as np
 from keras_optkit.testing.twins import (
     classic,
     dual_averaging,
+    kron,
+    layerwise,
     mixed_momentum,
+    muon_family,
     projected,
     proximal,
     second_moment,
+    shampoo,
     sign,
 )
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
@@ -340,4 +344,8 @@ TWINS: dict[str, Twin] = {
     **proximal.TWINS,
     **second_moment.TWINS,
     **sign.TWINS,
+    **kron.TWINS,
+    **muon_family.TWINS,
+    **shampoo.TWINS,
+    **layerwise.TWINS,
 }

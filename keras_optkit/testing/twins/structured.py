@@ -206,8 +206,9 @@ def soap(
     max_precondition_dim: int = 10000,
     initial_basis: str = "identity",
     weight_decay: float = 0.0,
+    kl: bool = False,
 ) -> Iterator[Array]:
-    """SOAP, from the identity."""
+    """SOAP, from the identity; with `kl`, KL-SOAP."""
     assert initial_basis == "identity"
     beta = beta_2 if shampoo_beta is None else shampoo_beta
     axes = [] if weight.role == "vector" else [i for i, d in enumerate(p.shape) if d <= max_precondition_dim]
@@ -217,6 +218,22 @@ def soap(
 
     def along(x: Array, axis: int, matrix: Array) -> Array:
         return np.moveaxis(np.tensordot(matrix, x, (1, axis)), 0, axis)
+
+    def kl_grams(g: Array, t: int) -> dict[int, Array]:
+        new, w = {}, (1 - beta) / (1 - beta ** (t + 1))
+        for i in axes:
+            x = np.moveaxis(g, i, 0)
+            inverses = [np.eye(d) for d in x.shape[1:]]
+            for j in axes:
+                if j != i and not first:
+                    values = np.maximum(np.diag(basis[j].T @ gram[j] @ basis[j]), epsilon)
+                    inverses[j - (j > i)] = basis[j] @ np.diag(1 / (p.shape[j] * values)) @ basis[j].T
+            scaled = x
+            for place, inverse in enumerate(inverses, 1):
+                scaled = along(scaled, place, inverse)
+            others = list(range(1, p.ndim))
+            new[i] = (1 - w) * gram[i] + w * np.tensordot(x, scaled, (others, others))
+        return new
 
     first = True
     for t, g in enumerate(grads):
@@ -237,9 +254,11 @@ def soap(
                 step = along(step, i, basis[i])
             p = p - learning_rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t) * step
             p = p - learning_rate * weight_decay * p
+        gram |= kl_grams(g, t) if kl else {}
         for i in axes:
             others = [j for j in range(p.ndim) if j != i]
-            gram[i] = beta * gram[i] + (1 - beta) * np.tensordot(g, g, (others, others))
+            if not kl:
+                gram[i] = beta * gram[i] + (1 - beta) * np.tensordot(g, g, (others, others))
             if not first and t % precondition_frequency == 0:
                 product = gram[i] @ basis[i]
                 order = np.argsort(-np.sum(basis[i] * product, 0), kind="stable")

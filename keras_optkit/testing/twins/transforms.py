@@ -25,11 +25,13 @@ class Told(NamedTuple):
         weights: What each parameter is for its layer.
         gradients: For steps, the gradients that the rule was handed.
         decays: For each parameter its decay, times the learning rate.
+        learning_rate: The learning rate.
     """
 
     weights: list[Weight]
     gradients: Arrays
     decays: list[float]
+    learning_rate: float = 0.0
 
 
 Twin = Callable[..., Arrays]
@@ -86,6 +88,21 @@ def cautious_decay(u: Arrays, p: Arrays, told: Told) -> Arrays:
     return [x + decay * w * (x * w >= 0) for x, w, decay in zip(u, p, told.decays, strict=True)]
 
 
+def hyperball(u: Arrays, p: Arrays, told: Told) -> Arrays:
+    """The steps to the point of each kernel's sphere, in the direction of the rule's step."""
+    steps = []
+    for x, w, weight, decay in zip(u, p, told.weights, told.decays, strict=True):
+        radius, length = np.linalg.norm(np.ravel(w)), np.linalg.norm(np.ravel(x))
+        if weight.role != KERNEL:
+            steps.append(x + decay * w)
+        elif not radius or not length:
+            steps.append(x)
+        else:
+            moved = w - told.learning_rate * radius * x / length
+            steps.append(w - radius * moved / np.linalg.norm(np.ravel(moved)))
+    return steps
+
+
 TWINS: dict[str, Twin] = {
     "AdaptiveClip": adaptive_clip,
     "CautiousDecay": cautious_decay,
@@ -94,4 +111,5 @@ TWINS: dict[str, Twin] = {
     "ClipByGlobalNorm": clip_by_global_norm,
     "ClipByNorm": clip_by_norm,
     "ClipByValue": clip_by_value,
+    "Hyperball": hyperball,
 }

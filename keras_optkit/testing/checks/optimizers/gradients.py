@@ -124,7 +124,7 @@ def _rule_keeps_dtype(optimizer: Optimizer, dtype: str) -> None:
         if isinstance(initial, FromWeights):
             slots[name] = initial.function(p)
         else:
-            slots[name] = ops.full((1, *(initial.shape or (2, 3))), initial.value, dtype)
+            slots[name] = ops.full((1, *((2, 3) if initial.shape is None else initial.shape)), initial.value, dtype)
     scalars = {name: ops.convert_to_tensor(value, dtype) for name, value in rule.scalars().items()}
     h = Hyper(
         ops.convert_to_tensor(3),
