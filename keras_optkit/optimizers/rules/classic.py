@@ -226,8 +226,8 @@ class Ftrl(Optimizer):
 
     with p = `-learning_rate_power`, 1/2 by default. n and z have the shape of θ; n starts at
     `initial_accumulator_value`, z at 0. Arguments and defaults are Keras's, but for the rate, which is 0.1 instead of
-    0.001: with its steps of η g / √n, the latter hardly trains. The paper has p = 1/2, λ₂ / 2 for λ₂, and n started at
-    0.
+    0.001: with its steps of η g / √n, the latter hardly trains. The paper has p = 1/2, λ₂ instead of 2 λ₂, and n
+    started at 0.
 
     **The first update forgets the weights**, but for the share 1 - (n / n')ᵖ, as z starts at 0: the method is for
     linear models, whose weights start at 0. With `initial_accumulator_value=0` nothing is forgotten; then elements

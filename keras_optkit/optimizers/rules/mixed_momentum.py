@@ -57,7 +57,7 @@ def _memory(beta: Any, declared: Value) -> Any:
 
 @register(
     "optimizer",
-    paper="Pagliardini, Ablin and Grangier, arXiv 2409.03137, algorithm 1 and its schedulers, eq. 3 and after",
+    paper="Pagliardini, Ablin and Grangier, arXiv 2409.03137, algorithm 1 with its schedulers of alpha and beta_3",
     parity="pytorch_optimizer.AdEMAMix; optax.contrib.ademamix (without warm-up)",
     cases=(
         {"learning_rate": 0.01},

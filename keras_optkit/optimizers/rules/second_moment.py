@@ -214,7 +214,7 @@ class ADOPTRule(Rule):
 @register(
     "optimizer",
     paper="Taniguchi, Harada, Minegishi, Oshima, Jeong, Nagahara, Iiyama, Suzuki, Iwasawa and Matsuo, arXiv "
-    "2411.02853, algorithm 2, with clipping",
+    "2411.02853, ADOPT with clipping",
     parity="optax.contrib.adopt",
     cases=(
         {"learning_rate": 0.01},
@@ -238,7 +238,7 @@ class ADOPT(Optimizer):
 
     m and v have the shape of θ; a parameter's first gradient becomes v, and moves and decays nothing. So there is no
     bias correction. t counts the optimizer's updates. The clipping, with κ = 1/4, keeps early steps short, where v is a
-    single gradient; `clip_exponent=None` is the paper's algorithm 2 without it.
+    single gradient; `clip_exponent=None` is the algorithm without it.
 
     When not to use it: for very few updates, of which the first is lost and those after it are clipped. With β₂ as low
     as Adam's, v is noisy.
