@@ -53,7 +53,7 @@ class MADGRAD(Optimizer):
 
     θ₀ is the initial value of θ, s and ν start at 0; all three have the shape of θ: one and a half times Adam's state.
     Later gradients have more weight, and a cube root replaces the square root of Adagrad. Weight decay is an L2 term in
-    the gradient, g + λ θ, as in the authors' code: θ is recomputed from θ₀, so that decay of θ alone would be forgotten.
+    the gradient, g + λ θ, as in the authors' code: θ is recomputed from θ₀, which forgets a decay of θ alone.
     Their code adds ε to the rate, too; here it is η. As θ approaches z, it moves for some updates after η has become 0.
 
     When not to use it: with the decay that is right for Adam or SGD; it needs less, often none. To fine-tune, where a
