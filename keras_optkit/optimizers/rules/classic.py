@@ -170,7 +170,7 @@ class FtrlRule(Rule):
     elementwise = True
     handles_decay = True
     learning_rate_power: Value = number(-0.5, float("-inf"), 0)
-    initial_accumulator_value: float = number(0.1, fixed=True)
+    initial_accumulator_value: float = number(0.0, fixed=True)
     l1_regularization_strength: Value = number(0.0)
     l2_regularization_strength: Value = number(0.0)
     l2_shrinkage_regularization_strength: Value = number(0.0)
@@ -225,17 +225,17 @@ class Ftrl(Optimizer):
     ```
 
     with p = `-learning_rate_power`, 1/2 by default. n and z have the shape of θ; n starts at
-    `initial_accumulator_value`, z at 0. Arguments and defaults are Keras's, but for the rate, which is 0.1 instead of
-    0.001: with its steps of η g / √n, the latter hardly trains. The paper has p = 1/2, λ₂ instead of 2 λ₂, and n
-    started at 0.
+    `initial_accumulator_value`, z at 0. Arguments are Keras's, and so are the defaults but for two: n starts at 0, as
+    in the paper, where Keras has 0.1, and the rate is 0.1, where Keras's 0.001, for steps of η g / √n, hardly trains.
+    The paper has p = 1/2, and λ₂ instead of 2 λ₂.
 
-    **The first update forgets the weights**, but for the share 1 - (n / n')ᵖ, as z starts at 0: the method is for
-    linear models, whose weights start at 0. With `initial_accumulator_value=0` nothing is forgotten; then elements
-    without a gradient so far stay as they are. In updates with a rate of 0, nothing changes. `weight_decay` shrinks the
-    θ on the right, as in Keras, which has a lasting effect only through z; take λ₂ or s instead.
+    **With a larger start of n, the first update forgets the weights**, but for the share 1 - (n / n')ᵖ: as z starts at
+    0, the method then takes them to have been 0. That is right for linear models, and fatal for deep ones. With a start
+    at 0, elements without a gradient so far stay as they are. In updates with a rate of 0, nothing changes.
+    `weight_decay` shrinks the θ on the right, as in Keras, which has a lasting effect only through z; take λ₂ or s
+    instead.
 
-    When not to use it: for deep networks, for which `AdamW` is better and the forgotten initialization is a loss. Use
-    it for wide linear models with sparse features.
+    When not to use it: for deep networks, for which `AdamW` is better. It is for wide linear models of sparse features.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count.
@@ -266,7 +266,7 @@ class Ftrl(Optimizer):
         self,
         learning_rate: float | Schedule = 0.1,
         learning_rate_power: float | Schedule = -0.5,
-        initial_accumulator_value: float = 0.1,
+        initial_accumulator_value: float = 0.0,
         l1_regularization_strength: float | Schedule = 0.0,
         l2_regularization_strength: float | Schedule = 0.0,
         l2_shrinkage_regularization_strength: float | Schedule = 0.0,

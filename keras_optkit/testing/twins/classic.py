@@ -52,7 +52,7 @@ def ftrl(
     grads: Grads,
     learning_rate: float = 0.1,
     learning_rate_power: float = -0.5,
-    initial_accumulator_value: float = 0.1,
+    initial_accumulator_value: float = 0.0,
     l1_regularization_strength: float = 0.0,
     l2_regularization_strength: float = 0.0,
     l2_shrinkage_regularization_strength: float = 0.0,
