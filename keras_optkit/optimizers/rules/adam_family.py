@@ -149,7 +149,7 @@ class RAdamRule(Rule):
         beta = h.exact(self.beta_2)
         half = -(ops.log(beta) if is_dynamic(self.beta_2) else math.log(beta)) / 2
         unit = half * ops.ones_like(h.step)  # ops.cast would take a Python number through float32
-        limit = 1 / ops.tanh(unit)
+        limit = _coth(unit)
         length = ops.minimum(h.step + (_above(unit) - _above(h.step * half)) / half, limit)
         known = length > 5
         safe = ops.where(known, length, 6.0)
@@ -163,7 +163,11 @@ def _above(x: Tensor) -> Tensor:
     series = (
         square / 3 * (1 - square / 15 * (1 - square * (2 / 21) * (1 - square * (1 / 10) * (1 - square * (10 / 99)))))
     )
-    return ops.where(x < 0.25, series, x / ops.tanh(x) - 1)
+    return ops.where(x < 0.25, series, x * _coth(x) - 1)
+
+
+def _coth(x: Tensor) -> Tensor:
+    return 1 + 2 / ops.expm1(2 * x)  # 1 / tanh has 10 digits on JAX in float64
 
 
 @register(
