@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_optkit.testing.twins import layerwise
+from keras_optkit.testing.twins import compact, distance, layerwise, low_rank
+from keras_optkit.testing.twins import schedule_free as schedule_free_family
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
 Twin = Callable[..., Iterator[Any]]
@@ -325,5 +326,9 @@ TWINS: dict[str, Twin] = {
     "Prodigy": prodigy,
     "Muon": muon,
     "SOAP": soap,
+    **compact.TWINS,
+    **distance.TWINS,
     **layerwise.TWINS,
+    **low_rank.TWINS,
+    **schedule_free_family.TWINS,
 }
