@@ -10,11 +10,15 @@ from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, c
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
 from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
+from keras_optkit.optimizers.rules.betting import COCOB
 from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
+from keras_optkit.optimizers.rules.compact import CAME, SM3, AdamMini
+from keras_optkit.optimizers.rules.distance import DoG, DoWG
 from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
 from keras_optkit.optimizers.rules.kron import Kron
 from keras_optkit.optimizers.rules.layerwise import LAMB, LARS, NovoGrad
 from keras_optkit.optimizers.rules.lookahead import Lookahead
+from keras_optkit.optimizers.rules.low_rank import APOLLO
 from keras_optkit.optimizers.rules.lr_free import Prodigy
 from keras_optkit.optimizers.rules.memory import Adafactor
 from keras_optkit.optimizers.rules.mixed_momentum import MARS, AdEMAMix
@@ -24,6 +28,7 @@ from keras_optkit.optimizers.rules.projected import SGDP, AdamP
 from keras_optkit.optimizers.rules.proximal import ConditionalGradient, ProximalAdagrad
 from keras_optkit.optimizers.rules.sam import SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
+from keras_optkit.optimizers.rules.schedule_free_radam import ScheduleFreeRAdam
 from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
 from keras_optkit.optimizers.rules.sgd import SGD
 from keras_optkit.optimizers.rules.shampoo import Shampoo
@@ -33,6 +38,9 @@ from keras_optkit.optimizers.slots import shaped, weights_copy
 
 __all__ = [
     "ADOPT",
+    "APOLLO",
+    "CAME",
+    "COCOB",
     "KLSOAP",
     "LAMB",
     "LARS",
@@ -41,6 +49,7 @@ __all__ = [
     "SAM",
     "SGD",
     "SGDP",
+    "SM3",
     "SOAP",
     "AdEMAMix",
     "AdaBelief",
@@ -49,11 +58,14 @@ __all__ = [
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamMini",
     "AdamP",
     "AdamW",
     "Adamax",
     "Adan",
     "ConditionalGradient",
+    "DoG",
+    "DoWG",
     "Explanation",
     "Ftrl",
     "Group",
@@ -78,6 +90,7 @@ __all__ = [
     "Rule",
     "ScheduleFree",
     "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
     "ScheduleFreeSGD",
     "Scion",
     "Shampoo",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
@@ -125,6 +125,7 @@ class RAdamRule(Rule):
     """`θ ← θ - η r m̂ √(1 - β₂ᵗ) / (√v + ε)`, and `θ ← θ - η m̂` while the variance of v is not known."""
 
     elementwise = True
+    threshold: ClassVar[float] = 5.0
     beta_1: Value = number(0.9, 0, 1, closed="left")
     beta_2: Value = number(0.999, 0, 1, closed="neither")
     epsilon: Value = number(1e-8)
@@ -136,12 +137,12 @@ class RAdamRule(Rule):
         m, v = moments(u, slots, h(self.beta_1), h(self.beta_2))
         mean = m / h.bias_correction(self.beta_1)
         adapted = ops.sqrt(h.bias_correction(self.beta_2)) / (ops.sqrt(v) + h(self.epsilon))
-        factor, known = self._rectification(h)
+        factor, known = self.rectification(h)
         step = ops.where(known, ops.cast(factor, u.dtype) * adapted, ops.ones_like(adapted))
         return h.learning_rate * mean * step, {"m": m, "v": v}
 
-    def _rectification(self, h: Hyper) -> tuple[Tensor, Tensor]:
-        """r, and whether ρₜ > 5.
+    def rectification(self, h: Hyper) -> tuple[Tensor, Tensor]:
+        """r, and whether ρₜ is above the threshold.
 
         With ℓ = -log β₂, ρ∞ = coth(ℓ / 2) and ρₜ = ρ∞ - t (coth(t ℓ / 2) - 1). Both are about 2 / ℓ, and their
         difference has no digits left in float32; that of what is above 2 / ℓ has all.
@@ -151,7 +152,7 @@ class RAdamRule(Rule):
         unit = half * ops.ones_like(h.step)  # ops.cast would take a Python number through float32
         limit = _coth(unit)
         length = ops.minimum(h.step + (_above(unit) - _above(h.step * half)) / half, limit)
-        known = length > 5
+        known = length > self.threshold
         safe = ops.where(known, length, 6.0)
         top, bottom = (safe - 4) * (safe - 2) * limit, (limit - 4) * (limit - 2) * safe
         return ops.sqrt(ops.where(known, ops.divide_no_nan(top, bottom), 1.0)), known

@@ -134,7 +134,7 @@ class LARSRule(LARSVectorRule):
     """`v ← γ v + η κ ‖θ‖ / (‖g‖ + λ ‖θ‖) (g + λ θ); θ ← θ - v`."""
 
     layout = "per_parameter"
-    trust_coefficient: Value = number(0.001)
+    trust_coefficient: Value = number(0.01)
 
     def routes(self) -> Mapping[str, Rule]:
         return {"vector": LARSVectorRule(self.momentum, self.nesterov)}
@@ -157,10 +157,10 @@ class LARSRule(LARSVectorRule):
     cases=(
         {"learning_rate": 0.1, "trust_coefficient": 0.1},
         {"learning_rate": 0.01, "trust_coefficient": 0.5, "momentum": 0.8, "nesterov": True},
-        {"learning_rate": 0.1, "momentum": 0.0},
+        {"learning_rate": 0.1, "momentum": 0.0, "trust_coefficient": 0.001},
     ),
     space={
-        "learning_rate": Float(1e-1, 1e2, log=True),
+        "learning_rate": Float(1e-2, 1e1, log=True),
         "momentum": Choice([0.9, 0.95]),
         "weight_decay": Float(1e-6, 1e-3, log=True),
     },
@@ -181,7 +181,8 @@ class LARS(Optimizer):
     the rate changes. optax divides by ‖g + λ θ‖ instead.
 
     When not to use it: with batches that SGD trains well with. For transformers, take `LAMB`. A kernel that is
-    initialised with zeros takes its first step with the full η.
+    initialised with zeros takes its first step with the full η. κ is 0.001 in the paper, which goes with large η, tuned
+    for large batches; the defaults here are for a first try, in which vectors must not move too far either.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count. It is also the rate of vectors, in plain SGD.
@@ -201,15 +202,15 @@ class LARS(Optimizer):
     import keras_optkit as ok
 
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(optimizer=ok.optimizers.LARS(1.0, weight_decay=1e-4), loss="mse")
+    model.compile(optimizer=ok.optimizers.LARS(0.1, weight_decay=1e-4), loss="mse")
     ```
     """
 
     def __init__(
         self,
-        learning_rate: float | Schedule = 1.0,
+        learning_rate: float | Schedule = 0.1,
         momentum: float | Schedule = 0.9,
-        trust_coefficient: float | Schedule = 0.001,
+        trust_coefficient: float | Schedule = 0.01,
         nesterov: bool = False,
         weight_decay: float | Schedule | None = None,
         **common: Any,

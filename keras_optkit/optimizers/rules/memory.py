@@ -80,15 +80,25 @@ class AdafactorRule(AdafactorVectorRule):
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta = self.decay(h, u)
-        squares = as_matrices(u * u + h(self.epsilon_1), h.kernel)
-        new = {}
-        for name, axis in (("row", 2), ("column", 1)):
-            mean = ops.reshape(_mean(squares, axis), slots[name].shape)
-            new[name] = beta * slots[name] + (1 - beta) * mean
-        row = new["row"] / ops.expand_dims(_mean(new["row"], -1), -1)
-        v = ops.expand_dims(row, 3) * ops.expand_dims(new["column"], 2)
+        new = factored(as_matrices(u * u + h(self.epsilon_1), h.kernel), slots, beta)
+        v = product(new["row"], new["column"])
         step, more = self.scaled(u, from_matrices(v, u.shape, h.kernel), slots, p, h)
         return step, {**new, **more}
+
+
+def factored(squares: Tensor, slots: Slots, beta: Value, names: tuple[str, str] = ("row", "column")) -> Slots:
+    """The running means of matrices over their columns and over their rows."""
+    new = {}
+    for name, axis in zip(names, (2, 1), strict=True):
+        mean = ops.reshape(_mean(squares, axis), slots[name].shape)
+        new[name] = beta * slots[name] + (1 - beta) * mean
+    return new
+
+
+def product(row: Tensor, column: Tensor) -> Tensor:
+    """`row column / mean(row)`, the matrices of which both have the means."""
+    row = row / ops.expand_dims(_mean(row, -1), -1)
+    return ops.expand_dims(row, 3) * ops.expand_dims(column, 2)
 
 
 def _mean(x: Tensor, axis: int) -> Tensor:

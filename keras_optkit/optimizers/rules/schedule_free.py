@@ -20,7 +20,7 @@ from keras_optkit.space import Choice, Float
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ScheduleFree(Wrapper):
+class ScheduleFreeBaseRule(Wrapper):
     """What all Schedule-Free rules share. The model trains at y; z is kept; x, to evaluate at, follows from the two.
 
     With s the step of the inner rule, `z ← z - s`, `x ← (1 - c) x + c z`, `y ← β x + (1 - β) z`. Without x, that is
@@ -29,7 +29,6 @@ class _ScheduleFree(Wrapper):
 
     averages = True
     handles_decay = True
-    warmup_steps: int = count(0, 0)
     r: float = number(0.0, 0, fixed=True)
     weight_lr_power: float = number(2.0, 0, fixed=True)
 
@@ -45,10 +44,7 @@ class _ScheduleFree(Wrapper):
 
     def warmed_up(self, h: Hyper) -> Hyper:
         """`h` with the rate of this update."""
-        if not self.warmup_steps:
-            return h
-        factor = ops.minimum(h.step / self.warmup_steps, 1.0)
-        return h.at_rate(h.learning_rate * ops.cast(factor, h.learning_rate.dtype))
+        return h
 
     def contribute(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> dict[str, Tensor]:
         return super().contribute(u, without(slots, "anchor"), slots["anchor"], self.warmed_up(h))
@@ -75,7 +71,20 @@ class _ScheduleFree(Wrapper):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleFreeRule(_ScheduleFree):
+class _LinearWarmup(ScheduleFreeBaseRule):
+    """With a rate that rises linearly at first."""
+
+    warmup_steps: int = count(0, 0)
+
+    def warmed_up(self, h: Hyper) -> Hyper:
+        if not self.warmup_steps:
+            return h
+        factor = ops.minimum(h.step / self.warmup_steps, 1.0)
+        return h.at_rate(h.learning_rate * ops.cast(factor, h.learning_rate.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFreeRule(_LinearWarmup):
     """Schedule-Free around any rule."""
 
     inner_rule: Rule = inner_rule()
@@ -89,7 +98,7 @@ class ScheduleFreeRule(_ScheduleFree):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleFreeSGDRule(_ScheduleFree):
+class ScheduleFreeSGDRule(_LinearWarmup):
     """Schedule-Free with `s = η g`."""
 
     momentum: float = number(0.9, 0, 1, closed="neither", fixed=True)
@@ -119,7 +128,7 @@ class SecondMomentRule(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleFreeAdamWRule(_ScheduleFree):
+class ScheduleFreeAdamWRule(_LinearWarmup):
     """Schedule-Free with `s = η g / (√v̂ + ε)`."""
 
     beta_1: float = number(0.9, 0, 1, closed="neither", fixed=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -102,6 +104,88 @@ def patched(kind: Any, method: str, old: str, new: str) -> Any:
     found: dict[str, Any] = {}
     exec(source.replace(old, new), inspect.unwrap(getattr(kind, method)).__globals__, found)
     return type(kind.__name__, (kind,), found)
+
+
+def named(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, *_: Any
+) -> tuple[list[Arrays], Any]:
+    """An optimizer that is given the parameters with `names`, from its arguments; embeddings have rows as in Keras."""
+    names, made = arguments.pop("names"), resolve_name(implementation)
+
+    def turned(arrays: Arrays) -> Arrays:
+        return [np.ascontiguousarray(x.T if name == "embed" else x) for name, x in zip(names, arrays, strict=True)]
+
+    def with_names(parameters: Any, **rest: Any) -> Any:
+        return made([(f"{name}.{i}", p) for i, (name, p) in enumerate(zip(names, parameters, strict=True))], **rest)
+
+    weights, _ = torch(with_names, arguments, turned(start), [turned(each) for each in grads], dtype)
+    return [turned(each) for each in weights], None
+
+
+def apollo(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, *_: Any
+) -> tuple[list[Arrays], Any]:
+    """APOLLO with given projections, which all matrices have but the `table`, and with the decay before the step."""
+    import torch as library
+
+    projections, table, decay = (arguments.pop(name) for name in ("projections", "table", "weight_decay"))
+    rank = arguments["rank"]
+    low = {name: arguments.pop(name) for name in ("rank", "scale", "scale_type", "update_proj_gap")}
+    low |= {"proj": "random", "proj_type": "std"}
+    _stub("apollo_torch", "transformers.utils.versions", require_version=lambda *_: None)
+    made = resolve_name(implementation)
+
+    def drawn(self: Any, grad: Any, proj_type: str) -> None:
+        self.drawn = getattr(self, "drawn", -1) + 1
+        found = library.tensor(projections[min(grad.shape), self.drawn], dtype=grad.dtype)
+        self.ortho_matrix = found if proj_type == "right" else found.T
+
+    resolve_name("apollo_torch.random_projector:GradientProjector").update_ortho_matrix = drawn
+
+    def grouped(parameters: Any, **rest: Any) -> Any:
+        projected = [p for i, p in enumerate(parameters) if p.ndim > 1 and i != table and min(p.shape) > rank]
+        others = [p for p in parameters if not any(p is q for q in projected)]
+
+        class Decayed(made):  # type: ignore[misc, valid-type]
+            def step(self, closure: Any = None) -> Any:
+                for p in parameters:
+                    p.data.mul_(1 - rest["lr"] * decay)
+                return super().step(closure)
+
+        return Decayed([{"params": projected, **low}, {"params": others}], **rest)
+
+    return torch(grouped, arguments, start, grads, dtype)
+
+
+def evaluated_radam(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, *_: Any
+) -> tuple[list[Arrays], Any]:
+    """Schedule-Free without x in its state: the weights that it evaluates at are those of its `eval` mode."""
+    found: list[Arrays] = []
+
+    class Noted(resolve_name(implementation)):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            done = super().step(closure)
+            self.eval()
+            found.append([np.array(p.detach()) for p in self.param_groups[0]["params"]])
+            self.train()
+            return done
+
+    return torch(Noted, arguments, start, grads, dtype)[0], found
+
+
+def _stub(package: str, missing: str, **names: Any) -> None:
+    """Lets the modules of a package be imported without its `__init__`, and without a module that is missing."""
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, f"{package} is not installed"
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = list(spec.submodule_search_locations or ())
+    parts = missing.split(".")
+    if missing not in sys.modules and importlib.util.find_spec(parts[0]) is None:
+        for i in range(1, len(parts) + 1):
+            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(parts[i - 1]))
+        vars(sys.modules[missing]).update(names)
 
 
 def exact_soap(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,9 @@ def lars(
     p: Array,
     grads: Grads,
     weight: Weight,
-    learning_rate: float = 1.0,
+    learning_rate: float = 0.1,
     momentum: float = 0.9,
-    trust_coefficient: float = 0.001,
+    trust_coefficient: float = 0.01,
     nesterov: bool = False,
     weight_decay: float = 0.0,
 ) -> Iterator[Array]:
@@ -59,4 +60,4 @@ def novograd(
         yield p
 
 
-TWINS = {"LARS": lars, "NovoGrad": novograd}
+TWINS: dict[str, Callable[..., Iterator[Any]]] = {"LARS": lars, "NovoGrad": novograd}

@@ -14,9 +14,12 @@ import numpy as np
 
 from keras_optkit.testing.twins import (
     classic,
+    compact,
+    distance,
     dual_averaging,
     kron,
     layerwise,
+    low_rank,
     mixed_momentum,
     muon_family,
     projected,
@@ -25,6 +28,7 @@ from keras_optkit.testing.twins import (
     shampoo,
     sign,
 )
+from keras_optkit.testing.twins import schedule_free as schedule_free_family
 from keras_optkit.testing.twins.structured import adafactor, lamb, muon, prodigy, soap
 
 Twin = Callable[..., Iterator[Any]]
@@ -347,5 +351,9 @@ TWINS: dict[str, Twin] = {
     **kron.TWINS,
     **muon_family.TWINS,
     **shampoo.TWINS,
+    **compact.TWINS,
+    **distance.TWINS,
     **layerwise.TWINS,
+    **low_rank.TWINS,
+    **schedule_free_family.TWINS,
 }
