@@ -95,7 +95,7 @@ def main() -> int:
         equal = "-" if same is None else f"{difference(trained(same(rate)), expected):.1e}"
         apart = f"{difference(trained(default(rate)), expected):.1e}"
         sizes = [f"{state_bytes(make):.1f}" for make in (theirs(), default(rate))]
-        lines.append((name, equal, apart, *sizes))
+        lines.append((name, equal, apart, sizes[0], sizes[1]))
     print(*table(lines, left=(0,), rule=True), sep="\n")
     return 0
 

@@ -47,7 +47,7 @@ REFERENCES = (
                 "beta": 0.5,
             },
         ),
-        run="in_tensorflow",
+        run="of_keras",
         tolerance={"float32": 1e-4, "float64": TOLERANCE["float64"]},
         deviations="Keras rounds the initial value of n to float32, so powers of 2 are compared; in float32, both "
         "lose digits in n'ᵖ - nᵖ in the first updates",

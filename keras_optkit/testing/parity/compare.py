@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_optkit.registry import cards
 from keras_optkit.testing import problems
-from keras_optkit.testing.parity import runs
+from keras_optkit.testing.parity import here, runs
 from keras_optkit.testing.parity.problem import Arrays, Parts
 from keras_optkit.testing.parity.process import elsewhere
 from keras_optkit.testing.parity.reference import Reference
@@ -67,18 +67,14 @@ class Comparison:
                 return tuple(map(seen, values))
             return [model.seen(variables[i], values[i], reference.view) for i in places]
 
-        run = getattr(runs, reference.run or "usual")
         config = optimizer.get_config()
         arguments = reference.translated(config | {"weight_decay": config["weight_decay"] or 0.0})
-        found, besides = elsewhere(
-            run,
-            reference.implementation,
-            arguments,
-            seen(model.start()),
-            [seen(g) for g in grads],
-            self.dtype,
-            reference.evaluated,
-        )
+        task = (reference.implementation, arguments, seen(model.start()), [seen(g) for g in grads], self.dtype)
+        run = reference.run or "usual"
+        if hasattr(here, run):
+            found, besides = getattr(here, run)(*task)
+        else:
+            found, besides = elsewhere(getattr(runs, run), *task, reference.evaluated)
         inject = reference.inject
         got = self._trained(grads, None if inject is None else inject([variables[i] for i in places], besides))
         expected = found if reference.evaluated is None else [[*a, *b] for a, b in zip(found, besides, strict=True)]

@@ -33,7 +33,6 @@ REFERENCES: tuple[Reference, ...] = (
     *sign.REFERENCES,
     *compact.REFERENCES,
     *distance.REFERENCES,
-    *layerwise.REFERENCES,
     *low_rank.REFERENCES,
     *schedule_free.REFERENCES,
     *structured.REFERENCES,

@@ -23,7 +23,7 @@ REFERENCES = (
             },
             {"learning_rate": 0.1, "initial_accumulator_value": 0.0, "l1_regularization_strength": 0.01},
         ),
-        run="in_tensorflow",
+        run="proximal_adagrad",
         deviations="it has no decay, which is subtracted from the weights before",
     ),
 )

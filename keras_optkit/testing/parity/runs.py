@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import importlib.util
 import inspect
-import os
-import pickle
-import subprocess
 import sys
 import textwrap
 import types
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -299,58 +293,3 @@ def yogi_from_zero(implementation: str, *args: Any) -> tuple[list[Arrays], Any]:
     old = "state['exp_avg'] = torch.full_like(grad, fill_value=group['initial_accumulator'])"
     kind = patched(resolve_name(implementation), "init_group", old, "state['exp_avg'] = torch.zeros_like(grad)")
     return torch(kind, *args)
-
-
-@cache
-def _tensorflow() -> subprocess.Popen[bytes]:
-    """Another process that answers as this one does, for what must not be in one process with torch."""
-    served = Path(__file__).with_name("serving.py")
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(served)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
-    atexit.register(process.communicate)
-    return process
-
-
-def in_tensorflow(*args: Any) -> tuple[list[Arrays], Any]:
-    """One of Keras's optimizers, or ProximalAdagrad of TensorFlow, in the process that has TensorFlow."""
-    process = _tensorflow()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    pickle.dump((__file__, __name__, "tensorflow"), process.stdin)
-    pickle.dump((args[:5], {}), process.stdin)
-    process.stdin.flush()
-    succeeded, result = pickle.load(process.stdout)
-    if not succeeded:
-        raise RuntimeError(result)
-    return result, None
-
-
-def tensorflow(
-    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str
-) -> list[Arrays]:
-    """The weights after each step."""
-    import keras
-    import tensorflow as tf
-
-    keras.config.set_floatx(dtype)
-    variables = [keras.Variable(p, dtype=dtype) for p in start]
-    weights = []
-    if implementation.startswith("keras"):
-        optimizer = resolve_name(implementation)(**arguments)
-        optimizer.build(variables)
-        step = tf.function(lambda found: optimizer.apply(found, variables))
-        for arrays in grads:
-            step([tf.constant(g, dtype) for g in arrays])
-            weights.append([v.numpy() for v in variables])
-        return weights
-    rate, decay, initial = (arguments.pop(name) for name in ("lr", "weight_decay", "initial_accumulator_value"))
-    totals = [tf.Variable(tf.fill(v.shape, tf.constant(initial, dtype))) for v in variables]
-    numbers = {name: tf.constant(value, dtype) for name, value in (arguments | {"lr": rate}).items()}
-    for arrays in grads:
-        for v, total, g in zip(variables, totals, arrays, strict=True):
-            v.assign(v * (1 - rate * decay))
-            resolve_name(implementation)(var=v.value.handle, accum=total.handle, grad=tf.constant(g, dtype), **numbers)
-        weights.append([v.numpy() for v in variables])
-    return weights
