@@ -21,9 +21,9 @@ REFERENCES = (
         },
         theirs={"merge_dims": False, "use_precond_schedule": False, "compile_step": False},
         ours={"initial_basis": "identity", "epsilon": 1e-15},
-        cases=(
-            {"learning_rate": 0.01, "precondition_frequency": 3, "max_precondition_dim": 7},
-            {"learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.9, "shampoo_beta": 0.8, "precondition_frequency": 2},
+        cases=(  # it holds the rate in float32
+            {"learning_rate": 2.0**-7, "precondition_frequency": 3, "max_precondition_dim": 7},
+            {"learning_rate": 2.0**-7, "beta_1": 0.9, "beta_2": 0.9, "shampoo_beta": 0.8, "precondition_frequency": 2},
         ),
         view="flat vectors",
         run="kl_soap",
