@@ -293,3 +293,172 @@ def yogi_from_zero(implementation: str, *args: Any) -> tuple[list[Arrays], Any]:
     old = "state['exp_avg'] = torch.full_like(grad, fill_value=group['initial_accumulator'])"
     kind = patched(resolve_name(implementation), "init_group", old, "state['exp_avg'] = torch.zeros_like(grad)")
     return torch(kind, *args)
+
+
+def exact_orthogonal(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, *_: Any
+) -> tuple[list[Arrays], Any]:
+    """NorMuon, AdaMuon or SCION of pytorch_optimizer without their rounding to bfloat16.
+
+    Besides the reference's arguments, `sign` orthogonalizes signs, and `factors` are SCION's radii by shape.
+    """
+    import torch as library
+    from pytorch_optimizer.optimizer import scion
+    from pytorch_optimizer.optimizer.utils import matrix
+
+    kind, rounded = resolve_name(implementation), matrix.zero_power_via_newton_schulz_5
+    sign, factors = arguments.pop("sign", False), arguments.pop("factors", {})
+    steps, epsilon = arguments.pop("ns_steps", 5), arguments.pop("rms_epsilon", 1e-8)
+
+    def exact(x: Any, *_: Any, **__: Any) -> Any:
+        return rounded(library.sign(x) if sign else x, steps, dtype=x.dtype)
+
+    def made(parameters: Any, **rest: Any) -> Any:
+        if implementation.endswith("SCION"):
+            scale = rest.pop("scale")
+            groups = [{"params": [p], "scale": scale * factors.get(tuple(p.shape), 1.0)} for p in parameters]
+            return kind(groups, foreach=False, **rest)
+        return kind([{"params": parameters, "use_muon": True}], foreach=False, **rest)
+
+    module, bias = inspect.getmodule(kind), scion.BiasRMS.lmo
+    module.zero_power_via_newton_schulz_5 = exact  # type: ignore[union-attr]
+    scion.BiasRMS.lmo = lambda self, grad: bias(self, grad, epsilon)
+    try:
+        return torch(made, arguments, start, grads, dtype)[0], None
+    finally:
+        module.zero_power_via_newton_schulz_5 = rounded  # type: ignore[union-attr]
+        scion.BiasRMS.lmo = bias
+
+
+def kl_soap(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, *_: Any
+) -> tuple[list[Arrays], Any]:
+    """Heavyball's KL-SOAP from the axes as first bases, without the shift of its QR, and with the decay at the end.
+
+    For kernels with more than two axes the means are those of the paper, which it takes for matrices only.
+    """
+    import torch as library
+    from heavyball import utils
+
+    def plain(function: Any, old: str, new: str) -> Any:
+        source = textwrap.dedent(inspect.getsource(function.__wrapped__))
+        assert source.count(old) == 1, (function, old)
+        found: dict[str, Any] = {}
+        exec(source[source.index("def ") :].replace(old, new), vars(utils), found)
+        return found[function.__name__]
+
+    def identities(matrices: Any, *_: Any) -> Any:
+        return [
+            None if m is None else library.eye(m.shape[-1], dtype=m.dtype).expand(m.shape).clone() for m in matrices
+        ]
+
+    def means(grad: Any, grams: Any, bases: Any, most: Any, vectors: Any, beta: Any, epsilon: Any, **_: Any) -> Any:
+        if grad.dim() <= 3:
+            matrices(grad, grams, bases, most, vectors, beta, epsilon)
+            return
+        weights = {}
+        for i, (gram, basis) in enumerate(zip(grams, bases, strict=True)):
+            if gram is not None:
+                values = library.einsum("...ji,...jk,...ki->...i", basis, gram, basis).clamp_min(epsilon)
+                weights[i] = basis / (values * gram.shape[-1]).sqrt().unsqueeze(-2)
+        outer = {}
+        for i in weights:
+            x = grad
+            for j, weight in weights.items():
+                if j != i:
+                    x = library.einsum("n...a,nab->n...b", x.movedim(j + 1, -1), weight).movedim(-1, j + 1)
+            rows = x.movedim(i + 1, 1).flatten(2)
+            outer[i] = rows @ rows.mT
+        for i, product in outer.items():
+            grams[i].lerp_(product, 1 - beta)
+
+    matrices = utils.update_ggt_kl
+    changed = {
+        "compile_mode": None,
+        "compile_mode_recommended_to_none": None,
+        "get_orthogonal_matrix": identities,
+        "get_orthogonal_matrix_QR": plain(
+            utils.get_orthogonal_matrix_QR, "gram_basis + (lift * magnitude).unsqueeze(-1) * q_old", "gram_basis"
+        ),
+        "update_ggt_kl": means,
+    }
+    before = {name: getattr(utils, name) for name in [*changed, "psgd_should_update"]}
+    decay, every = arguments.pop("weight_decay"), arguments["precondition_frequency"]
+    each: list[list[Any]] = []
+    try:
+        for name, value in changed.items():
+            setattr(utils, name, value)
+        for i, first in enumerate(start):
+            p = library.nn.Parameter(library.tensor(first, dtype=getattr(library, dtype)))
+            optimizer = resolve_name(implementation)([p], weight_decay=0.0, storage_dtype=dtype, **arguments)
+            weights = []
+            for t, arrays in enumerate(grads):
+                utils.psgd_should_update = lambda *_, due=t > 0 and t % every == 0, **__: due
+                p.grad = library.tensor(arrays[i], dtype=p.dtype)
+                optimizer.step()
+                if t:  # the first gradient moves nothing
+                    p.data.mul_(1 - arguments["lr"] * decay)
+                weights.append(np.array(p.detach()))
+            each.append(weights)
+    finally:
+        for name, value in before.items():
+            setattr(utils, name, value)
+    return [list(step) for step in zip(*each, strict=True)], None
+
+
+def kron(
+    implementation: str, arguments: dict[str, Any], start: Arrays, grads: list[Arrays], dtype: str, *_: Any
+) -> tuple[list[Arrays], Any]:
+    """Timm's Kron with the mean over its noise, balanced after each 100 updates.
+
+    timm needs torchvision, but the file of this optimizer does not.
+    """
+    import importlib.util
+    import types
+
+    import torch as library
+
+    if "timm" not in sys.modules:
+        (path,) = importlib.util.find_spec("timm").submodule_search_locations  # type: ignore[union-attr, misc]
+        for name in ("timm", "timm.optim"):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [path + name[4:].replace(".", "/")]
+    module, _, kind = implementation.partition(":")
+    kron = importlib.import_module(f"{module}.{kind.lower()}")
+    at: list[int] = []
+
+    class Drawn:
+        """Balances in the updates that are due."""
+
+        def random(self) -> float:
+            return 0.0 if at[0] % 100 == 0 else 1.0
+
+    def terms(_: Any, a: Any, factors: Any) -> list[tuple[Any, Any]]:
+        inverses = [library.linalg.inv(q) if q.dim() == 2 else 1 / q for q in factors]
+        found = []
+        for i, (q, inverse) in enumerate(zip(factors, inverses, strict=True)):
+            rows = a.movedim(i, 0).flatten(1) if a.dim() > 1 else a[:, None]
+            others = [r.square().sum() for j, r in enumerate(inverses) if j != i]
+            scale = library.stack(others).prod() if others else 1.0
+            if q.dim() == 2:
+                found.append((rows @ rows.T, scale * inverse.T @ inverse))
+            else:
+                found.append((rows.square().sum(1), scale * inverse.square()))
+        return found
+
+    def made(parameters: Any, **rest: Any) -> Any:
+        optimizer = kron.Kron(parameters, decoupled_decay=True, precond_dtype=getattr(library, dtype), **rest)
+        optimizer.rng, optimizer._tiny = Drawn(), 1.2e-38
+        optimizer._calc_A_and_conjB = lambda e, g, q, _: (library.einsum(e, *q, g), q)
+        optimizer._q_terms, optimizer._precond_grad = terms, kron._precond_grad
+        optimizer._balance_Q = kron._balance_Q
+        step = optimizer.step
+
+        def counted() -> None:
+            at[:] = [at[0] + 1 if at else 1]
+            step()
+
+        optimizer.step = counted
+        return optimizer
+
+    return torch(made, arguments, start, grads, dtype)[0], None
