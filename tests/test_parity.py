@@ -12,13 +12,18 @@ from keras_optkit.testing.parity.__main__ import main
 from keras_optkit.testing.parity.everything import REFERENCES
 
 
+#: What the extra "parity" installs and the tests do not.
+EXTRA = ("heavyball:KLSOAP", "timm")
+
+
 def comparisons():
     """All of them, of which the last in float64 of each reference, with decay, is in the share."""
     for each in REFERENCES:
         found = list(compare.comparisons(each))
-        shared = [c for c in found if c.dtype == "float64"] or found
+        last = ([c for c in found if c.dtype == "float64"] or found)[-1]
         for comparison in found:
-            marks = [] if comparison is shared[-1] else [pytest.mark.long]
+            in_share = comparison is last and each.implementation.partition(".")[0] not in EXTRA
+            marks = [] if in_share else [pytest.mark.long]
             yield pytest.param(comparison, marks=marks, id=f"{each.implementation}-{comparison}".replace("::", ":"))
 
 

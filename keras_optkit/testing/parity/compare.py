@@ -80,11 +80,12 @@ class Comparison:
         expected = found if reference.evaluated is None else [[*a, *b] for a, b in zip(found, besides, strict=True)]
         each = len(variables)
         compared = places if reference.evaluated is None else [*places, *(each + i for i in places)]
-        return max(
+        each_difference = [
             _difference(model.unseen(variables[i % each], theirs, reference.view), step[i])
             for step, other in zip(got, expected, strict=True)
             for i, theirs in zip(compared, other, strict=True)
-        )
+        ]
+        return float(np.max(each_difference))  # which keeps NaN, as `max` does not
 
     def _ours(self) -> Any:
         card = _card(self.reference.optimizer)
@@ -139,7 +140,7 @@ def _values(model: Parts) -> Arrays:
 
 
 def _difference(theirs: np.ndarray, ours: np.ndarray) -> float:
-    return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+    return float(np.max(np.abs(ours - theirs)) / (np.max(np.abs(theirs)) or 1.0))
 
 
 @cache

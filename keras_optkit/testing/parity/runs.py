@@ -303,7 +303,8 @@ def exact_orthogonal(
     Besides the reference's arguments, `sign` orthogonalizes signs, and `factors` are SCION's radii by shape.
     """
     import torch as library
-    from pytorch_optimizer.optimizer import scion
+
+    scion: Any = importlib.import_module("pytorch_optimizer.optimizer.scion")
     from pytorch_optimizer.optimizer.utils import matrix
 
     kind, rounded = resolve_name(implementation), matrix.zero_power_via_newton_schulz_5
@@ -320,13 +321,14 @@ def exact_orthogonal(
             return kind(groups, foreach=False, **rest)
         return kind([{"params": parameters, "use_muon": True}], foreach=False, **rest)
 
-    module, bias = inspect.getmodule(kind), scion.BiasRMS.lmo
-    module.zero_power_via_newton_schulz_5 = exact  # type: ignore[union-attr]
+    module: Any = inspect.getmodule(kind)
+    bias = scion.BiasRMS.lmo
+    module.zero_power_via_newton_schulz_5 = exact
     scion.BiasRMS.lmo = lambda self, grad: bias(self, grad, epsilon)
     try:
         return torch(made, arguments, start, grads, dtype)[0], None
     finally:
-        module.zero_power_via_newton_schulz_5 = rounded  # type: ignore[union-attr]
+        module.zero_power_via_newton_schulz_5 = rounded
         scion.BiasRMS.lmo = bias
 
 
@@ -419,10 +421,12 @@ def kron(
     import torch as library
 
     if "timm" not in sys.modules:
-        (path,) = importlib.util.find_spec("timm").submodule_search_locations  # type: ignore[union-attr, misc]
+        found_spec: Any = importlib.util.find_spec("timm")
+        (path,) = found_spec.submodule_search_locations
         for name in ("timm", "timm.optim"):
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__path__ = [path + name[4:].replace(".", "/")]
+            bare: Any = types.ModuleType(name)
+            bare.__path__ = [path + name[4:].replace(".", "/")]
+            sys.modules[name] = bare
     module, _, kind = implementation.partition(":")
     kron = importlib.import_module(f"{module}.{kind.lower()}")
     at: list[int] = []

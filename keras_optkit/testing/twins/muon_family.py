@@ -79,7 +79,7 @@ def adamuon(
     if weight.role != "kernel" or (weight.output and exclude_output):
         yield from _adam(p, grads, learning_rate * adam_lr_ratio, 0.9, 0.95, 1e-8, weight_decay)
         return
-    m, v = np.zeros_like(p), 0.0
+    m, v = np.zeros_like(p), np.zeros(())
     for g in grads:
         m = momentum * m + (1 - momentum) * g
         x = momentum * m + (1 - momentum) * g if nesterov else m
