@@ -11,9 +11,8 @@ from keras_optkit.testing.parity import compare, process, reference, runs
 from keras_optkit.testing.parity.__main__ import main
 from keras_optkit.testing.parity.everything import REFERENCES
 
-
 #: What the extra "parity" installs and the tests do not.
-EXTRA = ("heavyball:KLSOAP", "timm")
+EXTRA = ("heavyball", "timm")
 
 
 def comparisons():
@@ -22,7 +21,7 @@ def comparisons():
         found = list(compare.comparisons(each))
         last = ([c for c in found if c.dtype == "float64"] or found)[-1]
         for comparison in found:
-            in_share = comparison is last and each.implementation.partition(".")[0] not in EXTRA
+            in_share = comparison is last and each.implementation.split(":")[0].split(".")[0] not in EXTRA
             marks = [] if in_share else [pytest.mark.long]
             yield pytest.param(comparison, marks=marks, id=f"{each.implementation}-{comparison}".replace("::", ":"))
 

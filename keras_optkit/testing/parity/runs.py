@@ -427,8 +427,8 @@ def kron(
             bare: Any = types.ModuleType(name)
             bare.__path__ = [path + name[4:].replace(".", "/")]
             sys.modules[name] = bare
-    module, _, kind = implementation.partition(":")
-    kron = importlib.import_module(f"{module}.{kind.lower()}")
+    library_name, kind = implementation.split(":")
+    kron = importlib.import_module(f"{library_name}.{kind.lower()}")
     at: list[int] = []
 
     class Drawn:
