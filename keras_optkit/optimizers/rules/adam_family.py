@@ -150,12 +150,17 @@ class RAdamRule(Rule):
         beta = h.exact(self.beta_2)
         half = -(ops.log(beta) if is_dynamic(self.beta_2) else math.log(beta)) / 2
         unit = half * ops.ones_like(h.step)  # ops.cast would take a Python number through float32
-        limit = 1 / ops.tanh(unit)
+        limit = _coth(unit)
         length = ops.minimum(h.step + (_above(unit) - _above(h.step * half)) / half, limit)
         known = length > self.threshold
-        safe = ops.where(known, length, 6.0)
+        safe = ops.where(known, length, 6.0 * ops.ones_like(length))
         top, bottom = (safe - 4) * (safe - 2) * limit, (limit - 4) * (limit - 2) * safe
-        return ops.sqrt(ops.where(known, ops.divide_no_nan(top, bottom), 1.0)), known
+        return ops.sqrt(ops.where(known, ops.divide_no_nan(top, bottom), ops.ones_like(top))), known
+
+
+def _coth(x: Tensor) -> Tensor:
+    """`coth(x)`; on JAX `ops.tanh` computes in float32."""
+    return 1 + 2 / ops.expm1(2 * x)
 
 
 def _above(x: Tensor) -> Tensor:
@@ -164,7 +169,7 @@ def _above(x: Tensor) -> Tensor:
     series = (
         square / 3 * (1 - square / 15 * (1 - square * (2 / 21) * (1 - square * (1 / 10) * (1 - square * (10 / 99)))))
     )
-    return ops.where(x < 0.25, series, x / ops.tanh(x) - 1)
+    return ops.where(x < 0.25, series, x * _coth(x) - 1)
 
 
 @register(

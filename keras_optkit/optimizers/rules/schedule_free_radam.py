@@ -49,7 +49,7 @@ class ScheduleFreeRAdamRule(ScheduleFreeBaseRule):
 
     def warmed_up(self, h: Hyper) -> Hyper:
         factor, known = _Rectification(beta_2=self.beta_2).rectification(h)
-        factor = ops.where(known, factor, 0.0 if self.silent_sgd_phase else 1.0)
+        factor = ops.where(known, factor, ops.zeros_like(factor) if self.silent_sgd_phase else ops.ones_like(factor))
         return h.at_rate(h.learning_rate * ops.cast(factor, h.learning_rate.dtype))
 
 
