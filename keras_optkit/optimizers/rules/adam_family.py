@@ -153,9 +153,14 @@ class RAdamRule(Rule):
         limit = _coth(unit)
         length = ops.minimum(h.step + (_above(unit) - _above(h.step * half)) / half, limit)
         known = length > self.threshold
-        safe = ops.where(known, length, 6.0)
+        safe = ops.where(known, length, 6.0 * ops.ones_like(length))
         top, bottom = (safe - 4) * (safe - 2) * limit, (limit - 4) * (limit - 2) * safe
-        return ops.sqrt(ops.where(known, ops.divide_no_nan(top, bottom), 1.0)), known
+        return ops.sqrt(ops.where(known, ops.divide_no_nan(top, bottom), ops.ones_like(top))), known
+
+
+def _coth(x: Tensor) -> Tensor:
+    """`coth(x)`; on JAX `ops.tanh` computes in float32."""
+    return 1 + 2 / ops.expm1(2 * x)
 
 
 def _above(x: Tensor) -> Tensor:
@@ -165,10 +170,6 @@ def _above(x: Tensor) -> Tensor:
         square / 3 * (1 - square / 15 * (1 - square * (2 / 21) * (1 - square * (1 / 10) * (1 - square * (10 / 99)))))
     )
     return ops.where(x < 0.25, series, x * _coth(x) - 1)
-
-
-def _coth(x: Tensor) -> Tensor:
-    return 1 + 2 / ops.expm1(2 * x)  # 1 / tanh has 10 digits on JAX in float64
 
 
 @register(

@@ -33,9 +33,17 @@ def projection(seed: int, drawn: Tensor, rank: int, length: int, dtype: str) -> 
     places = ops.cast(ops.arange(2 * rank * length, dtype="int32"), "uint32")  # TensorFlow counts in no uint32
     bits = hashed(places + hashed(key))
     uniform = (ops.cast(ops.bitwise_right_shift(bits, ops.cast(8, "uint32")), dtype) + 0.5) / 2**24
-    radius, angle = ops.split(uniform, 2)
-    normal = ops.sqrt(-2 * ops.log(radius)) * ops.cos(2 * math.pi * angle)
+    radius, turns = ops.split(uniform, 2)
+    normal = ops.sqrt(-2 * ops.log(radius)) * _cosine(turns)
     return ops.reshape(normal, (rank, length)) / math.sqrt(rank)
+
+
+def _cosine(turns: Tensor) -> Tensor:
+    """`cos(2π x)` for x from 0 to 1, by its series, since `ops.cos` computes in float32 on JAX."""
+    square, series = ops.square(2 * math.pi * (turns - 0.5)), ops.ones_like(turns)
+    for k in range(15, 0, -1):
+        series = 1 - square * series / (2 * k * (2 * k - 1))
+    return -series
 
 
 @dataclass(frozen=True)

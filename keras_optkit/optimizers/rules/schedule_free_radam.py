@@ -49,7 +49,7 @@ class ScheduleFreeRAdamRule(ScheduleFreeBaseRule):
 
     def warmed_up(self, h: Hyper) -> Hyper:
         factor, known = _Rectification(beta_2=self.beta_2).rectification(h)
-        factor = ops.where(known, factor, 0.0 if self.silent_sgd_phase else 1.0)
+        factor = ops.where(known, factor, ops.zeros_like(factor) if self.silent_sgd_phase else ops.ones_like(factor))
         return h.at_rate(h.learning_rate * ops.cast(factor, h.learning_rate.dtype))
 
 
@@ -59,8 +59,8 @@ class ScheduleFreeRAdamRule(ScheduleFreeBaseRule):
     parity="schedulefree.RAdamScheduleFree (decay_mask='all')",
     tags=("recovers",),
     cases=(
-        {"learning_rate": 0.01},
-        {"learning_rate": 0.01, "beta_1": 0.95, "beta_2": 0.9, "epsilon": 1e-4, "silent_sgd_phase": False},
+        {"learning_rate": 0.01, "silent_sgd_phase": False},  # whose first update is as long as the rate
+        {"learning_rate": 0.01, "beta_1": 0.95, "beta_2": 0.9, "epsilon": 1e-4},
         {"learning_rate": 0.01, "weight_decay": 0.1, "decay_mask": "all", "r": 1.0, "weight_lr_power": 1.0},
     ),
     space={
