@@ -12,7 +12,7 @@ from keras_optkit.testing.parity.__main__ import main
 from keras_optkit.testing.parity.everything import REFERENCES
 
 #: What the extra "parity" installs and the tests do not.
-EXTRA = ("heavyball", "timm")
+EXTRA = ("adam_mini", "apollo_torch", "heavyball", "timm")
 
 
 def comparisons():

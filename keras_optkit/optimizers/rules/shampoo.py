@@ -72,7 +72,7 @@ class ShampooRule(Rule):
     "arXiv 2309.06497, algorithm 2",
     parity="the authors' distributed_shampoo (AdamPreconditionerConfig), without blocks",
     cases=(
-        {"learning_rate": 0.01, "precondition_frequency": 2},
+        {"learning_rate": 0.01, "precondition_frequency": 2, "epsilon": 1e-4},
         {
             "learning_rate": 0.01,
             "beta_1": 0.8,
@@ -112,6 +112,10 @@ class Shampoo(Optimizer):
     averaged before it is preconditioned, means are running means with bias correction (the first paper adds up), and
     the method that lends its length is Adam. Other than in that code, long axes are not split into blocks, short ones
     are not merged, and vectors have no matrices.
+
+    In directions that have had no gradient, eigenvalues are rounding errors, which a small ε turns into long steps: in
+    float32, runs in other modes or on other machines then differ. With an ε of 1e-6 of the largest eigenvalue or more
+    they do not.
 
     When not to use it: on kernels with long axes (eigenvalues take d³), which Adam trains above
     `max_precondition_dim`; or where a step of the model takes less time than its optimizer would.
