@@ -184,7 +184,7 @@ def _balanced(factors: dict[int, Tensor], when: Tensor) -> dict[int, Tensor]:
 
 @register(
     "optimizer",
-    paper="Li, arXiv 1512.04202, and Pooladzandi and Li, arXiv 2402.04553 (Kronecker products, equation 13)",
+    paper="Li, arXiv 1512.04202, and Pooladzandi and Li, arXiv 2402.04553 (Kronecker products)",
     parity="timm.optim.Kron, with the mean over its noise",
     cases=(
         {"learning_rate": 0.01},
