@@ -264,7 +264,7 @@ class AdaBelief(Optimizer):
     ```
 
     m and s have the shape of θ and start at 0. ε is added twice, as in the paper. Steps are independent of the
-    gradient's scale only as long as ε is far below its square; the authors give 1e-16 or 1e-8, by task.
+    gradient's scale only as long as ε is far below its square; the authors give 1e-16 to 1e-8, by task.
 
     When not to use it: with gradients that hardly change from step to step (large batches), where s is close to ε and
     steps become very long.
