@@ -66,7 +66,7 @@ def _product(decay: Tensor, t: Tensor) -> Tensor:
 
 @register(
     "optimizer",
-    paper="Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2",
+    paper="Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2, without its factor β₂ on v̂",
     parity="torch.optim.NAdam (decoupled_weight_decay=True)",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.9, "momentum_decay": 0.1}),
     space=_SPACE,
@@ -81,8 +81,9 @@ class NAdam(Optimizer):
     ```
 
     m and v have the shape of θ and start at 0. With a schedule for β₁ or ψ, the products are those of the current
-    values. Keras's `Nadam` computes 0.96^t, without ψ, so that the momentum is at its full size after a hundred updates
-    instead of after tens of thousands. NAdamW, tuned, is the baseline of AlgoPerf (2306.07179).
+    values. The paper multiplies v̂ by β₂, too; torch, Keras and optax leave that out, and so does this one. Keras's
+    `Nadam` computes 0.96^t, without ψ, so that the momentum is at its full size after a hundred updates instead of
+    after tens of thousands. NAdamW, tuned, is the baseline of AlgoPerf (2306.07179).
 
     When not to use it: where a tuned AdamW is already there, there is little to gain.
 
@@ -250,7 +251,7 @@ class AdaBeliefRule(Rule):
 
 @register(
     "optimizer",
-    paper="Zhuang, Tang, Ding, Tatikonda, Dvornek, Papademetris and Duncan, arXiv 2010.07468, algorithm 2",
+    paper="Zhuang, Tang, Ding, Tatikonda, Dvornek, Papademetris and Duncan, arXiv 2010.07468",
     parity="optax.adabelief",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.9, "epsilon": 1e-8}),
     space=_SPACE,
@@ -264,7 +265,7 @@ class AdaBelief(Optimizer):
     ```
 
     m and s have the shape of θ and start at 0. ε is added twice, as in the paper. Steps are independent of the
-    gradient's scale only as long as ε is far below its square; the authors give 1e-16 or 1e-8, by task.
+    gradient's scale only as long as ε is far below its square; the authors give 1e-16 to 1e-8, by task.
 
     When not to use it: with gradients that hardly change from step to step (large batches), where s is close to ε and
     steps become very long.

@@ -310,7 +310,7 @@ class RpropRule(Rule):
 
 @register(
     "optimizer",
-    paper="Riedmiller and Braun, 1993, in the form without weight-backtracking of Riedmiller 1994 (Rprop-)",
+    paper="Riedmiller and Braun, 1993, in the form iRprop- of Igel and Hüsken, 2000",
     parity="torch.optim.Rprop",
     cases=(
         {"learning_rate": 0.01},
@@ -327,9 +327,10 @@ class Rprop(Optimizer):
     θ ← θ - η f sign(g) - η λ θ          f stays in [min_factor, max_factor]
     ```
 
-    f and the sign have the shape of θ; f starts at 1, so η is the first step size. In torch, sizes η f are state and
-    their limits absolute; here limits are multiples of η, and a schedule acts on all steps. The default limits are
-    torch's 1e-6 and 50 for the default η.
+    f and the sign have the shape of θ; f starts at 1, so η is the first step size. That no step is taken where the sign
+    changes, and none taken back, is iRprop-, as in torch. There, sizes η f are state and their limits absolute; here
+    limits are multiples of η, and a schedule acts on all steps. The default limits are torch's 1e-6 and 50 for the
+    default η.
 
     When not to use it: with mini-batches, where signs change by chance and sizes shrink; use `Signum`, `Lion` or
     `RMSprop`. It is for gradients of the full batch.

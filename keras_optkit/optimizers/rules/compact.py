@@ -85,7 +85,7 @@ class CAMERule(CAMEVectorRule):
 
 @register(
     "optimizer",
-    paper="Luo et al., arXiv 2307.02047, algorithm 2",
+    paper="Luo et al., arXiv 2307.02047",
     parity="pytorch_optimizer.CAME (convolution and attention kernels as the matrices that they are)",
     cases=(
         {"learning_rate": 0.001},
@@ -336,7 +336,7 @@ class AdamMiniRule(BlockAdamRule):
 
 @register(
     "optimizer",
-    paper="Zhang et al., arXiv 2406.16793, algorithms 1 and 3",
+    paper="Zhang et al., arXiv 2406.16793, algorithm 1, with the blocks of version 1.1 of its code",
     parity="adam_mini.Adam_mini 1.1.1",
     cases=(
         {"learning_rate": 0.01},
@@ -367,8 +367,8 @@ class AdamMini(Optimizer):
     m has the shape of θ; v has one element for each block, so that the state is about half of Adam's. Both start at 0.
     Which axes are outputs is what layers tell (`optimizer.explain`), and heads are known where a kernel has an axis for
     them, as in Keras's `MultiHeadAttention`; other queries and keys have a block for each unit. The authors' code knows
-    layers by names in torch instead, and pytorch-optimizer has one block for each whole kernel, from an earlier version
-    of the paper.
+    layers by names in torch instead, and pytorch-optimizer has the blocks of an earlier version: the heads of queries
+    and keys, the elements of embeddings and of the last layer, and all other kernels as a whole.
 
     When not to use it: where memory is not short; with `Lion` or `SM3`, whose state is as small or smaller.
 

@@ -72,7 +72,7 @@ class DoWGRule(DoGRule):
 
 @register(
     "optimizer",
-    paper="Ivgi, Hinder and Carmon, arXiv 2302.12022, eq. DoG with the initial movement of section 4",
+    paper="Ivgi, Hinder and Carmon, arXiv 2302.12022, with the initial movement of its code",
     parity="optax.contrib.dog",
     cases=(
         {"learning_rate": 1.0, "initial_distance": 1.0},
@@ -132,7 +132,7 @@ class DoG(Optimizer):
 
 @register(
     "optimizer",
-    paper="Khaled, Mishchenko and Jin, arXiv 2305.16284, algorithm 1",
+    paper="Khaled, Mishchenko and Jin, arXiv 2305.16284",
     parity="optax.contrib.dowg",
     cases=(
         {"learning_rate": 1.0, "initial_distance": 1.0},

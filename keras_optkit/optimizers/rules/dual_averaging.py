@@ -38,7 +38,7 @@ class MADGRADRule(Rule):
 
 @register(
     "optimizer",
-    paper="Defazio and Jelassi, arXiv 2101.11075, algorithm 1",
+    paper="Defazio and Jelassi, arXiv 2101.11075",
     parity="pytorch_optimizer.MADGRAD, with its lr + eps for the rate",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.1, "momentum": 0.5, "epsilon": 1e-3, "weight_decay": 0.1}),
     space={"learning_rate": Float(1e-4, 1.0, log=True), "momentum": Choice([0.0, 0.9, 0.95])},

@@ -184,7 +184,7 @@ def _balanced(factors: dict[int, Tensor], when: Tensor) -> dict[int, Tensor]:
 
 @register(
     "optimizer",
-    paper="Li, arXiv 1512.04202, and Pooladzandi and Li, arXiv 2402.04553 (Kronecker products, equation 13)",
+    paper="Li, arXiv 1512.04202, and Pooladzandi and Li, arXiv 2402.04553 (Kronecker products)",
     parity="timm.optim.Kron, with the mean over its noise",
     cases=(
         {"learning_rate": 0.01},
@@ -223,8 +223,8 @@ class Kron(Optimizer):
 
     **Without random numbers.** The paper has `Bᵢ Bᵢᵀ` in place of Nᵢ, B being noise times the inverse of Q, drawn in
     each update; Nᵢ is the mean of it. So runs are reproducible, and fits less noisy. ‖·‖ is an estimate of the spectral
-    norm from below, as in the authors' code. That code also balances the largest elements of the Qᵢ in one of 100
-    updates at random; here these are the updates 100, 200, ... Parameters whose m is 0 altogether keep their Q.
+    norm from below, as in the reference. That also balances the largest elements of the Qᵢ, in one of 100 fits at
+    random; here these are the fits in the updates 100, 200, ... Parameters whose m is 0 altogether keep their Q.
 
     When not to use it: with a rate that was tuned for Adam, which is several times too large here; on kernels with long
     axes without a `max_precondition_dim` that excludes them (triangles take d³).

@@ -248,7 +248,7 @@ class NovoGradRule(Rule):
 
 @register(
     "optimizer",
-    paper="Ginsburg et al., arXiv 1905.11286, algorithm 1",
+    paper="Ginsburg et al., arXiv 1905.11286",
     parity="pytorch_optimizer.NovoGrad",
     cases=(
         {"learning_rate": 0.01},

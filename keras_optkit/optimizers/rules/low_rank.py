@@ -140,9 +140,9 @@ class APOLLO(Optimizer):
     side is not longer than `rank` are trained by Adam.
 
     `rank=1, scale=128, scale_type="tensor"` is the paper's APOLLO-Mini. As in the authors' code, 1e-8 is added to the
-    norms that are divided by, and ε is added before the bias correction. Where that code never moves again after a
-    gradient of 0, nothing is limited here. It decays after the step, this optimizer before it, as all do here. The
-    authors project the layers of attention and feed-forward blocks only and leave the last layer to Adam, as
+    norms that are divided by, and ε is added before the bias correction. Where that code begins anew with a ‖g'‖ of
+    1e-8 after a gradient of 0, nothing is limited here. It decays after the step, this optimizer before it, as all do
+    here. The authors project the layers of attention and feed-forward blocks only and leave the last layer to Adam, as
     `groups=[Group("head", rule="AdamW")]` does. pytorch-optimizer's APOLLO scales the projected gradient and projects
     it back, which is another algorithm.
 

@@ -190,7 +190,7 @@ class NorMuon(Optimizer):
     m has the shape of θ, and v one element for each output, both 0 at first: little more than half of Adam's state. The
     paper's rows are outputs, which are columns in Keras. "moonlight" is the paper's scale, with which the root mean
     square of a step is 0.2 η, so that rates and decays of AdamW are right; "keller_jordan" is that of the authors'
-    code. The paper looks ahead (`nesterov`) in its code only. Which parameters are orthogonalized, as which matrices,
+    code. Only the code looks ahead (`nesterov`), not the paper. Which parameters are orthogonalized, as which matrices,
     and what is trained by AdamW is as in `Muon`.
 
     When not to use it: for models of few or small matrices, or to fine-tune weights that Adam has trained.

@@ -112,7 +112,7 @@ class AdamPVectorRule(AdamPRule):
 
 @register(
     "optimizer",
-    paper="Heo, Chun, Oh, Han, Yun, Kim, Uh and Ha, arXiv 2006.08217, algorithm 2, with the test by unit of its code",
+    paper="Heo, Chun, Oh, Han, Yun, Kim, Uh and Ha, arXiv 2006.08217 (AdamP), with the test by unit of its code",
     parity="pytorch_optimizer.AdamP",
     cases=(
         {"learning_rate": 0.01},
@@ -243,7 +243,7 @@ class SGDPVectorRule(SGDPRule):
 
 @register(
     "optimizer",
-    paper="Heo, Chun, Oh, Han, Yun, Kim, Uh and Ha, arXiv 2006.08217, algorithm 1, with the test by unit of its code",
+    paper="Heo, Chun, Oh, Han, Yun, Kim, Uh and Ha, arXiv 2006.08217 (SGDP), with the test by unit of its code",
     parity="pytorch_optimizer.SGDP",
     cases=(
         {"learning_rate": 0.01},

@@ -159,7 +159,7 @@ class ConditionalGradientRule(Rule):
 
 @register(
     "optimizer",
-    paper="Frank and Wolfe 1956; Jaggi, ICML 2013, algorithm 1 and section 4; as TensorFlow Addons defined it",
+    paper="Frank and Wolfe 1956; Jaggi, ICML 2013; Ravi et al., arXiv 1803.06453; as TensorFlow Addons defined it",
     parity="none: TensorFlow Addons does not run with Keras 3, and the twin is its formula",
     cases=(
         {"learning_rate": 0.01},

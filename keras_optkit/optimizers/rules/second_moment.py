@@ -44,7 +44,7 @@ class YogiRule(Rule):
 
 @register(
     "optimizer",
-    paper="Zaheer, Reddi, Sachan, Kale and Kumar, Adaptive Methods for Nonconvex Optimization, 2018, algorithm 2",
+    paper="Zaheer, Reddi, Sachan, Kale and Kumar, Adaptive Methods for Nonconvex Optimization, 2018",
     parity="pytorch_optimizer.Yogi, with its first moment started at 0",
     cases=(
         {"learning_rate": 0.01},
@@ -67,10 +67,9 @@ class Yogi(Optimizer):
     ```
 
     Where gradients become small, Adam's v falls by a share of itself, and Yogi's only by a share of g². m and v have
-    the shape of θ; m starts at 0, v at a small number. ε is as large as in the paper. The paper's algorithm omits the
-    bias corrections for simplicity; implementations have them, and so it is here. pytorch_optimizer and optax start m,
-    too, at the initial value of v, with the bias that this adds to the first steps; m starts at 0 here, as in the
-    paper.
+    the shape of θ; m starts at 0, v at a small number. ε is as large as in the paper. The paper's algorithm has no
+    bias corrections; implementations have them, and so it is here. pytorch_optimizer and optax start m, too, at the
+    initial value of v, with the bias that this adds to the first steps; m starts at 0 here, as in Adam.
 
     When not to use it: where gradients are large at first and small later: v hardly falls, and neither do steps grow.
 
@@ -130,7 +129,7 @@ class LaPropRule(Rule):
 
 @register(
     "optimizer",
-    paper="Ziyin, Wang and Ueda, arXiv 2002.04839, algorithm 1",
+    paper="Ziyin, Wang and Ueda, arXiv 2002.04839",
     parity="pytorch_optimizer.LaProp, with ε behind the bias correction",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-4}),
     space=_SPACE,
@@ -146,7 +145,8 @@ class LaProp(Optimizer):
     m and v have the shape of θ and start at 0. As each gradient is divided by the v of its own time, β₁ and β₂ can be
     chosen independently; Adam diverges where β₁ is far above β₂. With β₁ = 0 it is Adam with β₁ = 0, with β₂ = 0
     momentum of signs. η acts on all of m; in the authors' code and timm it is inside m, which is the same while η is
-    constant. They decay the weights after the step; here it is, as always, the weights before it.
+    constant. They decay the weights after the step (the authors by λ, without η); here it is, as always, the weights
+    before it.
 
     When not to use it: with the default βs it is close to `AdamW`, and where that is tuned there is little to gain.
 
@@ -305,7 +305,7 @@ class StableAdamWRule(Rule):
 
 @register(
     "optimizer",
-    paper="Wortsman, Dettmers, Zettlemoyer, Morcos, Farhadi and Schmidt, arXiv 2304.13013, algorithm 2",
+    paper="Wortsman, Dettmers, Zettlemoyer, Morcos, Farhadi and Schmidt, arXiv 2304.13013",
     parity="pytorch_optimizer.StableAdamW",
     cases=(
         {"learning_rate": 0.01},

@@ -69,7 +69,7 @@ class ShampooRule(Rule):
 @register(
     "optimizer",
     paper="Gupta, Koren and Singer, arXiv 1802.09568, algorithm 2; grafting, running means and their bias: Shi et al., "
-    "arXiv 2309.06497, algorithm 2",
+    "arXiv 2309.06497",
     parity="the authors' distributed_shampoo (AdamPreconditionerConfig), without blocks",
     cases=(
         {"learning_rate": 0.01, "precondition_frequency": 2, "epsilon": 1e-4},

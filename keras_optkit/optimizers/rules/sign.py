@@ -33,7 +33,7 @@ class LionRule(Rule):
 
 @register(
     "optimizer",
-    paper="Chen, Liang, Huang, Real, Wang et al., arXiv 2302.06675, algorithm 2",
+    paper="Chen, Liang, Huang, Real, Wang et al., arXiv 2302.06675",
     parity="optax.lion",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.95, "beta_2": 0.98}),
     space={
@@ -51,11 +51,11 @@ class Lion(Optimizer):
     ```
 
     m has the shape of θ and starts at 0: half of Adam's state. All elements move by η in each update, so that η should
-    be 3 to 10 times smaller than Adam's, and λ larger by the same factor, as the paper has it. The default is the
-    paper's 1e-4; Keras's `Lion` has 1e-3.
+    be 3 to 10 times smaller than Adam's, and λ larger by the same factor, as the paper has it. The default, 1e-4, is
+    that of the authors' code; Keras's `Lion` has 1e-3.
 
-    When not to use it: with small batches, whose gradients have random signs (the paper's gains begin at 64); where the
-    rate was tuned for Adam, which is several times too large here.
+    When not to use it: with small batches, whose gradients have random signs (below 64, the paper expects no gain over
+    AdamW); where the rate was tuned for Adam, which is several times too large here.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count.

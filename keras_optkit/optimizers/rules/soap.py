@@ -250,7 +250,7 @@ class SOAP(Optimizer):
 
 @register(
     "optimizer",
-    paper="Lin, Lowe, Dangel, Eschenhagen, Xu and Grosse, arXiv 2509.03378, figure 3 (KL-SOAP)",
+    paper="Lin, Lowe, Dangel, Eschenhagen, Xu and Grosse, arXiv 2509.03378 (KL-SOAP)",
     parity="heavyball.KLSOAP, without the shift of its QR",
     cases=(
         {"learning_rate": 0.01, "max_precondition_dim": 3, "initial_basis": "identity"},
