@@ -61,7 +61,7 @@ def test_a_process_of_the_references_that_ends_is_replaced():
 
 @pytest.mark.parametrize(
     ("argument", "code", "said"),
-    [("Adamm", 2, "unknown names ['Adamm']; allowed: AdaBelief, "), ("--help", 0, "--markdown FILE")],
+    [("Adamm", 2, "unknown names ['Adamm']; allowed: ADOPT, "), ("--help", 0, "--markdown FILE")],
 )
 def test_the_command_says_what_is_allowed(argument, code, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["parity", argument])
