@@ -60,10 +60,30 @@ class ShampooRule(Rule):
 
     def root(self, gram: Tensor, order: int, h: Hyper) -> Tensor:
         """`(L̂ + ε)^(-1 / (2 order))`."""
-        values, vectors = ops.eigh(gram / h.bias_correction(self.beta_2))
-        negative = ops.minimum(ops.min(values, axis=-1, keepdims=True), 0) if gram.shape[-1] else values
-        powers = ops.power(values - negative + h(self.epsilon), -1 / (2 * order))
-        return ops.matmul(vectors * ops.expand_dims(powers, 1), ops.transpose(vectors, (0, 2, 1)))
+        return power(gram / h.bias_correction(self.beta_2), -1 / (2 * order), h(self.epsilon))
+
+
+def power(x: Tensor, exponent: float, epsilon: Value) -> Tensor:
+    """`(x + ε)^exponent` of symmetric matrices (n, d, d), whose eigenvalues are raised if one is below 0.
+
+    XLA's eigenvectors have half of the digits. What is left beside the diagonal, in their basis, is taken into account
+    to first order, by the differences of the function between eigenvalues.
+    """
+    if not x.shape[-1]:
+        return x
+    vectors = ops.eigh(x)[1]
+    back = ops.transpose(vectors, (0, 2, 1))
+    rotated = ops.matmul(ops.matmul(back, x), vectors)
+    values = ops.diagonal(rotated, axis1=1, axis2=2)
+    moved = values - ops.minimum(ops.min(values, axis=-1, keepdims=True), 0) + epsilon
+    results = ops.power(moved, exponent)
+    gaps, means = moved[:, :, None] - moved[:, None], (moved[:, :, None] + moved[:, None]) / 2
+    near = ops.abs(gaps) < 1e-3 * means
+    slopes = (results[:, :, None] - results[:, None]) / ops.where(near, ops.ones_like(gaps), gaps)
+    slopes = ops.where(near, exponent * ops.divide_no_nan(ops.power(means, exponent), means), slopes)
+    unit = ops.eye(x.shape[-1], dtype=x.dtype)
+    beside = rotated * (1 - unit)
+    return ops.matmul(ops.matmul(vectors, unit * results[:, None] + slopes * beside), back)
 
 
 @register(
