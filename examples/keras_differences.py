@@ -43,7 +43,7 @@ PAIRS: dict[str, tuple[Callable[[float], Any] | None, Callable[[float], Any]]] =
     "Nadam": (lambda rate: O.NAdam(rate, epsilon=1e-7, momentum_decay=1.0), O.NAdam),
     "Adadelta": (lambda rate: O.Adadelta(rate, 0.95, 1e-7), O.Adadelta),
     "Adamax": (None, O.Adamax),
-    "Ftrl": (O.Ftrl, O.Ftrl),
+    "Ftrl": (lambda rate: O.Ftrl(rate, initial_accumulator_value=0.1), O.Ftrl),
     "Lion": (O.Lion, O.Lion),
     "Lamb": (lambda rate: O.LAMB(rate, epsilon=1e-7), O.LAMB),
     "Adafactor": (O.Adafactor, O.Adafactor),

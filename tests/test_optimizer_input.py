@@ -290,7 +290,7 @@ def test_counts_may_change_after_build():
         ("use_nesterov", "nesterov"),
         ("momentun", "momentum"),
         ("beta1", "beta_1"),  # of other optimizers
-        ("beta_1", "It is a hyperparameter of Adafactor, Adam, AdamW"),
+        ("beta_1", "It is a hyperparameter of ADOPT, "),
     ],
 )
 def test_a_misspelt_attribute(name, meant):
