@@ -767,7 +767,7 @@ def _(right):
     "evaluated at z, the last iterate",
     "ScheduleFreeSGD",
     "evaluation_weights",
-    schedule_free._ScheduleFree,
+    schedule_free.ScheduleFreeBaseRule,
     "eval_value",
 )
 def _(right):
@@ -788,14 +788,14 @@ def _(right):
     "iterates are averaged with equal weights during warm-up",
     "ScheduleFreeSGD",
     "twin",
-    schedule_free._ScheduleFree,
+    schedule_free.ScheduleFreeBaseRule,
     "measure",
 )
 def _(right):
     return lambda self, h, sums: right(self, h, sums) | {"share": 1 / h.step}
 
 
-@bug("the learning rate does not warm up", "ScheduleFreeAdamW", "twin", schedule_free._ScheduleFree, "warmed_up")
+@bug("the learning rate does not warm up", "ScheduleFreeAdamW", "twin", schedule_free._LinearWarmup, "warmed_up")
 def _(right):
     return lambda self, h: h
 
