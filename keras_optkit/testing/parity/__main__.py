@@ -27,7 +27,8 @@ two axes. The scale of the gradients differs between parameters by up to three o
 of our optimizer is saved and loaded into a new one. *Runs* counts the settings: each set of arguments, without and
 with a weight decay of 0.1 where the reference decays as the paper does, in float32 and float64. The columns show the
 largest difference between the weights after any step, relative to the largest element of the parameter, in all these
-runs. It has to be below 1e-5 in float32 and 1e-9 in float64; the last column says where it is not.
+runs. It has to be below 1e-5 in float32 and 1e-9 in float64; the last column says where
+it is not.
 
 The references run in a process of their own, without TensorFlow. `keras_optkit/testing/parity/` has an entry for
 each, which says how its arguments are translated. The test suite runs a share: the last setting of each in float64,
