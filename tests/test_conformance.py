@@ -8,31 +8,31 @@ import keras_optkit as ok
 ON_JAX = keras.config.backend() == "jax"
 
 #: Optimizers whose checks of the engine take longest and show what those of others do. They are run with `--all`.
-LONG = {"KLSOAP", "Kron", "SOAP", "Shampoo", "ConditionalGradient"}
+LONG = {"ConditionalGradient", "KLSOAP", "Kron", "MARS", "SOAP", "Shampoo"}
+#: Optimizers of which all checks of the rule are run; of the others those in SHARE, and the rest with `--all`.
+WHOLE = {"Adagrad", "AdamW", "Lookahead", "Muon", "Prodigy", "SAM", "SGD", "ScheduleFree", "ScheduleFreeAdamW"}
+SHARE = {"bad_arguments", "config_round_trip", "twin"}
 if ON_JAX:
-    LONG |= {"ADOPT", "Adafactor", "Adan", "LAMB", "LARS", "Lookahead", "MARS", "Muon", "Prodigy"}
-
-#: Optimizers of which JAX runs all checks of the rule; of the others those that compare with the twin and between the
-#: ways to run, since compiling takes most of the time there. `--all` runs all.
-WHOLE_ON_JAX = {"Adagrad", "AdamW", "Lookahead", "Muon", "Prodigy", "SAM", "SGD", "ScheduleFree", "ScheduleFreeAdamW"}
+    LONG |= {"ADOPT", "Adafactor", "Adan", "LAMB", "LARS", "Lookahead", "Muon", "Prodigy"}
+else:
+    WHOLE |= {"Adafactor", "Adam", "LAMB", "RMSprop", "ScheduleFreeSGD"}
+    SHARE |= {"dtypes"}
 
 
 def is_long(card, check):
     """Whether a pair is run with `--all` only.
 
-    JAX compiles each operation of SOAP by itself, which takes minutes, unless the step is compiled as a whole. The
-    moving average of `use_ema` does not depend on the rule.
+    JAX compiles each operation of rules with decompositions by itself, which takes minutes, unless the step is compiled
+    as a whole. The moving average of `use_ema` does not depend on the rule.
     """
-    decomposes = {"KLSOAP", "Kron", "SOAP", "Shampoo"}
-    by_operation = ON_JAX and card.name in decomposes and check.name != "modes_agree"
-    same_average = (
-        check.name == "evaluation_weights" and "averages" not in ok.testing.traits(card) and card.name != "Adagrad"
-    )
-    in_part = ON_JAX and card.kind == "optimizer" and card.name not in WHOLE_ON_JAX and not check.engine
-    if by_operation or same_average or (in_part and check.name not in ("twin", "modes_agree")):
+    if ON_JAX and card.name in {"KLSOAP", "Kron", "SOAP", "Shampoo"}:
+        return check.name not in SHARE - {"twin"} and (card.name, check.name) != ("SOAP", "modes_agree")
+    if check.name == "evaluation_weights" and "averages" not in ok.testing.traits(card) and card.name != "Adagrad":
         return True
+    if card.kind == "optimizer" and not check.engine:
+        return card.name not in WHOLE and check.name not in SHARE
     on_jax = ON_JAX and card.kind == "transform"  # the check `transforms` runs on optimizers
-    return (card.name in LONG or on_jax) and check.engine
+    return check.engine and (card.name in LONG or on_jax)
 
 
 PAIRS = [

@@ -92,13 +92,13 @@ class Comparison:
         given = {"weight_decay": self.decay, "decay_mask": "all", **self.reference.ours, **self.case}
         return card.make(**given)
 
-    def _stepper(self, model: Parts) -> tuple[Any, Callable[[Any], None]]:
+    def _stepper(self, model: Parts, mode: str) -> tuple[Any, Callable[[Any], None]]:
         """A new optimizer, and a function that makes one of its steps."""
         optimizer = self._ours()
         optimizer.build(model)
         if self.reference.second_gradient:
             return optimizer, lambda problem: _perturbed_step(optimizer, problem, model)
-        compiled = problems.stepper(optimizer, model.trainable_variables, "graph")
+        compiled = problems.stepper(optimizer, model.trainable_variables, mode)
         return optimizer, lambda grads: compiled([ops.convert_to_tensor(g, self.dtype) for g in grads])
 
     def _trained(self, grads: list[Any], injected: dict[str, Any] | None) -> list[Arrays]:
@@ -106,12 +106,14 @@ class Comparison:
         model = Parts(self.dtype)
         for variable, value in zip(model.trainable_variables, model.start(), strict=True):
             variable.assign(value)
-        optimizer, step = self._stepper(model)
+        # tracing takes as long as 50 steps, and with decompositions longer than 100
+        mode = "eager" if len(grads) <= 50 or self._ours().rule.decomposes else "graph"
+        optimizer, step = self._stepper(model, mode)
         trajectory = []
         for i, arrays in enumerate(grads):
             if i == len(grads) // 2 or (i == 1 and injected):
                 state = problems.state_of(optimizer) | ((injected or {}) if i == 1 else {})
-                optimizer, step = self._stepper(model)
+                optimizer, step = self._stepper(model, mode)
                 optimizer.load_own_variables(state)
             step(arrays)
             weights = _values(model)
