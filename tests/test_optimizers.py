@@ -763,3 +763,30 @@ def test_broken_third_party_optimizer_fails(broken, twin, cases, caught_by):
     (found,) = [check for check in ok.testing.checks_for(c) if check.name == caught_by]
     with pytest.raises((AssertionError, AttributeError)):
         found(c)
+
+
+@pytest.mark.parametrize("wrapper", [ok.optimizers.Lookahead, ok.optimizers.ScheduleFree])
+def test_slots_of_a_wrapper_and_of_the_rule_inside_are_apart(wrapper):
+    inner = ok.optimizers.AdEMAMix(0.01)
+    rule = wrapper(inner).rule
+    weight = Weight(shape=(3, 4), dtype="float32", paths=("w",), role="kernel")
+    assert len(rule.slots(weight)) == len(inner.rule.slots(weight)) + 1
+    taken = type(inner.rule).slots
+    (own,) = set(rule.slots(weight)) - set(inner.rule.slots(weight))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(inner.rule), "slots", lambda self, w=None: taken(self, w) | {own: 0.0})
+        with pytest.raises(ValueError, match=f"the inner rule has a slot '{own}'"):
+            rule.slots(weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ok.optimizers.ConditionalGradient(1.5), r"learning_rate must be a number in \[0, 1\].*1.5"),
+        (lambda: ok.optimizers.Rprop(min_factor=2.0, max_factor=1.0), "min_factor must not be above max_factor.*2.0"),
+        (lambda: ok.optimizers.KLSOAP(epsilon=0.0), "epsilon must be .*0.0"),
+    ],
+)
+def test_values_that_would_diverge_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared, with_present
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor
+from keras_optkit.optimizers.slots import Initial
 from keras_optkit.saving import constructor_parameters
 
 
@@ -23,6 +24,17 @@ def inner_step(rule: Rule, u: Tensor, slots: Slots, p: Tensor, decayed: Tensor, 
     if h.decays and not rule.handles_decay:
         step = step + h.learning_rate * h.weight_decay * decayed
     return step, new
+
+
+def with_own(inner: Mapping[str, Initial], name: str, initial: Initial) -> dict[str, Initial]:
+    """The slots of the rule inside, and one of the rule around it.
+
+    Raises:
+        ValueError: If the rule inside has a slot of that name.
+    """
+    if name in inner:
+        raise ValueError(f"the inner rule has a slot {name!r}, which is a slot of the rule around it, too; rename it.")
+    return {**inner, name: initial}
 
 
 def without(slots: Slots, name: str) -> Slots:

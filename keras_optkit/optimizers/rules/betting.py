@@ -61,6 +61,9 @@ class COCOB(Optimizer):
     scale the algorithm is independent. Since w starts again from θ₀ in every update, a decay beside the steps would be
     undone: the weight decay is an L2 term in the gradient, as in optax.
 
+    θ is a function of the state: weights that are assigned later, as by `EarlyStopping(restore_best_weights=True)`, are
+    forgotten in the next update unless the state is restored, too.
+
     When not to use it: for transformers, or where memory is short; where there is time to tune `AdamW`.
 
     Args:

@@ -9,7 +9,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -129,7 +129,8 @@ class Adamax(Optimizer):
     m and v have the shape of θ and start at 0. v needs no bias correction. The paper has no ε; torch adds it to |g|,
     and so does this one; Keras adds it to v, which makes no difference as long as gradients are larger.
 
-    When not to use it: where single gradients are outliers: one of them shortens all steps of the next 1 / (1 - β₂).
+    When not to use it: where single gradients are outliers: one of them shortens the steps of the next 1 / (1 - β₂)
+    updates.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count. 0.002 as in the paper and torch; Keras has 0.001.
@@ -231,9 +232,11 @@ class Ftrl(Optimizer):
 
     **With a larger start of n, the first update forgets the weights**, but for the share 1 - (n / n')ᵖ: as z starts at
     0, the method then takes them to have been 0. That is right for linear models, and fatal for deep ones. With a start
-    at 0, elements without a gradient so far stay as they are. In updates with a rate of 0, nothing changes.
-    `weight_decay` shrinks the θ on the right, as in Keras, which has a lasting effect only through z; take λ₂ or s
-    instead.
+    at 0, elements without a gradient so far stay as they are, unless β or λ₂ is above 0, which take them to 0; with p =
+    0, the first update forgets all weights. θ is a function of the state: weights that are assigned later, as by
+    `EarlyStopping(restore_best_weights=True)`, last for one update unless the state is restored, too. In updates with a
+    rate of 0, nothing changes. `weight_decay` shrinks the θ on the right, as in Keras, which has a lasting effect only
+    through z; take λ₂ or s instead.
 
     When not to use it: for deep networks, for which `AdamW` is better. It is for wide linear models of sparse features.
 
@@ -294,6 +297,11 @@ class RpropRule(Rule):
     eta_plus: Value = number(1.2, 1, closed="left")
     min_factor: Value = number(1e-4)
     max_factor: Value = number(5e3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_dynamic(self.min_factor) or is_dynamic(self.max_factor)) and self.min_factor > self.max_factor:
+            raise ValueError(f"min_factor must not be above max_factor, got {self.min_factor} and {self.max_factor}.")
 
     def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"factor": 1.0, "sign": 0.0}

@@ -120,7 +120,7 @@ class CAME(Optimizer):
 
     State: m in the shape of θ, and of a kernel two elements for each row and each column; of a vector v, too. All start
     at 0, and nothing is corrected for that, as in the paper: S is small at first, and the first steps are long. Kernels
-    are seen as matrices as by `Adafactor`; pytorch-optimizer factors the last two axes of kernels with more.
+    are seen as matrices as in `Adafactor`; pytorch-optimizer factors the last two axes of kernels with more.
 
     When not to use it: if there is memory for `AdamW`; with the learning rate of `AdamW`, which is too large.
 
@@ -216,7 +216,7 @@ class SM3(Optimizer):
     ```
 
     Each axis has a vector μ, which starts at 0: of a kernel of 512 × 2048 elements, 2560. A vector has as many as it
-    has elements, and is trained as by Adagrad. m has the shape of θ; with `momentum=0` there is none. The paper's
+    has elements, and is trained as in Adagrad. m has the shape of θ; with `momentum=0` there is none. The paper's
     momentum is of steps, too. ε is not in the paper, where 0 / 0 = 0; 1e-30 leaves that as it is.
 
     When not to use it: in long training, where μ, which only grows, makes steps ever shorter; where an axis has no
@@ -370,7 +370,7 @@ class AdamMini(Optimizer):
     layers by names in torch instead, and pytorch-optimizer has the blocks of an earlier version: the heads of queries
     and keys, the elements of embeddings and of the last layer, and all other kernels as a whole.
 
-    When not to use it: where memory is not short; with `Lion` or `SM3`, whose state is as small or smaller.
+    When not to use it: where memory is not short; `Lion` and `SM3` need as little or less.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count; as for `AdamW`.

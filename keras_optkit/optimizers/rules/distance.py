@@ -150,7 +150,7 @@ class DoWG(Optimizer):
 
     θ₀ are the weights before the first update; the norms are over the whole model, and only parameters with a gradient
     count. State: θ₀ in the shape of θ, and r̄ and G once for the model; G starts at 0. ε is the authors' code's, not the
-    paper's. The weight decay is an L2 term in the gradient, as by `DoG`.
+    paper's. The weight decay is an L2 term in the gradient, as in `DoG`.
 
     When not to use it: as `DoG`; where its longer steps are unstable, `DoG` may be stable.
 

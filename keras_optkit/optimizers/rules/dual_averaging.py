@@ -56,6 +56,8 @@ class MADGRAD(Optimizer):
     the gradient, g + λ θ, as in the authors' code: θ is recomputed from θ₀, which forgets a decay of θ alone.
     Their code adds ε to the rate, too; here it is η. As θ approaches z, it moves for some updates after η has become 0.
 
+    Weights that are assigned later are forgotten within some updates, since z is a function of the state.
+
     When not to use it: with the decay that is right for Adam or SGD; it needs less, often none. To fine-tune, where a
     sum over all gradients forgets nothing.
 

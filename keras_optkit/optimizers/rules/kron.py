@@ -217,9 +217,9 @@ class Kron(Optimizer):
 
     Qᵢ are upper triangles, and diagonals for axes with one element or more than `max_precondition_dim`; vectors have
     one diagonal. They are multiples of the identity at first. State: m in the shape of θ, and for each axis of d
-    elements d × d: for a square matrix that of Adam. The fit is done in every update at first, and from update 501 on
-    less and less often, down to every 34th: when p times the updates since the last one reaches 1, with
-    `p = exp(-(t - 501) / 1000)`, at least 0.03; or with p as given.
+    elements d × d: for a square matrix one and a half times that of Adam. The fit is done in every update at first, and
+    from update 501 on less and less often, down to every 34th: when p times the updates since the last one reaches 1,
+    with `p = exp(-(t - 501) / 1000)`, at least 0.03; or with p as given.
 
     **Without random numbers.** The paper has `Bᵢ Bᵢᵀ` in place of Nᵢ, B being noise times the inverse of Q, drawn in
     each update; Nᵢ is the mean of it. So runs are reproducible, and fits less noisy. ‖·‖ is an estimate of the spectral

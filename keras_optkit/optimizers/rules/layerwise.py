@@ -277,8 +277,8 @@ class NovoGrad(Optimizer):
     When not to use it: where the elements of a parameter have gradients of very different sizes, such as embeddings.
 
     Args:
-        learning_rate: η >= 0, or a schedule of the update count. Without `grad_averaging`, the norm of a step is up to
-            η / (1 - β₁) for each parameter.
+        learning_rate: η >= 0, or a schedule of the update count. Without `grad_averaging`, the norm of a step is about
+            η / (1 - β₁) while gradients keep their size.
         beta_1: β₁ in [0, 1), or a schedule.
         beta_2: β₂ in [0, 1), or a schedule.
         epsilon: ε >= 0, or a schedule.

@@ -8,7 +8,7 @@ from typing import Any
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit.optimizers.around import Around, inner_rule, inner_step, without
+from keras_optkit.optimizers.around import Around, inner_rule, inner_step, with_own, without
 from keras_optkit.optimizers.inner import Inner
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, count, number
 from keras_optkit.optimizers.slots import Initial, weights_copy
@@ -27,7 +27,7 @@ class LookaheadRule(Wrapper):
     slow_step_size: Value = number(0.5, 0, 1, closed="right")
 
     def slots(self, w: Weight | None = None) -> dict[str, Initial]:
-        return {**super().slots(w), "slow": weights_copy()}
+        return with_own(super().slots(w), "slow", weights_copy())
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         slow, held = slots["slow"], without(slots, "slow")

@@ -100,7 +100,7 @@ def _norm(x: Tensor, axis: int | tuple[int, int]) -> Tensor:
 @register(
     "optimizer",
     paper="Zhu et al., arXiv 2412.05270, algorithm 1",
-    parity="apollo_torch.APOLLOAdamW 1.0.3, with the same projections",
+    parity="apollo_torch.apollo.AdamW 1.0.3, with the same projections",
     cases=(
         {"learning_rate": 0.01, "rank": 2},
         {

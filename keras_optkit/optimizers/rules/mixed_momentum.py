@@ -30,15 +30,15 @@ class AdEMAMixRule(Rule):
     beta_3_warmup_steps: int = count(0, low=0)
 
     def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "slow": 0.0, "v": 0.0}
+        return {"m": 0.0, "m_2": 0.0, "v": 0.0}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         m, v = moments(u, slots, h(self.beta_1), h(self.beta_2))
-        slow = slots["slow"] + ops.cast(self._share(h), u.dtype) * (u - slots["slow"])
+        slow = slots["m_2"] + ops.cast(self._share(h), u.dtype) * (u - slots["m_2"])
         warm = ops.minimum(h.step / max(self.alpha_warmup_steps, 1), 1)
         mean = m / h.bias_correction(self.beta_1) + h(self.alpha) * ops.cast(warm, u.dtype) * slow
         size = ops.sqrt(v / h.bias_correction(self.beta_2)) + h(self.epsilon)
-        return h.learning_rate * mean / size, {"m": m, "slow": slow, "v": v}
+        return h.learning_rate * mean / size, {"m": m, "m_2": slow, "v": v}
 
     def _share(self, h: Hyper) -> Tensor:
         """`1 - β₃` of this update: `-1 / log β₃`, the memory of m₂ in updates, rises linearly from that of β₁."""
@@ -190,7 +190,7 @@ class MARS(Optimizer):
     cost of one gradient; the exact one computes g' for the current batch, a second gradient. The authors' code and
     pytorch_optimizer set the first g' to 0, so that the first c is longer; here it is the paper's, whose first
     correction is 0. The authors train vectors by AdamW with settings of their own; here all parameters are treated
-    alike, and `groups=[ok.Group("bias$", rule="AdamW")]` gives the other.
+    alike, and `groups=[ok.Group("(bias|gamma|beta)$", rule="AdamW")]` trains these by AdamW.
 
     When not to use it: where state has to be small; with large batches, whose gradients have little variance to reduce.
 

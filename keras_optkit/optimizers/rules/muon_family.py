@@ -273,7 +273,7 @@ class NorMuon(Optimizer):
 @register(
     "optimizer",
     paper="Si, Zhang and Shen, arXiv 2507.11005, algorithm 1",
-    parity="timm.optim.Muon(algo='adamuon'), without its rounding to bfloat16 and with the signs of the paper",
+    parity="pytorch_optimizer.AdaMuon, without its rounding to bfloat16 and with the signs of the paper",
     cases=(
         {"learning_rate": 0.01, "exclude_output": False},
         {
@@ -312,7 +312,7 @@ class AdaMuon(Optimizer):
     the division by ‖Ô‖ takes out again. Norms are over each matrix. Which parameters are orthogonalized, as which
     matrices, and what is trained by AdamW is as in `Muon`.
 
-    When not to use it: for models of few or small matrices; where the state of Muon is what fits into memory.
+    When not to use it: for models of few or small matrices; where only Muon's smaller state fits into memory.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count.

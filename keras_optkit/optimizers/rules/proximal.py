@@ -217,4 +217,6 @@ class ConditionalGradient(Optimizer):
         epsilon: float | Schedule = 1e-7,
         **common: Any,
     ):
+        if isinstance(learning_rate, float | int) and learning_rate > 1:
+            raise ValueError(f"learning_rate must be a number in [0, 1] or a schedule, got {learning_rate}.")
         super().__init__(learning_rate, ConditionalGradientRule(radius, norm, epsilon), **common)

@@ -9,7 +9,7 @@ from typing import Any
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit.optimizers.around import Around, inner_rule, inner_step, without
+from keras_optkit.optimizers.around import Around, inner_rule, inner_step, with_own, without
 from keras_optkit.optimizers.inner import Inner
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, count, number
@@ -37,7 +37,7 @@ class ScheduleFreeBaseRule(Wrapper):
         raise NotImplementedError
 
     def slots(self, w: Weight | None = None) -> dict[str, Initial]:
-        return {**super().slots(w), "anchor": weights_copy()}  # z; another rule may call something of its own z
+        return with_own(super().slots(w), "anchor", weights_copy())  # z, which other rules have, too
 
     def scalars(self) -> dict[str, float]:
         return {**self.inner().scalars(), "largest_rate": 0.0, "total_weight": 0.0, "share": 0.0}

@@ -71,7 +71,7 @@ class Yogi(Optimizer):
     bias corrections; implementations have them, and so it is here. pytorch_optimizer and optax start m, too, at the
     initial value of v, with the bias that this adds to the first steps; m starts at 0 here, as in Adam.
 
-    When not to use it: where gradients are large at first and small later: v hardly falls, and neither do steps grow.
+    When not to use it: where gradients are large at first and small later: v hardly falls, so steps do not grow either.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count.
@@ -240,7 +240,9 @@ class ADOPT(Optimizer):
     bias correction. t counts the optimizer's updates. The clipping, with κ = 1/4, keeps early steps short, where v is a
     single gradient; `clip_exponent=None` is the algorithm without it.
 
-    When not to use it: for very few updates, of which the first is lost and those after it are clipped. With β₂ as low
+    When not to use it: for very few updates, of which the first is lost and those after it are clipped. Without
+    clipping, for elements whose first gradient comes late (rows of embeddings, dead units): v is 0 until then, and they
+    move by g / ε. With β₂ as low
     as Adam's, v is noisy.
 
     Args:

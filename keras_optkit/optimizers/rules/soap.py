@@ -107,6 +107,8 @@ class SOAPRule(SOAPVectorRule):
 class KLSOAPRule(SOAPRule):
     """The same with `L ← (1 - w) L + w g Λ⁻¹ gᵀ / d` by axis, Λ and d those of the other axes, and w without a bias."""
 
+    epsilon: Value = number(1e-8, closed="neither")
+
     def grams(self, u: Tensor, grams: dict[int, Tensor], bases: dict[int, Tensor], h: Hyper) -> dict[int, Tensor]:
         roots = {}
         for i, gram in grams.items():

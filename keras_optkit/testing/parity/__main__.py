@@ -31,8 +31,10 @@ runs. It has to be below 1e-5 in float32 and 1e-9 in float64; the last column sa
 it is not.
 
 The references run in a process of their own, without TensorFlow. `keras_optkit/testing/parity/` has an entry for
-each, which says how its arguments are translated. The test suite runs a share: the last setting of each in float64,
-for 30 steps.
+each, which says how its arguments are translated. The test suite runs a share: the last setting of most of them in
+float64, for 30 steps; not of `AdamMini`, `APOLLO`, `KLSOAP` and `Kron`, whose references the extra `parity` installs.
+Two optimizers have no entry: of `ConditionalGradient`, TensorFlow Addons had the only other implementation, and that of
+`Shampoo`'s authors is in no package index. The NumPy twin of the latter was compared with it once.
 
 {table}"""
 HEAD = ("optimizer", "reference", "steps", "runs", "float32", "float64", "deviations")
