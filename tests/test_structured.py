@@ -7,6 +7,7 @@ from every_optimizer import continued, network, recurrent, transformer
 from keras import layers, ops
 
 import keras_optkit as ok
+from keras_optkit.optimizers.rules import kron
 from keras_optkit.testing import problems
 from keras_optkit.testing.parity.problem import Parts
 
@@ -179,6 +180,59 @@ def test_lookahead_with_a_step_of_1_is_the_inner_optimizer(name):
         return ok.optimizers.Lookahead(again, sync_period=2, slow_step_size=1.0)
 
     assert error(trained(around, grads), expected) < 1e-5
+
+
+# -- Kron --------------------------------------------------------------------------------------------------------------
+
+
+def scalar(optimizer, name):
+    return float(problems.state_of(optimizer)[f"scalars.{name}"])
+
+
+def test_kron_fits_in_every_update_first_and_then_ever_less_often():
+    """As often as the annealed probability of timm's Kron says: in 3 of 100 updates in the end."""
+    weights = problems.variables([np.ones((2, 3))])
+    optimizer = ok.optimizers.Kron(1e-4)
+    optimizer.build(weights)
+    gradient = [ops.convert_to_tensor(np.ones((2, 3)))]
+
+    def due(updates):
+        found = []
+        for _ in range(updates):
+            optimizer.apply(gradient, weights)
+            found.append(scalar(optimizer, "due"))
+        return found
+
+    assert due(5) == [1.0] * 5
+    optimizer.iterations.assign(1194)  # from where on exp((501 - t) / 1000) is a little below 1/2
+    assert due(6) == [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+    optimizer.iterations.assign(10**6)
+    first, second = [i for i, each in enumerate(due(68)) if each]
+    assert second - first == 34
+
+
+def test_kron_gives_its_factors_the_same_largest_element(monkeypatch):
+    """Which leaves their product as it is, so that no comparison of weights can see it."""
+    rng = np.random.default_rng(0)
+    grads = [[ops.convert_to_tensor(rng.normal(size=(4, 6)) * 10.0)] for _ in range(6)]
+
+    def factors(period):
+        monkeypatch.setattr(kron, "BALANCE_PERIOD", period)
+        weights = problems.variables([np.ones((4, 6))])
+        optimizer = ok.optimizers.Kron(1e-3, preconditioner_learning_rate=0.3, initial_scale=2.0)
+        optimizer.build(weights)
+        for arrays in grads:
+            optimizer.apply(arrays, weights)
+        state = problems.state_of(optimizer)
+        slots = {i: np.squeeze(value) for i in (0, 1) for key, value in state.items() if f"q_{i}" in key}
+        return [q + 2.0**0.5 * np.eye(len(q)) for q in slots.values()], np.array(weights[0])
+
+    (left, right), weights = factors(3)
+    assert np.abs(left).max() == pytest.approx(np.abs(right).max(), rel=1e-12)
+    (a, b), plain = factors(100)
+    assert np.abs(a).max() != pytest.approx(np.abs(b).max(), rel=1e-3)
+    np.testing.assert_allclose(np.kron(left, right), np.kron(a, b), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(weights, plain, rtol=1e-9)
 
 
 # -- in `fit` ---------------------------------------------------------------------------------------------------------

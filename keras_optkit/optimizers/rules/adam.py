@@ -42,7 +42,8 @@ class AdamRule(Rule):
         return rate * m / (ops.sqrt(v / correction_2) + epsilon), new
 
 
-_SPACE = {
+#: The search space of Adam and most of its relatives.
+SPACE = {
     "learning_rate": Float(1e-5, 1e-1, log=True),
     "beta_1": Choice([0.85, 0.9, 0.95]),
     "beta_2": Choice([0.95, 0.99, 0.999]),
@@ -58,7 +59,7 @@ _SPACE = {
         {"learning_rate": 0.01, "amsgrad": True, "beta_1": 0.8, "beta_2": 0.9},
         {"learning_rate": 0.01, "epsilon_hat": True, "epsilon": 1e-4},
     ),
-    space=_SPACE,
+    space=SPACE,
 )
 class Adam(Optimizer):
     """Adam: running means of the gradient and of its square, both corrected for their start at zero.
@@ -123,7 +124,7 @@ class Adam(Optimizer):
         {"learning_rate": 0.01, "weight_decay": 0.1, "decay_mask": "all", "amsgrad": True},
         {"learning_rate": 0.01, "weight_decay": None, "epsilon_hat": True},
     ),
-    space=_SPACE | {"weight_decay": Float(1e-4, 1.0, log=True)},
+    space=SPACE | {"weight_decay": Float(1e-4, 1.0, log=True)},
 )
 class AdamW(Optimizer):
     """Adam with decoupled weight decay: the weights shrink directly, not through the gradient.

@@ -11,14 +11,9 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
+from keras_optkit.optimizers.rules.adam import SPACE
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
-
-_SPACE = {
-    "learning_rate": Float(1e-5, 1e-1, log=True),
-    "beta_1": Choice([0.85, 0.9, 0.95]),
-    "beta_2": Choice([0.95, 0.99, 0.999]),
-}
 
 
 def moments(u: Tensor, slots: Slots, beta_1: Value, beta_2: Value) -> tuple[Tensor, Tensor]:
@@ -69,7 +64,7 @@ def _product(decay: Tensor, t: Tensor) -> Tensor:
     paper="Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2, without its factor β₂ on v̂",
     parity="torch.optim.NAdam (decoupled_weight_decay=True)",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.9, "momentum_decay": 0.1}),
-    space=_SPACE,
+    space=SPACE,
 )
 class NAdam(Optimizer):
     """NAdam: Adam with Nesterov's momentum, which warms up. With `weight_decay` it is NAdamW.
@@ -178,7 +173,7 @@ def _above(x: Tensor) -> Tensor:
     paper="Liu, Jiang, He, Chen, Liu, Gao and Han, arXiv 1908.03265, algorithm 2, with a threshold of 5 as in its code",
     parity="torch.optim.RAdam (decoupled_weight_decay=True)",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.9, "epsilon": 1e-3}),
-    space=_SPACE,
+    space=SPACE,
 )
 class RAdam(Optimizer):
     """RAdam: Adam whose first steps are as short as the variance of its second moment demands.
@@ -254,7 +249,7 @@ class AdaBeliefRule(Rule):
     paper="Zhuang, Tang, Ding, Tatikonda, Dvornek, Papademetris and Duncan, arXiv 2010.07468",
     parity="optax.adabelief",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.9, "epsilon": 1e-8}),
-    space=_SPACE,
+    space=SPACE,
 )
 class AdaBelief(Optimizer):
     """AdaBelief: steps are long where gradients are what the running mean has led to expect.

@@ -13,11 +13,11 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.kernels import KERNEL, TABLE, VECTOR, KernelAxes, as_matrices, from_matrices, matrix_shape
-from keras_optkit.optimizers.keywords import checked_patterns
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
 from keras_optkit.optimizers.rules.adam import AdamRule
 from keras_optkit.optimizers.rules.memory import factored, product
+from keras_optkit.optimizers.rules.muon import patterns
 from keras_optkit.optimizers.slots import Initial, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
@@ -258,14 +258,6 @@ class SM3(Optimizer):
 HEADS = (r"(^|/)(query|key|query_dense|key_dense|q_proj|k_proj)/kernel$",)
 
 
-def _patterns() -> Any:
-    def check(name: str, value: Any) -> tuple[str, ...] | None:
-        patterns = checked_patterns(name, value)
-        return None if patterns is None else tuple(patterns)
-
-    return dataclasses.field(default=HEADS, metadata={"check": check})
-
-
 @dataclass(frozen=True)
 class BlockAdamRule(Rule):
     """`m ← β₁ m + (1 - β₁) g; v ← β₂ v + (1 - β₂) mean over the block of g²; θ ← θ - η m̂ / (√v̂ + ε)`."""
@@ -311,7 +303,7 @@ class HeadAdamRule(BlockAdamRule):
 class AdamMiniRule(BlockAdamRule):
     """The same with one block for each unit of a kernel."""
 
-    head_layers: tuple[str, ...] | None = _patterns()
+    head_layers: tuple[str, ...] | None = patterns(HEADS)
 
     def routes(self) -> Mapping[str, Rule]:
         betas = (self.beta_1, self.beta_2, self.epsilon)

@@ -140,11 +140,11 @@ class APOLLO(Optimizer):
     side is not longer than `rank` are trained by Adam.
 
     `rank=1, scale=128, scale_type="tensor"` is the paper's APOLLO-Mini. As in the authors' code, 1e-8 is added to the
-    norms that are divided by, and ε is added before the bias correction. Where that code begins anew with a ‖g'‖ of
-    1e-8 after a gradient of 0, nothing is limited here. It decays after the step, this optimizer before it, as all do
-    here. The authors project the layers of attention and feed-forward blocks only and leave the last layer to Adam, as
-    `groups=[Group("head", rule="AdamW")]` does. pytorch-optimizer's APOLLO scales the projected gradient and projects
-    it back, which is another algorithm.
+    norms that are divided by, and ε is added before the bias correction. After a gradient of 0, that code limits the
+    next ‖g'‖ to about 1e-8, and this optimizer does not limit it. The authors decay the weights after the step, this
+    optimizer before it. The authors project the layers of attention and feed-forward blocks only and leave the last
+    layer to Adam, as `groups=[Group("head", rule="AdamW")]` does. pytorch-optimizer's APOLLO scales the projected
+    gradient and projects it back, which is another algorithm.
 
     When not to use it: if there is memory for `AdamW`; with kernels not much larger than the rank.
 

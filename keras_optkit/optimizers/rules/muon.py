@@ -87,12 +87,14 @@ def warn_of_unknown_output(rule: Rule, treated: str, option: str) -> None:
     )
 
 
-def _patterns() -> Any:
-    def check(name: str, value: Any) -> tuple[str, ...] | None:
-        patterns = checked_patterns(name, value)
-        return None if patterns is None else tuple(patterns)
+def patterns(default: tuple[str, ...] | None = None) -> Any:
+    """Declares a field of regular expressions of paths."""
 
-    return dataclasses.field(default=None, metadata={"check": check})
+    def check(name: str, value: Any) -> tuple[str, ...] | None:
+        found = checked_patterns(name, value)
+        return None if found is None else tuple(found)
+
+    return dataclasses.field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class MuonRule(Rule):
     adam_beta_1: Value = number(0.9, 0, 1, closed="left")
     adam_beta_2: Value = number(0.95, 0, 1, closed="left")
     adam_epsilon: Value = number(1e-8)
-    exclude_layers: tuple[str, ...] | None = _patterns()
+    exclude_layers: tuple[str, ...] | None = patterns()
     exclude_embeddings: bool = flag(True)
     exclude_output: bool = flag(True)
 

@@ -57,12 +57,43 @@ def projected(step: Tensor, u: Tensor, p: Tensor, h: Hyper, delta: Any, epsilon:
     return _from_units(found, p.shape, h), ops.reshape(near, (-1, *[1] * (len(p.shape) - 1)))
 
 
-@dataclass(frozen=True)
-class AdamPRule(Rule):
-    """`s = m̂ / (√v̂ + ε); θ ← θ - η Π(s) - η λ r θ`, with Π and r for weights whose gradients are orthogonal to them."""
+class ProjectedRule(Rule):
+    """Base of rules that project steps; vectors are routed to the same rule without that."""
 
     layout = "whole"
     handles_decay = True
+    epsilon: Value
+    delta: Value
+    decay_ratio: Value
+
+    def route(self, w: Weight) -> str:
+        return "vector" if w.role == VECTOR else ""
+
+    def projected(self, s: Tensor, u: Tensor, p: Tensor, h: Hyper) -> tuple[Tensor, Any]:
+        """The step, and the factor on the decay."""
+        s, near = projected(s, u, p, h, h(self.delta), h(self.epsilon))
+        return s, ops.where(near, h(self.decay_ratio) * ops.ones_like(p), ops.ones_like(p))
+
+
+class NotProjected:
+    """Makes a rule of vectors of one that projects."""
+
+    layout = "elementwise"
+
+    def routes(self) -> Mapping[str, Rule]:
+        return {}
+
+    def route(self, w: Weight) -> str:
+        return ""
+
+    def projected(self, s: Tensor, u: Tensor, p: Tensor, h: Hyper) -> tuple[Tensor, Any]:
+        return s, 1.0
+
+
+@dataclass(frozen=True)
+class AdamPRule(ProjectedRule):
+    """`s = m̂ / (√v̂ + ε); θ ← θ - η Π(s) - η λ r θ`, with Π and r for weights whose gradients are orthogonal to them."""
+
     beta_1: Value = number(0.9, 0, 1, closed="left")
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-8, closed="neither")
@@ -73,9 +104,6 @@ class AdamPRule(Rule):
     def routes(self) -> Mapping[str, Rule]:
         fields = (self.beta_1, self.beta_2, self.epsilon, self.delta, self.decay_ratio, self.nesterov)
         return {"vector": AdamPVectorRule(*fields)}
-
-    def route(self, w: Weight) -> str:
-        return "vector" if w.role == VECTOR else ""
 
     def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0}
@@ -88,26 +116,10 @@ class AdamPRule(Rule):
         s, ratio = self.projected(s, u, p, h)
         return h.learning_rate * (s + h.weight_decay * ratio * p), {"m": m, "v": v}
 
-    def projected(self, s: Tensor, u: Tensor, p: Tensor, h: Hyper) -> tuple[Tensor, Any]:
-        """The step, and the factor on the decay."""
-        s, near = projected(s, u, p, h, h(self.delta), h(self.epsilon))
-        return s, ops.where(near, h(self.decay_ratio) * ops.ones_like(p), ops.ones_like(p))
-
 
 @dataclass(frozen=True)
-class AdamPVectorRule(AdamPRule):
+class AdamPVectorRule(NotProjected, AdamPRule):
     """The same without the projection."""
-
-    layout = "elementwise"
-
-    def routes(self) -> Mapping[str, Rule]:
-        return {}
-
-    def route(self, w: Weight) -> str:
-        return ""
-
-    def projected(self, s: Tensor, u: Tensor, p: Tensor, h: Hyper) -> tuple[Tensor, Any]:
-        return s, 1.0
 
 
 @register(
@@ -193,11 +205,9 @@ class AdamP(Optimizer):
 
 
 @dataclass(frozen=True)
-class SGDPRule(Rule):
+class SGDPRule(ProjectedRule):
     """`v ← γ v + g; θ ← θ - η Π(v) - η λ r / (1 - γ) θ`, with Π and r as in AdamP."""
 
-    layout = "whole"
-    handles_decay = True
     momentum: Value = number(0.9, 0, 1, closed="left")
     nesterov: bool = flag(False)
     epsilon: Value = number(1e-8, closed="neither")
@@ -206,9 +216,6 @@ class SGDPRule(Rule):
 
     def routes(self) -> Mapping[str, Rule]:
         return {"vector": SGDPVectorRule(self.momentum, self.nesterov, self.epsilon, self.delta, self.decay_ratio)}
-
-    def route(self, w: Weight) -> str:
-        return "vector" if w.role == VECTOR else ""
 
     def slots(self, w: Weight | None = None) -> dict[str, float]:
         return {"v": 0.0}
@@ -219,26 +226,10 @@ class SGDPRule(Rule):
         s, ratio = self.projected(gamma * v + u if self.nesterov else v, u, p, h)
         return h.learning_rate * (s + h.weight_decay / (1 - gamma) * ratio * p), {"v": v}
 
-    def projected(self, s: Tensor, u: Tensor, p: Tensor, h: Hyper) -> tuple[Tensor, Any]:
-        """The step, and the factor on the decay."""
-        s, near = projected(s, u, p, h, h(self.delta), h(self.epsilon))
-        return s, ops.where(near, h(self.decay_ratio) * ops.ones_like(p), ops.ones_like(p))
-
 
 @dataclass(frozen=True)
-class SGDPVectorRule(SGDPRule):
+class SGDPVectorRule(NotProjected, SGDPRule):
     """The same without the projection."""
-
-    layout = "elementwise"
-
-    def routes(self) -> Mapping[str, Rule]:
-        return {}
-
-    def route(self, w: Weight) -> str:
-        return ""
-
-    def projected(self, s: Tensor, u: Tensor, p: Tensor, h: Hyper) -> tuple[Tensor, Any]:
-        return s, 1.0
 
 
 @register(

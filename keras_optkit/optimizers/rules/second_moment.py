@@ -10,15 +10,10 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, number
+from keras_optkit.optimizers.rules.adam import SPACE
 from keras_optkit.optimizers.rules.adam_family import moments
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
-
-_SPACE = {
-    "learning_rate": Float(1e-5, 1e-1, log=True),
-    "beta_1": Choice([0.85, 0.9, 0.95]),
-    "beta_2": Choice([0.95, 0.99, 0.999]),
-}
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class YogiRule(Rule):
             "initial_accumulator_value": 0.01,
         },
     ),
-    space=_SPACE,
+    space=SPACE,
 )
 class Yogi(Optimizer):
     """Yogi: Adam whose second moment falls slowly, so that the effective rate cannot jump up.
@@ -132,7 +127,7 @@ class LaPropRule(Rule):
     paper="Ziyin, Wang and Ueda, arXiv 2002.04839",
     parity="pytorch_optimizer.LaProp, with ε behind the bias correction",
     cases=({"learning_rate": 0.01}, {"learning_rate": 0.01, "beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-4}),
-    space=_SPACE,
+    space=SPACE,
 )
 class LaProp(Optimizer):
     """LaProp: momentum of gradients that are already divided by their size, instead of Adam's opposite order.
@@ -313,7 +308,7 @@ class StableAdamWRule(Rule):
         {"learning_rate": 0.01},
         {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-3, "weight_decay": 0.1},
     ),
-    space=_SPACE | {"weight_decay": Float(1e-4, 1.0, log=True)},
+    space=SPACE | {"weight_decay": Float(1e-4, 1.0, log=True)},
 )
 class StableAdamW(Optimizer):
     """StableAdamW: AdamW that lowers the rate of a parameter whose gradient is larger than its second moment expects.

@@ -43,7 +43,8 @@ HEAD = ("optimizer", "reference", "steps", "runs", "float32", "float64", "deviat
 def line(reference: Reference, worst: dict[str, float], runs: int) -> tuple[str, ...]:
     """The cells of a reference's line."""
     errors = [f"{worst[dtype]:.1e}" if dtype in worst else "-" for dtype in ("float32", "float64")]
-    return (reference.optimizer, installed(reference), str(STEPS), str(runs), *errors, reference.deviations)
+    notes = "; ".join(filter(None, (reference.only and f"only those of `{reference.only}`", reference.deviations)))
+    return (reference.optimizer, installed(reference), str(STEPS), str(runs), *errors, notes)
 
 
 def main() -> int:

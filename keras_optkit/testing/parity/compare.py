@@ -60,7 +60,7 @@ class Comparison:
         places = list(range(len(variables)))
         if reference.only is not None:
             rows = optimizer.explain(model).rows
-            places = [i for i in places if reference.only(rows[i].rule)]
+            places = [i for i in places if rows[i].rule == reference.only]
 
         def seen(values: Any) -> Any:
             if isinstance(values, tuple):  # of coefficients

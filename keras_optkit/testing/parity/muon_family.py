@@ -10,16 +10,6 @@ _RATE = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 _EXACT = "without its rounding to bfloat16"
 
 
-def is_normuon(rule: str) -> bool:
-    """Whether a parameter is orthogonalized by NorMuon."""
-    return rule == "NorMuonRule"
-
-
-def is_adamuon(rule: str) -> bool:
-    """Whether a parameter is orthogonalized by AdaMuon."""
-    return rule == "AdaMuonRule"
-
-
 def _scion(rule: str, norm: int, constrained: bool, deviations: str = "", **options: Any) -> Reference:
     """One of Scion's norms; the reference does not decay with the constraint."""
     radius = "output_radius" if rule == "ScionSignRule" else "radius"
@@ -42,7 +32,7 @@ def _scion(rule: str, norm: int, constrained: bool, deviations: str = "", **opti
             {"learning_rate": 0.02, "momentum": 0.5, "radius": 3.0, "ns_steps": 3, "epsilon": 1e-4},
         ),
         view="matrices",
-        only=lambda name: name == rule,
+        only=rule,
         run="exact_orthogonal",
         deviations=deviations,
     )
@@ -71,7 +61,7 @@ REFERENCES = (
             ],
         },
         view="matrices",
-        only=is_normuon,
+        only="NorMuonRule",
         run="exact_orthogonal",
         deviations=_EXACT,
     ),
@@ -91,7 +81,7 @@ REFERENCES = (
             {"learning_rate": 0.02, "momentum": 0.9, "beta_2": 0.8, "sign_momentum": False, "ns_steps": 3},
         ),
         view="matrices",
-        only=is_adamuon,
+        only="AdaMuonRule",
         run="exact_orthogonal",
         deviations=f"{_EXACT}; with the signs of the paper, which it leaves out; ε₂ = 0, since it adds ε₂ to a second "
         "moment without bias",

@@ -29,8 +29,8 @@ class Reference:
         view: How the reference is given the parameters: as in Keras; "matrices" with outputs in the rows, as torch has
             them, and vectors in one axis; "units", the same but for tables, whose rows stay rows; or "flat vectors",
             where only vectors differ from Keras.
-        only: The parameters that are compared: None for all, or a function of the name of a rule, as `explain` shows
-            it, which is true for those.
+        only: The parameters that are compared: None for all, or the name of a rule, as `explain` shows it, for those
+            that it updates.
         run: Name of the function that runs the reference, of `keras_optkit.testing.parity.runs` or of `here`; None for
             the usual one.
         evaluated: Where the reference has weights to evaluate at, their name in its state; they are compared, too.
@@ -48,7 +48,7 @@ class Reference:
     ours: Mapping[str, Any] = field(default_factory=dict)
     cases: Sequence[Mapping[str, Any]] | None = None
     view: str = "keras"
-    only: Callable[[str], bool] | None = None
+    only: str | None = None
     run: str | None = None
     evaluated: str | None = None
     inject: Callable[[list[Any], Any], dict[str, Any]] | None = None

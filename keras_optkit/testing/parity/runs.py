@@ -168,13 +168,15 @@ def evaluated_radam(
     return torch(Noted, arguments, start, grads, dtype)[0], found
 
 
-def _stub(package: str, missing: str, **names: Any) -> None:
-    """Lets the modules of a package be imported without its `__init__`, and without a module that is missing."""
+def _stub(package: str, missing: str = "", **names: Any) -> None:
+    """Lets the modules of a package be imported without its `__init__`, and without a module that may be missing."""
     if package not in sys.modules:
         spec = importlib.util.find_spec(package)
         assert spec is not None, f"{package} is not installed"
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = list(spec.submodule_search_locations or ())
+    if not missing:
+        return
     parts = missing.split(".")
     if missing not in sys.modules and importlib.util.find_spec(parts[0]) is None:
         for i in range(1, len(parts) + 1):
@@ -415,18 +417,10 @@ def kron(
 
     timm needs torchvision, but the file of this optimizer does not.
     """
-    import importlib.util
-    import types
-
     import torch as library
 
-    if "timm" not in sys.modules:
-        found_spec: Any = importlib.util.find_spec("timm")
-        (path,) = found_spec.submodule_search_locations
-        for name in ("timm", "timm.optim"):
-            bare: Any = types.ModuleType(name)
-            bare.__path__ = [path + name[4:].replace(".", "/")]
-            sys.modules[name] = bare
+    for package in ("timm", "timm.optim"):
+        _stub(package)
     library_name, kind = implementation.split(":")
     kron = importlib.import_module(f"{library_name}.{kind.lower()}")
     at: list[int] = []

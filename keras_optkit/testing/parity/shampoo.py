@@ -52,6 +52,6 @@ REFERENCES = (
         view="flat vectors",
         run="kron",
         deviations="with the mean over its noise; it balances its factors at random, here in updates 100, 200, ..., "
-        "whose effect 100 steps do not show",
+        "which leaves the weights as they are",
     ),
 )
