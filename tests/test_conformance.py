@@ -15,8 +15,7 @@ SHARE = {"bad_arguments", "config_round_trip", "twin"}
 if ON_JAX:
     LONG |= {"ADOPT", "Adafactor", "Adan", "LAMB", "LARS", "Lookahead", "Muon", "Prodigy"}
 else:
-    WHOLE |= {"Adafactor", "Adam", "LAMB", "RMSprop", "ScheduleFreeSGD"}
-    SHARE |= {"dtypes"}
+    WHOLE |= {"Adafactor", "Adam", "RMSprop"}
 
 
 def is_long(card, check):

@@ -1171,6 +1171,7 @@ def test_what_cannot_be_had_is_refused_when_training_begins(tmp_path):
     assert not {"train_step", "make_train_function"} & set(vars(own))
 
 
+@pytest.mark.long
 @on_tensorflow
 def test_the_benchmark_shows_every_alternative(monkeypatch, request, capsys):
     monkeypatch.syspath_prepend(request.config.rootpath / "examples" / "benchmarks")

@@ -124,7 +124,7 @@ def uninterrupted(tmp_path_factory):
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("every", [3, "epoch", datetime.timedelta(microseconds=1), 1, 10, 100, datetime.timedelta(1)])
 def test_goes_on_wherever_it_was_left(tmp_path, uninterrupted, every):
     for crash in (4, 1, 13):
@@ -143,7 +143,7 @@ def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
     assert len(model.seen) == 15
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "make",
     [
@@ -844,6 +844,7 @@ def damage(path, how):
     path.write_bytes(content[:middle] if how == "torn" else content[:middle] + b"\xff\x00" + content[middle + 2 :])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["torn", "changed"])
 def test_a_damaged_bundle_has_the_one_before_used(tmp_path, uninterrupted, how):
     assert train(tmp_path, crash=17) is None

@@ -83,7 +83,7 @@ def by_hand(inner, rho, adaptive=False, epochs=2, every=1, dropout=0.3):
     return model, np.mean(np.reshape(losses, (epochs, -1)), axis=1)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", [{"steps_per_execution": 2}, {"jit_compile": True}, {}, {"run_eagerly": True}])
 def test_fit_is_a_loop_by_hand(how):
     how["dropout"] = 0.0 if "jit_compile" in how else 0.3  # TensorFlow draws other numbers under XLA
@@ -109,6 +109,7 @@ def test_without_a_radius_it_is_the_inner_optimizer(jit_compile):
     assert_near(trained(SAM(AdamW(0.01), rho=0.0)), trained(AdamW(0.01)), 1e-6)
 
 
+@pytest.mark.long
 def test_a_batch_at_a_time_is_fit():
     x, y = problems.regression()
     model = network(SAM(SGD(0.1), rho=0.1))
@@ -123,7 +124,7 @@ def test_a_function_that_was_made_before_fit():
     assert_near(fit(model)[0], fit(network(SAM(SGD(0.1), rho=0.1)))[0], 1e-7)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "make",
     [
@@ -171,6 +172,7 @@ def test_missing_gradients_stay_and_do_not_count():
         np.testing.assert_allclose(ops.convert_to_numpy(value), theirs.get(i, start[i]), rtol=1e-12)
 
 
+@pytest.mark.long
 def test_a_schedule_of_the_radius_is_driven_by_a_callback():
     def driven(radius):
         model, _ = fit(network(SAM(SGD(0.1), rho=0.0)), epochs=1)
@@ -242,6 +244,7 @@ def test_a_saved_model_goes_on(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_the_monitor_sees_one_update_with_the_second_gradient(tmp_path):
     """`train/loss` is that at the weights themselves, and the norm that of the gradient that makes the update."""
     monitor = ok.callbacks.TrainingMonitor(tmp_path, every=1)
