@@ -193,10 +193,12 @@ def chosen(runs: Runs, name: str, trials: int) -> dict[str, Setting]:
 
     best = {task: min(points, key=lambda point: order(task, point)) for task in TASKS}
 
-    def mean(point: Setting) -> tuple[float, float]:
-        updates = {task: order(task, point)[0] for task in TASKS}
+    def mean(point: Setting) -> tuple[float, float, float]:
+        orders = {task: order(task, point) for task in TASKS}
+        updates = {task: n for task, (n, _) in orders.items()}
         ratios = [n / yardstick[task] for task, n in updates.items() if max(n, yardstick[task]) < math.inf]
-        return sum(map(math.isinf, updates.values())), statistics.geometric_mean(ratios) if ratios else math.inf
+        missed = sum(map(math.isinf, updates.values()))
+        return missed, statistics.geometric_mean(ratios or [math.inf]), sum(loss for _, loss in orders.values())
 
     return {**best, "shared": min(points, key=mean)}
 
@@ -254,9 +256,7 @@ def seconds_per_update(given: argparse.Namespace) -> dict[tuple[str, str], float
         for name in given.optimizers:
             model = task.build()
             model.compile(made(name, {}), task.loss, steps_per_execution=task.every, jit_compile=False)
-            fits[name] = lambda n, model=model, batches=batches: model.fit(
-                batches, steps_per_epoch=n, shuffle=False, verbose=0
-            )
+            fits[name] = functools.partial(model.fit, task.batches(data, 0), shuffle=False, verbose=0)
             fits[name](steps_per_epoch=2 * task.every)
         for _ in range(given.rounds):
             for name, fit in fits.items():
