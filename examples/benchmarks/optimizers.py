@@ -27,6 +27,7 @@ Each finished run is one line of a JSON Lines file, written at once, so that the
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
