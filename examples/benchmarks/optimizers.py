@@ -8,7 +8,8 @@ Method:
 
 - Tasks. A convolutional network on Fashion-MNIST, a character transformer on the source of Python's standard library,
   and a perceptron on the prices of 53,940 diamonds; see `tasks.py`. A run ends when the loss on unseen rows, which is
-  measured every 20 updates, reaches the target, or after a fixed number of updates, or when the loss is not finite.
+  measured every 20 updates, reaches the target, or after a fixed number of updates, or when it cannot be reached any
+  more: the loss is not finite, or not even half-way in half of the updates.
 - Rate. Warm-up over the first 30 updates, then constant: what is compared is how fast a loss is reached, and a schedule
   that falls towards the end of the run would decide about that. Schedule-Free warms up by itself, and rules that need
   no rate get 1.
@@ -114,7 +115,9 @@ class Reached(keras.callbacks.Callback):
         self.losses.append(float(logs["val_loss"]))
         if self.losses[-1] <= self.task.target:
             self.updates = len(self.losses) * self.task.every
-        self.model.stop_training = self.updates < math.inf or not math.isfinite(self.losses[-1])
+        half_way = (self.losses[0] + self.task.target) / 2
+        late = 2 * len(self.losses) * self.task.every >= self.task.steps and self.losses[-1] > half_way
+        self.model.stop_training = self.updates < math.inf or late or not math.isfinite(self.losses[-1])
 
 
 def train(task: Task, data: Data, name: str, setting: Setting, seed: int) -> Run:
