@@ -1,6 +1,8 @@
 """The benchmarks measure what they say, e.g. the same update everywhere. How long it takes is not tested."""
 
+import argparse
 import importlib
+import json
 import math
 import os
 import re
@@ -8,6 +10,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 LABELS = ["keras, graph", "keras, XLA", "ours, graph", "ours, XLA", "torch, fused"]
@@ -206,11 +209,11 @@ def test_cost_of_the_monitor(script, monkeypatch, capsys):
 
 
 def test_structured_optimizers_have_the_state_that_the_table_says(script, capsys):
-    small = ["--width", "8", "--depth", "1", "--repeats", "1", "--sample-seconds", "0.01"]
+    small = ["--width", "8", "--layers", "1", "--repeats", "1", "--sample-seconds", "0.01"]
     script("structured_optimizers").main([*small, "--only", "LAMB", "Adafactor"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     state = {row[0]: float(row[4]) for row in rows[1:]}
-    assert state["Keras AdamW"] == pytest.approx(state["LAMB"], rel=0.01)
+    assert state["AdamW"] == pytest.approx(state["LAMB"], rel=0.01)
     assert state["LAMB"] > 8 > 2 > state["Adafactor"]
     assert rows[1][2] == "1.00"
 
@@ -233,3 +236,66 @@ def test_bytes_of_state_on_a_device(request):
     for where in ("DataParallel", "ModelParallel"):
         assert state[where, "ours"] == state[where, "keras"]
     assert 7 < state["DataParallel", "ours"] / state["DataParallel", "ours, shard_state"] <= 8
+
+
+@pytest.fixture
+def contest(script, monkeypatch, tmp_path):
+    """The benchmark that trains, with one tiny task for two optimizers, and where it records."""
+    module = script("optimizers")
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+    y = x.sum(axis=1, keepdims=True)
+    task = module.Task(lambda: module.Data(x, y, x, y), linear, "mse", batch_size=16, steps=8, every=2, target=0.5)
+    monkeypatch.setattr(module, "TASKS", {"tiny": task})
+    monkeypatch.setattr(module, "SEEDS", (5,))
+    path = tmp_path / "runs.jsonl"
+    arguments = ["--optimizers", "AdamW,Prodigy", "--tasks", "tiny", "--trials", "2", "--runs", str(path)]
+    return module, path, arguments
+
+
+def linear():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+
+
+def test_recording_goes_on_where_it_was_stopped(contest, capsys):
+    module, path, arguments = contest
+    arguments = [*arguments, "--optimizers", "AdamW"]
+    module.main(["record", *arguments])
+    lines = path.read_text().splitlines(keepends=True)
+    runs = [json.loads(line) for line in lines]
+    assert [(run.get("trial"), run["seed"]) for run in runs] == [(0, 0), (1, 0), (None, 5)]
+    assert "0 runs are left." in capsys.readouterr().err
+    path.write_text("".join(lines[:1]) + lines[1][:40])  # killed while it wrote
+    module.main(["record", *arguments])
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [run | {"seconds": 0} for run in again] == [run | {"seconds": 0} for run in runs]
+
+
+def test_settings_are_those_that_were_recorded(contest):
+    module, _, _ = contest
+    first, second = module.settings({}, "AdamW", 2)
+    rates = sorted([first["learning_rate"], second["learning_rate"]])
+    assert rates[0] < 1e-3 < rates[1]
+    known = {"": {"optimizer": "AdamW", "trial": 1, "setting": {"learning_rate": 0.5}}}
+    assert module.settings(known, "AdamW", 2) == [first, {"learning_rate": 0.5}]
+
+
+def test_report_of_recorded_runs(contest, capsys, tmp_path):
+    module, path, arguments = contest
+    given = argparse.Namespace(optimizers=["AdamW", "Prodigy"], tasks=["tiny"], trials=2)
+    for _ in ("trials", "fresh seeds"):
+        for run in module.pending(module.read(path), given):
+            module.append(path, {**run, "updates": 2 if run["optimizer"] == "AdamW" else 4, "losses": [1.0]})
+    times, picture = tmp_path / "times.json", tmp_path / "picture.png"
+    times.write_text(json.dumps({"tiny": {"AdamW": 0.5, "Prodigy": 0.75}}))
+    module.main(["report", *arguments, "--times", str(times), "--picture", str(picture)])
+    printed = capsys.readouterr().out
+    assert printed.count("| `AdamW` | 2 (2 to 2) | 1.00 | 1.00 |") == 2
+    assert printed.count("| `Prodigy` | 4 (4 to 4) | 2.00 | 3.00 |") == 2
+    assert picture.stat().st_size > 5000
+
+
+def test_report_of_a_recording_that_is_not_complete(contest):
+    module, path, arguments = contest
+    path.write_text("")
+    with pytest.raises(ValueError, match="is not complete: record first"):
+        module.main(["report", *arguments])

@@ -1,19 +1,29 @@
-"""One update of the optimizers that look at whole parameters, beside AdamW: time and state, on either backend.
+"""One update of each optimizer beside AdamW: time and state, on either backend.
 
-    python examples/benchmarks/structured_optimizers.py
-    KERAS_BACKEND=jax python examples/benchmarks/structured_optimizers.py --width 768 --depth 12
+    python examples/benchmarks/structured_optimizers.py --only LAMB Adafactor Prodigy Muon SOAP
+    python examples/benchmarks/structured_optimizers.py --model resnet50 --only all
+    python examples/benchmarks/structured_optimizers.py --model bert --layers 2 --only "Keras Muon" Muon
+    KERAS_BACKEND=jax python examples/benchmarks/structured_optimizers.py --width 768 --layers 12
 
-What is updated are the kernels and vectors of a transformer of `--depth` blocks: per block four matrices of
-`width x width`, one of `width x 4 width` and one back, their biases and four vectors of a normalisation; float32, with
-gradients that are normal and stay the same. Each alternative is compiled (TensorFlow: a graph in which the optimizer
-chooses; JAX: `jax.jit` with donated buffers) and called once before it is timed. In every round each is timed once, in
-turn, over as many updates as make `--sample-seconds`; given are the median over the rounds and that of the ratio to
-Keras's own AdamW in the same round. SOAP's time is the mean over its cycles, QR included.
+What is updated are the weights of a model, float32, with gradients that are normal and stay the same:
+
+- `blocks`: the kernels and vectors of a transformer of `--layers` blocks: per block four matrices of `width x width`,
+  one of `width x 4 width` and one back, their biases and four vectors of a normalisation.
+- `bert`: those of BERT-base: three embeddings, `--layers` of its 12 blocks, and the pooler. As in its first
+  implementation, the kernels of attention are matrices of 768 x 768, so that Keras's Muon takes them, too.
+- `resnet50`: those of `keras.applications.ResNet50`; nothing is downloaded.
+
+Each optimizer has its defaults and a weight decay of 0.01, is compiled (TensorFlow: a graph in which the optimizer
+chooses; JAX: `jax.jit` with donated buffers) and called `--warm-up` times before it is timed. Then it and `--yardstick`
+are timed in turns, over as many updates as make `--sample-seconds`, but at least ten, so that what is done in every
+tenth update (QR, inverse roots) is in the mean. Given are the median of the rounds and that of the ratio to the
+yardstick in the same round. One optimizer is in memory at a time, beside the yardstick.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import statistics
 import time
@@ -31,9 +41,17 @@ import keras_optkit as ok
 FREQUENCY = 10
 
 
-def model_of(width: int, depth: int) -> keras.Model:
+def model_of(name: str, width: int, depth: int) -> keras.Model:
     """Its layers alone; nothing is called."""
-    blocks = []
+    if name == "resnet50":
+        return keras.applications.ResNet50(weights=None)
+    blocks: list[keras.Layer] = []
+    if name == "bert":
+        width = 768
+        for rows in (30522, 512, 2):
+            table = layers.Embedding(rows, width)
+            table.build()
+            blocks.append(table)
     for _ in range(depth):
         for inputs, outputs in ((width, width),) * 4 + ((width, 4 * width), (4 * width, width)):
             layer = layers.Dense(outputs)
@@ -43,28 +61,25 @@ def model_of(width: int, depth: int) -> keras.Model:
             norm = layers.LayerNormalization()
             norm.build((None, width))
             blocks.append(norm)
-    head = layers.Dense(8)
+    head = layers.Dense(width if name == "bert" else 8)
     head.build((None, width))
     return keras.Sequential([*blocks, head])
 
 
-def alternatives() -> dict[str, Callable[[], Any]]:
-    """Each with weight decay."""
-    return {
-        "Keras AdamW": lambda: keras.optimizers.AdamW(1e-3, weight_decay=0.01),
-        "AdamW": lambda: ok.optimizers.AdamW(1e-3, weight_decay=0.01),
-        "LAMB": lambda: ok.optimizers.LAMB(1e-3, weight_decay=0.01),
-        "Adafactor": lambda: ok.optimizers.Adafactor(1e-3, weight_decay=0.01),
-        "Prodigy": lambda: ok.optimizers.Prodigy(weight_decay=0.01),
-        "Muon": lambda: ok.optimizers.Muon(1e-3),
-        "SOAP": lambda: ok.optimizers.SOAP(1e-3, precondition_frequency=FREQUENCY),
-    }
+def make(name: str) -> Any:
+    """An optimizer with weight decay: one of ours, or `"Keras ..."`."""
+    owner, _, its = name.rpartition(" ")
+    given = {"weight_decay": 0.01}
+    if not owner:
+        takes = inspect.signature(getattr(ok.optimizers, its)).parameters
+        given |= {"precondition_frequency": FREQUENCY} if "precondition_frequency" in takes else {}
+        return getattr(ok.optimizers, its)(**given)
+    return getattr(keras.optimizers, its)(**given)
 
 
-def updater(make: Callable[[], Any], width: int, depth: int) -> tuple[Callable[[int], None], Any, float]:
-    """A function that makes so many updates and waits for them, the optimizer, and the seconds of the first call."""
-    model = model_of(width, depth)
-    optimizer, weights = make(), model.trainable_variables
+def updater(optimizer: Any, model: keras.Model, warm_up: int) -> tuple[Callable[[int], None], float]:
+    """A function that makes so many updates and waits for them, and the seconds of the first call."""
+    weights = model.trainable_variables
     rng = np.random.default_rng(0)
     grads = [keras.ops.convert_to_tensor(1e-2 * rng.normal(size=v.shape), "float32") for v in weights]
     if isinstance(optimizer, ok.optimizers.Optimizer):
@@ -86,8 +101,8 @@ def updater(make: Callable[[], Any], width: int, depth: int) -> tuple[Callable[[
     start = time.perf_counter()
     run(1)
     first = time.perf_counter() - start
-    run(FREQUENCY)
-    return run, optimizer, first
+    run(warm_up)
+    return run, first
 
 
 def _on_jax(optimizer: Any, weights: list[Any], grads: list[Any]) -> Callable[[int], None]:
@@ -112,40 +127,50 @@ def _on_jax(optimizer: Any, weights: list[Any], grads: list[Any]) -> Callable[[i
 def main(arguments: list[str] | None = None) -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--model", choices=("blocks", "bert", "resnet50"), default="blocks")
+    parser.add_argument("--width", type=int, default=256, help="of `blocks`")
+    parser.add_argument("--layers", type=int, default=4, help="of `blocks` and `bert`")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sample-seconds", type=float, default=0.5)
-    parser.add_argument("--only", nargs="*", help="names of the alternatives besides Keras's")
+    parser.add_argument("--least", type=int, default=FREQUENCY, help="updates in a sample")
+    parser.add_argument("--warm-up", type=int, default=FREQUENCY, help="updates before")
+    parser.add_argument("--yardstick", default="AdamW")
+    parser.add_argument("--only", nargs="*", default=["LAMB", "Adafactor", "Prodigy", "Muon", "SOAP"], help="or all")
     given = parser.parse_args(arguments)
-    chosen = {
-        name: make for name, make in alternatives().items() if not given.only or name in ("Keras AdamW", *given.only)
-    }
-    made = {name: updater(make, given.width, given.depth) for name, make in chosen.items()}
-    size = sum(int(np.prod(v.shape)) for v in model_of(given.width, given.depth).trainable_variables)
-    print(f"{keras.config.backend()}, {size:,} elements, {given.depth} blocks of width {given.width}", flush=True)
-    counts = {}
-    for name, (run, _, _) in made.items():
-        start = time.perf_counter()
-        run(FREQUENCY)
-        each = (time.perf_counter() - start) / FREQUENCY
-        counts[name] = FREQUENCY * max(1, round(given.sample_seconds / each / FREQUENCY))
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(given.repeats):
-        for name, (run, _, _) in made.items():
-            start = time.perf_counter()
-            run(counts[name])
-            times[name].append(1e3 * (time.perf_counter() - start) / counts[name])
+    names = [card.name for card in ok.cards("optimizer")] if given.only == ["all"] else given.only
+    model = model_of(given.model, given.width, given.layers)
+    size = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    print(f"{keras.config.backend()}, {given.model}, {size:,} elements, beside {given.yardstick}", flush=True)
     print("| optimizer | ms an update | ratio | first call, s | state, bytes an element |")
     print("|---|---|---|---|---|")
-    for name, (_, optimizer, first) in made.items():
-        ratios = [a / b for a, b in zip(times[name], times["Keras AdamW"], strict=True)]
-        held = sum(4 * int(np.prod(v.shape)) for v in optimizer.variables) / size
-        print(
-            f"| {name} | {statistics.median(times[name]):.3g} | {statistics.median(ratios):.2f} | {first:.1f} | "
-            f"{held:.2f} |",
-            flush=True,
-        )
+    yardstick = make(given.yardstick)
+    known, first = updater(yardstick, model, given.warm_up)
+    show(given.yardstick, [timed(known, given.least)], [1.0], first, yardstick, size)
+    for name in names:
+        optimizer = make(name)
+        of_its_own = model_of(given.model, given.width, given.layers)
+        run, first = updater(optimizer, of_its_own, given.warm_up)
+        samples = given.sample_seconds / given.least
+        counts = {each: given.least * max(1, round(samples / timed(each, given.least))) for each in (known, run)}
+        times = [[timed(each, count) for each, count in counts.items()] for _ in range(given.repeats)]
+        show(name, [b for _, b in times], [b / a for a, b in times], first, optimizer, size)
+
+
+def timed(run: Callable[[int], None], count: int) -> float:
+    """Seconds for each of so many updates."""
+    start = time.perf_counter()
+    run(count)
+    return (time.perf_counter() - start) / count
+
+
+def show(name: str, times: list[float], ratios: list[float], first: float, optimizer: Any, size: int) -> None:
+    """Prints a row."""
+    sizes = {"bfloat16": 2}
+    dtypes = [keras.backend.standardize_dtype(v.dtype) for v in optimizer.variables]
+    items = [sizes.get(dtype) or np.dtype(dtype).itemsize for dtype in dtypes]
+    held = sum(int(np.prod(v.shape)) * item for v, item in zip(optimizer.variables, items, strict=True))
+    ms, ratio = 1e3 * statistics.median(times), statistics.median(ratios)
+    print(f"| {name} | {ms:.3g} | {ratio:.2f} | {first:.1f} | {held / size:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
