@@ -326,7 +326,7 @@ bug(
     "the update is made at the perturbed weights",
     "SAM",
     "second_gradient",
-    second_gradient._TwoOnTensorFlow,
+    second_gradient.TwoOnTensorFlow,
     "_restore",
 )(_restoring(wanted=False))
 
@@ -334,7 +334,7 @@ bug(
     "statistics of batches are those of the second run",
     "SAM",
     "second_gradient",
-    second_gradient._TwoOnTensorFlow,
+    second_gradient.TwoOnTensorFlow,
     "_restore",
 )(_restoring(wanted=True))
 

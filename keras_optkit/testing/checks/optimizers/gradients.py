@@ -229,6 +229,42 @@ def check_second_gradient(card: Card) -> None:
         np.testing.assert_allclose(losses, np.mean(np.reshape(first, (2, 2)), axis=1), rtol=1e-4, err_msg=str(case))
 
 
+@check("optimizer", requires=("hessian_vector",))
+def check_hessian_vector(card: Card) -> None:
+    """`fit` updates with the product of the Hessian and the random vector, here of a linear regression.
+
+    The Hessian is `2 XᵀX / n`, and the mean of the errors is computed once, at the weights before the update.
+    """
+    x, y = problems.regression()
+    rows = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    for case in card.cases:
+        models = []
+        for _ in range(2):
+            keras.utils.set_random_seed(0)
+            models.append(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]))
+        model, other = models
+        model.compile(made(card, case), loss="mse")
+        losses = model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0).history["loss"]
+        optimizer, weights, expected = made(card, case), other.trainable_variables, []
+
+        def parts(vector: np.ndarray) -> list[Any]:
+            return [ops.convert_to_tensor(x.astype("float32")) for x in (vector[:-1], vector[-1])]
+
+        def joined(values: Any) -> np.ndarray:
+            return np.concatenate([np.reshape(numbers(value), (-1, 1)) for value in values])
+
+        for i in (0, 16, 32, 48) * 2:
+            batch = rows[i : i + 16]
+            errors = batch @ joined(weights) - y[i : i + 16]
+            expected.append(np.mean(errors**2))
+            vectors = joined(optimizer.hessian_vectors(weights))
+            with optimizer.given_products(parts(batch.T @ (batch @ vectors) / 8), weights):
+                optimizer.apply(parts(batch.T @ errors / 8), weights)
+        optimizer.finalize_variable_values(weights)
+        assert_close(model.get_weights(), other.get_weights(), rtol=1e-4, what=f"{case},")
+        np.testing.assert_allclose(losses, np.mean(np.reshape(expected, (2, 4)), axis=1), rtol=1e-4, err_msg=str(case))
+
+
 def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
