@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +71,8 @@ class SophiaH(Optimizer):
     ```
 
     m and h have the shape of θ and start at 0. `E[v * (H v)]` is the diagonal of H. Where the estimate is negative or
-    small, the step is `η ρ` in the direction of the sign of m. Later versions of the paper write `η clip(m / max(γ h, ε),
-    1)`; that is this with `ρ = γ` and η divided by γ.
+    small, the step is `η ρ` in the direction of the sign of m. Later versions of the paper write
+    `η clip(m / max(γ h, ε), 1)`; that is this with `ρ = γ` and η and ε divided by γ.
 
     In one of `update_period` steps, `fit` and `train_on_batch` also compute `H v`, exactly, as the derivative of the
     gradient in the direction v; such a step takes about three times as long, and its memory grows likewise. The model's
@@ -178,16 +179,13 @@ class AdaHessianRule(Rule):
         def squares(v: Tensor, product: Tensor) -> Tensor:
             diagonal = v * product
             if window:
-                size = 1
-                for axis in window:
-                    size *= diagonal.shape[axis]
-                diagonal = ops.sum(diagonal, axis=window, keepdims=True) / max(size, 1)
+                elements = max(math.prod(diagonal.shape[axis] for axis in window), 1)  # ops.mean is in float32 on JAX
+                diagonal = ops.sum(diagonal, axis=window, keepdims=True) / elements
             return beta_2 * slots["s"] + (1 - beta_2) * ops.square(diagonal)
 
         m = beta_1 * slots["m"] + (1 - beta_1) * u
         s = h.with_product(squares, lambda: slots["s"])
         mean = s / h.bias_correction(self.beta_2, products=True)
-        # the derivative of a power is not needed, but its logarithm at 0 is not finite
         size = ops.where(mean > 0, ops.power(ops.where(mean > 0, mean, 1.0), 0.5 * h(self.hessian_power)), 0.0)
         step = h.learning_rate / h.bias_correction(self.beta_1) * ops.divide_no_nan(m, size + h(self.epsilon))
         if self.update_period > 1:  # parameters that have joined wait for their first product
