@@ -35,7 +35,7 @@ class _StepTimes(_Times):
     changes = "step"
 
 
-@check("optimizer", engine=True)
+@check("optimizer", unless={"hessian_vector"}, engine=True)  # products are not transformed
 @float64()
 def check_transforms(card: Card) -> None:
     """Transforms of gradients act after clipping, in their order; those of steps after the rule, before the decay."""
