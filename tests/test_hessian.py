@@ -63,13 +63,9 @@ def recurrent():
 
 
 def convolutional():
-    pooled = [layers.MaxPooling2D(2, 1), layers.GlobalAveragePooling2D(), layers.Dense(1)]
-    return [
-        keras.Input((4,)),
-        layers.Reshape((2, 2, 1)),
-        layers.Conv2D(3, 2, padding="same", activation="gelu"),
-        *pooled,
-    ]
+    convolution = layers.Conv2D(3, 2, padding="same", activation="gelu")
+    pooled = [layers.AveragePooling2D(2, 1), layers.GroupNormalization(3), layers.Flatten(), layers.Dense(1)]
+    return [keras.Input((4,)), layers.Reshape((2, 2, 1)), convolution, *pooled]
 
 
 def attending():
@@ -117,7 +113,7 @@ def test_the_product_is_the_derivative_of_the_gradient(make, jit_compile):
 
     scale = max(np.max(np.abs(product)) for product in products)
     for product, ahead, behind in zip(products, gradient(1e-5), gradient(-1e-5), strict=True):
-        np.testing.assert_allclose(product, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-7 * scale)
+        np.testing.assert_allclose(product, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-6 * scale)
     assert scale > 1e-3
 
 

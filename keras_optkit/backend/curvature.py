@@ -64,9 +64,48 @@ def recorded() -> Iterator[Recording]:
     """Records what TensorFlow computes inside. On JAX, gradients are functions, and `hessian_products` is enough."""
     if not TENSORFLOW:
         raise RuntimeError("Only TensorFlow records what it computes; on JAX, use jax.jvp of the gradient.")
-    with contextlib.ExitStack() as stack:
+    with _twice_differentiable_moments(), contextlib.ExitStack() as stack:
         tape = stack.enter_context(tf.GradientTape())
         yield Recording(stack.close, tape)
+
+
+#: How many recordings there are at present: replicas are traced in turns.
+_recordings = 0
+
+
+@contextlib.contextmanager
+def _twice_differentiable_moments() -> Iterator[None]:
+    """Has `tf.nn.moments`, which normalizations call, take the variance around a mean that is not held constant.
+
+    TensorFlow's own stops the gradient of that mean. It is 0, but its derivative is not.
+    """
+    global _recordings
+    if not _recordings:
+        tf.nn.moments = _moments
+    _recordings += 1
+    try:
+        yield
+    except BaseException:
+        _recordings = 1  # the other replicas do not finish
+        raise
+    finally:
+        _recordings -= 1
+        if not _recordings:
+            tf.nn.moments = _moments_of_tensorflow
+
+
+_moments_of_tensorflow = tf.nn.moments if TENSORFLOW else None
+
+
+def _moments(x: Any, axes: Any, shift: Any = None, keepdims: bool = False, name: Any = None) -> tuple[Tensor, Tensor]:
+    if shift is not None:
+        return _moments_of_tensorflow(x, axes, shift, keepdims, name)
+    x = tf.convert_to_tensor(x)
+    wide = tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
+    mean = tf.reduce_mean(wide, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.math.squared_difference(wide, mean), axes, keepdims=keepdims)
+    mean = mean if keepdims else tf.squeeze(mean, axes)
+    return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
 
 
 def hessian_products(

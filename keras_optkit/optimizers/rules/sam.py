@@ -321,8 +321,8 @@ class GSAM(Around):
 
     Products and norms are over all parameters together. The step along `-α g⊥` does not change `L(θ + ε)` to first
     order and raises `L(θ)`, which makes the difference of the two smaller. It costs what `SAM` costs; what is said
-    there about `fit`, loops of your own (`perturbed`), accumulation (each micro-batch is decomposed on its own), replicas and
-    groups holds here, too. Clipping, `transforms` and `skip_nonfinite` see `g₂ - α g⊥`.
+    there about `fit`, loops of your own (`perturbed`), accumulation (each micro-batch is decomposed on its own),
+    replicas and groups holds here, too. Clipping, `transforms` and `skip_nonfinite` see `g₂ - α g⊥`.
 
     ηₜ is the learning rate of the optimizer, without the factors of groups and layers. The paper ties ρ to it; give
     `max_learning_rate` to do so, usually the peak of the schedule. During a warmup from 0, ρ grows with the rate. The
