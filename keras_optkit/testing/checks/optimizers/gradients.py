@@ -205,10 +205,11 @@ def check_second_gradient(card: Card) -> None:
     """
     x, y = problems.regression()
     for case in card.cases:
-        model = problems.network()
+        model, third = problems.network(), problems.network()
         model.compile(made(card, case), loss="mse")
         losses = model.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0).history["loss"]
-        other, optimizer, first = problems.network(), made(card, case), []
+        other, optimizer, alone, first = problems.network(), made(card, case), made(card, case), []
+        combined = getattr(twin_of(card, TWINS), "combined", None)
         weights, others = other.trainable_variables, other.non_trainable_variables
         for i in (0, 32, 0, 32):
             origin, before = [numbers(w) for w in weights], [numbers(v) for v in others]
@@ -221,9 +222,17 @@ def check_second_gradient(card: Card) -> None:
                 own = {k: v for k, v in case.items() if k in inspect.signature(perturbed).parameters}
                 assert_close(map(numbers, moved), perturbed(origin, grads, **own), rtol=1e-5, what="moved,")
             _assign([*weights, *others], [*map(numbers, moved), *before])
-            _, grads = problems.loss_and_gradients(other, x[i : i + 32], y[i : i + 32])
+            _, second = problems.loss_and_gradients(other, x[i : i + 32], y[i : i + 32])
             _assign([*weights, *others], [*origin, *after])
-            optimizer.apply([ops.convert_to_tensor(g) for g in grads], weights)
+            optimizer.apply([ops.convert_to_tensor(g) for g in second], weights)
+            if combined is not None:  # without a first gradient the one that is given counts as both
+                own = {k: v for k, v in case.items() if k in inspect.signature(combined).parameters}
+                alone.apply(
+                    [ops.convert_to_tensor(g) for g in combined(grads, second, **own)], third.trainable_variables
+                )
+                assert_close(
+                    map(numbers, weights), map(numbers, third.trainable_variables), rtol=1e-4, what="combined,"
+                )
         optimizer.finalize_variable_values(weights)
         assert_close(model.get_weights(), other.get_weights(), rtol=1e-4, what=f"{case},")
         np.testing.assert_allclose(losses, np.mean(np.reshape(first, (2, 2)), axis=1), rtol=1e-4, err_msg=str(case))
