@@ -111,9 +111,12 @@ def test_the_product_is_the_derivative_of_the_gradient(make, jit_compile):
                 variable.assign(value)
         return problems.loss_and_gradients(other, x, y)[1]
 
+    on_jax = keras.config.backend() == "jax"  # where Keras computes tanh and others in float32
+    distance, tolerance = (1e-2, 3e-3) if on_jax else (1e-5, 1e-5)
     scale = max(np.max(np.abs(product)) for product in products)
-    for product, ahead, behind in zip(products, gradient(1e-5), gradient(-1e-5), strict=True):
-        np.testing.assert_allclose(product, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-6 * scale)
+    for product, ahead, behind in zip(products, gradient(distance), gradient(-distance), strict=True):
+        difference = (ahead - behind) / (2 * distance)
+        np.testing.assert_allclose(product, difference, rtol=tolerance, atol=tolerance * scale)
     assert scale > 1e-3
 
 
@@ -253,29 +256,30 @@ def test_clipping_leaves_the_product_alone():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-class Kink(keras.Sequential):
-    """`mean(w**1.5)` has a gradient of 0 at w = 0, and no second derivative."""
+class Steep(keras.Sequential):
+    """`c w²` at a small w, with a second derivative beyond float32."""
 
-    def __init__(self, start=0.0):
-        kernel = keras.initializers.Constant(start)
-        super().__init__([keras.Input((1,)), layers.Dense(1, use_bias=False, kernel_initializer=kernel), layers.ReLU()])
+    def __init__(self):
+        kernel = keras.initializers.Constant(1e-30)
+        super().__init__([keras.Input((1,)), layers.Dense(1, use_bias=False, kernel_initializer=kernel)])
 
     def call(self, x, training=None, mask=None):
-        return ops.power(super().call(x), 1.5)
+        out = super().call(x)
+        return 2.5e38 * out * out
 
 
 def test_a_product_that_is_not_finite_changes_nothing():
-    model = Kink()
+    model = Steep()
     model.compile(AdaHessian(0.1, skip_nonfinite=3), loss=lambda y, p: ops.mean(p - y))
     model.train_on_batch(np.ones((4, 1), "float32"), np.zeros((4, 1), "float32"))
     assert model.optimizer.nonfinite.skipped == 1
     assert "kernel" in model.optimizer.nonfinite.variable
-    assert not np.any(model.get_weights()[0])
+    np.testing.assert_array_equal(model.get_weights()[0], np.float32(1e-30))
     assert int(model.optimizer.iterations) == 0
 
 
 def test_loss_scaling_sees_a_product_that_is_not_finite():
-    model = Kink()
+    model = Steep()
     optimizer = ok.optimizers.LossScale(AdaHessian(0.1), initial_scale=8.0)
     model.compile(optimizer, loss=lambda y, p: ops.mean(p - y))
     model.train_on_batch(np.ones((4, 1), "float32"), np.zeros((4, 1), "float32"))

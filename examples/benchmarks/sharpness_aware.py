@@ -3,9 +3,10 @@
     python examples/benchmarks/sharpness_aware.py
     KERAS_BACKEND=jax python examples/benchmarks/sharpness_aware.py
 
-The models and the way of measuring are those of `guard_overhead.py`. The optimizers are those of this package; `SophiaH`
-computes a product in one of ten steps, and `AdaHessian` in each. Shown are the medians of the rounds in milliseconds per step, and in brackets the median of the ratios to
-`AdamW` in the same round. A ratio of 2.0 is what two gradients would cost if all else took no time.
+The models and the way of measuring are those of `guard_overhead.py`. The optimizers are those of this package;
+`SophiaH` computes a product in one of ten steps, `AdaHessian` in each. Shown are the medians of the rounds in
+milliseconds per step, and in brackets the median of the ratios to `AdamW` in the same round. A ratio of 2.0 is what two
+gradients would cost if all else took no time.
 """
 
 from __future__ import annotations
