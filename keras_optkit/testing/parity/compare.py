@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_optkit.registry import cards
 from keras_optkit.testing import problems
-from keras_optkit.testing.parity import here, runs
+from keras_optkit.testing.parity import differentiated, here, runs
 from keras_optkit.testing.parity.problem import Arrays, Parts
 from keras_optkit.testing.parity.process import elsewhere
 from keras_optkit.testing.parity.reference import Reference
@@ -76,7 +76,9 @@ class Comparison:
         if hasattr(here, run):
             found, besides = getattr(here, run)(*task)
         else:
-            found, besides = elsewhere(getattr(runs, run), *task, reference.evaluated)
+            found, besides = elsewhere(
+                getattr(differentiated if reference.needs else runs, run), *task, reference.evaluated
+            )
         inject = reference.inject
         got = self._trained(grads, None if inject is None else inject([variables[i] for i in places], besides))
         expected = found if reference.evaluated is None else [[*a, *b] for a, b in zip(found, besides, strict=True)]
