@@ -38,7 +38,7 @@ from keras_optkit.callbacks import session
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
 from keras_optkit.fit import second_gradient
-from keras_optkit.optimizers import building, groups
+from keras_optkit.optimizers import building, groups, provided, random_vector
 from keras_optkit.optimizers.engine import gradients, nonfinite, packing, plan, rounding, run, state, update
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.optimizer import Optimizer
@@ -326,7 +326,7 @@ bug(
     "the update is made at the perturbed weights",
     "SAM",
     "second_gradient",
-    second_gradient._TwoOnTensorFlow,
+    second_gradient.TwoOnTensorFlow,
     "_restore",
 )(_restoring(wanted=False))
 
@@ -334,9 +334,38 @@ bug(
     "statistics of batches are those of the second run",
     "SAM",
     "second_gradient",
-    second_gradient._TwoOnTensorFlow,
+    second_gradient.TwoOnTensorFlow,
     "_restore",
 )(_restoring(wanted=True))
+
+
+@bug("the gradients are combined with the wrong sign", "GSAM", "second_gradient", sam.SurrogateGap, "change")
+def _(right):
+    return lambda self, u, p, h: 2 * u - right(self, u, p, h)
+
+
+@bug("the radius is that of the largest rate", "GSAM", "second_gradient", sam.TiedAscent, "radius")
+def _(right):
+    return lambda self, h: h(self.rho)
+
+
+@bug("the Hessian is multiplied by another vector", "SophiaH", "hessian_vector", provided.Provided, "products_of")
+def _(right):
+    return lambda self, recording, grads, variables: [-x for x in right(self, recording, grads, variables)]
+
+
+@bug("products are computed one step too late", "SophiaH", "twin", random_vector.RandomVector, "is_due")
+def _(right):
+    return lambda self, iterations: right(self, iterations + 1)
+
+
+@bug("products of micro-batches are added up", "SophiaH", "accumulation", gradients, "means")
+def _(right):
+    def means(plan, state, grads):
+        found = right(plan, state, grads)
+        return [g._replace(extras={n: x * ops.cast(state.micro, x.dtype) for n, x in g.extras.items()}) for g in found]
+
+    return means
 
 
 @bug("transforms are applied from the last to the first", "AdamW", "transforms", Plan, "of")

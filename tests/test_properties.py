@@ -19,8 +19,8 @@ from keras import ops
 
 import keras_optkit as ok
 from keras_optkit.optimizers.engine.packing import PACK_BELOW
+from keras_optkit.optimizers.provided import fixed_gradients
 from keras_optkit.optimizers.rule import contributes, layout_of
-from keras_optkit.optimizers.stepping import fixed_gradients
 from keras_optkit.testing import problems
 from keras_optkit.testing.twins.optimizers import TWINS
 

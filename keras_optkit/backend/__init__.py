@@ -3,6 +3,7 @@
 Their private names are in `keras_optkit.private`.
 """
 
+from keras_optkit.backend.curvature import Recording, hessian_products, recorded
 from keras_optkit.backend.placement import Placement, computed, data_axis, placed, placement
 from keras_optkit.backend.replicas import (
     in_all_replicas,
@@ -48,6 +49,7 @@ __all__ = [
     "NO_MORE_DATA",
     "TENSORFLOW",
     "Placement",
+    "Recording",
     "Rows",
     "add",
     "after",
@@ -61,6 +63,7 @@ __all__ = [
     "described_shape",
     "functions_inlined",
     "handle",
+    "hessian_products",
     "in_all_replicas",
     "in_checkpoints",
     "is_here",
@@ -76,6 +79,7 @@ __all__ = [
     "placed",
     "placement",
     "random_bits",
+    "recorded",
     "refuse_foreign",
     "refuse_unsupported_strategy",
     "rows",

@@ -32,13 +32,15 @@ def split(vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def random_bits(shape: Sequence[int], seed: tuple[Any, Any]) -> Tensor:
-    """Random int32 numbers, all bits of them, as a function of the seed alone, a pair of integers."""
+    """Random int32 numbers, all bits of them, as a function of the seed alone, a pair of integers from 0 to 2^31."""
     if TENSORFLOW:
-        pair = tf.stack([tf.cast(part, "int32") for part in seed])
-        return tf.random.stateless_uniform(shape, pair, None, None, "int32", alg="philox")
+        # tf.random.stateless_uniform makes the key from a seed with a hundred operations
+        high, low = (tf.cast(part, "uint64") for part in seed)
+        key, counter = tf.reshape(high * 2**32 + low, (1,)), tf.zeros((2,), "uint64")
+        return tf.raw_ops.StatelessRandomUniformFullIntV2(shape=shape, key=key, counter=counter, alg=1, dtype="int32")
     if keras.config.backend() == "jax":
         import jax
 
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed[0]), seed[1])
         return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, "uint32"), "int32")
-    raise ValueError(f"stochastic_rounding is for the backends tensorflow and jax, not {keras.config.backend()}.")
+    raise ValueError(f"random bits are for the backends tensorflow and jax, not {keras.config.backend()}.")

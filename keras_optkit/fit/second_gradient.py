@@ -8,17 +8,14 @@ run once, at the original weights. What the second run does after the update is 
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from keras_optkit import backend
 from keras_optkit.fit.hooks import muted
-from keras_optkit.fit.run import Run
-from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours_of, unscaled
+from keras_optkit.fit.redirecting import Redirecting
 from keras_optkit.private import sublayers
 
 Tensor = Any
@@ -27,124 +24,21 @@ Tensor = Any
 UPDATE = ("apply", "stateless_apply")
 
 
-@contextlib.contextmanager
-def computing_second_gradients(run: Run) -> Iterator[None]:
-    """Makes the training function with a step that computes the gradient twice, if that is needed."""
-    model = run.model
-    given, own = model.train_step, vars(model).get("train_step")
-    step = with_second_gradient(model, given)
-    if step is given:
-        yield
-        return
-    vars(model)["train_step"] = step
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(model)["train_step"]
-        else:
-            vars(model)["train_step"] = own
-
-
-def with_second_gradient(model: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-    """A training step that computes the gradient twice, if the model's optimizer needs that; else `step` itself.
-
-    Raises:
-        ValueError: If the model has several optimizers, and one of them needs it.
-    """
-    needing = [optimizer for optimizer in ours_of(model) if optimizer.needs_second_gradient]
-    if not needing or getattr(step, "computes_two_gradients", False):
-        return step
-    outer = optimizers_of(model)
-    inside = [inner for optimizer in outer for inner in innermost(optimizer)]
-    if len(inside) != 1:
-        raise ValueError(
-            f"{needing[0].name} computes the gradient twice, so it must be the only optimizer of the model, got "
-            f"{', '.join(f'{optimizer.name} ({type(optimizer).__name__})' for optimizer in inside)}."
-        )
-    two = (_TwoOnJAX if keras.config.backend() == "jax" else _TwoOnTensorFlow)(model, outer[0], step)
-    two.computes_two_gradients = True
-    return two
-
-
-class _Two:
-    """A training step that runs another one twice.
-
-    The replicas of a strategy are traced in turns, each in its own thread. The optimizer's method is replaced while any
-    of them is inside, and the replacement looks up in its thread what to do. Meanwhile, a `tf.function` that the step
-    calls is traced as part of the step, since an earlier trace would not look it up.
-    """
-
-    computes_two_gradients = False
-    method = ""
-
-    def __init__(self, model: Any, outer: Any, step: Callable[..., Any]):
-        self._model, self._outer, self._optimizer, self._step = model, outer, unscaled(outer), step
-        self._inside = 0
-        self._functions = False
-        self._thread = threading.local()
-
-    @contextlib.contextmanager
-    def _with_updates(self, update: Callable[..., Any]) -> Iterator[None]:
-        """Redirects this thread's updates to `update`, which gets the optimizer's own method and its arguments."""
-        own = vars(self._outer)
-        if not self._inside:
-            self._replaced = own.get(self.method)
-            previous = getattr(self._outer, self.method)
-
-            def instead(*args: Any, **kwargs: Any) -> Any:
-                mine = getattr(self._thread, "update", None)
-                return previous(*args, **kwargs) if mine is None else mine(previous, *args, **kwargs)
-
-            own[self.method] = instead
-            self._functions = backend.functions_inlined(True)
-        self._inside += 1
-        self._thread.update = update
-        try:
-            yield
-        except BaseException:
-            self._inside = 1  # the other replicas do not finish
-            raise
-        finally:
-            self._thread.update = None
-            self._inside -= 1
-            if not self._inside:
-                backend.functions_inlined(self._functions)
-                if self._replaced is None:
-                    del own[self.method]
-                else:
-                    own[self.method] = self._replaced
-
-    def _once(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, which raises if it is called a second time."""
-        called: list[bool] = []
-
-        def once(*args: Any, **kwargs: Any) -> Any:
-            if called:
-                raise ValueError(
-                    f"{self._optimizer.name} computes the gradient twice, so {type(self._model).__name__}.train_step "
-                    "must make one update, but it makes several."
-                )
-            called.append(True)
-            return update(*args, **kwargs)
-
-        return once
+class _Two(Redirecting):
+    why = "computes the gradient twice"
 
     def _perturbed(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor]:
         """The weights to compute the second gradient at, from the first gradients, unscaled if necessary."""
-        scale = getattr(self._outer, "dynamic_scale", None)
-        if scale is not None:
-            pairs = zip(grads, variables, strict=True)
-            grads = [None if g is None else backend.dense(g, tuple(v.shape)) / backend.tensor(scale) for g, v in pairs]
-        return list(self._optimizer.perturbed_values(grads, variables))
+        return list(self._optimizer.perturbed_values(self._unscaled(grads, variables), variables))
 
 
-class _TwoOnJAX(_Two):
+class TwoOnJAX(_Two):
     """For JAX, where the step is a function of the state."""
 
     method = "stateless_apply"
 
     def __call__(self, state: Any, data: Any) -> tuple[Any, Any]:
+        """One training step."""
         weights, others, optimizer_state, metrics = state
         moved: list[Tensor] = []
 
@@ -168,12 +62,13 @@ class _TwoOnJAX(_Two):
         return logs, (weights, others_after, optimizer_state, metrics_after)
 
 
-class _TwoOnTensorFlow(_Two):
+class TwoOnTensorFlow(_Two):
     """For TensorFlow, where the step assigns variables."""
 
     method = "apply"
 
     def __call__(self, data: Any) -> Any:
+        """One training step."""
         self._build(data)
         model = self._model
         state = list({backend.key(v): v for v in [*model.variables, *model.metrics_variables]}.values())
@@ -191,13 +86,8 @@ class _TwoOnTensorFlow(_Two):
             self._refuse_elsewhere(before)
             self._restore(state, seen["state"])
             self._restore(seen["variables"], seen["weights"])
-            alone = not backend.is_one_of_several_replicas()
-            inlined = backend.functions_inlined(not alone)  # the compiled update is a separate function
-            try:
-                with self._optimizer.given_second_gradient():
-                    apply(grads, trainable_variables)
-            finally:
-                backend.functions_inlined(inlined)
+            with self._optimizer.given_second_gradient():
+                self._apply(apply, grads, trainable_variables)
 
         with self._with_updates(self._once(probe)):
             logs = self._step(data)
@@ -211,15 +101,6 @@ class _TwoOnTensorFlow(_Two):
             self._step(data)
         backend.assign(metrics, metrics_after)
         return logs
-
-    def _refuse_elsewhere(self, before: Sequence[Tensor]) -> None:
-        """Raises if an update is in a conditional part of the step."""
-        if before and not backend.is_here(before[0]):
-            raise ValueError(
-                f"{self._optimizer.name} computes the gradient twice, so {type(self._model).__name__}.train_step must "
-                "make its update in every step, but it makes it inside tf.cond or a loop. Call `apply` "
-                "unconditionally; `skip_nonfinite` skips updates with non-finite gradients."
-            )
 
     def _restore(self, variables: Sequence[Any], values: Sequence[Tensor]) -> None:
         """Assigns the values that the variables had at the end of the first forward pass."""

@@ -24,7 +24,7 @@ import keras
 from keras_optkit.backend import NO_MORE_DATA
 from keras_optkit.fit.basis import basis
 from keras_optkit.fit.instrument import Instrument
-from keras_optkit.fit.second_gradient import with_second_gradient
+from keras_optkit.fit.needs import with_needs
 from keras_optkit.private import forget_trace, sublayers
 
 Tensor = Any
@@ -55,7 +55,7 @@ def build_as_the_first_step(model: Any, iterator: Any) -> None:
 
     if isinstance(iterator, tf.data.Iterator):
         spec = keras.tree.map_structure(without_optional, iterator.element_spec)
-        tf.function(with_second_gradient(model, model.train_step), autograph=False).get_concrete_function(spec)
+        tf.function(with_needs(model, model.train_step), autograph=False).get_concrete_function(spec)
 
 
 _Some = TypeVar("_Some", bound=Instrument)
@@ -271,7 +271,7 @@ def _on_jax() -> bool:
 
 def _step(model: Any, compiled: _Compiled) -> Callable[..., Any]:
     """The model's step, with the instruments."""
-    own = with_second_gradient(model, model.train_step)
+    own = with_needs(model, model.train_step)
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
@@ -281,7 +281,7 @@ def _step(model: Any, compiled: _Compiled) -> Callable[..., Any]:
         _note(model, compiled)
         return result
 
-    train_step.computes_two_gradients = True  # type: ignore[attr-defined]  # if that is needed
+    train_step.provides = True  # type: ignore[attr-defined]  # if that is needed
     return train_step
 
 
@@ -299,7 +299,7 @@ def _step_on_jax(model: Any, compiled: _Compiled) -> Callable[..., Any]:
             logs, state = step(state, data)
             return (logs, [values() for values in taken]), state
 
-    train_step.computes_two_gradients = True  # type: ignore[attr-defined]
+    train_step.provides = True  # type: ignore[attr-defined]
     return train_step
 
 

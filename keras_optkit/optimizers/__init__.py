@@ -6,6 +6,7 @@ from keras_optkit.optimizers.explain import Explanation
 from keras_optkit.optimizers.groups import Group
 from keras_optkit.optimizers.loss_scale import LossScale
 from keras_optkit.optimizers.optimizer import Optimizer
+from keras_optkit.optimizers.random_vector import RandomVector
 from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, choice, count, flag, number
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
@@ -13,6 +14,7 @@ from keras_optkit.optimizers.rules.adaptive import Adagrad, RMSprop
 from keras_optkit.optimizers.rules.betting import COCOB
 from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
 from keras_optkit.optimizers.rules.compact import CAME, SM3, AdamMini
+from keras_optkit.optimizers.rules.curvature import AdaHessian, SophiaH
 from keras_optkit.optimizers.rules.distance import DoG, DoWG
 from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
 from keras_optkit.optimizers.rules.kron import Kron
@@ -26,7 +28,7 @@ from keras_optkit.optimizers.rules.muon import Muon
 from keras_optkit.optimizers.rules.muon_family import AdaMuon, NorMuon, Scion
 from keras_optkit.optimizers.rules.projected import SGDP, AdamP
 from keras_optkit.optimizers.rules.proximal import ConditionalGradient, ProximalAdagrad
-from keras_optkit.optimizers.rules.sam import SAM
+from keras_optkit.optimizers.rules.sam import ASAM, GSAM, SAM
 from keras_optkit.optimizers.rules.schedule_free import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 from keras_optkit.optimizers.rules.schedule_free_radam import ScheduleFreeRAdam
 from keras_optkit.optimizers.rules.second_moment import ADOPT, LaProp, StableAdamW, Yogi
@@ -39,8 +41,10 @@ from keras_optkit.optimizers.slots import shaped, weights_copy
 __all__ = [
     "ADOPT",
     "APOLLO",
+    "ASAM",
     "CAME",
     "COCOB",
+    "GSAM",
     "KLSOAP",
     "LAMB",
     "LARS",
@@ -53,6 +57,7 @@ __all__ = [
     "SOAP",
     "AdEMAMix",
     "AdaBelief",
+    "AdaHessian",
     "AdaMuon",
     "Adadelta",
     "Adafactor",
@@ -85,6 +90,7 @@ __all__ = [
     "ProximalAdagrad",
     "RAdam",
     "RMSprop",
+    "RandomVector",
     "Routed",
     "Rprop",
     "Rule",
@@ -95,6 +101,7 @@ __all__ = [
     "Scion",
     "Shampoo",
     "Signum",
+    "SophiaH",
     "StableAdamW",
     "Weight",
     "Wrapper",

@@ -52,7 +52,9 @@ class Held:
         used: Whether there was a step.
         has_perturbed: Whether it was asked for weights to compute a second gradient at, since the last update.
         perturbed: Whether the variables hold these weights.
-        driven: Whether an update is being made with a second gradient that a training step has computed.
+        driven: Whether an update is being made with what a training step has computed besides the gradient.
+        extras: What was computed for the next update besides its gradient, by thread (replicas are traced in turns)
+            and by name, for each variable by key; see `Provided`.
         in_compiled_fit: Whether a `fit` is running whose steps are compiled.
         opened: Whether it was made while a model was opened, and its state has not been read.
         model: The model that it trains, weakly.
@@ -77,6 +79,7 @@ class Held:
     has_perturbed: bool = False
     perturbed: bool = False
     driven: bool = False
+    extras: dict[tuple[int, str], dict[int, Any]] = field(default_factory=dict)
     in_compiled_fit: bool = False
     model: weakref.ref[Any] | None = None
     inner: dict[str, Any] = field(default_factory=dict)
@@ -415,7 +418,9 @@ class Built(SavedState):
         firsts = [held.variables[bucket.indices[0]] for bucket in held.buckets]
         constraints = [getattr(variable, "constraint", None) for variable in firsts]
         rules, keywords = with_routes(self._rules), self._keywords()
-        return Plan(self.name, held.buckets, constraints, rules, keywords, self._schedule, self._transforms())
+        return Plan(
+            self.name, held.buckets, constraints, rules, keywords, self._schedule, self._transforms(), held.places
+        )
 
     def _transforms(self) -> list[Transform]:
         """Those that the keywords for clipping stand for, then those that were given."""

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 from keras import ops
@@ -28,6 +28,20 @@ def is_dynamic(value: Value) -> bool:
     return isinstance(value, Schedule | keras.Variable)
 
 
+class Product(NamedTuple):
+    """A product of the Hessian with a random vector, for the parameters of a bucket.
+
+    Attributes:
+        vector: The `RandomVector`.
+        value: The product.
+        draw: Returns the part of the vector that belongs to these parameters.
+    """
+
+    vector: Any
+    value: Tensor
+    draw: Callable[[], Tensor]
+
+
 class Hyper:
     """What a rule is told about the current step, in the dtype that it computes in.
 
@@ -43,7 +57,9 @@ class Hyper:
         kernel: For kernels in the layout "whole", which axes of `shape` are inputs and outputs; None for others.
         role: For transforms in the layout "whole", the role of the parameters in their layers; see `Weight`.
         totals: For transforms, the sums of what they have contributed, by name.
-        gradient: For transforms of steps, the gradient that the rule was given.
+        gradient: For transforms of steps, the gradient that the rule was given; for the `combination` of a rule, the
+            first gradient.
+        rate: The learning rate of the optimizer, without the factors of groups, layers and routes.
     """
 
     role: str | None = None
@@ -64,6 +80,8 @@ class Hyper:
         kernel: KernelAxes | None = None,
         sums: Callable[..., Tensor] | None = None,
         first: Tensor | None = None,
+        rate: Tensor | None = None,
+        product: Product | None = None,
     ):
         self._iterations = iterations
         self._dtype = dtype
@@ -78,6 +96,8 @@ class Hyper:
         self.kernel = kernel
         self._sums = sums
         self._first = first
+        self.rate = self.learning_rate if rate is None else ops.cast(rate, dtype)
+        self._product = product
 
     def __call__(self, value: Value) -> Any:
         """The current value of a hyperparameter: numbers stay Python numbers, schedules are read at this step."""
@@ -137,7 +157,35 @@ class Hyper:
             return compute()
         return ops.cond(ops.equal(ops.mod(ops.cast(self.step, "int32"), n), at % n), compute, keep)
 
-    def bias_correction(self, beta: Value, *, skipped: int = 0) -> Tensor:
+    def with_product(self, compute: Callable[[Tensor, Tensor], Any], keep: Callable[[], Any]) -> Any:
+        """`compute(v, Hv)` in the updates in which the product is due, else `keep()`; only one of the two is executed.
+
+        For rules that need "hessian_vector". Both tensors are in the shape of the gradient.
+
+        Args:
+            compute: Returns tensors, in any structure.
+            keep: Returns tensors of the same structure, shapes and dtypes.
+        """
+        product = self._of_hessian()
+        due = product.vector.is_due(self._iterations)
+        if due is True:
+            return compute(product.draw(), product.value)
+        return ops.cond(due, lambda: compute(product.draw(), product.value), keep)
+
+    @property
+    def products(self) -> Tensor:
+        """How many products with the Hessian these parameters have had, in the dtype for scalars.
+
+        The one of this update counts. For parameters that joined after the optimizer's first update it is 0 at first.
+        """
+        return ops.cast(self._of_hessian().vector.products(self._iterations, self._since), scalar_dtype())
+
+    def _of_hessian(self) -> Product:
+        if self._product is None:
+            raise ValueError('h.with_product and h.products are for rules that say needs = {"hessian_vector"}.')
+        return self._product
+
+    def bias_correction(self, beta: Value, *, skipped: int = 0, products: bool = False) -> Tensor:
         """`1 - beta**t`, without the cancellation that costs float32 half of its digits when beta is near 1.
 
         If beta is a schedule, its current value is used for all steps, as in torch and optax.
@@ -147,7 +195,10 @@ class Hyper:
                 convention in which β is the weight of the new value.
             skipped: How many of the first updates do not count; in these, the result is that of the first one that
                 counts.
+            products: Whether t counts the products with the Hessian instead of the updates.
         """
+        if products:
+            return ops.cast(-ops.expm1(ops.maximum(self.products, 1) * self._log(beta)), self._dtype)
         key = ("correction", self._since, id(beta) if is_dynamic(beta) else beta, skipped)
         if ops.is_tensor(beta):  # may be another one of the same id tomorrow
             return ops.cast(self._correction(beta, skipped), self._dtype)

@@ -21,6 +21,7 @@ from keras_optkit.optimizers.hyper import Hyper, Tensor, Value, is_dynamic
 from keras_optkit.optimizers.slots import Fill, FromWeights, Initial, as_initial
 
 if TYPE_CHECKING:
+    from keras_optkit.optimizers.random_vector import RandomVector
     from keras_optkit.optimizers.transforms.transform import Transform
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "number",
     "rule_for",
     "slots_of",
+    "treats_rows_alone",
 ]
 
 Slots = dict[str, Tensor]
@@ -56,7 +58,7 @@ Slots = dict[str, Tensor]
 LAYOUTS = ("elementwise", "per_parameter", "whole")
 
 #: What a rule may need from who drives the step, besides the gradient.
-NEEDS = ("second_gradient",)
+NEEDS = ("second_gradient", "hessian_vector")
 
 
 class Weight(NamedTuple):
@@ -156,7 +158,8 @@ class Rule(Fields):
             TensorFlow: `fuse="auto"` does not compile it.
         handles_decay: Whether `update` itself subtracts the decoupled decay `η λ θ`, or a replacement for it.
         needs: What the caller of the step must provide. With "second_gradient", `update` is given the gradient at the
-            weights that `perturbation` leads to.
+            weights that `perturbation` leads to; with "hessian_vector", it finds in `h.with_product` the product of the
+            Hessian with the vector that `random_vector` describes.
         averages: Whether the evaluation weights differ from the training weights; then there are `eval_value` and
             `train_value`.
     """
@@ -174,6 +177,18 @@ class Rule(Fields):
 
         For rules that need a second gradient. It sees the gradient of the micro-batch, with no transform before it.
         """
+        return None
+
+    def combination(self) -> Transform | None:
+        """The transform from the second gradient to what is updated with; in it, `h.gradient` is the first gradient.
+
+        For rules that need a second gradient; None: the second one alone. It sees those of the micro-batch, before
+        anything else.
+        """
+        return None
+
+    def random_vector(self) -> RandomVector | None:
+        """The vector v to multiply the Hessian by, for rules that need "hessian_vector"."""
         return None
 
     def routes(self) -> Mapping[str, Rule | Routed]:
@@ -267,7 +282,7 @@ class Routed:
 class Wrapper(Rule):
     """Base of rules around another one, which is the field `inner_rule`.
 
-    Forwards the inner rule's layout, needs, perturbation, state, routes and sums; the wrapper itself sets
+    Forwards the inner rule's layout, needs and what goes with them, state, routes and sums; the wrapper itself sets
     `handles_decay` and `averages`. A parameter that the inner rule routes to another rule is updated by this wrapper
     around that rule.
     """
@@ -294,6 +309,12 @@ class Wrapper(Rule):
 
     def perturbation(self) -> Transform | None:
         return self.inner().perturbation()
+
+    def combination(self) -> Transform | None:
+        return self.inner().combination()
+
+    def random_vector(self) -> RandomVector | None:
+        return self.inner().random_vector()
 
     def routes(self) -> Mapping[str, Rule | Routed]:
         inside = {name: as_routed(route) for name, route in self.inner().routes().items()}
@@ -346,6 +367,12 @@ def contributes(rule: Rule) -> bool:
     return type(rule).contribute is not Rule.contribute
 
 
+def treats_rows_alone(rule: Rule) -> bool:
+    """Whether some rows of a parameter can be updated as if the others were not there."""
+    whole = rule.uses_first or contributes(rule) or "hessian_vector" in rule.needs
+    return layout_of(rule) == "elementwise" and not whole
+
+
 def measured(rule: Rule, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The new scalars of a rule."""
     return rule.measure(h, sums) if _takes(type(rule).measure, 3) else rule.measure(h)  # type: ignore[call-arg]
@@ -364,7 +391,7 @@ def name_of(rule: Rule) -> str:
 
 
 def checked_needs(rule: Rule) -> None:
-    """Raises if a rule needs something unknown, or does not say where its second gradient is computed.
+    """Raises if a rule needs something unknown, or does not say which second gradient or which product it needs.
 
     Raises:
         ValueError: If so.
@@ -372,11 +399,15 @@ def checked_needs(rule: Rule) -> None:
     name = type(rule).__name__
     for need in rule.needs:
         arguments.choice(f"needs of {name}", need, NEEDS)
-    if ("second_gradient" in rule.needs) != (rule.perturbation() is not None):
-        raise ValueError(
-            f"{name} must say needs = {{'second_gradient'}} and have a `perturbation`, or neither, got "
-            f"needs={set(rule.needs)} and perturbation() = {rule.perturbation()!r}."
-        )
+    for need, method in (("second_gradient", "perturbation"), ("hessian_vector", "random_vector")):
+        found = getattr(rule, method)()
+        if (need in rule.needs) != (found is not None):
+            raise ValueError(
+                f"{name} must say needs = {{{need!r}}} and have a `{method}`, or neither, got needs={set(rule.needs)} "
+                f"and {method}() = {found!r}."
+            )
+    if rule.combination() is not None and "second_gradient" not in rule.needs:
+        raise ValueError(f"{name} has a `combination`, so it must say needs = {{'second_gradient'}}.")
 
 
 def as_routed(route: Rule | Routed) -> Routed:

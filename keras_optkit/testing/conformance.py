@@ -20,9 +20,9 @@ import keras
 
 from keras_optkit import arguments
 from keras_optkit.kernels import KERNEL, by_shape
-from keras_optkit.optimizers.rule import Weight, contributes, layout_of, rule_for, slots_of
+from keras_optkit.optimizers.provided import fixed_gradients
+from keras_optkit.optimizers.rule import Weight, contributes, layout_of, rule_for, slots_of, treats_rows_alone
 from keras_optkit.optimizers.slots import Fill, FromWeights
-from keras_optkit.optimizers.stepping import fixed_gradients
 from keras_optkit.registry import KINDS, Card, cards
 
 Function = Callable[[Card], None]
@@ -169,7 +169,7 @@ def traits(card: Card) -> frozenset[str]:
         found = card.tags
         if card.kind == "optimizer":
             rule = card.make(**card.cases[0]).rule
-            alone = layout_of(rule) == "elementwise" and not rule.uses_first and not contributes(rule)
+            alone = treats_rows_alone(rule) and rule.combination() is None
             found |= {layout_of(rule), *rule.needs, *(["averages"] * rule.averages), *(["rows"] * alone)}
         _TRAITS[id(card)] = card, found
     return _TRAITS[id(card)][1]

@@ -28,6 +28,9 @@ _FORMAT = 2
 #: State for each parameter besides the rule's slots, packed as they are.
 PER_PARAMETER = ("accumulated", "average")
 
+#: The same for some parameters.
+PER_SOME = ("master", "product")
+
 _opening: ContextVar[bool] = ContextVar("opening", default=False)
 
 
@@ -60,7 +63,7 @@ class SavedState(keras.optimizers.Optimizer):
     def _schema(self) -> dict[str, Any]:
         """What a file says about the state in it, so that a wrong file is refused."""
         state = self._held.state
-        copies = [name for name in (*PER_PARAMETER, "master") if state.has(name)]
+        copies = [name for name in (*PER_PARAMETER, *PER_SOME) if state.has(name)]
         return {
             "format": _FORMAT,
             "optimizer": keras.saving.get_registered_name(type(self)),
@@ -122,7 +125,8 @@ class SavedState(keras.optimizers.Optimizer):
         for b, bucket in enumerate(self._held.buckets):
             packed = {f"slot.{name}": v for name, v in state.slots[b].items()}
             packed |= {name: getattr(state, name)[b] for name in PER_PARAMETER if state.has(name)}
-            packed |= state.master[b] if state.has("master") else {}
+            for name in PER_SOME:
+                packed |= getattr(state, name)[b] if state.has(name) else {}
             entries |= {f"{name}.{bucket.indices[0]}": (v, bucket) for name, v in packed.items()}
         return entries
 
@@ -294,7 +298,7 @@ class SavedState(keras.optimizers.Optimizer):
         part = {}
         for name, value in saved.items():
             stem, _, end = name.rpartition(".")
-            if stem not in (*PER_PARAMETER, "master") and not stem.startswith("slot."):
+            if stem not in (*PER_PARAMETER, *PER_SOME) and not stem.startswith("slot."):
                 part[name] = value
             elif int(end) in places:
                 part[f"{stem}.{places[int(end)]}"] = value

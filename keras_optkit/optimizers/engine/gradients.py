@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from keras_optkit import backend
 from keras_optkit.backend import Rows
@@ -15,7 +15,7 @@ from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.engine.state import State, functions_of_weights
 from keras_optkit.optimizers.groups import keras_path
-from keras_optkit.optimizers.rule import Tensor, contributes, layout_of
+from keras_optkit.optimizers.rule import Tensor, treats_rows_alone
 from keras_optkit.optimizers.transforms.transform import Transform
 from keras_optkit.precision import at_least_float32
 
@@ -30,11 +30,26 @@ class Grad(NamedTuple):
         value: The gradients joined into one tensor, `(k, *shape)` or `(1, n)`; 0 where there is none.
         mask: True for the elements to update, in a shape that broadcasts; None: all.
         given: For each parameter, whether there is a gradient; see `NONE`.
+        extras: What else there is, joined like the gradients, by name: "first", the first of two gradients, and
+            "product", that with the Hessian.
     """
 
     value: Tensor
     mask: Any
     given: tuple[int, ...]
+    extras: Mapping[str, Tensor] = {}
+
+
+class Parts(NamedTuple):
+    """The same before it is joined.
+
+    Attributes:
+        grads: For each parameter its gradient, or None.
+        extras: By name the same of what else there is.
+    """
+
+    grads: list[Any]
+    extras: dict[str, list[Any]]
 
 
 # -- as they are given ------------------------------------------------------------------------------------------------
@@ -78,8 +93,38 @@ def summed(grads: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]
 # -- by buckets -------------------------------------------------------------------------------------------------------
 
 
-def of_buckets(plan: Plan, state: State, grads: list[Any], *, dense: bool = False) -> list[list[Any] | Rows | None]:
-    """The gradients of each bucket, in the dtype to compute in and summed over the replicas; all `dense`, or lazy."""
+def of_buckets(
+    plan: Plan,
+    state: State,
+    grads: list[Any],
+    extras: Mapping[str, list[Any]] | None = None,
+    *,
+    dense: bool = False,
+) -> list[Parts | Rows | None]:
+    """The gradients of each bucket, in the dtype to compute in and summed over the replicas; all `dense`, or lazy.
+
+    Args:
+        plan: How.
+        state: The variables.
+        grads: Those of the parameters.
+        extras: What else there is of them, by name; see `Grad`.
+        dense: Whether to return no `Rows`.
+    """
+    ready = _ready(plan, grads, dense=dense)
+    for theirs in (extras or {}).values():
+        ready += _ready(plan, theirs, dense=True)
+    ready = backend.sum_over_replicas(ready)
+    names = ["", *(extras or {})]
+    of = {name: ready[n * len(grads) : (n + 1) * len(grads)] for n, name in enumerate(names)}
+
+    def found(b: int, bucket: Bucket) -> Parts | Rows | None:
+        parts = {name: [of[name][i] for i in bucket.indices] for name in names if _wants(plan, bucket, name)}
+        return _rows_or_parts(plan, state, b, parts.pop(""), parts)
+
+    return [found(b, bucket) for b, bucket in enumerate(plan.buckets)]
+
+
+def _ready(plan: Plan, grads: list[Any], *, dense: bool) -> list[Any]:
     ready: list[Any] = [None] * len(grads)
     for bucket in plan.buckets:
         lazy = not dense and plan.keywords.sparse == "lazy" and _treats_rows_alone(plan, bucket)
@@ -88,14 +133,20 @@ def of_buckets(plan: Plan, state: State, grads: list[Any], *, dense: bool = Fals
                 keep = lazy and backend.is_sparse(grads[i])
                 grad = grads[i] if keep else backend.dense(grads[i], shape)
                 ready[i] = backend.cast(grad, at_least_float32(bucket.dtype))
-    ready = backend.sum_over_replicas(ready)
-    return [_rows_or_parts(plan, state, b, [ready[i] for i in bucket.indices]) for b, bucket in enumerate(plan.buckets)]
+    return ready
+
+
+def _wants(plan: Plan, bucket: Bucket, name: str) -> bool:
+    """Whether the update of a bucket takes this extra; "" is the gradient."""
+    if name == "first":
+        return plan.rules[bucket.rule[0], ""].rule.combination() is not None
+    return name != "product" or plan.rule(bucket).random_vector() is not None
 
 
 def _treats_rows_alone(plan: Plan, bucket: Bucket) -> bool:
     """Whether some rows of a parameter can be updated as if the others were not there."""
-    rule = plan.rule(bucket)
-    alone = layout_of(rule) == "elementwise" and not rule.uses_first and not contributes(rule)
+    combined = plan.rules[bucket.rule[0], ""].rule.combination() is not None
+    alone = treats_rows_alone(plan.rule(bucket)) and not combined
     return alone and all(_changes_rows_alone(transform, bucket) for transform in plan.transforms)
 
 
@@ -109,11 +160,13 @@ def _changes_rows_alone(transform: Transform, bucket: Bucket) -> bool:
     return transform.rows and (transform.layout != "whole" or bucket.weight.role == TABLE)
 
 
-def _rows_or_parts(plan: Plan, state: State, b: int, parts: list[Any]) -> Rows | list[Any] | None:
+def _rows_or_parts(
+    plan: Plan, state: State, b: int, parts: list[Any], extras: dict[str, list[Any]]
+) -> Rows | Parts | None:
     if all(g is None for g in parts):
         return None
     if not (backend.is_sparse(parts[0]) and can_take_rows(plan, state, b)):
-        return parts
+        return Parts(parts, extras)
     rows = backend.rows(parts[0], plan.buckets[b].shapes[0][1:])
     scale = plan.keywords.loss_scale_factor
     return rows if scale is None else rows._replace(values=rows.values / scale)
@@ -128,19 +181,22 @@ def can_take_rows(plan: Plan, state: State, b: int) -> bool:
     return bucket.alone and not looks and not rounds
 
 
-def join(plan: Plan, b: int, parts: list[Any]) -> Grad:
+def join(plan: Plan, b: int, given_parts: Parts) -> Grad:
     """The gradient of a bucket, unscaled."""
+    parts = given_parts.grads
     bucket, scale = plan.buckets[b], plan.keywords.loss_scale_factor
     given = tuple(NONE if g is None else ROWS if backend.is_sparse(g) else WHOLE for g in parts)
     hits = {place: backend.touched(parts[place], bucket.shapes[place]) for place, g in enumerate(given) if g == ROWS}
-    joined = bucket.join(
-        [
+
+    def joined(parts: list[Any]) -> Tensor:
+        dense = [
             ops.zeros(shape, at_least_float32(bucket.dtype)) if g is None else backend.dense(g, shape)
             for g, shape in zip(parts, bucket.shapes, strict=True)
         ]
-    )
+        return bucket.join(dense) if scale is None else bucket.join(dense) / scale
+
     mask = None if min(given) == WHOLE else bucket.mask([place for place, g in enumerate(given) if g], hits)
-    return Grad(joined if scale is None else joined / scale, mask, given)
+    return Grad(joined(parts), mask, given, {name: joined(theirs) for name, theirs in given_parts.extras.items()})
 
 
 def values(grad: Any) -> Tensor:
@@ -170,7 +226,11 @@ def collect(plan: Plan, state: State, grads: list[Grad | None]) -> State:
     for bucket, a, seen, g in zip(plan.buckets, state.accumulated, state.given, grads, strict=True):
         sums.append(a if g is None else a + bucket.stored(g.value))
         given.append(seen if g is None else ops.maximum(seen, np.array(g.given, "int32")))
-    return state._replace(accumulated=sums, given=given, micro=state.micro + 1)
+    product = [
+        {name: a if g is None else a + bucket.stored(g.extras[name]) for name, a in theirs.items()}
+        for bucket, theirs, g in zip(plan.buckets, state.product, grads, strict=bool(state.product))
+    ]
+    return state._replace(accumulated=sums, given=given, micro=state.micro + 1, product=product or ())
 
 
 def means(plan: Plan, state: State, grads: list[Grad | None]) -> list[Grad | None]:
@@ -179,7 +239,10 @@ def means(plan: Plan, state: State, grads: list[Grad | None]) -> list[Grad | Non
     for bucket, a, given, last in zip(plan.buckets, state.accumulated, state.given, grads, strict=True):
         sums = bucket.view(a)
         mask = _given_mask(bucket, sums, given, last.given if last else (NONE,) * len(bucket.indices))
-        found.append(Grad(sums / ops.cast(state.micro, sums.dtype), mask, ()))
+        count = ops.cast(state.micro, sums.dtype)
+        held = state.product[len(found)] if state.has("product") else {}
+        extras = {name: bucket.view(total) / count for name, total in held.items()}
+        found.append(Grad(sums / count, mask, (), extras))
     return found
 
 
@@ -206,4 +269,5 @@ def cleared(state: State) -> State:
         accumulated=[ops.zeros_like(a) for a in state.accumulated],
         given=[ops.zeros_like(given) for given in state.given],
         micro=ops.zeros_like(state.micro),
+        product=tree.map_structure(ops.zeros_like, state.product),
     )

@@ -27,7 +27,7 @@ from keras_optkit.optimizers.groups import keras_path
 from keras_optkit.optimizers.rule import Tensor
 
 #: The parts with a tensor that is stored for each bucket, or several by name.
-_STORED = ("accumulated", "average", "master", "slots")
+_STORED = ("accumulated", "average", "master", "product", "slots")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def like_state(plan: Plan, grads: Sequence[Grad | None]) -> list[Grad | None]:
             layout = _of_weights(bucket, place, len(shape))
         else:
             layout = bucket.layout(shape)
-        found[b] = grad._replace(value=backend.placed(grad.value, layout))
+        extras = {name: backend.placed(extra, layout) for name, extra in grad.extras.items()}
+        found[b] = grad._replace(value=backend.placed(grad.value, layout), extras=extras)
     return found
 
 
@@ -139,7 +140,7 @@ def gathered(plan: Plan, state: State) -> State:
 
 def collected(plan: Plan, state: State) -> State:
     """The state after a micro-batch, with the sums laid out as their variables are."""
-    return _mapped(plan.buckets, state, lambda bucket, _, x: _stored(bucket, x), ("accumulated",))
+    return _mapped(plan.buckets, state, lambda bucket, _, x: _stored(bucket, x), ("accumulated", "product"))
 
 
 def updated(plan: Plan, state: State) -> State:

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.engine.packing import Bucket
+from keras_optkit.optimizers.random_vector import RandomVector
 from keras_optkit.optimizers.rule import LAYOUTS, Hyper, Routed, Rule, Tensor, Value, as_routed, is_dynamic, layout_of
 from keras_optkit.optimizers.transforms.transform import Transform
-from keras_optkit.precision import scalar_dtype
+from keras_optkit.precision import at_least_float32, scalar_dtype
 
 #: Of which rule: the number in `Treatment`, and the name of the route, "" for the rule itself.
 RuleId = tuple[int, str]
@@ -28,8 +30,8 @@ def with_routes(rules: Mapping[int, Rule]) -> dict[RuleId, Routed]:
 
 def layout_for(rule: Rule, transforms: Iterable[Transform]) -> str:
     """The layout of the tensors given to a rule and the transforms around it: that of whichever needs most."""
-    perturbation = rule.perturbation()
-    around = [*transforms, *([] if perturbation is None else [perturbation])]
+    own = [transform for transform in (rule.perturbation(), rule.combination()) if transform is not None]
+    around = [*transforms, *own]
     return max([layout_of(rule), *(t.layout for t in around)], key=LAYOUTS.index)
 
 
@@ -62,6 +64,7 @@ class Plan:
         keywords: Its keywords.
         schedule: That of the learning rate, or None.
         transforms: Of gradients and of steps.
+        places: The place of each parameter in the model's order, which random vectors depend on.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Plan:
     keywords: Keywords
     schedule: Schedule | None
     transforms: Sequence[Transform] = ()
+    places: Sequence[int] = ()
 
     def rule(self, bucket: Bucket) -> Rule:
         """The rule of a bucket."""
@@ -87,6 +91,21 @@ class Plan:
     def of(self, changes: str) -> list[Transform]:
         """The transforms of gradients, or of steps."""
         return [t for t in self.transforms if t.changes == changes]
+
+    def vectors(self) -> list[RandomVector]:
+        """The different random vectors that a Hessian is multiplied by."""
+        found = (routed.rule.random_vector() for routed in self.rules.values())
+        return list(dict.fromkeys(vector for vector in found if vector is not None))
+
+    def vector(self, bucket: Bucket, iterations: Tensor) -> list[Tensor]:
+        """The parts of the random vector for the parameters of a bucket, in the precision of the weights."""
+        drawn, wide = self.rule(bucket).random_vector(), at_least_float32(bucket.dtype)
+        assert drawn is not None
+        parts = [
+            drawn.part(shape, wide, iterations, self.places[i])
+            for i, shape in zip(bucket.indices, bucket.shapes, strict=True)
+        ]
+        return parts if wide == bucket.dtype else [ops.cast(ops.cast(part, bucket.dtype), wide) for part in parts]
 
     def averages(self, bucket: Bucket) -> bool:
         """Whether the evaluation weights of a bucket differ from its training weights."""

@@ -11,6 +11,7 @@ from keras import ops, tree
 from keras_optkit import backend
 from keras_optkit.backend import TENSORFLOW, Rows, handle, tensor
 from keras_optkit.optimizers.engine import averages, gradients, placing, update
+from keras_optkit.optimizers.engine.gradients import Parts
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan, present
 from keras_optkit.optimizers.engine.state import PER_BUCKET, State
@@ -21,7 +22,7 @@ if TENSORFLOW:
     import tensorflow as tf
 
 #: The state that a micro-batch changes.
-_COLLECTED = ("accumulated", "given", "micro")
+_COLLECTED = ("accumulated", "given", "micro", "product")
 
 
 def run(plan: Plan, state: State, grads: list[Any], *, fuse: bool = False, flush: bool = False) -> None:
@@ -30,8 +31,8 @@ def run(plan: Plan, state: State, grads: list[Any], *, fuse: bool = False, flush
     Args:
         plan: How.
         state: The variables.
-        grads: For each bucket `Rows`, or a list of the gradients of its parameters, summed over replicas; None where
-            there is none.
+        grads: For each bucket `Rows`, or the `Parts` of its parameters, summed over replicas; None where there is no
+            gradient.
         fuse: Whether to compile the update with XLA where the function that it is part of is not compiled. Inside a
             replica every device updates its own copies of the variables alike.
         flush: Whether to update with what the micro-batches so far have left, and add nothing.
@@ -73,6 +74,19 @@ def perturbed(plan: Plan, state: State, grads: list[Any]) -> list[Tensor | None]
     return update.perturbed(plan, before, _together(plan, grads), dynamic, read)
 
 
+def _combines(plan: Plan) -> bool:
+    """Whether a rule makes one gradient of two."""
+    return any(routed.rule.combination() is not None for routed in plan.rules.values())
+
+
+def _combined(plan: Plan, state: State, grads: list[Any]) -> list[Any]:
+    """The gradients of this micro-batch that are updated with."""
+    if not _combines(plan) or all(grad is None for grad in grads):
+        return grads
+    before, dynamic = _read(plan.buckets, state), plan.dynamic()
+    return update.combined(plan, before, grads, dynamic, present(dynamic, before.iterations, before.multiplier))
+
+
 def change(function: Callable[[State], State], buckets: Sequence[Bucket], state: State) -> None:
     """Runs a pure function of the state on the values of the variables in it and assigns what has changed."""
     before = _read(buckets, state)
@@ -105,7 +119,7 @@ def _grads(plan: Plan, state: State, grads: list[Any]) -> list[Any]:
 
 
 def _run_pure(plan: Plan, state: State, grads: list[Any], flush: bool) -> None:
-    joined = placing.like_state(plan, _together(plan, grads))
+    joined = placing.like_state(plan, _combined(plan, state, _together(plan, grads)))
     accumulates, dynamic = plan.keywords.gradient_accumulation_steps and not flush, plan.dynamic()
     before = _read(plan.buckets, state)
     after = placing.collected(plan, gradients.collect(plan, before, joined)) if accumulates else before
@@ -130,6 +144,8 @@ def _run(plan: Plan, state: State, grads: list[Any], fuse: bool, flush: bool) ->
     given = [] if tf.executing_eagerly() else [g.values if backend.is_sparse(g) else g for g in _tensors_in(grads)]
     # where data end, TensorFlow runs a step up to what needs the batch that is missing; without this it would count
     computed = tf.group(*given) if given else None
+    if _combines(plan):
+        grads = _combined(plan, state, _together(plan, grads))
     limit = plan.keywords.skip_nonfinite
     if plan.keywords.gradient_accumulation_steps and not flush:
         grads = _together(plan, grads)
@@ -197,7 +213,7 @@ def _update(plan: Plan, state: State, grads: list[Any], fuse: bool, awaited: Any
 def _together(plan: Plan, grads: list[Any], *, without: Collection[int] = ()) -> list[Any]:
     """The gradients of the buckets, joined but for those in `without`, which are joined elsewhere."""
     return [
-        gradients.join(plan, b, grad) if isinstance(grad, list) and b not in without else grad
+        gradients.join(plan, b, grad) if isinstance(grad, Parts) and b not in without else grad
         for b, grad in enumerate(grads)
     ]
 
@@ -217,7 +233,7 @@ def _once_there(operation: Any) -> contextlib.AbstractContextManager[Any]:
 
 def _tensors_in(grads: Sequence[Any]) -> list[Any]:
     """All gradients in those of the buckets."""
-    lists = [[grad.values] if isinstance(grad, Rows) else grad for grad in grads if grad is not None]
+    lists = [[grad.values] if isinstance(grad, Rows) else grad.grads for grad in grads if grad is not None]
     return [grad for parts in lists for grad in parts if grad is not None]
 
 

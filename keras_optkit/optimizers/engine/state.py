@@ -33,6 +33,7 @@ class State(NamedTuple):
         micro: How many micro-batches there have been since the last update.
         multiplier: The learning rate, or the factor on its schedule.
         nonfinite: What `skip_nonfinite` has met, by name.
+        product: Sums of the products with the Hessian over these micro-batches, for rules that need them.
         scalars: The state of rules for the whole model, by name.
         slots: The state of rules for their parameters, by name.
         updates: For each parameter of a rule that asks `h.first`, how many updates it has had.
@@ -49,6 +50,7 @@ class State(NamedTuple):
     micro: Any = ()
     multiplier: Any = ()
     nonfinite: Any = ()
+    product: Sequence[Any] = ()
     scalars: Any = ()
     slots: Sequence[Slots] = ()
     updates: Sequence[Any] = ()
@@ -61,7 +63,7 @@ class State(NamedTuple):
 
 
 #: The parts with something for each bucket.
-PER_BUCKET = ("accumulated", "average", "given", "master", "slots", "updates", "weights")
+PER_BUCKET = ("accumulated", "average", "given", "master", "product", "slots", "updates", "weights")
 
 
 def filled(value: float) -> Callable[..., Tensor]:
@@ -121,12 +123,17 @@ def for_buckets(
     def master(bucket: Bucket) -> dict[str, keras.Variable]:
         return {"master": like_weights("master", bucket)} if bucket.dtype in HALF else {}
 
+    def product(bucket: Bucket) -> dict[str, keras.Variable]:
+        return {"product": like_weights("product", bucket)} if _needs_product(rules[bucket.rule].rule) else {}
+
     state = State(weights=[[variables[i] for i in b.indices] for b in buckets], slots=[slots(b) for b in buckets])
     if keywords.gradient_accumulation_steps:
         state = state._replace(
             accumulated=[like_weights("accumulated", b) for b in buckets],
             given=[counts("given", b) for b in buckets],
         )
+        if any(_needs_product(routed.rule) for routed in rules.values()):
+            state = state._replace(product=[product(b) for b in buckets])
     if keywords.use_ema:
         state = state._replace(average=[like_weights("average", b) for b in buckets])
     if keywords.master_weights:
@@ -134,6 +141,10 @@ def for_buckets(
     if any(routed.rule.uses_first for routed in rules.values()):
         state = state._replace(updates=[updates(b) for b in buckets])
     return state
+
+
+def _needs_product(rule: Rule) -> bool:
+    return "hessian_vector" in rule.needs
 
 
 def once(make: Make, keywords: Keywords, rules: Rules, iterations: Any, multiplier: Any) -> State:
@@ -198,7 +209,8 @@ def state_bytes(rule: Rule, weight: Weight, keywords: Keywords) -> int:
         count = math.prod(initial.shape) if own else size  # type: ignore[union-attr,arg-type]
         return count * _item_bytes(slot_dtype(weight.dtype, initial, keywords))
 
-    copies = keywords.use_ema + bool(keywords.gradient_accumulation_steps)
+    accumulated = 1 + _needs_product(rule) if keywords.gradient_accumulation_steps else 0
+    copies = keywords.use_ema + accumulated
     copies += keywords.master_weights and weight.dtype in HALF
     copied = copies * size * _item_bytes(at_least_float32(weight.dtype))
     return sum(map(bytes_of, slots_of(rule, weight).values())) + copied + 4 * rule.uses_first

@@ -12,10 +12,12 @@ from keras import ops
 
 from keras_optkit.backend import Rows
 from keras_optkit.optimizers.engine import gradients, nonfinite, rounding
+from keras_optkit.optimizers.engine.gradients import Grad
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan, RuleId, memo
 from keras_optkit.optimizers.engine.state import State, begun, functions_of_weights, of_rule
 from keras_optkit.optimizers.groups import Treatment
+from keras_optkit.optimizers.hyper import Product
 from keras_optkit.optimizers.rate import scaled_rate
 from keras_optkit.optimizers.rule import Hyper, Slots, Tensor, Value, contributes, layout_of, measured, slots_of
 from keras_optkit.optimizers.transforms.transform import Transform
@@ -43,6 +45,7 @@ class Ready(NamedTuple):
     p: Tensor
     mask: Any
     updates: Tensor | None  # of each parameter, for rules that ask `h.first`
+    product: Tensor | None = None  # with the Hessian, for rules that need it
 
 
 def prepare(
@@ -66,6 +69,7 @@ def prepare(
     finite = position = None
     if plan.keywords.skip_nonfinite:
         present = [(b, gradients.values(g)) for b, g in enumerate(grads) if g is not None]
+        present += [(b, x) for b, g in enumerate(grads) if isinstance(g, Grad) for x in g.extras.values()]
         finite, position = nonfinite.first_bad(present)
     prepared = _begun(plan, state, grads, dynamic, read)._replace(finite=finite, position=position)
     changed = prepared.changed
@@ -114,6 +118,23 @@ def perturbed(
     return moved
 
 
+def combined(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> list[Grad | None]:
+    """The gradients to update with, from the first and the second ones, for rules that have a `combination`."""
+    prepared, remembered = _begun(plan, state, grads, dynamic, read), memo(dynamic, read)
+    found = list(grads)
+    for number in dict.fromkeys(bucket.rule[0] for bucket in plan.buckets):
+        combination = plan.rules[number, ""].rule.combination()
+        if combination is None:
+            continue
+        theirs: list[Any] = [g if b.rule[0] == number else None for b, g in zip(plan.buckets, grads, strict=True)]
+        of_bucket = functools.partial(rounding.widened, plan, state)
+        for b, u in enumerate(_changed(plan, prepared, combination, theirs, of_bucket, remembered)):
+            if u is not None:
+                extras = {name: extra for name, extra in theirs[b].extras.items() if name != "first"}
+                found[b] = theirs[b]._replace(value=u, extras=extras)
+    return found
+
+
 def _changed(
     plan: Plan,
     prepared: Prepared,
@@ -129,7 +150,9 @@ def _changed(
         if grad is None:
             continue
         sums = functools.partial(gradients.sum_of_rows, grad) if isinstance(grad, Rows) else bucket.over_parameters
-        h = hyper(plan, prepared, remembered, bucket).for_transform(transform.layout, bucket.weight, sums)
+        first = grad.extras.get("first") if isinstance(grad, Grad) else None
+        h = hyper(plan, prepared, remembered, bucket)
+        h = h.for_transform(transform.layout, bucket.weight, sums, gradient=first)
         p = weights(b)
         for name, part in transform.contribute(u, p, h).items():
             total = ops.cast(gradients.total(grad, part), scalar_dtype())
@@ -163,7 +186,7 @@ def _contributions(
     for bucket, theirs in zip(plan.buckets, ready, strict=True):
         if bucket.rule not in sums or theirs is None or theirs.u is None:
             continue
-        h = hyper(plan, prepared, remembered, bucket, updates=theirs.updates)
+        h = hyper(plan, prepared, remembered, bucket, updates=theirs.updates, product=theirs.product)
         parts = plan.rule(bucket).contribute(theirs.u, theirs.slots, theirs.p, h)
         for name, part in parts.items():
             there = part if theirs.mask is None else ops.where(theirs.mask, part, ops.zeros_like(part))
@@ -180,6 +203,7 @@ def hyper(
     *,
     rule: RuleId = (0, ""),
     updates: Tensor | None = None,
+    product: Tensor | None = None,
 ) -> Hyper:
     """What a rule is told, for the parameters of a bucket or (for `measure`) for the whole model."""
     number, route = rule if bucket is None else bucket.rule
@@ -201,7 +225,13 @@ def hyper(
         kernel=None if bucket is None or layout != "whole" else bucket.weight.axes,
         sums=None if bucket is None or layout == "elementwise" else bucket.over_parameters,
         first=None if bucket is None or updates is None else bucket.spread(ops.equal(updates, 0)),
+        rate=prepared.rate,
+        product=None if bucket is None or product is None else _product(plan, bucket, prepared.iterations, product),
     )
+
+
+def _product(plan: Plan, bucket: Bucket, iterations: Tensor, value: Tensor) -> Product:
+    return Product(plan.rule(bucket).random_vector(), value, lambda: bucket.join(plan.vector(bucket, iterations)))
 
 
 def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], prepared: Prepared) -> State:
@@ -214,9 +244,9 @@ def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], pre
     for b, (bucket, theirs) in enumerate(zip(plan.buckets, ready, strict=True)):
         if theirs is None:
             continue
-        u, wide, p, mask, counted = theirs
+        u, wide, p, mask, counted, product = theirs
         if u is not None:
-            h = hyper(plan, prepared, remembered, bucket, updates=counted)
+            h = hyper(plan, prepared, remembered, bucket, updates=counted, product=product)
             p, wide = apply_rule(plan, bucket, u, wide, p, h, mask)
             p = _constrained(plan, b, p, mask)
             if counted is not None:
@@ -253,7 +283,7 @@ def _ready(plan: Plan, state: State, b: int, grad: Any, u: Tensor | None) -> Rea
     if grad is None:
         return Ready(None, wide, p, None, None)
     counted = state.updates[b]["updates"] if plan.rule(bucket).uses_first else None
-    return Ready(u, wide, p, grad.mask, counted)
+    return Ready(u, wide, p, grad.mask, counted, grad.extras.get("product"))
 
 
 def _had_gradients(bucket: Bucket, mask: Any) -> Any:

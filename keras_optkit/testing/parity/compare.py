@@ -13,11 +13,11 @@ from keras import ops
 
 from keras_optkit.registry import cards
 from keras_optkit.testing import problems
-from keras_optkit.testing.parity import here, runs
+from keras_optkit.testing.parity import differentiated, here, runs
 from keras_optkit.testing.parity.problem import Arrays, Parts
 from keras_optkit.testing.parity.process import elsewhere
 from keras_optkit.testing.parity.reference import Reference
-from keras_optkit.testing.tools import float64
+from keras_optkit.testing.tools import float64, numbers
 
 STEPS = 100
 
@@ -55,7 +55,7 @@ class Comparison:
     def _error(self, steps: int) -> float:
         reference, model = self.reference, Parts(self.dtype)
         variables = model.trainable_variables
-        grads: Any = model.coefficients(steps) if reference.second_gradient else model.gradients(steps)
+        grads: Any = model.coefficients(steps) if reference.needs else model.gradients(steps)
         optimizer = self._ours()
         places = list(range(len(variables)))
         if reference.only is not None:
@@ -67,6 +67,8 @@ class Comparison:
                 return tuple(map(seen, values))
             return [model.seen(variables[i], values[i], reference.view) for i in places]
 
+        if reference.needs == "hessian_vector":
+            grads = [(*each, v) for each, v in zip(grads, self._vectors(model, optimizer, steps), strict=True)]
         config = optimizer.get_config()
         arguments = reference.translated(config | {"weight_decay": config["weight_decay"] or 0.0})
         task = (reference.implementation, arguments, seen(model.start()), [seen(g) for g in grads], self.dtype)
@@ -74,7 +76,9 @@ class Comparison:
         if hasattr(here, run):
             found, besides = getattr(here, run)(*task)
         else:
-            found, besides = elsewhere(getattr(runs, run), *task, reference.evaluated)
+            found, besides = elsewhere(
+                getattr(differentiated if reference.needs else runs, run), *task, reference.evaluated
+            )
         inject = reference.inject
         got = self._trained(grads, None if inject is None else inject([variables[i] for i in places], besides))
         expected = found if reference.evaluated is None else [[*a, *b] for a, b in zip(found, besides, strict=True)]
@@ -87,6 +91,15 @@ class Comparison:
         ]
         return float(np.max(each_difference))  # which keeps NaN, as `max` does not
 
+    def _vectors(self, model: Parts, optimizer: Any, steps: int) -> list[Arrays]:
+        """Our random vectors for each step."""
+        found = []
+        optimizer.build(model)
+        for step in range(steps):
+            optimizer.iterations.assign(step)
+            found.append([np.array(v) for v in map(numbers, optimizer.hessian_vectors(model.trainable_variables))])
+        return found
+
     def _ours(self) -> Any:
         card = _card(self.reference.optimizer)
         given = {"weight_decay": self.decay, "decay_mask": "all", **self.reference.ours, **self.case}
@@ -96,8 +109,9 @@ class Comparison:
         """A new optimizer, and a function that makes one of its steps."""
         optimizer = self._ours()
         optimizer.build(model)
-        if self.reference.second_gradient:
-            return optimizer, lambda problem: _perturbed_step(optimizer, problem, model)
+        if self.reference.needs:
+            step = _perturbed_step if self.reference.needs == "second_gradient" else _curved_step
+            return optimizer, lambda problem: step(optimizer, problem, model)
         compiled = problems.stepper(optimizer, model.trainable_variables, mode)
         return optimizer, lambda grads: compiled([ops.convert_to_tensor(g, self.dtype) for g in grads])
 
@@ -135,6 +149,26 @@ def _perturbed_step(optimizer: Any, problem: Any, model: Parts) -> None:
     with optimizer.perturbed(gradient(), variables):
         second = gradient()
     optimizer.apply(second, variables)
+
+
+def _curved_step(optimizer: Any, problem: Any, model: Parts) -> None:
+    """One with the Hessian of `sum(a sin(b θ)) + (sum c θ)²`, where c is a tenth of b."""
+    variables = model.trainable_variables
+    a, b = ([ops.convert_to_tensor(x, model.dtype) for x in each] for each in problem[:2])
+    c = [0.1 * y for y in b]
+    weights = [ops.convert_to_tensor(p) for p in variables]
+    vectors = optimizer.hessian_vectors(variables)
+
+    def along(values: list[Any]) -> Any:
+        return 2 * sum(ops.sum(z * value) for z, value in zip(c, values, strict=True))
+
+    grads = [x * y * ops.cos(y * p) + along(weights) * z for p, x, y, z in zip(weights, a, b, c, strict=True)]
+    products = [
+        -x * y * y * ops.sin(y * p) * v + along(vectors) * z
+        for p, x, y, z, v in zip(weights, a, b, c, vectors, strict=True)
+    ]
+    with optimizer.given_products(products, variables):
+        optimizer.apply(grads, variables)
 
 
 def _values(model: Parts) -> Arrays:

@@ -31,12 +31,13 @@ class Reference:
             where only vectors differ from Keras.
         only: The parameters that are compared: None for all, or the name of a rule, as `explain` shows it, for those
             that it updates.
-        run: Name of the function that runs the reference, of `keras_optkit.testing.parity.runs` or of `here`; None for
+        run: Name of the function that runs the reference, of `keras_optkit.testing.parity.runs`, `differentiated` (with `needs`) or `here`; None for
             the usual one.
         evaluated: Where the reference has weights to evaluate at, their name in its state; they are compared, too.
         inject: What our state is set to after the first step: a function of the variables and of what `run` returns
             with the weights, to a dict of arrays by the names in files.
-        second_gradient: Whether steps take the gradients of a function, at two points.
+        needs: What steps take besides the gradient: "second_gradient" or "hessian_vector". Both sides are then given a
+            function, and for the latter also our random vectors.
         tolerance: The largest error for each dtype that is compared.
         deviations: Where the reference departs from the paper, is patched, or is not compared, and why.
     """
@@ -52,7 +53,7 @@ class Reference:
     run: str | None = None
     evaluated: str | None = None
     inject: Callable[[list[Any], Any], dict[str, Any]] | None = None
-    second_gradient: bool = False
+    needs: str | None = None
     tolerance: Mapping[str, float] = field(default_factory=lambda: TOLERANCE)
     deviations: str = ""
 

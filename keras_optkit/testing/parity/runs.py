@@ -221,52 +221,6 @@ def around(
     return torch(made, arguments, start, grads, dtype, evaluated)
 
 
-def two_gradients(
-    implementation: str,
-    arguments: dict[str, Any],
-    start: Arrays,
-    problem: list[tuple[Arrays, Arrays]],
-    dtype: str,
-    *_: Any,
-) -> tuple[list[Arrays], Any]:
-    """The weights after each step on `sum(a sin(b θ))`, with a and b for each step."""
-    import torch
-
-    sam: Any = importlib.import_module("pytorch_optimizer.optimizer.sam")
-
-    def exact_norm(groups: Any, *_: Any, **__: Any) -> Any:
-        squares = [
-            torch.sum(torch.square(p.grad * p.abs() if group["adaptive"] else p.grad))
-            for group in groups
-            for p in group["params"]
-        ]
-        return torch.sum(torch.stack(squares)).reshape(1)
-
-    rounded = sam.get_global_gradient_norm
-    if dtype == "float64":
-        sam.get_global_gradient_norm = exact_norm
-    try:
-        name, inner = arguments.pop("inner")
-        parameters = [torch.nn.Parameter(torch.tensor(value, dtype=getattr(torch, dtype))) for value in start]
-        optimizer = resolve_name(implementation)(parameters, resolve_name(name), **arguments, **inner)
-        weights = []
-        for each in problem:
-            terms = [[torch.tensor(x, dtype=getattr(torch, dtype)) for x in arrays] for arrays in each]
-
-            def closure(terms: Any = terms) -> Any:
-                optimizer.zero_grad()
-                loss = sum(torch.sum(a * torch.sin(b * p)) for p, a, b in zip(parameters, *terms, strict=True))
-                loss.backward()
-                return loss
-
-            closure()
-            optimizer.step(closure)
-            weights.append([np.array(p.detach()) for p in parameters])
-        return weights, None
-    finally:
-        sam.get_global_gradient_norm = rounded
-
-
 def corrected_mars(implementation: str, *args: Any) -> tuple[list[Arrays], Any]:
     """MARS whose first correction is 0, with ε added after the bias correction."""
     before, after = (f"state['last_grad'] = {value}" for value in ("torch.zeros_like(p)", "grad.clone()"))

@@ -1,4 +1,4 @@
-"""References of Schedule-Free, Lookahead and SAM."""
+"""References of Schedule-Free, Lookahead, and of what needs a second gradient or the Hessian."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +27,24 @@ def inner(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         arguments |= {"betas": (ours["beta_1"], ours["beta_2"]), "weight_decay": config["weight_decay"]}
     return f"torch.optim:{name}", arguments
 
+
+def tied_radius(config: Mapping[str, Any]) -> float:
+    """GSAM's radius at a constant learning rate."""
+    high, low = config["max_learning_rate"], config["min_learning_rate"]
+    if high is None:
+        return float(config["rho"])
+    share = (config["learning_rate"] - low) / (high - low)
+    return float(config["rho_min"] + (config["rho"] - config["rho_min"]) * share)
+
+
+#: Arguments of the optimizers that need the Hessian.
+_CURVED = {
+    "lr": "learning_rate",
+    "betas": ("beta_1", "beta_2"),
+    "eps": "epsilon",
+    "update_period": "update_period",
+    "weight_decay": "weight_decay",
+}
 
 REFERENCES = (
     Reference(
@@ -88,7 +106,71 @@ REFERENCES = (
             {"inner": _SGD, "learning_rate": 0.02, "rho": 0.3, "adaptive": True},
         ),
         run="two_gradients",
-        second_gradient=True,
+        needs="second_gradient",
         deviations="its norm is rounded to float32, which is patched for float64; the decay is that of the inner AdamW",
+    ),
+    Reference(
+        "ASAM",
+        "pytorch_optimizer:SAM",
+        {"inner": inner, "rho": "rho"},
+        {"adaptive": True, "vectors_plain": True},
+        ours={"weight_decay": None, "eta": 0.0},
+        cases=(
+            {"inner": _SGD, "learning_rate": 0.02, "rho": 0.3},
+            {"inner": _ADAMW, "learning_rate": 0.02, "rho": 0.3, "weight_decay": 0.1},
+        ),
+        view="flat vectors",
+        run="two_gradients",
+        needs="second_gradient",
+        deviations="has no eta; as of SAM; its groups make it plain for vectors",
+    ),
+    Reference(
+        "GSAM",
+        "pytorch_optimizer:GSAM",
+        {"inner": inner, "rho": tied_radius, "alpha": "alpha", "adaptive": "adaptive"},
+        ours={"weight_decay": None},
+        cases=(
+            {"inner": _SGD, "learning_rate": 0.02, "rho": 0.3},
+            {
+                "inner": _ADAMW,
+                "learning_rate": 0.02,
+                "rho": 0.5,
+                "rho_min": 0.1,
+                "max_learning_rate": 0.04,
+                "alpha": 0.2,
+                "weight_decay": 0.1,
+            },
+            {"inner": _SGD, "learning_rate": 0.02, "rho": 0.3, "adaptive": True},
+        ),
+        run="two_gradients",
+        needs="second_gradient",
+        deviations="as of SAM; its schedule of rho is given our value",
+    ),
+    Reference(
+        "SophiaH",
+        "pytorch_optimizer:SophiaH",
+        _CURVED | {"p": "rho"},
+        {"hessian_distribution": "gaussian"},
+        cases=(
+            {"learning_rate": 0.1, "rho": 0.1, "update_period": 3},
+            {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.9, "rho": 1.0, "epsilon": 0.1, "update_period": 1},
+        ),
+        run="curved",
+        needs="hessian_vector",
+        deviations="is given our random vectors",
+    ),
+    Reference(
+        "AdaHessian",
+        "pytorch_optimizer:AdaHessian",
+        _CURVED | {"hessian_power": "hessian_power"},
+        ours={"spatial_averaging": False},
+        cases=(
+            {"learning_rate": 0.01, "epsilon": 0.1},
+            {"learning_rate": 0.02, "beta_1": 0.8, "beta_2": 0.9, "hessian_power": 0.5, "epsilon": 0.1},
+        ),
+        run="curved",
+        needs="hessian_vector",
+        deviations="is given our random vectors; has no spatial averaging; with update_period > 1, where its bias "
+        "correction counts updates and not products, it is not compared",
     ),
 )

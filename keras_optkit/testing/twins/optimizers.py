@@ -15,6 +15,7 @@ import numpy as np
 from keras_optkit.testing.twins import (
     classic,
     compact,
+    curvature,
     distance,
     dual_averaging,
     kron,
@@ -279,6 +280,57 @@ def perturbed(
 sam.perturbed = perturbed  # type: ignore[attr-defined]
 
 
+def asam(*args: Any, eta: float = 0.01, **arguments: Any) -> Iterator[np.ndarray]:  # noqa: ARG001
+    """ASAM where the second gradients are given."""
+    return sam(*args, **arguments)
+
+
+def perturbed_kernels(
+    ps: list[np.ndarray], grads: list[np.ndarray], rho: float = 0.5, eta: float = 0.01
+) -> list[np.ndarray]:
+    """The weights that ASAM computes the second gradient at, with parameters of rank 2 and more as kernels."""
+    scales = [np.abs(p) + eta if p.ndim > 1 else np.ones_like(p) for p in ps]
+    norm = np.sqrt(sum(np.sum((t * g) ** 2) for t, g in zip(scales, grads, strict=True)))
+    return [p + rho * t**2 * g / (norm + 1e-12) for p, t, g in zip(ps, scales, grads, strict=True)]
+
+
+asam.perturbed = perturbed_kernels  # type: ignore[attr-defined]
+
+
+def gsam(p: np.ndarray, grads: Grads, inner: dict[str, Any], **arguments: Any) -> Iterator[np.ndarray]:
+    """GSAM where both gradients are equal: the inner optimizer. What is made of two says `combined`."""
+    own = ("alpha", "rho_min", "max_learning_rate", "min_learning_rate")
+    return sam(p, grads, inner, **{name: value for name, value in arguments.items() if name not in own})
+
+
+def perturbed_by_rate(
+    ps: list[np.ndarray],
+    grads: list[np.ndarray],
+    learning_rate: float,
+    rho: float = 0.05,
+    rho_min: float = 0.0,
+    max_learning_rate: float | None = None,
+    min_learning_rate: float = 0.0,
+    adaptive: bool = False,
+) -> list[np.ndarray]:
+    """The weights that GSAM computes the second gradient at."""
+    if max_learning_rate is not None:
+        share = (learning_rate - min_learning_rate) / (max_learning_rate - min_learning_rate)
+        rho = rho_min + (rho - rho_min) * share
+    return perturbed(ps, grads, rho, adaptive)
+
+
+def combined(first: list[np.ndarray], second: list[np.ndarray], alpha: float = 0.4) -> list[np.ndarray]:
+    """The gradient that GSAM updates with."""
+    product = sum(np.sum(a * b) for a, b in zip(first, second, strict=True))
+    squares = sum(np.sum(b**2) for b in second)
+    return [b - alpha * (a - product / squares * b) for a, b in zip(first, second, strict=True)]
+
+
+gsam.perturbed = perturbed_by_rate  # type: ignore[attr-defined]
+gsam.combined = combined  # type: ignore[attr-defined]
+
+
 def schedule_free(
     p: np.ndarray,
     grads: Grads,
@@ -333,6 +385,8 @@ TWINS: dict[str, Twin] = {
     "AdamW": adamw,
     "Lookahead": lookahead,
     "SAM": sam,
+    "ASAM": asam,
+    "GSAM": gsam,
     "ScheduleFree": schedule_free,
     "ScheduleFreeSGD": schedule_free_sgd,
     "ScheduleFreeAdamW": schedule_free_adamw,
@@ -342,6 +396,7 @@ TWINS: dict[str, Twin] = {
     "Muon": muon,
     "SOAP": soap,
     **classic.TWINS,
+    **curvature.TWINS,
     **dual_averaging.TWINS,
     **mixed_momentum.TWINS,
     **projected.TWINS,

@@ -35,7 +35,7 @@ class _StepTimes(_Times):
     changes = "step"
 
 
-@check("optimizer", engine=True)
+@check("optimizer", unless={"hessian_vector"}, engine=True)  # products are not transformed
 @float64()
 def check_transforms(card: Card) -> None:
     """Transforms of gradients act after clipping, in their order; those of steps after the rule, before the decay."""
@@ -197,7 +197,10 @@ def _custom_loop(card: Card, x: np.ndarray, y: np.ndarray, mode: str) -> np.ndar
         return tape.gradient(loss, weights)
 
     def step(x: Any, y: Any) -> None:
-        grads = gradient(x, y)
+        if optimizer.needs_hessian_vector:
+            grads = optimizer.with_products(lambda: gradient(x, y), weights)
+        else:
+            grads = gradient(x, y)
         if optimizer.needs_second_gradient:
             others = [tf.identity(v.value) for v in model.non_trainable_variables]
             with optimizer.perturbed(grads, weights):

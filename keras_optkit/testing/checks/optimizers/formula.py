@@ -139,7 +139,7 @@ def _decays_of_its_own(card: Card, values: list[np.ndarray]) -> None:
             assert applies != np.array_equal(plain, decayed), f"{mask}: shape {p.shape}"
 
 
-@check("optimizer", engine=True)
+@check("optimizer", unless={"hessian_vector"}, engine=True)  # products are not clipped
 @float64()
 def check_clipping(card: Card) -> None:
     """Each form of clipping equals clipping the gradients beforehand."""

@@ -205,10 +205,11 @@ def check_second_gradient(card: Card) -> None:
     """
     x, y = problems.regression()
     for case in card.cases:
-        model = problems.network()
+        model, third = problems.network(), problems.network()
         model.compile(made(card, case), loss="mse")
         losses = model.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0).history["loss"]
-        other, optimizer, first = problems.network(), made(card, case), []
+        other, optimizer, alone, first = problems.network(), made(card, case), made(card, case), []
+        combined = getattr(twin_of(card, TWINS), "combined", None)
         weights, others = other.trainable_variables, other.non_trainable_variables
         for i in (0, 32, 0, 32):
             origin, before = [numbers(w) for w in weights], [numbers(v) for v in others]
@@ -221,12 +222,56 @@ def check_second_gradient(card: Card) -> None:
                 own = {k: v for k, v in case.items() if k in inspect.signature(perturbed).parameters}
                 assert_close(map(numbers, moved), perturbed(origin, grads, **own), rtol=1e-5, what="moved,")
             _assign([*weights, *others], [*map(numbers, moved), *before])
-            _, grads = problems.loss_and_gradients(other, x[i : i + 32], y[i : i + 32])
+            _, second = problems.loss_and_gradients(other, x[i : i + 32], y[i : i + 32])
             _assign([*weights, *others], [*origin, *after])
-            optimizer.apply([ops.convert_to_tensor(g) for g in grads], weights)
+            optimizer.apply([ops.convert_to_tensor(g) for g in second], weights)
+            if combined is not None:  # without a first gradient the one that is given counts as both
+                own = {k: v for k, v in case.items() if k in inspect.signature(combined).parameters}
+                alone.apply(
+                    [ops.convert_to_tensor(g) for g in combined(grads, second, **own)], third.trainable_variables
+                )
+                assert_close(
+                    map(numbers, weights), map(numbers, third.trainable_variables), rtol=1e-4, what="combined,"
+                )
         optimizer.finalize_variable_values(weights)
         assert_close(model.get_weights(), other.get_weights(), rtol=1e-4, what=f"{case},")
         np.testing.assert_allclose(losses, np.mean(np.reshape(first, (2, 2)), axis=1), rtol=1e-4, err_msg=str(case))
+
+
+@check("optimizer", requires=("hessian_vector",))
+def check_hessian_vector(card: Card) -> None:
+    """`fit` updates with the product of the Hessian and the random vector, here of a linear regression.
+
+    The Hessian is `2 XᵀX / n`, and the mean of the errors is computed once, at the weights before the update.
+    """
+    x, y = problems.regression()
+    rows = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    for case in card.cases:
+        models = []
+        for _ in range(2):
+            keras.utils.set_random_seed(0)
+            models.append(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]))
+        model, other = models
+        model.compile(made(card, case), loss="mse")
+        losses = model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0).history["loss"]
+        optimizer, weights, expected = made(card, case), other.trainable_variables, []
+
+        def parts(vector: np.ndarray) -> list[Any]:
+            return [ops.convert_to_tensor(x.astype("float32")) for x in (vector[:-1], vector[-1])]
+
+        def joined(values: Any) -> np.ndarray:
+            return np.concatenate([np.reshape(numbers(value), (-1, 1)) for value in values])
+
+        for i in (0, 16, 32, 48) * 2:
+            batch = rows[i : i + 16]
+            errors = batch @ joined(weights) - y[i : i + 16]
+            expected.append(np.mean(errors**2))
+            vectors = joined(optimizer.hessian_vectors(weights))
+            with optimizer.given_products(parts(batch.T @ (batch @ vectors) / 8), weights):
+                optimizer.apply(parts(batch.T @ errors / 8), weights)
+        optimizer.finalize_variable_values(weights)
+        assert_close(model.get_weights(), other.get_weights(), rtol=1e-4, what=f"{case},")
+        np.testing.assert_allclose(losses, np.mean(np.reshape(expected, (2, 4)), axis=1), rtol=1e-4, err_msg=str(case))
 
 
 def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
