@@ -40,6 +40,7 @@ __all__ = [
     "choice",
     "contributes",
     "count",
+    "estimates",
     "flag",
     "is_dynamic",
     "layout_of",
@@ -239,6 +240,18 @@ class Rule(Fields):
         """
         raise NotImplementedError
 
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
+        """For rules that find their learning rate: the factor on `h.learning_rate` that they have found.
+
+        It is what `Optimizer.explain` and `TrainingMonitor` show, and is not part of an update. Either one number, from
+        `h.scalar`, or one for each element, from the slots after the update.
+
+        Args:
+            slots: The slots after the update; before the first one their initial values, in any shape.
+            h: With the scalars before and after `measure`.
+        """
+        raise NotImplementedError
+
     def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
         """The parameters to evaluate at, and the slots to keep meanwhile, from those of training."""
         raise NotImplementedError
@@ -315,6 +328,9 @@ class Wrapper(Rule):
     def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return measured(self.inner(), h, sums)
 
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
+        return self.inner().estimate(slots, h)
+
 
 # -- what is read from a rule -----------------------------------------------------------------------------------------
 
@@ -341,9 +357,19 @@ def slots_of(rule: Rule, w: Weight | None) -> dict[str, Fill | FromWeights]:
 
 def contributes(rule: Rule) -> bool:
     """Whether a rule needs sums over the whole model."""
+    return _innermost(rule).contribute is not Rule.contribute
+
+
+def estimates(rule: Rule) -> bool:
+    """Whether a rule finds its learning rate."""
+    return _innermost(rule).estimate is not Rule.estimate
+
+
+def _innermost(rule: Rule) -> type[Rule]:
+    """The class of a rule, or of the one inside all its wrappers."""
     while isinstance(rule, Wrapper):
         rule = rule.inner()
-    return type(rule).contribute is not Rule.contribute
+    return type(rule)
 
 
 def measured(rule: Rule, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

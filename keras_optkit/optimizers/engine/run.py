@@ -73,6 +73,11 @@ def perturbed(plan: Plan, state: State, grads: list[Any]) -> list[Tensor | None]
     return update.perturbed(plan, before, _together(plan, grads), dynamic, read)
 
 
+def values(state: State, *, slots: bool) -> State:
+    """The values of the state that exists once and, if they are wanted, of the slots."""
+    return _scalars(state)._replace(slots=tree.map_structure(tensor, state.slots) if slots else ())
+
+
 def change(function: Callable[[State], State], buckets: Sequence[Bucket], state: State) -> None:
     """Runs a pure function of the state on the values of the variables in it and assigns what has changed."""
     before = _read(buckets, state)

@@ -67,7 +67,7 @@ def prepare(
     if plan.keywords.skip_nonfinite:
         present = [(b, gradients.values(g)) for b, g in enumerate(grads) if g is not None]
         finite, position = nonfinite.first_bad(present)
-    prepared = _begun(plan, state, grads, dynamic, read)._replace(finite=finite, position=position)
+    prepared = begun_step(plan, state, grads, dynamic, read)._replace(finite=finite, position=position)
     changed = prepared.changed
     remembered = memo(dynamic, read)
     for transform in plan.of("gradient"):
@@ -78,7 +78,7 @@ def prepare(
     return _measured(plan, prepared, {r: {} for r in rules}, remembered)
 
 
-def _begun(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
+def begun_step(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
     """What is known before the transforms."""
     scheduled = None if plan.schedule is None else read[dynamic.index(plan.schedule)]
     multiplier = ops.cast(state.multiplier, scalar_dtype())
@@ -98,7 +98,7 @@ def perturbed(
 
     The sums are over all parameters of one rule, those that it routes to others included.
     """
-    prepared, remembered = _begun(plan, state, grads, dynamic, read), memo(dynamic, read)
+    prepared, remembered = begun_step(plan, state, grads, dynamic, read), memo(dynamic, read)
     moved: list[Tensor | None] = [None] * len(grads)
     for number in dict.fromkeys(bucket.rule[0] for bucket in plan.buckets):
         perturbation = plan.rules[number, ""].rule.perturbation()

@@ -40,13 +40,12 @@ class DoGRule(Rule):
         distance = ops.maximum(ops.maximum(h.scalars["distance"], least), ops.sqrt(sums["moved"]))
         return {"distance": distance, "squares": h.scalars["squares"] + sums["square"]}
 
-    def rate(self, h: Hyper) -> Tensor:
-        """The learning rate of this update."""
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
         root = ops.sqrt(h.scalar("squares") + h(self.epsilon))
-        return h.learning_rate * ops.divide_no_nan(h.scalar("distance"), root)
+        return ops.divide_no_nan(h.scalar("distance"), root)
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-        return self.rate(h) * (u + h.weight_decay * p), {"start": slots["start"]}
+        return h.learning_rate * self.estimate(slots, h) * (u + h.weight_decay * p), {"start": slots["start"]}
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,9 @@ class DoWGRule(DoGRule):
         distance = ops.maximum(least, ops.sqrt(sums["moved"]))
         return {"distance": distance, "squares": h.scalars["squares"] + ops.square(distance) * sums["square"]}
 
-    def rate(self, h: Hyper) -> Tensor:
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
         root = ops.sqrt(h.scalar("squares")) + h(self.epsilon)
-        return h.learning_rate * ops.divide_no_nan(ops.square(h.scalar("distance")), root)
+        return ops.divide_no_nan(ops.square(h.scalar("distance")), root)
 
 
 @register(

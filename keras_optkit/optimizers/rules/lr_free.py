@@ -42,6 +42,9 @@ class ProdigyRule(Rule):
         """β₃."""
         return h(self.beta_2) ** 0.5 if self.beta_3 is None else self.beta_3
 
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
+        return h.scalar("d", before=True)
+
     def rate(self, h: Hyper) -> Tensor:
         """η d of this update."""
         rate = h.learning_rate * h.scalar("d", before=True)
