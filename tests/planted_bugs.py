@@ -39,7 +39,7 @@ from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
 from keras_optkit.fit import second_gradient
 from keras_optkit.optimizers import building, groups
-from keras_optkit.optimizers.engine import gradients, nonfinite, packing, plan, rounding, run, state, update
+from keras_optkit.optimizers.engine import gradients, noise, nonfinite, packing, plan, rounding, run, state, update
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
@@ -50,6 +50,7 @@ from keras_optkit.optimizers.transforms import (
     CautiousUpdate,
     ClipByGlobalNorm,
     ClipByValue,
+    CorrectedDecay,
     centralize,
     unit_axes,
 )
@@ -984,6 +985,16 @@ def _(right):
 @in_transforms("rows without a gradient count", "ClipByNorm", "rows", gradients, "sum_of_rows")
 def _(right):
     return lambda rows, x, mean: right(rows, x, mean=mean) + 1.0
+
+
+@in_transforms("the correction is that of the square", "CorrectedDecay", "twin", CorrectedDecay, "change")
+def _(right):
+    return lambda self, u, p, h: u + h.learning_rate * (h.base_rate / self.peak) ** 2 * h.weight_decay * p
+
+
+@in_transforms("all parameters have the same noise", "GradientNoise", "twin", noise, "normal")
+def _(right):
+    return lambda shape, dtype, seed, place, update: right(shape, dtype, seed, 0, update)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

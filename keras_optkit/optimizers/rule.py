@@ -83,7 +83,7 @@ class Weight(NamedTuple):
 
 
 def number(
-    default: float | None,
+    default: Any = dataclasses.MISSING,
     low: float = 0.0,
     high: float = float("inf"),
     closed: str = "both",
@@ -94,7 +94,7 @@ def number(
     """Declares a field that holds a real number in an interval, a schedule of it, or a scalar variable.
 
     With `fixed` it holds only a number: one that state is initialised with, or that weights are recovered with. With
-    `optional` it may be None.
+    `optional` it may be None. Without a default it must be given.
     """
 
     def check(name: str, value: Value) -> Value:

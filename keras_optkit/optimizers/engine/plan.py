@@ -62,6 +62,7 @@ class Plan:
         keywords: Its keywords.
         schedule: That of the learning rate, or None.
         transforms: Of gradients and of steps.
+        places: The place in the model of each parameter.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Plan:
     keywords: Keywords
     schedule: Schedule | None
     transforms: Sequence[Transform] = ()
+    places: Sequence[int] = ()
 
     def rule(self, bucket: Bucket) -> Rule:
         """The rule of a bucket."""

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_optkit.backend import Rows
-from keras_optkit.optimizers.engine import gradients, nonfinite, rounding
+from keras_optkit.optimizers.engine import gradients, noise, nonfinite, rounding
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan, RuleId, memo
 from keras_optkit.optimizers.engine.state import State, begun, functions_of_weights, of_rule
@@ -129,7 +129,8 @@ def _changed(
         if grad is None:
             continue
         sums = functools.partial(gradients.sum_of_rows, grad) if isinstance(grad, Rows) else bucket.over_parameters
-        h = hyper(plan, prepared, remembered, bucket).for_transform(transform.layout, bucket.weight, sums)
+        h = hyper(plan, prepared, remembered, bucket)
+        h = h.for_transform(transform.layout, bucket.weight, sums, _normal=noise.of_bucket(plan, bucket, h))
         p = weights(b)
         for name, part in transform.contribute(u, p, h).items():
             total = ops.cast(gradients.total(grad, part), scalar_dtype())
@@ -201,6 +202,7 @@ def hyper(
         kernel=None if bucket is None or layout != "whole" else bucket.weight.axes,
         sums=None if bucket is None or layout == "elementwise" else bucket.over_parameters,
         first=None if bucket is None or updates is None else bucket.spread(ops.equal(updates, 0)),
+        base_rate=prepared.rate,
     )
 
 
@@ -297,7 +299,8 @@ def apply_rule(
         raise ValueError(f"{type(rule).__name__}.update returned the slots {sorted(new)}, expected {sorted(slots)}.")
     after = plan.of("step")
     for transform in after:
-        told = h.for_transform(transform.layout, bucket.weight, bucket.over_parameters, gradient=u)
+        more = {"gradient": u, "_normal": noise.of_bucket(plan, bucket, h)}
+        told = h.for_transform(transform.layout, bucket.weight, bucket.over_parameters, **more)
         step = transform.changed(step, p, told)
     if h.decays and not (rule.handles_decay or any(t.handles_decay for t in after)):
         step = step + h.learning_rate * h.weight_decay * p
