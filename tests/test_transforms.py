@@ -317,13 +317,14 @@ def test_a_weight_without_a_step_decays_cautiously():
 
 
 def test_corrected_decay_is_pytorch_optimizers():
-    start, grads = problems.start(((4, 3), (5,))), problems.gradients(100, ((4, 3), (5,)))
-    schedule = ok.schedules.Cosine(0.02, 100)
+    start, schedule = problems.start(((4, 3), (5,))), ok.schedules.Cosine(0.02, 100)
+    # so large that 1e-15, which it adds to v, does not matter
+    grads = [[1e4 * g for g in arrays] for arrays in problems.gradients(100, ((4, 3), (5,)))]
     with float64():
         rates = [float(schedule(step)) for step in range(100)]
         corrected = CorrectedDecay(0.02, parameters="all")
         optimizer = ok.optimizers.AdamW(
-            schedule, epsilon=1e-20, weight_decay=0.3, decay_mask="all", transforms=[corrected]
+            schedule, epsilon=1e-16, weight_decay=0.3, decay_mask="all", transforms=[corrected]
         )
         got = problems.train(optimizer, grads, values=start)
     for ours, theirs in zip(got, in_torch(corrected_decay_run, start, grads, rates, 0.3), strict=True):

@@ -68,7 +68,7 @@ def corrected_decay_run(start: Arrays, grads: list[Arrays], rates: list[float], 
 
     parameters = [torch.nn.Parameter(torch.tensor(p)) for p in start]
     group = {"params": parameters, "normalized": True}
-    optimizer = AdamC([group], lr=max(rates), weight_decay=decay, eps=1e-20)  # which it adds before the correction
+    optimizer = AdamC([group], lr=max(rates), weight_decay=decay, eps=1e-16)
     weights = []
     for rate, arrays in zip(rates, grads, strict=True):
         optimizer.param_groups[0]["lr"] = rate

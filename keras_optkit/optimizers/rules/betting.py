@@ -69,6 +69,8 @@ class COCOB(Optimizer):
     θ is a function of the state: weights that are assigned later, as by `EarlyStopping(restore_best_weights=True)`, are
     forgotten in the next update unless the state is restored, too.
 
+    When to use it: for small models, if no rate is to be chosen at all.
+
     When not to use it: for transformers, or where memory is short; where there is time to tune `AdamW`.
 
     Args:

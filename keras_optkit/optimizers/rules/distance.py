@@ -94,6 +94,8 @@ class DoG(Optimizer):
     Leave the learning rate at 1. The authors evaluate at an average of the iterates, on which their results depend:
     `use_ema=True`, or `ok.callbacks.AveragedWeights`. Factors of groups on the rate do not count in r̄ and G.
 
+    When to use it: if there is no time to tune a rate, with an average of the weights.
+
     When not to use it: where there is time to tune a rate; with weights in half precision without
     `master_weights=True`, which do not resolve the first steps; without an average.
 
@@ -150,6 +152,8 @@ class DoWG(Optimizer):
     θ₀ are the weights before the first update; the norms are over the whole model, and only parameters with a gradient
     count. State: θ₀ in the shape of θ, and r̄ and G once for the model; G starts at 0. ε is the authors' code's, not the
     paper's. The weight decay is an L2 term in the gradient, as in `DoG`.
+
+    When to use it: as `DoG`, where that is too slow at first.
 
     When not to use it: as `DoG`; where its longer steps are unstable, `DoG` may be stable.
 

@@ -113,6 +113,8 @@ class Prodigy(Optimizer):
     Leave the learning rate at 1, or give a schedule that ends at 0, such as `ok.schedules.Cosine(1.0, steps)`. Factors
     of groups on the rate count in the estimate of d as well.
 
+    When to use it: if there is no time to tune the rate of `AdamW`.
+
     When not to use it: with weights in half precision without `master_weights=True`, or with an `initial_d` below the
     resolution of float32 weights and sparse gradients: the first steps have the length of d₀. To raise or lower the
     estimate use `d_coef`, not the learning rate.

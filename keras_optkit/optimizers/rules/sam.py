@@ -109,6 +109,9 @@ class SAM(Around):
     The factor `θ²` of the adaptive form is applied to all parameters, as in the parity reference. The authors of ASAM
     add 0.01 to |θ| of kernels and leave biases and normalisations as in plain SAM.
 
+    When to use it: if test accuracy counts more than time, for a model that overfits; each step takes about twice as
+    long.
+
     When not to use it: where a step must not cost twice as much; with weights in half precision without
     `master_weights`, which ρ is too small to move; for a model that is trained by several optimizers, which is refused.
     On JAX, state without a gradient that a `train_step` of your own changes after the update, such as the weights of a
