@@ -15,6 +15,7 @@ from keras_optkit.optimizers.rules.classic import Adadelta, Adamax, Ftrl, Rprop
 from keras_optkit.optimizers.rules.compact import CAME, SM3, AdamMini
 from keras_optkit.optimizers.rules.distance import DoG, DoWG
 from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
+from keras_optkit.optimizers.rules.ema_nesterov import EMANesterov
 from keras_optkit.optimizers.rules.kron import Kron
 from keras_optkit.optimizers.rules.layerwise import LAMB, LARS, NovoGrad
 from keras_optkit.optimizers.rules.lookahead import Lookahead
@@ -66,6 +67,7 @@ __all__ = [
     "ConditionalGradient",
     "DoG",
     "DoWG",
+    "EMANesterov",
     "Explanation",
     "Ftrl",
     "Group",
