@@ -1,12 +1,15 @@
 """MkDocs hook: the pages that state facts about the code are written from the code, so that they cannot go stale.
 
-`reference/<module>.md` documents every public name of a module; `catalogue.md` has a row for every registered card.
-The build stops at a public name without a docstring. README.md, CONTRIBUTING.md and CHANGELOG.md are pages too.
+`reference/<module>.md` documents every public name of a module; `catalogue.md` has a row for every registered card, and
+`optimizers/<name>.md` is the page of an optimizer. The build stops at a public name without a docstring, and at an
+optimizer that does not say when to use it. README.md, CONTRIBUTING.md and CHANGELOG.md are pages too.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import os
 import re
 import sys
@@ -16,6 +19,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
 
 import keras_optkit as ok
 from keras_optkit.registry import KINDS, Card
@@ -114,6 +119,85 @@ def catalogue() -> str:
     return "\n".join(lines) + "\n"
 
 
+# -- the page of an optimizer -----------------------------------------------------------------------------------------
+
+#: The parts that every page has; a page without one stops the build.
+PARTS = ("When to use it", "When not to use it", "```text", "## Arguments", "## Parity", "## State", "## Example")
+
+
+def optimizer_page(card: Card) -> str:
+    """The page of an optimizer: its docstring and card, what its state takes, and what it was compared with.
+
+    Raises:
+        ValueError: If a part is missing.
+    """
+    text = inspect.cleandoc(card.make.__doc__ or "")
+    body, _, rest = text.partition("\nArgs:\n")
+    body = re.sub(r"^(When (?:not )?to use it)(?=:)", r"**\1**", body, flags=re.MULTILINE)
+    example = rest.partition("\nExample:\n")[2]
+    lines = [
+        *(f"# {card.name}", "", body, ""),
+        f"*Source*: {_cell(card.paper)}. All methods and keywords: [{path('optimizers', card.name)}]"
+        f"(../{page('optimizers')}#{path('optimizers', card.name)}). Others: [optimizers](../guide/optimizers.md).",
+        *("", "## Arguments", "", *_arguments(card)),
+        *("", "## Parity", "", *_parity(card)),
+        *("", "## State", "", *_state(card)),
+        *("", "## Example", "", example),
+    ]
+    written = "\n".join(lines)
+    missing = [part for part in PARTS if part not in written]
+    if missing:
+        raise ValueError(f"The page of {card.name} lacks {missing}: write it into the docstring or the card.")
+    return written
+
+
+def _arguments(card: Card) -> list[str]:
+    """The arguments of its own, with their defaults and the ranges that a search draws from."""
+    own = [p for p in inspect.signature(card.make.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]  # type: ignore[misc]
+    rows = [f"| `{p.name}` | `{p.default!r}` | {_range(card.space.get(p.name))} |" for p in own if p.name != "self"]
+    common = [
+        f"| `{name}` | common to all | {_range(card.space[name])} |" for name in set(card.space) - {p.name for p in own}
+    ]
+    return ["| argument | default | search space |", "|---|---|---|", *rows, *sorted(common)]
+
+
+def _range(values: Any) -> str:
+    return "-" if values is None else f"`{values}`"
+
+
+def _parity(card: Card) -> list[str]:
+    """The rows of the page of parity; without any, why there are none."""
+    table = [line for line in (ROOT / "docs" / "parity.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    rows = [line for line in table if line.startswith(f"| {card.name} |")]
+    explained = "Largest relative differences after any of the steps; see [parity](../parity.md)."
+    return (
+        [*table[:2], *rows, "", explained]
+        if rows
+        else [f"Not compared step by step: {card.parity.removeprefix('none: ')}."]
+    )
+
+
+@functools.cache
+def _example_model() -> keras.Model:
+    """A model with one parameter of each kind, which nothing trains."""
+    sizes = [keras.layers.Embedding(1000, 64, name="embedding"), keras.layers.Dense(256, name="hidden")]
+    return keras.Sequential([keras.Input((8,)), *sizes, keras.layers.Dense(10, name="output")])
+
+
+def _state(card: Card) -> list[str]:
+    """What its state takes for each parameter of a small model, with its defaults."""
+    rows = card.make().explain(_example_model()).rows
+    sizes = {row.path: 4 * math.prod(row.shape) for row in rows}
+    return [
+        "Of a small model in float32, with the defaults:",
+        *("", "| parameter | shape | rule | bytes of state | times the parameter |", "|---|---|---|---|---|"),
+        *(
+            f"| {row.path} | {row.shape} | {row.rule} | {row.state_bytes:,} | {row.state_bytes / sizes[row.path]:.3g} |"
+            for row in rows
+        ),
+    ]
+
+
 def borrowed(name: str) -> str:
     """A page of the repository's top level, its links made relative to docs/."""
     text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
@@ -125,6 +209,7 @@ def borrowed(name: str) -> str:
 def pages() -> dict[str, str]:
     """Path to Markdown of every page that is not a file in docs/."""
     written = {page(module): reference(module) for module in modules()} | {"catalogue.md": catalogue()}
+    written |= {f"optimizers/{card.name}.md": optimizer_page(card) for card in ok.cards("optimizer")}
     return written | {uri: borrowed(name) for uri, name in BORROWED.items()}
 
 

@@ -38,8 +38,8 @@ from keras_optkit.callbacks import session
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
 from keras_optkit.fit import second_gradient
-from keras_optkit.optimizers import building, groups, provided, random_vector
-from keras_optkit.optimizers.engine import gradients, nonfinite, packing, plan, rounding, run, state, update
+from keras_optkit.optimizers import building, groups, provided, random_numbers
+from keras_optkit.optimizers.engine import gradients, noise, nonfinite, packing, plan, rounding, run, state, update
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
@@ -50,6 +50,7 @@ from keras_optkit.optimizers.transforms import (
     CautiousUpdate,
     ClipByGlobalNorm,
     ClipByValue,
+    CorrectedDecay,
     centralize,
     unit_axes,
 )
@@ -354,7 +355,7 @@ def _(right):
     return lambda self, recording, grads, variables: [-x for x in right(self, recording, grads, variables)]
 
 
-@bug("products are computed one step too late", "SophiaH", "twin", random_vector.RandomVector, "is_due")
+@bug("products are computed one step too late", "SophiaH", "twin", random_numbers.RandomVector, "is_due")
 def _(right):
     return lambda self, iterations: right(self, iterations + 1)
 
@@ -1013,6 +1014,16 @@ def _(right):
 @in_transforms("rows without a gradient count", "ClipByNorm", "rows", gradients, "sum_of_rows")
 def _(right):
     return lambda rows, x, mean: right(rows, x, mean=mean) + 1.0
+
+
+@in_transforms("the correction is that of the square", "CorrectedDecay", "twin", CorrectedDecay, "change")
+def _(right):
+    return lambda self, u, p, h: u + h.learning_rate * (h.base_rate / self.peak) ** 2 * h.weight_decay * p
+
+
+@in_transforms("all parameters have the same noise", "GradientNoise", "twin", noise, "normal")
+def _(right):
+    return lambda shape, dtype, seed, place, update: right(shape, dtype, seed, 0, update)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

@@ -153,6 +153,29 @@ def test_card_is_in_the_guide_and_in_the_catalogue(card):
     assert f"::: {anchor}\n" in hooks.reference(ROOMS[card.kind])
 
 
+@pytest.mark.parametrize("card", [pytest.param(card, id=card.name) for card in ok.cards("optimizer")])
+def test_optimizer_has_a_page_with_all_parts_that_the_guide_links_to(card):
+    page = hooks.optimizer_page(card)  # raises if a part is missing
+    assert "\n**When to use it**: " in page
+    assert "\n**When not to use it**: " in page
+    assert FENCE.search(page)
+    assert f"| `{next(iter(card.space))}` |" in page
+    assert f"| {card.name} |" in page or "Not compared step by step: " in page
+    assert re.search(r"^\| hidden/kernel \| \(64, 256\) \| \w+.* \| [\d,]+ \|", page, re.MULTILINE)
+    guide = (ROOT / "docs" / "guide" / "optimizers.md").read_text(encoding="utf-8")
+    assert f"[`{card.name}`](../optimizers/{card.name}.md)" in guide
+
+
+def test_an_optimizer_that_does_not_say_when_to_use_it_has_no_page():
+    class Silent(ok.optimizers.Adam):
+        """Adam, without a word."""
+
+    with pytest.raises(
+        ValueError, match=r"The page of Silent lacks .*'When to use it', 'When not to use it', '```text'"
+    ):
+        hooks.optimizer_page(ok.Card(name="Silent", kind="optimizer", make=Silent))
+
+
 def test_every_how_to_page_is_in_the_list_of_needs_and_has_an_example():
     pages = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "howto").glob("*.md")}
     index = pages.pop("index.md")

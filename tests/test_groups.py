@@ -679,3 +679,59 @@ def test_a_schedule_cannot_be_set_while_a_compiled_step_runs():
     model.compile(ok.optimizers.SGD(0.01), "mse", run_eagerly=True)
     model.fit(x, x[:, :1], epochs=2, verbose=0, callbacks=[Sets()])
     assert float(model.optimizer.learning_rate) < 0.01
+
+
+# -- estimates of the learning rate -----------------------------------------------------------------------------------
+
+
+def estimated(optimizer, model):
+    return [(row.estimate, row.effective_rate) for row in optimizer.explain(model).rows]
+
+
+def test_explain_shows_the_estimates_that_training_starts_with():
+    """Before the optimizer is built and when it is."""
+    optimizer = ok.optimizers.AdamW(
+        0.5,
+        groups=[ok.Group("body/kernel", rule=ok.optimizers.Prodigy(initial_d=1e-4), lr_scale=0.1)],
+    )
+    model = network()
+    shown = estimated(optimizer, model)
+    assert shown[1] == (None, 0.5)  # AdamW estimates nothing
+    assert shown[2] == pytest.approx((1e-4, 0.5 * 0.1 * 1e-4))
+    optimizer.build(model)
+    assert estimated(optimizer, model)[2] == pytest.approx(shown[2])
+    assert "estimate" in str(optimizer.explain(model))
+    assert "estimate" not in str(ok.optimizers.AdamW().explain(model))
+    start = {type(o).__name__: o.explain(model).rows[0].estimate for o in (ok.optimizers.DoG(), ok.optimizers.COCOB())}
+    assert start == {"DoG": 0.0, "COCOB": pytest.approx(1 / (100 * 1e-8))}
+
+
+def test_the_estimate_of_elements_is_the_median_over_the_model():
+    model, optimizer = network(), ok.optimizers.COCOB(alpha=3.0)
+    optimizer.build(model)
+    rng = np.random.default_rng(0)
+    grads = [rng.normal(size=v.shape).astype("float32") for v in model.trainable_variables]
+    optimizer.apply([keras.ops.convert_to_tensor(g) for g in grads])
+    sizes = np.concatenate([np.ravel(np.abs(g)) for g in grads])  # R is 0, and G equals L
+    factors = np.sort(sizes / (sizes * np.maximum(2 * sizes, 3 * sizes)))
+    (estimate,) = {row.estimate for row in optimizer.explain(model).rows}
+    assert estimate == pytest.approx(factors[len(factors) // 2], 1e-5)
+
+
+WRAPPERS = (lambda o: o, ok.optimizers.Lookahead, ok.optimizers.SAM, ok.optimizers.ScheduleFree)
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+def test_estimates_survive_saving(wrapped, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 4)).astype("float32")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(wrapped(ok.optimizers.Prodigy(initial_d=1e-5)), loss="mse")
+    model.fit(x, x[:, :1], batch_size=8, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    shown = model.optimizer.explain(model)
+    assert shown.rows[0].estimate > 1e-5
+    assert loaded.optimizer.explain(loaded) == shown
+    loaded.compile(wrapped(ok.optimizers.Prodigy(initial_d=1e-5)), loss="mse")
+    assert loaded.optimizer.explain(loaded).rows[0].estimate == pytest.approx(1e-5)

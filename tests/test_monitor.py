@@ -777,6 +777,59 @@ def test_hyperparameters_are_those_of_the_update(driven, tmp_path):
     assert "hyperparameters/learning_rate" not in found
 
 
+class Estimates(keras.callbacks.Callback):
+    """Notes, before each update, what `explain` shows; and after the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.seen.append({row.group: row.estimate for row in self.model.optimizer.explain(self.model).rows})
+
+    def on_train_end(self, logs=None):
+        self.on_train_batch_begin(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "of_next"),
+    [
+        (lambda: ok.optimizers.Prodigy(0.5, initial_d=1e-5, d_coef=5.0), True),  # which updates with the old d
+        (lambda: ok.optimizers.DoG(0.5, initial_distance=0.1), False),
+        (lambda: ok.optimizers.COCOB(0.5), False),
+        (lambda: ok.optimizers.ScheduleFree(ok.optimizers.Prodigy(0.5, initial_d=1e-5)), True),
+        (lambda: ok.optimizers.SAM(ok.optimizers.DoWG(0.5)), False),
+    ],
+    ids=["Prodigy", "DoG", "COCOB", "Schedule-Free", "SAM"],
+)
+def test_estimates_are_those_of_the_update_and_what_explain_shows(make, of_next, tmp_path):
+    x, y = regression(dtype="float32")
+    model, noted = linear_model(make(), dtype="float32"), Estimates()
+    fit(model, x, y, noted, TrainingMonitor(tmp_path, every=1), epochs=1)
+    found, shown = events(tmp_path), [seen[""] for seen in noted.seen]
+    expected = shown[:-1] if of_next else shown[1:]
+    assert len(set(expected)) > 1
+    np.testing.assert_allclose([v for _, v in found["train/estimate"]], expected, rtol=1e-5)
+    rates = [v for _, v in found["train/learning_rate"]]
+    np.testing.assert_allclose([v for _, v in found["train/effective_rate"]], np.multiply(rates, expected), rtol=1e-5)
+
+
+@pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
+def test_estimates_of_groups_on_replicas_under_loss_scaling(tmp_path):
+    x, y = regression(dtype="float32")
+    group = ok.Group("kernel", rule=ok.optimizers.Prodigy(initial_d=1e-5, d_coef=50.0))
+    with two_replicas().scope():
+        optimizer = ok.optimizers.SGD(0.1, groups=[group])
+        model = linear_model(STOCK.LossScaleOptimizer(optimizer, initial_scale=16.0), dtype="float32")
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    found = events(tmp_path)
+    assert "train/estimate" not in found  # SGD has none
+    assert found["train/estimate/group_1"][0] == (1, pytest.approx(1e-5))
+    (row,) = optimizer.explain(model).rows
+    assert row.estimate > found["train/estimate/group_1"][0][1]
+    assert found["train/effective_rate/group_1"][0][1] == pytest.approx(1e-6)
+
+
 def test_throughput_counts_batches_and_memory_is_there(tmp_path, monkeypatch):
     now = iter(range(0, 1000))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(now)))

@@ -1,12 +1,14 @@
 """Transforms of gradients and of steps: parity, their place in a step, and what refuses them."""
 
+import contextlib
+import itertools
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from torch_references import in_torch, optax_chain_run
+from torch_references import corrected_decay_run, in_torch, optax_chain_run
 
 import keras_optkit as ok
 from keras_optkit.testing import problems
@@ -18,6 +20,7 @@ AdaptiveClip, Centralize = ok.optimizers.transforms.AdaptiveClip, ok.optimizers.
 CautiousDecay, CautiousUpdate = ok.optimizers.transforms.CautiousDecay, ok.optimizers.transforms.CautiousUpdate
 ClipByGlobalNorm, ClipByNorm = ok.optimizers.transforms.ClipByGlobalNorm, ok.optimizers.transforms.ClipByNorm
 ClipByValue = ok.optimizers.transforms.ClipByValue
+CorrectedDecay, GradientNoise = ok.optimizers.transforms.CorrectedDecay, ok.optimizers.transforms.GradientNoise
 
 #: Layers whose kernels optax sees as we do once their axes are in its order, with the shapes of their inputs.
 LAYERS = {
@@ -310,8 +313,132 @@ def test_a_weight_without_a_step_decays_cautiously():
     np.testing.assert_allclose(ops.convert_to_numpy(weight), [[0.95 - 0.5 - 0.0475, -2.4]], rtol=1e-6)
 
 
+# -- corrected decay --------------------------------------------------------------------------------------------------
+
+
+def test_corrected_decay_is_pytorch_optimizers():
+    start, schedule = problems.start(((4, 3), (5,))), ok.schedules.Cosine(0.02, 100)
+    # so large that 1e-15, which it adds to v, does not matter
+    grads = [[1e4 * g for g in arrays] for arrays in problems.gradients(100, ((4, 3), (5,)))]
+    with float64():
+        rates = [float(schedule(step)) for step in range(100)]
+        corrected = CorrectedDecay(0.02, parameters="all")
+        optimizer = ok.optimizers.AdamW(
+            schedule, epsilon=1e-16, weight_decay=0.3, decay_mask="all", transforms=[corrected]
+        )
+        got = problems.train(optimizer, grads, values=start)
+    for ours, theirs in zip(got, in_torch(corrected_decay_run, start, grads, rates, 0.3), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_corrected_decay_of_a_group_is_a_schedule_of_its_decay():
+    """Factors on the rate of a group are not in the correction; tables and vectors have the usual decay."""
+    schedule, decay = ok.schedules.Cosine(0.1, 8), ok.schedules.Cosine(0.5, 8)  # λ η / η_max
+    grads = problems.gradients(6, ((3, 2), (2, 2), (4,)))
+
+    def trained(weight_decay, transforms):
+        variables = [
+            keras.Variable(p, dtype="float64", name=name)
+            for name, p in zip(("kernel", "slow_kernel", "bias"), problems.start(((3, 2), (2, 2), (4,))), strict=True)
+        ]
+        groups = [ok.Group("slow", lr_scale=0.25), ok.Group("bias", weight_decay=0.5)]
+        optimizer = ok.optimizers.SGD(
+            schedule, weight_decay=weight_decay, decay_mask="all", groups=groups, transforms=transforms
+        )
+        for arrays in grads:
+            optimizer.apply([ops.convert_to_tensor(g) for g in arrays], variables)
+        return [ops.convert_to_numpy(v) for v in variables]
+
+    with float64():
+        for a, b in zip(trained(0.5, [CorrectedDecay(0.1)]), trained(decay, []), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+# -- gradient noise ---------------------------------------------------------------------------------------------------
+
+SHAPES = ((300, 200), (64,), (8, 8), (64,))
+
+
+def noise_of(steps, seed=0, pack_below=None, **arguments):
+    """What `GradientNoise` adds to gradients of zero, for each step and parameter."""
+    optimizer = ok.optimizers.SGD(1.0, transforms=[GradientNoise(seed=seed, **arguments)])
+    if pack_below is not None:
+        optimizer.pack_below = pack_below
+    zeros = [[np.zeros(shape) for shape in SHAPES] for _ in range(steps)]
+    weights = [zeros[0], *problems.train(optimizer, zeros, values=zeros[0])]
+    return [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(weights)]
+
+
+def test_gradient_noise_has_the_variance_of_optax():
+    import jax
+    import optax
+
+    with float64():
+        found = noise_of(3, eta=0.5, gamma=0.7)
+    theirs = optax.add_noise(0.5, 0.7, key=0)
+    zeros = jax.numpy.zeros(SHAPES[0])
+    state = theirs.init(zeros)
+    for ours in found:
+        noise, state = theirs.update(zeros, state)
+        assert np.std(ours[0]) == pytest.approx(float(np.std(noise)), rel=0.02)
+    large = found[0][0].ravel() / np.sqrt(0.5)
+    assert [np.mean(large**n) for n in (1, 2, 3, 4)] == pytest.approx([0, 1, 0, 3], abs=0.05)
+    assert np.mean(np.abs(large) > 1.96) == pytest.approx(0.05, abs=0.005)
+
+
+def test_gradient_noise_is_independent_but_a_function_of_seed_update_and_place():
+    with float64():
+        found, again, alone = noise_of(2), noise_of(2), noise_of(2, pack_below=0)
+        other = noise_of(2, seed=1)
+    for a, b, c in zip(found, again, alone, strict=True):
+        for x, y, z in zip(a, b, c, strict=True):
+            np.testing.assert_array_equal(x, y)
+            np.testing.assert_allclose(x, z, rtol=1e-12)
+    large = [found[0][0], found[1][0], other[0][0], found[0][0].T.reshape(300, 200)]
+    correlations = np.corrcoef([x.ravel() for x in large])
+    np.testing.assert_allclose(correlations, np.eye(4), atol=0.02)
+    small = [found[0][1], found[0][2], found[0][3], other[0][1]]  # of one size, in one bucket
+    np.testing.assert_allclose(np.corrcoef([x.ravel() for x in small]), np.eye(4), atol=0.5)
+
+
+def test_gradient_noise_continues_where_it_was_saved():
+    grads = problems.gradients(6)
+    make = lambda: ok.optimizers.AdamW(0.01, transforms=[GradientNoise(0.3, seed=3)])  # noqa: E731
+    with float64():
+        whole = problems.train(make(), grads)
+        first, weights = make(), problems.variables(problems.start())
+        for step, arrays in enumerate(grads):
+            if step == 3:
+                state, first = problems.state_of(first), make()
+                first.build(weights)
+                first.load_own_variables(state)
+            first.apply([ops.convert_to_tensor(g) for g in arrays], weights)
+    for a, b in zip(whole[-1], weights, strict=True):
+        np.testing.assert_array_equal(a, ops.convert_to_numpy(b))
+
+
+@pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
+@pytest.mark.parametrize("wrapped", [lambda o: o, ok.optimizers.ScheduleFree], ids=["plain", "Schedule-Free"])
+def test_gradient_noise_is_the_same_in_all_replicas(wrapped):
+    x, y = problems.regression()
+    ends = []
+    for scope in (contextlib.nullcontext, problems.two_replicas().scope):
+        keras.utils.set_random_seed(0)
+        with scope():
+            model = keras.Sequential([keras.Input((4,)), layers.Dense(8, "tanh"), layers.Dense(1)])
+            model.compile(wrapped(ok.optimizers.SGD(0.05, transforms=[GradientNoise(0.1)])), "mse")
+        model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+        ends.append(model.get_weights())
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
 def test_they_are_saved_with_the_model(tmp_path):
-    given = [ClipByValue(0.5), Centralize(), CautiousUpdate(0.1), CautiousDecay()]
+    given = [ClipByValue(0.5), Centralize(), GradientNoise(0.1, seed=2), CautiousUpdate(0.1), CorrectedDecay(0.01)]
     model = problems.network()
     model.compile(ok.optimizers.AdamW(0.01, transforms=given), "mse")
     x, y = problems.regression()
@@ -345,6 +472,10 @@ def test_they_are_saved_with_the_model(tmp_path):
         ),
         (lambda: ok.optimizers.SGD(transforms=[ClipByValue]), TypeError, "list of instances"),
         (lambda: ok.optimizers.LAMB(transforms=[CautiousDecay()]), ValueError, "LAMBRule does so itself"),
+        (lambda: CorrectedDecay(0.0), ValueError, "peak must be"),
+        (lambda: CorrectedDecay(), TypeError, "peak"),
+        (lambda: GradientNoise(-1.0), ValueError, "eta must be"),
+        (lambda: GradientNoise(seed=0.5), TypeError, "seed must be an integer"),
         (lambda: ok.optimizers.ScheduleFreeAdamW(transforms=[CautiousUpdate()]), ValueError, "averages weights"),
         (lambda: ok.optimizers.Lookahead("AdamW", transforms=[CautiousUpdate()]), ValueError, "averages weights"),
         (
@@ -358,7 +489,7 @@ def test_they_are_saved_with_the_model(tmp_path):
             "rule must leave transforms",
         ),
     ],
-    ids=range(13),
+    ids=range(17),
 )
 def test_what_makes_no_sense_is_refused(make, error, message):
     with pytest.raises(error, match=message):

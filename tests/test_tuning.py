@@ -1,6 +1,7 @@
 """Search spaces, the search, and what it leaves behind."""
 
 import gc
+import inspect
 import io
 import itertools
 import json
@@ -1518,3 +1519,17 @@ def test_an_oracle_of_keras_tuner_works_with_the_tuner(tmp_path):
     assert result.best_score == min(trial.score for trial in result.trials if trial.score is not None) >= 0.5
     (model,) = tuner.get_best_models()
     np.testing.assert_allclose(model.get_weights()[0], [[result.best.x]], rtol=1e-6)
+
+
+def test_default_spaces_contain_the_defaults_of_their_classes():
+    """But for what is off by default, 0 or None, which no logarithmic range holds. A decay is searched if it is on."""
+    for card in ok.cards("optimizer"):
+        parameters = inspect.signature(card.make).parameters
+        assert set(card.space) <= set(parameters), card
+        for name, values in card.space.items():
+            default = parameters[name].default
+            if isinstance(values, Choice):
+                assert default in values.values, (card, name)
+            elif default:
+                assert values.low <= default <= values.high, (card, name)
+        assert not parameters["weight_decay"].default or "weight_decay" in card.space, card

@@ -61,6 +61,24 @@ def optimizer_run(made: Made, start: Arrays, grads: list[Arrays], rates: dict[in
     return weights
 
 
+def corrected_decay_run(start: Arrays, grads: list[Arrays], rates: list[float], decay: float) -> list[Arrays]:
+    """The weights after each step of AdamC in float64, all of them as if a normalisation followed."""
+    import torch
+    from pytorch_optimizer import AdamC
+
+    parameters = [torch.nn.Parameter(torch.tensor(p)) for p in start]
+    group = {"params": parameters, "normalized": True}
+    optimizer = AdamC([group], lr=max(rates), weight_decay=decay, eps=1e-16)
+    weights = []
+    for rate, arrays in zip(rates, grads, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        for p, g in zip(parameters, arrays, strict=True):
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        weights.append([p.detach().numpy().copy() for p in parameters])
+    return weights
+
+
 def schedule_run(*schedules: Made, steps: int, milestones: Any = (), rate: float = 0.1) -> dict[str, np.ndarray]:
     """The learning rate and the momentum before each step, of one scheduler or of several in sequence."""
     import torch

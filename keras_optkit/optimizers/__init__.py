@@ -6,7 +6,7 @@ from keras_optkit.optimizers.explain import Explanation
 from keras_optkit.optimizers.groups import Group
 from keras_optkit.optimizers.loss_scale import LossScale
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.random_vector import RandomVector
+from keras_optkit.optimizers.random_numbers import RandomVector
 from keras_optkit.optimizers.rule import Hyper, Routed, Rule, Weight, Wrapper, choice, count, flag, number
 from keras_optkit.optimizers.rules.adam import Adam, AdamW
 from keras_optkit.optimizers.rules.adam_family import AdaBelief, Adan, NAdam, RAdam
@@ -17,6 +17,7 @@ from keras_optkit.optimizers.rules.compact import CAME, SM3, AdamMini
 from keras_optkit.optimizers.rules.curvature import AdaHessian, SophiaH
 from keras_optkit.optimizers.rules.distance import DoG, DoWG
 from keras_optkit.optimizers.rules.dual_averaging import MADGRAD
+from keras_optkit.optimizers.rules.ema_nesterov import EMANesterov
 from keras_optkit.optimizers.rules.kron import Kron
 from keras_optkit.optimizers.rules.layerwise import LAMB, LARS, NovoGrad
 from keras_optkit.optimizers.rules.lookahead import Lookahead
@@ -71,6 +72,7 @@ __all__ = [
     "ConditionalGradient",
     "DoG",
     "DoWG",
+    "EMANesterov",
     "Explanation",
     "Ftrl",
     "Group",

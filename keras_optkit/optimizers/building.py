@@ -418,9 +418,8 @@ class Built(SavedState):
         firsts = [held.variables[bucket.indices[0]] for bucket in held.buckets]
         constraints = [getattr(variable, "constraint", None) for variable in firsts]
         rules, keywords = with_routes(self._rules), self._keywords()
-        return Plan(
-            self.name, held.buckets, constraints, rules, keywords, self._schedule, self._transforms(), held.places
-        )
+        transforms = self._transforms()
+        return Plan(self.name, held.buckets, constraints, rules, keywords, self._schedule, transforms, held.places)
 
     def _transforms(self) -> list[Transform]:
         """Those that the keywords for clipping stand for, then those that were given."""

@@ -49,6 +49,8 @@ class Hyper:
         step: t, the number of this update of the optimizer since these parameters joined it, counted from 1, in the
             dtype for scalars: cast what you compute from it to the dtype of the gradients.
         learning_rate: The learning rate of this update for these parameters, which the rule multiplies into its result.
+        base_rate: The optimizer's learning rate of this update, without factors of groups, layers, routes or
+            rules around.
         weight_decay: λ of this update for these parameters, 0 where there is none. Only a rule that sets
             `handles_decay` needs it.
         decays: Whether there is a decay.
@@ -59,7 +61,6 @@ class Hyper:
         totals: For transforms, the sums of what they have contributed, by name.
         gradient: For transforms of steps, the gradient that the rule was given; for the `combination` of a rule, the
             first gradient.
-        rate: The learning rate of the optimizer, without the factors of groups, layers and routes.
     """
 
     role: str | None = None
@@ -80,7 +81,7 @@ class Hyper:
         kernel: KernelAxes | None = None,
         sums: Callable[..., Tensor] | None = None,
         first: Tensor | None = None,
-        rate: Tensor | None = None,
+        base_rate: Tensor | None = None,
         product: Product | None = None,
     ):
         self._iterations = iterations
@@ -89,6 +90,7 @@ class Hyper:
         self._since = since
         self.step = ops.cast(iterations + (1 - since), scalar_dtype())
         self.learning_rate = ops.cast(learning_rate, dtype)
+        self.base_rate = self.learning_rate if base_rate is None else ops.cast(base_rate, dtype)
         self.weight_decay = self(weight_decay)
         self.decays = is_dynamic(weight_decay) or bool(weight_decay)
         self.scalars = dict(scalars or {})
@@ -96,8 +98,13 @@ class Hyper:
         self.kernel = kernel
         self._sums = sums
         self._first = first
-        self.rate = self.learning_rate if rate is None else ops.cast(rate, dtype)
         self._product = product
+        self._normal: Callable[[int, str], Tensor] | None = None
+
+    @property
+    def updates(self) -> Tensor:
+        """How many updates the optimizer has made before this one."""
+        return self._iterations
 
     def __call__(self, value: Value) -> Any:
         """The current value of a hyperparameter: numbers stay Python numbers, schedules are read at this step."""
@@ -136,6 +143,16 @@ class Hyper:
                 "element-wise one."
             )
         return self._sums(x, mean=mean)
+
+    def normal(self, seed: int) -> Tensor:
+        """For transforms with `rows = False`: independent standard normal numbers, in the form of the parameters.
+
+        They are a function of the seed, of the update count and of the parameter's place in the model alone: the same
+        however parameters are packed, in every replica, and in a run that is resumed.
+        """
+        if self._normal is None:
+            raise ValueError("h.normal is for transforms, got a rule.")
+        return self._normal(seed, self._dtype)
 
     @property
     def first(self) -> Tensor:

@@ -364,6 +364,8 @@ class Optimizer(FromSignature, Stepping):
     def explain(self, model: Any) -> Explanation:
         """How each variable is trained: its group, rule, learning rate, decay, and the size of its state.
 
+        Also the present estimate of a rule that finds its learning rate; where elements have their own, the median.
+
         Args:
             model: A model, whose trainable variables are shown, or a list of variables. Nothing is built or changed.
 
@@ -377,7 +379,7 @@ class Optimizer(FromSignature, Stepping):
         places = self._places(variables, known)
         found, groups = self._treatments(variables, places)
         rate, decay = as_number(self.learning_rate), as_number(self._present(self.weight_decay) or 0.0)
-        rows, rules = [], with_routes(self._rules)
+        rows, rules, estimates = [], with_routes(self._rules), self.watched_estimates()()
         for weight, paths, treatment, group in zip(places.weights(variables), places.paths, found, groups, strict=True):
             row = Explained(paths[0], weight.shape, "" if group is None else group.match, "frozen", 0.0, 0.0, 0)
             if treatment is not None:
@@ -389,6 +391,7 @@ class Optimizer(FromSignature, Stepping):
                     learning_rate=rate * treatment.lr_scale * routed.lr_scale,
                     weight_decay=applied if treatment.decayed else 0.0,
                     state_bytes=state_bytes(routed.rule, weight, self._keywords()),
+                    estimate=as_number(estimates.get((treatment.rule, treatment.route))),
                 )
             rows.append(row)
         return Explanation(tuple(rows))

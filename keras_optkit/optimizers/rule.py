@@ -21,7 +21,7 @@ from keras_optkit.optimizers.hyper import Hyper, Tensor, Value, is_dynamic
 from keras_optkit.optimizers.slots import Fill, FromWeights, Initial, as_initial
 
 if TYPE_CHECKING:
-    from keras_optkit.optimizers.random_vector import RandomVector
+    from keras_optkit.optimizers.random_numbers import RandomVector
     from keras_optkit.optimizers.transforms.transform import Transform
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "choice",
     "contributes",
     "count",
+    "estimates",
     "flag",
     "is_dynamic",
     "layout_of",
@@ -84,7 +85,7 @@ class Weight(NamedTuple):
 
 
 def number(
-    default: float | None,
+    default: Any = dataclasses.MISSING,
     low: float = 0.0,
     high: float = float("inf"),
     closed: str = "both",
@@ -95,7 +96,7 @@ def number(
     """Declares a field that holds a real number in an interval, a schedule of it, or a scalar variable.
 
     With `fixed` it holds only a number: one that state is initialised with, or that weights are recovered with. With
-    `optional` it may be None.
+    `optional` it may be None. Without a default it must be given.
     """
 
     def check(name: str, value: Value) -> Value:
@@ -254,6 +255,18 @@ class Rule(Fields):
         """
         raise NotImplementedError
 
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
+        """For rules that find their learning rate: the factor on `h.learning_rate` that they have found.
+
+        It is what `Optimizer.explain` and `TrainingMonitor` show, and is not part of an update. Either one number, from
+        `h.scalar`, or one for each element, from the slots after the update.
+
+        Args:
+            slots: The slots after the update; before the first one their initial values, in any shape.
+            h: With the scalars before and after `measure`.
+        """
+        raise NotImplementedError
+
     def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
         """The parameters to evaluate at, and the slots to keep meanwhile, from those of training."""
         raise NotImplementedError
@@ -336,6 +349,9 @@ class Wrapper(Rule):
     def measure(self, h: Hyper, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return measured(self.inner(), h, sums)
 
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
+        return self.inner().estimate(slots, h)
+
 
 # -- what is read from a rule -----------------------------------------------------------------------------------------
 
@@ -362,9 +378,19 @@ def slots_of(rule: Rule, w: Weight | None) -> dict[str, Fill | FromWeights]:
 
 def contributes(rule: Rule) -> bool:
     """Whether a rule needs sums over the whole model."""
+    return _innermost(rule).contribute is not Rule.contribute
+
+
+def estimates(rule: Rule) -> bool:
+    """Whether a rule finds its learning rate."""
+    return _innermost(rule).estimate is not Rule.estimate
+
+
+def _innermost(rule: Rule) -> type[Rule]:
+    """The class of a rule, or of the one inside all its wrappers."""
     while isinstance(rule, Wrapper):
         rule = rule.inner()
-    return type(rule).contribute is not Rule.contribute
+    return type(rule)
 
 
 def treats_rows_alone(rule: Rule) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras import ops
@@ -11,10 +11,12 @@ from keras import ops
 from keras_optkit import backend
 from keras_optkit.optimizers.building import as_number
 from keras_optkit.optimizers.engine import gradients
-from keras_optkit.optimizers.engine.plan import with_routes
-from keras_optkit.optimizers.engine.run import run
+from keras_optkit.optimizers.engine.estimates import estimates_of
+from keras_optkit.optimizers.engine.plan import RuleId, with_routes
+from keras_optkit.optimizers.engine.run import run, values
+from keras_optkit.optimizers.engine.state import State
 from keras_optkit.optimizers.provided import Provided
-from keras_optkit.optimizers.rule import Tensor
+from keras_optkit.optimizers.rule import Tensor, estimates
 
 #: With `fuse="auto"` the update is compiled if its loops have at least so many elements on average. A loop takes XLA
 #: about 20 ms to compile, and saves about 3 ns for each element.
@@ -89,3 +91,19 @@ class Stepping(Provided):
             parts = bucket.split(bucket.view(ops.copy(stored)))
             sums |= {backend.key(held.variables[i]): part for i, part in zip(bucket.indices, parts, strict=True)}
         return sums, ops.copy(held.state.micro)
+
+    def watched_estimates(self) -> Callable[[], dict[RuleId, Tensor]]:
+        """A function that returns the estimates of the rules that find their learning rate.
+
+        If there is an update between this call and that of the function, they are those that the update has used; see
+        `engine/estimates.py`.
+        """
+        if not any(estimates(routed.rule) for routed in with_routes(self._rules).values()):
+            return dict
+
+        def read(*, slots: bool) -> State:  # an optimizer that is not built has two variables
+            state = self._held.state._replace(iterations=self._updates, multiplier=self._multiplier)
+            return values(state, slots=slots)
+
+        before = read(slots=False)
+        return lambda: estimates_of(self._plan(), read(slots=True), before)

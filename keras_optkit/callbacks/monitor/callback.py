@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
+from keras_optkit.callbacks.monitor import estimates
 from keras_optkit.callbacks.monitor.files import EventFile, LineFile
 from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
 from keras_optkit.callbacks.monitor.step import (
@@ -52,6 +53,7 @@ class TrainingMonitor(Callback):
     | tag | value |
     |---|---|
     | `train/learning_rate` | the rate used in this update |
+    | `train/estimate`, `train/effective_rate` | of a rule that finds its rate, the estimate and the rate times it |
     | `train/loss` | the loss of this batch alone, with regularisation, before the update |
     | `train/gradient_norm` | `‖g‖`, over all trained weights, before clipping and without loss scaling |
     | `train/weight_norm` | `‖θ‖` before the update |
@@ -75,8 +77,9 @@ class TrainingMonitor(Callback):
     | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped |
 
     `<layer>` is the path of the layer in the model. With several optimizers, `train/learning_rate`, `train/loss`,
-    `train/loss_scale`, `train/clip_rate` and `hyperparameters/` have the name of the attribute that holds the optimizer
-    in them, as in `train/learning_rate/d_optimizer`. Logs of an epoch that are not numbers are left out, with one
+    `train/loss_scale`, `train/clip_rate`, `train/estimate`, `train/effective_rate` and `hyperparameters/` have the name
+    of the attribute that holds the optimizer in them, as in `train/learning_rate/d_optimizer`; the rule of the n-th
+    group has `group_n` in the tags of its estimate. Logs of an epoch that are not numbers are left out, with one
     warning. The loss is the batch's own, whereas Keras's logs hold the mean since the epoch began. The values are
     computed inside the training step, with any optimizer, in graph mode, with XLA, in mixed precision and on replicas,
     and are read only when they are written. Training itself is not changed.
@@ -219,6 +222,7 @@ class TrainingMonitor(Callback):
             "train/loss_scale": any(isinstance(o, keras.optimizers.LossScaleOptimizer) for o in optimizers),
             "train/clip_rate": any(map(clips, optimizers)),
             "train/noise_scale": self.noise_scale,
+            "train/estimate": any(map(estimates.names, optimizers)),
             "activation_": self.activations is not None,
         }
         return tuple(tag for tag, is_present in present.items() if not is_present)
@@ -358,7 +362,7 @@ class TrainingMonitor(Callback):
         names = {id(optimizer): name for name, optimizer in optimizers.items()}
         values = {}
         for optimizer, scalars in read.updates:
-            for scalar, value in scalars.items():
+            for scalar, value in (scalars | estimates.effective_rates(scalars)).items():
                 what, *place = scalar.split("/")
                 tag = "/".join([_tag(f"train/{what}", names.get(id(optimizer), ""), optimizers), *place])
                 if what == "clipped":

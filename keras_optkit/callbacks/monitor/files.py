@@ -20,6 +20,7 @@ LINES = "monitor.jsonl"
 CHARTS = (
     ("training", "loss", ("train/loss(/.*)?", "epoch/(val_)?loss")),
     ("training", "learning rate", ("train/learning_rate(/.*)?",)),
+    ("training", "estimated learning rate", ("train/estimate(/.*)?", "train/effective_rate(/.*)?")),
     ("training", "norm of gradient and weights", ("train/gradient_norm", "train/weight_norm")),
     ("training", "update-to-weight ratio", ("train/update_ratio",)),
     ("training", "clip rate", ("train/clip_rate(/.*)?",)),

@@ -13,7 +13,7 @@ from keras import ops, tree
 
 from keras_optkit import backend
 from keras_optkit.callbacks.callback import number
-from keras_optkit.callbacks.monitor import norms, on_tensorflow
+from keras_optkit.callbacks.monitor import estimates, norms, on_tensorflow
 from keras_optkit.fit.hooks import Hook, around
 from keras_optkit.fit.instrument import Instrument
 from keras_optkit.optimizers import Optimizer
@@ -136,7 +136,8 @@ class Probe(Instrument):
             return
         names = layer_names(self.model)
         for optimizer in optimizers_of(self.model):
-            head = [*_rates(optimizer), *(["loss_scale"] * _scales(optimizer)), *(["clipped"] * clips(optimizer))]
+            head = [*_rates(optimizer), *estimates.names(optimizer)]
+            head += [*(["loss_scale"] * _scales(optimizer)), *(["clipped"] * clips(optimizer))]
             update = self._update(optimizer, self.model.trainable_variables, names, head)
             self.set(update.name, np.zeros(_size(update), "float32"))
             self.set(f"loss/{id(optimizer)}", 0.0, "sum")
@@ -267,7 +268,9 @@ class Probe(Instrument):
                     optimizer.build(variables)
             before, sums = [ops.copy(v) for v in variables], _accumulated(optimizer)
             scalars, scale = self._scalars(optimizer)
+            estimated = estimates.watched(optimizer)
             yield
+            scalars |= estimated()
             after = [ops.convert_to_tensor(v) for v in variables]
             self._see_update(optimizer, grads, variables, before, after, scalars, scale, sums)
 
@@ -291,11 +294,12 @@ class Probe(Instrument):
                     for name, rate in _rates(optimizer).items():
                         if isinstance(rate, keras.Variable):
                             scalars[name] = ops.convert_to_tensor(rate)
+                    scalars.update(estimated())
                 self._see_update(optimizer, grads, self._variables(optimizer), weights, after, scalars, scale, sums)
 
             with holding(state):
                 scalars, scale = self._scalars(optimizer)
-                sums = _accumulated(optimizer)
+                sums, estimated = _accumulated(optimizer), estimates.watched(optimizer)
             yield see_result
 
         return see_stateless_apply

@@ -10,7 +10,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.engine.packing import Bucket
-from keras_optkit.optimizers.random_vector import RandomVector
+from keras_optkit.optimizers.random_numbers import RandomVector
 from keras_optkit.optimizers.rule import LAYOUTS, Hyper, Routed, Rule, Tensor, Value, as_routed, is_dynamic, layout_of
 from keras_optkit.optimizers.transforms.transform import Transform
 from keras_optkit.precision import at_least_float32, scalar_dtype
@@ -64,7 +64,7 @@ class Plan:
         keywords: Its keywords.
         schedule: That of the learning rate, or None.
         transforms: Of gradients and of steps.
-        places: The place of each parameter in the model's order, which random vectors depend on.
+        places: The place of each parameter in the model's order, which random numbers depend on.
     """
 
     name: str

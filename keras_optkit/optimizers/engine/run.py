@@ -87,6 +87,11 @@ def _combined(plan: Plan, state: State, grads: list[Any]) -> list[Any]:
     return update.combined(plan, before, grads, dynamic, present(dynamic, before.iterations, before.multiplier))
 
 
+def values(state: State, *, slots: bool) -> State:
+    """The values of the state that exists once and, if they are wanted, of the slots."""
+    return _scalars(state)._replace(slots=tree.map_structure(tensor, state.slots) if slots else ())
+
+
 def change(function: Callable[[State], State], buckets: Sequence[Bucket], state: State) -> None:
     """Runs a pure function of the state on the values of the variables in it and assigns what has changed."""
     before = _read(buckets, state)

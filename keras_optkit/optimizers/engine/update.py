@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_optkit.backend import Rows
-from keras_optkit.optimizers.engine import gradients, nonfinite, rounding
+from keras_optkit.optimizers.engine import gradients, noise, nonfinite, rounding
 from keras_optkit.optimizers.engine.gradients import Grad
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan, RuleId, memo
@@ -71,7 +71,7 @@ def prepare(
         present = [(b, gradients.values(g)) for b, g in enumerate(grads) if g is not None]
         present += [(b, x) for b, g in enumerate(grads) if isinstance(g, Grad) for x in g.extras.values()]
         finite, position = nonfinite.first_bad(present)
-    prepared = _begun(plan, state, grads, dynamic, read)._replace(finite=finite, position=position)
+    prepared = begun_step(plan, state, grads, dynamic, read)._replace(finite=finite, position=position)
     changed = prepared.changed
     remembered = memo(dynamic, read)
     for transform in plan.of("gradient"):
@@ -82,7 +82,7 @@ def prepare(
     return _measured(plan, prepared, {r: {} for r in rules}, remembered)
 
 
-def _begun(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
+def begun_step(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> Prepared:
     """What is known before the transforms."""
     scheduled = None if plan.schedule is None else read[dynamic.index(plan.schedule)]
     multiplier = ops.cast(state.multiplier, scalar_dtype())
@@ -102,7 +102,7 @@ def perturbed(
 
     The sums are over all parameters of one rule, those that it routes to others included.
     """
-    prepared, remembered = _begun(plan, state, grads, dynamic, read), memo(dynamic, read)
+    prepared, remembered = begun_step(plan, state, grads, dynamic, read), memo(dynamic, read)
     moved: list[Tensor | None] = [None] * len(grads)
     for number in dict.fromkeys(bucket.rule[0] for bucket in plan.buckets):
         perturbation = plan.rules[number, ""].rule.perturbation()
@@ -120,7 +120,7 @@ def perturbed(
 
 def combined(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> list[Grad | None]:
     """The gradients to update with, from the first and the second ones, for rules that have a `combination`."""
-    prepared, remembered = _begun(plan, state, grads, dynamic, read), memo(dynamic, read)
+    prepared, remembered = begun_step(plan, state, grads, dynamic, read), memo(dynamic, read)
     found = list(grads)
     for number in dict.fromkeys(bucket.rule[0] for bucket in plan.buckets):
         combination = plan.rules[number, ""].rule.combination()
@@ -152,7 +152,8 @@ def _changed(
         sums = functools.partial(gradients.sum_of_rows, grad) if isinstance(grad, Rows) else bucket.over_parameters
         first = grad.extras.get("first") if isinstance(grad, Grad) else None
         h = hyper(plan, prepared, remembered, bucket)
-        h = h.for_transform(transform.layout, bucket.weight, sums, gradient=first)
+        normal = noise.of_bucket(plan, bucket, h)
+        h = h.for_transform(transform.layout, bucket.weight, sums, gradient=first, _normal=normal)
         p = weights(b)
         for name, part in transform.contribute(u, p, h).items():
             total = ops.cast(gradients.total(grad, part), scalar_dtype())
@@ -225,7 +226,7 @@ def hyper(
         kernel=None if bucket is None or layout != "whole" else bucket.weight.axes,
         sums=None if bucket is None or layout == "elementwise" else bucket.over_parameters,
         first=None if bucket is None or updates is None else bucket.spread(ops.equal(updates, 0)),
-        rate=prepared.rate,
+        base_rate=prepared.rate,
         product=None if bucket is None or product is None else _product(plan, bucket, prepared.iterations, product),
     )
 
@@ -327,7 +328,8 @@ def apply_rule(
         raise ValueError(f"{type(rule).__name__}.update returned the slots {sorted(new)}, expected {sorted(slots)}.")
     after = plan.of("step")
     for transform in after:
-        told = h.for_transform(transform.layout, bucket.weight, bucket.over_parameters, gradient=u)
+        more = {"gradient": u, "_normal": noise.of_bucket(plan, bucket, h)}
+        told = h.for_transform(transform.layout, bucket.weight, bucket.over_parameters, **more)
         step = transform.changed(step, p, told)
     if h.decays and not (rule.handles_decay or any(t.handles_decay for t in after)):
         step = step + h.learning_rate * h.weight_decay * p

@@ -76,6 +76,8 @@ class Adam(Optimizer):
     `epsilon_hat=True, epsilon=1e-7` gives it. The corrections are computed as `-expm1(t log β)`, which keeps all digits
     where `1 - βᵗ` in float32 loses half of them.
 
+    When to use it: as a first try where nothing decays the weights; with a decay, `AdamW`.
+
     When not to use it: with an L2 penalty as weight decay; the penalty's gradient is divided by √v̂ too and hardly acts
     on weights with large gradients. Use `AdamW`, or `weight_decay=`, which is decoupled for every optimizer here.
 
@@ -136,6 +138,8 @@ class AdamW(Optimizer):
     with m̂ and v̂ as in `Adam`, and θ on the right the weights before the step. The decay is multiplied by the learning
     rate, as in torch and Keras (the paper multiplies it by its schedule factor alone). By default vectors and scalars,
     that is biases and normalisation scales, are spared; torch and Keras decay them too: `decay_mask="all"`.
+
+    When to use it: for transformers and most of what is trained today; tuned, it is what others are measured against.
 
     When not to use it: where the decay is meant as a penalty that is part of the loss; use a regularizer.
 

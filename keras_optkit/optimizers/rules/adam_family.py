@@ -80,6 +80,8 @@ class NAdam(Optimizer):
     `Nadam` computes 0.96^t, without ψ, so that the momentum is at its full size after a hundred updates instead of
     after tens of thousands. NAdamW, tuned, is the baseline of AlgoPerf (2306.07179).
 
+    When to use it: as `Adam`, or with `weight_decay` as `AdamW`: it is often a little faster.
+
     When not to use it: where a tuned AdamW is already there, there is little to gain.
 
     Args:
@@ -189,6 +191,8 @@ class RAdam(Optimizer):
     correction, as in torch; the paper has none. The paper's threshold is 4; its authors' code and torch have 5. ρₜ is
     computed without the cancellation that costs float32 all its digits.
 
+    When to use it: as `Adam` where no schedule warms up.
+
     When not to use it: with a schedule that warms up anyway. The first five updates or so are plain momentum at the
     full rate, which may be too long where gradients are large.
 
@@ -261,6 +265,9 @@ class AdaBelief(Optimizer):
 
     m and s have the shape of θ and start at 0. ε is added twice, as in the paper. Steps are independent of the
     gradient's scale only as long as ε is far below its square; the authors give 1e-16 to 1e-8, by task.
+
+    When to use it: for recurrent networks and GANs, and other noisy gradients, as a variant of `Adam` with the same
+    state.
 
     When not to use it: with gradients that hardly change from step to step (large batches), where s is close to ε and
     steps become very long.
@@ -351,8 +358,13 @@ class Adan(Optimizer):
     in the authors' code. m, v, n and g' have the shape of θ: twice Adam's state. The βs are decays, as in the code and
     everywhere here; the paper's are one minus these. The decay is proximal, inside the update, as in the paper.
 
-    Its rate may be 5 to 10 times that of Adam. When not to use it: where state has to be small; with gradients that are
-    mostly noise, of which the difference has twice the variance.
+    Its rate may be 5 to 10 times that of Adam.
+
+    When to use it: where few updates at large rates are wanted, and four times the size of the weights fits into
+    memory.
+
+    When not to use it: where state has to be small; with gradients that are mostly noise, of which the difference has
+    twice the variance.
 
     Args:
         learning_rate: η >= 0, or a schedule of the update count.

@@ -56,6 +56,8 @@ class Adagrad(Optimizer):
     damps the first steps of parameters with small gradients: `initial_accumulator_value=0.1, epsilon=1e-7` gives its
     formula. torch has ε outside the root, `θ ← θ - η g / (√G + ε)`: `epsilon_inside=False, epsilon=1e-10`.
 
+    When to use it: for sparse features and convex losses, in runs that are not long.
+
     When not to use it: in long or non-stationary training. G only grows, so the rate goes to zero for good; `RMSprop`
     and `Adam` forget. It is at its best for sparse features with a convex loss.
 
@@ -150,6 +152,8 @@ class RMSprop(Optimizer):
     E, a and v have the shape of θ and start at 0; there is no bias correction, so early steps are larger by up to
     `1/√(1-ρ)`. Keras has the same formula with ε = 1e-7. torch has ε outside the root, the learning rate outside the
     velocity and ρ = 0.99: `rho=0.99, epsilon_inside=False, rate_in_velocity=False`.
+
+    When to use it: for recurrent networks and reinforcement learning, whose recipes name it.
 
     When not to use it: where the first steps matter (fine-tuning); `Adam` corrects the bias. `centered=True` subtracts
     two nearly equal numbers when gradients hardly vary: E - a² can come out slightly negative in float32, so keep ε

@@ -34,8 +34,13 @@ class COCOBRule(Rule):
         G = slots["G"] + ops.abs(g)
         R = ops.maximum(slots["R"] - g * (p - start), 0.0)
         S = slots["S"] - g
-        bet = S / (L * ops.maximum(G + L, h(self.alpha) * L)) * (L + R)
-        return h.learning_rate * (p - (start + bet)), {"start": start, "L": L, "G": G, "R": R, "S": S}
+        new = {"start": start, "L": L, "G": G, "R": R, "S": S}
+        return h.learning_rate * (p - (start + S * self.estimate(new, h))), new
+
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
+        """The factor on the sum of the gradients, for each element."""
+        L, G, R = slots["L"], slots["G"], slots["R"]
+        return (L + R) / (L * ops.maximum(G + L, h(self.alpha) * L))
 
 
 @register(
@@ -63,6 +68,8 @@ class COCOB(Optimizer):
 
     θ is a function of the state: weights that are assigned later, as by `EarlyStopping(restore_best_weights=True)`, are
     forgotten in the next update unless the state is restored, too.
+
+    When to use it: for small models, if no rate is to be chosen at all.
 
     When not to use it: for transformers, or where memory is short; where there is time to tune `AdamW`.
 

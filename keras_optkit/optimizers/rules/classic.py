@@ -55,6 +55,8 @@ class Adadelta(Optimizer):
     training begins. η is 1 in the paper, and here as in torch; Keras's default, 0.001, makes its `Adadelta` a thousand
     times slower. ρ is the paper's and Keras's 0.95; torch has 0.9.
 
+    When to use it: to repeat old recipes that name it.
+
     When not to use it: where a tuned `Adam` or `SGD` is possible. It was made to need no learning rate; `Prodigy` is a
     later answer.
 
@@ -128,6 +130,8 @@ class Adamax(Optimizer):
 
     m and v have the shape of θ and start at 0. v needs no bias correction. The paper has no ε; torch adds it to |g|,
     and so does this one; Keras adds it to v, which makes no difference as long as gradients are larger.
+
+    When to use it: to repeat old recipes that name it.
 
     When not to use it: where single gradients are outliers: one of them shortens the steps of the next 1 / (1 - β₂)
     updates.
@@ -238,6 +242,8 @@ class Ftrl(Optimizer):
     rate of 0, nothing changes. `weight_decay` shrinks the θ on the right, as in Keras, which has a lasting effect only
     through z; take λ₂ or s instead.
 
+    When to use it: for wide linear models of sparse features, most of whose weights should be exactly 0.
+
     When not to use it: for deep networks, for which `AdamW` is better. It is for wide linear models of sparse features.
 
     Args:
@@ -339,6 +345,8 @@ class Rprop(Optimizer):
     changes, and none taken back, is iRprop-, as in torch. There, sizes η f are state and their limits absolute; here
     limits are multiples of η, and a schedule acts on all steps. The default limits are torch's 1e-6 and 50 for the
     default η.
+
+    When to use it: for small problems whose whole data are the batch of each update.
 
     When not to use it: with mini-batches, where signs change by chance and sizes shrink; use `Signum`, `Lion` or
     `RMSprop`. It is for gradients of the full batch.

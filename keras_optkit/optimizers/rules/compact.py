@@ -122,6 +122,8 @@ class CAME(Optimizer):
     at 0, and nothing is corrected for that, as in the paper: S is small at first, and the first steps are long. Kernels
     are seen as matrices as in `Adafactor`; pytorch-optimizer factors the last two axes of kernels with more.
 
+    When to use it: where state has to be small and `Adafactor` is unstable; it keeps a momentum besides.
+
     When not to use it: if there is memory for `AdamW`; with the learning rate of `AdamW`, which is too large.
 
     Args:
@@ -218,6 +220,8 @@ class SM3(Optimizer):
     Each axis has a vector μ, which starts at 0: of a kernel of 512 × 2048 elements, 2560. A vector has as many as it
     has elements, and is trained as in Adagrad. m has the shape of θ; with `momentum=0` there is none. The paper's
     momentum is of steps, too. ε is not in the paper, where 0 / 0 = 0; 1e-30 leaves that as it is.
+
+    When to use it: for sparse or structured gradients, as of large embeddings, in little memory.
 
     When not to use it: in long training, where μ, which only grows, makes steps ever shorter; where an axis has no
     structure of its own, since ν is then far above the sum of an element's squares.
@@ -361,6 +365,8 @@ class AdamMini(Optimizer):
     them, as in Keras's `MultiHeadAttention`; other queries and keys have a block for each unit. The authors' code knows
     layers by names in torch instead, and pytorch-optimizer has the blocks of an earlier version: the heads of queries
     and keys, the elements of embeddings and of the last layer, and all other kernels as a whole.
+
+    When to use it: where Adam's state is too large, and its rates and recipes are to be kept: it has half of it.
 
     When not to use it: where memory is not short; `Lion` and `SM3` need as little or less.
 

@@ -11,7 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.kernels import KernelAxes
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.random_vector import DISTRIBUTIONS, RandomVector
+from keras_optkit.optimizers.random_numbers import DISTRIBUTIONS, RandomVector
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, choice, count, flag, number
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float

@@ -40,13 +40,12 @@ class DoGRule(Rule):
         distance = ops.maximum(ops.maximum(h.scalars["distance"], least), ops.sqrt(sums["moved"]))
         return {"distance": distance, "squares": h.scalars["squares"] + sums["square"]}
 
-    def rate(self, h: Hyper) -> Tensor:
-        """The learning rate of this update."""
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
         root = ops.sqrt(h.scalar("squares") + h(self.epsilon))
-        return h.learning_rate * ops.divide_no_nan(h.scalar("distance"), root)
+        return ops.divide_no_nan(h.scalar("distance"), root)
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
-        return self.rate(h) * (u + h.weight_decay * p), {"start": slots["start"]}
+        return h.learning_rate * self.estimate(slots, h) * (u + h.weight_decay * p), {"start": slots["start"]}
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,9 @@ class DoWGRule(DoGRule):
         distance = ops.maximum(least, ops.sqrt(sums["moved"]))
         return {"distance": distance, "squares": h.scalars["squares"] + ops.square(distance) * sums["square"]}
 
-    def rate(self, h: Hyper) -> Tensor:
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
         root = ops.sqrt(h.scalar("squares")) + h(self.epsilon)
-        return h.learning_rate * ops.divide_no_nan(ops.square(h.scalar("distance")), root)
+        return ops.divide_no_nan(ops.square(h.scalar("distance")), root)
 
 
 @register(
@@ -94,6 +93,8 @@ class DoG(Optimizer):
 
     Leave the learning rate at 1. The authors evaluate at an average of the iterates, on which their results depend:
     `use_ema=True`, or `ok.callbacks.AveragedWeights`. Factors of groups on the rate do not count in r̄ and G.
+
+    When to use it: if there is no time to tune a rate, with an average of the weights.
 
     When not to use it: where there is time to tune a rate; with weights in half precision without
     `master_weights=True`, which do not resolve the first steps; without an average.
@@ -151,6 +152,8 @@ class DoWG(Optimizer):
     θ₀ are the weights before the first update; the norms are over the whole model, and only parameters with a gradient
     count. State: θ₀ in the shape of θ, and r̄ and G once for the model; G starts at 0. ε is the authors' code's, not the
     paper's. The weight decay is an L2 term in the gradient, as in `DoG`.
+
+    When to use it: as `DoG`, where that is too slow at first.
 
     When not to use it: as `DoG`; where its longer steps are unstable, `DoG` may be stable.
 

@@ -226,6 +226,8 @@ class Kron(Optimizer):
     norm from below, as in the reference. That also balances the largest elements of the Qᵢ, in one of 100 fits at
     random; here these are the fits in the updates 100, 200, ... Parameters whose m is 0 altogether keep their Q.
 
+    When to use it: where curvature along each axis helps, and neither eigenvalues nor their bases are to be kept.
+
     When not to use it: with a rate that was tuned for Adam, which is several times too large here; on kernels with long
     axes without a `max_precondition_dim` that excludes them (triangles take d³).
 

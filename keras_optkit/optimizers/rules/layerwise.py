@@ -69,6 +69,8 @@ class LAMB(Optimizer):
     The norms are over a whole parameter; m and v have the shape of θ and start at 0. Weight decay is inside the ratio,
     as in the paper; Keras's `Lamb` adds it outside. Vectors are scaled like matrices, as in optax.
 
+    When to use it: for batches of many thousands, where `AdamW` no longer trains well.
+
     When not to use it: with batches of a size that `AdamW` trains well with.
 
     Args:
@@ -180,6 +182,8 @@ class LARS(Optimizer):
     rate is inside the momentum, as in the paper; timm and pytorch-optimizer have it outside, which differs only when
     the rate changes. optax divides by ‖g + λ θ‖ instead.
 
+    When to use it: for convolutional networks with batches of many thousands, where SGD no longer trains well.
+
     When not to use it: with batches that SGD trains well with. For transformers, take `LAMB`. A kernel that is
     initialised with zeros takes its first step with the full η. κ is 0.001 in the paper, which goes with large η, tuned
     for large batches; the defaults here are for a first try, in which vectors must not move too far either.
@@ -273,6 +277,8 @@ class NovoGrad(Optimizer):
     The norm is over a whole parameter, and v is a single number for it; m has the shape of θ and starts at 0. So the
     state is half of Adam's. The weight decay is inside the momentum, as in the paper. There is no bias correction: v
     starts with the first gradient.
+
+    When to use it: for large batches where Adam's state is too large: it has half of it.
 
     When not to use it: where the elements of a parameter have gradients of very different sizes, such as embeddings.
 

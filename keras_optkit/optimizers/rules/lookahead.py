@@ -81,6 +81,8 @@ class Lookahead(Around):
     both, it raises. `optimizer.learning_rate` and the others are those of the result, and `optimizer.inner_rule` shows
     the hyperparameters of the inner rule; the object that was passed is not used again.
 
+    When to use it: around a noisy inner optimizer with a rate that does not fall to 0, such as SGD with momentum.
+
     When not to use it: on top of another average (`use_ema`, Schedule-Free), which it refuses; or with a learning rate
     that is decayed to 0 anyway, where fast and slow weights meet.
 

@@ -146,6 +146,8 @@ class APOLLO(Optimizer):
     layer to Adam, as `groups=[Group("head", rule="AdamW")]` does. pytorch-optimizer's APOLLO scales the projected
     gradient and projects it back, which is another algorithm.
 
+    When to use it: for large kernels where state has to be near that of plain SGD, at rates like those of `AdamW`.
+
     When not to use it: if there is memory for `AdamW`; with kernels not much larger than the rank.
 
     Args:

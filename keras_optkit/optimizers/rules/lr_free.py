@@ -42,6 +42,9 @@ class ProdigyRule(Rule):
         """β₃."""
         return h(self.beta_2) ** 0.5 if self.beta_3 is None else self.beta_3
 
+    def estimate(self, slots: Slots, h: Hyper) -> Tensor:
+        return h.scalar("d", before=True)
+
     def rate(self, h: Hyper) -> Tensor:
         """η d of this update."""
         rate = h.learning_rate * h.scalar("d", before=True)
@@ -109,6 +112,8 @@ class Prodigy(Optimizer):
 
     Leave the learning rate at 1, or give a schedule that ends at 0, such as `ok.schedules.Cosine(1.0, steps)`. Factors
     of groups on the rate count in the estimate of d as well.
+
+    When to use it: if there is no time to tune the rate of `AdamW`.
 
     When not to use it: with weights in half precision without `master_weights=True`, or with an `initial_d` below the
     resolution of float32 weights and sparse gradients: the first steps have the length of d₀. To raise or lower the

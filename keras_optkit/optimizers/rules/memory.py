@@ -141,6 +141,8 @@ class Adafactor(Optimizer):
     maps side by side (depthwise, grouped and recurrent ones) are factored each by itself. torch and optax factor the
     last two or the two largest axes instead; for matrices all are the same.
 
+    When to use it: where state has to be small: large kernels, with a model that hardly fits into memory.
+
     When not to use it: if there is memory for `AdamW`, which needs fewer updates as a rule.
 
     Args:

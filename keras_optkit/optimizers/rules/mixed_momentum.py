@@ -92,6 +92,8 @@ class AdEMAMix(Optimizer):
     `alpha_warmup_steps=T, beta_3_warmup_steps=T` gives that. α and β₃ may instead be schedules of your own. The default
     is no warm-up, as in the references. The paper's curve for β₃ is the linear rise of `-1 / log β₃` written out.
 
+    When to use it: in long runs, of some ten thousand updates or more, where old gradients still help.
+
     When not to use it: in short runs, as m₂ remembers about 1 / (1 - β₃) updates: take β₃ = 0.999 below some ten
     thousand. Where the data change their distribution, old gradients mislead.
 
@@ -191,6 +193,8 @@ class MARS(Optimizer):
     pytorch_optimizer set the first g' to 0, so that the first c is longer; here it is the paper's, whose first
     correction is 0. The authors train vectors by AdamW with settings of their own; here all parameters are treated
     alike, and `groups=[ok.Group("(bias|gamma|beta)$", rule="AdamW")]` trains these by AdamW.
+
+    When to use it: where gradients are noisy from step to step and batches are small.
 
     When not to use it: where state has to be small; with large batches, whose gradients have little variance to reduce.
 

@@ -203,6 +203,8 @@ class Muon(Optimizer):
     **Which rate.** With "moonlight" steps have the root mean square of those of AdamW, so the rate and decay of a tuned
     AdamW are right. With "keller_jordan" rates are about 0.02, and those of AdamW far smaller (`adam_lr_ratio`).
 
+    When to use it: for transformers and other models that are mostly large kernels, trained from scratch.
+
     When not to use it: for models of few or small matrices, or to fine-tune weights that Adam has trained.
 
     Args:

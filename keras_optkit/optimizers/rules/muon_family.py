@@ -193,6 +193,8 @@ class NorMuon(Optimizer):
     code. Only the code looks ahead (`nesterov`), not the paper. Which parameters are orthogonalized, as which matrices,
     and what is trained by AdamW is as in `Muon`.
 
+    When to use it: where `Muon` works and its units get steps of uneven length.
+
     When not to use it: for models of few or small matrices, or to fine-tune weights that Adam has trained.
 
     Args:
@@ -311,6 +313,8 @@ class AdaMuon(Optimizer):
     signs (`sign_momentum=False`); there the authors' code looks ahead (`nesterov`) and corrects the bias of v, which
     the division by ‖Ô‖ takes out again. Norms are over each matrix. Which parameters are orthogonalized, as which
     matrices, and what is trained by AdamW is as in `Muon`.
+
+    When to use it: where `Muon` works, and elements of one kernel should have rates of their own.
 
     When not to use it: for models of few or small matrices; where only Muon's smaller state fits into memory.
 
@@ -434,6 +438,8 @@ class Scion(Optimizer):
     128) and 50 (transformer, last layer and embeddings 3000). Kernels are seen as the same matrices as in `Muon`; the
     number of a convolution's inputs does not count its window, by whose size lmo(m) is divided. Weights that start
     outside the balls (the paper has an initialization of its own) are drawn into them at the rate η.
+
+    When to use it: if rates should carry over to other widths of a model, without an `AdamW` beside it.
 
     When not to use it: with a rate that was tuned for Adam; with the constraint for fine-tuning, since it pulls all
     weights to 0.

@@ -161,6 +161,8 @@ class AdamP(Optimizer):
     either. So it is in the authors' code; the paper has one test. Vectors (biases, scales) are updated by AdamW. m and
     v have the shape of θ and start at 0.
 
+    When to use it: in place of `AdamW` in models with normalisation layers, whose weights would otherwise only grow.
+
     When not to use it: in models without normalisation, where it is AdamW with a test in each update.
 
     Args:
@@ -266,6 +268,8 @@ class SGDP(Optimizer):
     Test and projection are those of `AdamP`; see there. v has the shape of θ and starts at 0. The learning rate is
     outside the velocity, as in torch. The decay is decoupled but divided by 1 - γ, as in the authors' code: so λ is
     that of an L2 penalty for SGD with momentum, which goes through the velocity.
+
+    When to use it: in place of `SGD` with momentum in models with normalisation layers.
 
     When not to use it: in models without normalisation, where it is SGD with a test in each update.
 

@@ -72,6 +72,8 @@ class ProximalAdagrad(Optimizer):
     TensorFlow. The decay λ comes before the penalties, so that zeros stay zeros. TensorFlow Addons' default rate was
     0.001; elements that have had no gradient yet stay as they are here with an initial value of 0, where it gave NaN.
 
+    When to use it: for sparse features where many weights should be exactly 0.
+
     When not to use it: where nothing is to be sparse; and in long runs, as for `Adagrad`.
 
     Args:
@@ -184,6 +186,8 @@ class ConditionalGradient(Optimizer):
 
     **Coming from TensorFlow Addons:** its `learning_rate` was the share 1 - η that is kept, so its 0.99 is 0.01 here;
     `lambda_` is `radius`, `ord="fro"` is `norm="frobenius"`.
+
+    When to use it: for weights that have to stay in a ball of some norm, or to have a low rank.
 
     When not to use it: without a constraint. Steps do not become shorter near a minimum inside the ball, so η must
     decay, in theory as 2 / (t + 2). The nuclear norm costs a singular value decomposition for each kernel and update.

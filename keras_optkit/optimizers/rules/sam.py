@@ -121,6 +121,9 @@ class SAM(Around):
     The factor `θ²` of the adaptive form is applied to all parameters, as in the parity reference. `ASAM` is that of the
     authors, who add 0.01 to |θ| of kernels and leave other parameters as in plain SAM.
 
+    When to use it: if test accuracy counts more than time, for a model that overfits; each step takes about twice as
+    long.
+
     When not to use it: where a step must not cost twice as much; with weights in half precision without
     `master_weights`, which ρ is too small to move; for a model that is trained by several optimizers, which is refused.
     On JAX, state without a gradient that a `train_step` of your own changes after the update, such as the weights of a
@@ -251,7 +254,7 @@ class TiedAscent(Ascent):
     def radius(self, h: Hyper) -> Any:
         if self.max_learning_rate is None:
             return h(self.rho)
-        share = (h.rate - self.min_learning_rate) / (self.max_learning_rate - self.min_learning_rate)
+        share = (h.base_rate - self.min_learning_rate) / (self.max_learning_rate - self.min_learning_rate)
         return h(self.rho_min) + (h(self.rho) - h(self.rho_min)) * share
 
 

@@ -182,6 +182,8 @@ class ScheduleFree(Around):
     one sequence of maxima for the whole model; factors on the rate of groups cancel in c. Constraints of variables act
     on y only. With weights in half precision, x suffers from the rounding of y.
 
+    When to use it: if the length of the run is open, so that no schedule can be chosen, around any inner optimizer.
+
     When not to use it: with a schedule that decays (it is to be replaced), with another average (refused), where
     batches are few and a tuned schedule exists; or, without recalibration (`ok.recalibrate_batch_norm`), in models with
     batch normalisation, whose moving statistics are those at y.
@@ -259,6 +261,11 @@ class ScheduleFreeSGD(Optimizer):
     The authors advise rates 10 to 50 times those of SGD with momentum, and β up to 0.98 for long training.
     `decay_mask="all"` decays vectors too, as the reference does.
 
+    When to use it: as `SGD` if the length of the run is open, so that no schedule can be chosen.
+
+    When not to use it: as `ScheduleFree`: with a schedule that decays, with another average, or with batch
+    normalisation without recalibration.
+
     Args:
         learning_rate: η >= 0. Constant, as a rule; a schedule is accepted.
         momentum: β in (0, 1), a number.
@@ -326,6 +333,11 @@ class ScheduleFreeAdamW(Optimizer):
     the average; here v is corrected, as in the authors' own implementation since.
 
     The authors advise rates 1 to 10 times those of AdamW. `decay_mask="all"` decays vectors too, as the reference does.
+
+    When to use it: as `AdamW` if the length of the run is open, so that no schedule can be chosen.
+
+    When not to use it: as `ScheduleFree`: with a schedule that decays, with another average, or with batch
+    normalisation without recalibration.
 
     Args:
         learning_rate: η >= 0. Constant, as a rule; a schedule is accepted.

@@ -85,6 +85,8 @@ class ScheduleFreeRAdam(Optimizer):
     computed. State: z and v, as much as Adam's. The threshold is 4, as in the paper of RAdam and in the authors' code;
     that of `RAdam` is 5, as in torch.
 
+    When to use it: as `ScheduleFreeAdamW`, if a warm-up is not to be chosen either.
+
     When not to use it: as `ScheduleFree`; where 2 / (1 - β₂) updates are a large part of the run, since the warm-up
     takes about as many: give a smaller β₂.
 

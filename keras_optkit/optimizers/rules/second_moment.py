@@ -66,6 +66,8 @@ class Yogi(Optimizer):
     bias corrections; implementations have them, and so it is here. pytorch_optimizer and optax start m, too, at the
     initial value of v, with the bias that this adds to the first steps; m starts at 0 here, as in Adam.
 
+    When to use it: where gradients are sparse or come in bursts, as an `Adam` whose rate does not jump up between them.
+
     When not to use it: where gradients are large at first and small later: v hardly falls, so steps do not grow either.
 
     Args:
@@ -142,6 +144,8 @@ class LaProp(Optimizer):
     momentum of signs. η acts on all of m; in the authors' code and timm it is inside m, which is the same while η is
     constant. They decay the weights after the step (the authors by λ, without η); here it is, as always, the weights
     before it.
+
+    When to use it: where β₁ and β₂ are to be chosen freely: any β₁ is stable with any β₂.
 
     When not to use it: with the default βs it is close to `AdamW`, and where that is tuned there is little to gain.
 
@@ -235,6 +239,8 @@ class ADOPT(Optimizer):
     bias correction. t counts the optimizer's updates. The clipping, with κ = 1/4, keeps early steps short, where v is a
     single gradient; `clip_exponent=None` is the algorithm without it.
 
+    When to use it: where `Adam` is unstable or its β₂ would have to be tuned: it converges with any β₂.
+
     When not to use it: for very few updates, of which the first is lost and those after it are clipped. Without
     clipping, for elements whose first gradient comes late (rows of embeddings, dead units): v is 0 until then, and they
     move by g / ε. With β₂ as low
@@ -323,6 +329,8 @@ class StableAdamW(Optimizer):
     clipping gradients. m and v have the shape of θ and start at 0. The decay has the lowered rate, too, as in the
     paper. The paper corrects the bias in the βs, β (1 - βᵗ⁻¹) / (1 - βᵗ), which is the same as m̂ and v̂ while no
     gradient is missing.
+
+    When to use it: in place of `AdamW` with clipping, where the loss has spikes.
 
     When not to use it: together with clipping of gradients, which it replaces. Where nothing spikes it is `AdamW`.
 

@@ -62,6 +62,8 @@ class SGD(Optimizer):
     on new gradients only. With `rate_in_velocity=False` it is outside, as in torch: `v ← γ v + g`, `θ ← θ - η v`; a
     change of η then acts at once on all of v. The two are equal while η is constant.
 
+    When to use it: for convolutional networks with a tuned rate and schedule, and where state has to be small.
+
     When not to use it: without tuning the learning rate. For transformers and other models whose gradients differ much
     in scale between layers, an adaptive method such as `AdamW` is the better start.
 

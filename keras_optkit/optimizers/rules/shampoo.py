@@ -137,6 +137,8 @@ class Shampoo(Optimizer):
     float32, runs in other modes or on other machines then differ. With an ε of 1e-6 of the largest eigenvalue or more
     they do not.
 
+    When to use it: for large batches, if the rate of `AdamW` should carry over and each step of the model takes long.
+
     When not to use it: on kernels with long axes (eigenvalues take d³), which Adam trains above
     `max_precondition_dim`; or where a step of the model takes less time than its optimizer would.
 

@@ -54,6 +54,8 @@ class Lion(Optimizer):
     be 3 to 10 times smaller than Adam's, and λ larger by the same factor, as the paper has it. The default, 1e-4, is
     that of the authors' code; Keras's `Lion` has 1e-3.
 
+    When to use it: for large batches, and where Adam's state is too large: it has half of it.
+
     When not to use it: with small batches, whose gradients have random signs (below 64, the paper expects no gain over
     AdamW); where the rate was tuned for Adam, which is several times too large here.
 
@@ -126,6 +128,8 @@ class Signum(Optimizer):
     m has the shape of θ and starts at 0; without momentum there is no state at all. All elements move by η in each
     update, so that η should be as small as for `Lion`, which differs in that the current gradient counts more in the
     step than in m.
+
+    When to use it: where gradients of layers differ much in scale, with no more state than SGD with momentum.
 
     When not to use it: with small batches and no momentum, where the sign is mostly that of noise. Where the end of the
     run has no smaller rate: steps do not become shorter near a minimum.

@@ -202,6 +202,8 @@ class SOAP(Optimizer):
     have (0, of the longer side): rounding then decides about the basis, and after 50 updates weights differ by a
     hundredth. `initial_basis="identity"` begins with the axes themselves and is as reproducible as Adam.
 
+    When to use it: if as few updates as possible are wanted, each of which takes long anyway.
+
     When not to use it: on kernels with long axes without a `max_precondition_dim` that excludes them (QR takes d³), or
     where a step of the model takes less time than its optimizer would.
 
@@ -289,6 +291,8 @@ class KLSOAP(Optimizer):
 
     The first bases are as little reproducible as those of SOAP, and λ of a first gradient that does not have full rank
     is ε: `initial_basis="identity"` has neither.
+
+    When to use it: where `SOAP` pays off: few updates are wanted, each of which takes long anyway.
 
     When not to use it: where `SOAP` is too slow already; it adds products with Q in every update.
 

@@ -3,7 +3,9 @@
 from keras_optkit.optimizers.transforms.cautious import CautiousDecay, CautiousUpdate
 from keras_optkit.optimizers.transforms.centralize import Centralize
 from keras_optkit.optimizers.transforms.clipping import AdaptiveClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
+from keras_optkit.optimizers.transforms.decay import CorrectedDecay
 from keras_optkit.optimizers.transforms.hyperball import Hyperball
+from keras_optkit.optimizers.transforms.noise import GradientNoise
 from keras_optkit.optimizers.transforms.transform import Transform, unit_axes
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "ClipByGlobalNorm",
     "ClipByNorm",
     "ClipByValue",
+    "CorrectedDecay",
+    "GradientNoise",
     "Hyperball",
     "Transform",
     "unit_axes",

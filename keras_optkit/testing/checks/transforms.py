@@ -49,11 +49,11 @@ def in_optimizer(card: Card) -> Card:
     ) -> Iterator[list[np.ndarray]]:
         change, kind = twin_of(card, TWINS), card.make(**arguments)
         velocity = [np.zeros_like(p) for p in ps]
-        for step in grads:
+        for t, step in enumerate(grads, 1):
             there = [i for i, g in enumerate(step) if g is not None]
             some, decays = [ps[i] for i in there], [learning_rate * weight_decay[i] for i in there]
             given = [step[i] for i in there]
-            told = Told([weight[i] for i in there], given, decays, learning_rate)
+            told = Told([weight[i] for i in there], given, decays, learning_rate, t, there)
             if kind.changes == "gradient":
                 given = change(given, some, told, **arguments)
             for i, g in zip(there, given, strict=True):

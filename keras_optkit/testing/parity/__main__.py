@@ -33,8 +33,9 @@ it is not.
 The references run in a process of their own, without TensorFlow. `keras_optkit/testing/parity/` has an entry for
 each, which says how its arguments are translated. The test suite runs a share: the last setting of most of them in
 float64, for 30 steps; not of `AdamMini`, `APOLLO`, `KLSOAP` and `Kron`, whose references the extra `parity` installs.
-Two optimizers have no entry: of `ConditionalGradient`, TensorFlow Addons had the only other implementation, and that of
-`Shampoo`'s authors is in no package index. The NumPy twin of the latter was compared with it once.
+Three optimizers have no entry: of `ConditionalGradient`, TensorFlow Addons had the only other implementation, and those
+of the authors of `Shampoo` and `EMANesterov` are in no package index. The NumPy twin of `Shampoo` was compared with it
+once.
 
 {table}"""
 HEAD = ("optimizer", "reference", "steps", "runs", "float32", "float64", "deviations")

@@ -262,6 +262,24 @@ def lookahead(
         yield p
 
 
+def ema_nesterov(
+    p: np.ndarray,
+    grads: Grads,
+    inner: dict[str, Any],
+    lookahead_step_size: float = 0.5,
+    lookahead_momentum: float = 0.99,
+    learning_rate: float = 0.001,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """EMA-Nesterov; the weights that gradients are computed at."""
+    x, m = p, np.zeros_like(p)
+    for direction in _directions(inner, grads):
+        before, x = x, p - learning_rate * (direction + weight_decay * p)
+        m = lookahead_momentum * m + (1 - lookahead_momentum) * (x - before)
+        p = x + lookahead_step_size * m
+        yield p
+
+
 def sam(p: np.ndarray, grads: Grads, inner: dict[str, Any], **arguments: Any) -> Iterator[np.ndarray]:
     """SAM where the second gradients are given: the inner optimizer. Where they are to be taken says `perturbed`."""
     common = {name: value for name, value in arguments.items() if name not in ("rho", "adaptive")}
@@ -383,6 +401,7 @@ TWINS: dict[str, Twin] = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adamw,
+    "EMANesterov": ema_nesterov,
     "Lookahead": lookahead,
     "SAM": sam,
     "ASAM": asam,

@@ -7,13 +7,15 @@ are the outputs of a kernel, the rows of an embedding, or else the whole paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from keras_optkit.kernels import KERNEL, TABLE
+from keras_optkit.optimizers.random_numbers import normal
 from keras_optkit.optimizers.rule import Weight
+from keras_optkit.testing.tools import numbers
 
 Arrays = list[np.ndarray]
 
@@ -26,12 +28,16 @@ class Told(NamedTuple):
         gradients: For steps, the gradients that the rule was handed.
         decays: For each parameter its decay, times the learning rate.
         learning_rate: The learning rate.
+        step: The number of the update, from 1.
+        places: The places of the parameters in the model.
     """
 
     weights: list[Weight]
     gradients: Arrays
     decays: list[float]
     learning_rate: float = 0.0
+    step: int = 1
+    places: Sequence[int] = ()
 
 
 Twin = Callable[..., Arrays]
@@ -88,6 +94,18 @@ def cautious_decay(u: Arrays, p: Arrays, told: Told) -> Arrays:
     return [x + decay * w * (x * w >= 0) for x, w, decay in zip(u, p, told.decays, strict=True)]
 
 
+def corrected_decay(u: Arrays, p: Arrays, told: Told, peak: float, parameters: str = "kernels") -> Arrays:
+    """A step with a decay that has the rate in it twice, for kernels or for all."""
+    ratios = [told.learning_rate / peak if parameters == "all" or w.role == KERNEL else 1.0 for w in told.weights]
+    return [x + ratio * decay * w for x, w, decay, ratio in zip(u, p, told.decays, ratios, strict=True)]
+
+
+def gradient_noise(u: Arrays, p: Arrays, told: Told, eta: float = 0.01, gamma: float = 0.55, seed: int = 0) -> Arrays:
+    """Gradients with the engine's random numbers, each parameter's own."""
+    drawn = [normal(x.shape, "float64", seed, place, told.step - 1) for x, place in zip(u, told.places, strict=True)]
+    return [x + np.sqrt(eta / told.step**gamma) * numbers(z) for x, z in zip(u, drawn, strict=True)]
+
+
 def hyperball(u: Arrays, p: Arrays, told: Told) -> Arrays:
     """The steps to the point of each kernel's sphere, in the direction of the rule's step."""
     steps = []
@@ -111,5 +129,7 @@ TWINS: dict[str, Twin] = {
     "ClipByGlobalNorm": clip_by_global_norm,
     "ClipByNorm": clip_by_norm,
     "ClipByValue": clip_by_value,
+    "CorrectedDecay": corrected_decay,
+    "GradientNoise": gradient_noise,
     "Hyperball": hyperball,
 }

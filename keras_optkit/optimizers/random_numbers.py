@@ -1,7 +1,8 @@
-"""The random vectors that Hessians are multiplied by."""
+"""Random numbers as a function of a seed, a parameter and an update; the vectors that Hessians are multiplied by."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,30 @@ from keras_optkit.optimizers.rule import Fields, Tensor, choice, count
 
 #: How the elements of a random vector are distributed; all with the mean 0 and the variance 1.
 DISTRIBUTIONS = ("normal", "rademacher")
+
+
+def bits(shape: Sequence[int], seed: int, place: int, update: Tensor) -> Tensor:
+    """Random int32 numbers, all bits of them.
+
+    Args:
+        shape: Their shape.
+        seed: Any integer.
+        place: The place of the parameter in the model's order.
+        update: The number of the update, as a tensor.
+    """
+    # neighbouring seeds and places must not be neighbours here, nor what stochastic rounding has
+    stream = int.from_bytes(hashlib.blake2b(f"{seed}, {place}".encode(), digest_size=4).digest(), "little") >> 1
+    return backend.random_bits(shape, (stream, ops.cast(update, "int32")))
+
+
+def normal(shape: Sequence[int], dtype: str, seed: int, place: int, update: Tensor) -> Tensor:
+    """Independent standard normal numbers, of at most 5.2 in size, from the same arguments as `bits`.
+
+    The dtype has at least 32 bits; the numbers are the same in all of them, up to rounding.
+    """
+    # the middles of 2²³ equal parts of (-1, 1), which float32 represents
+    uniform = (2 * ops.cast(ops.bitwise_and(bits(shape, seed, place, update), 0x7FFFFF), dtype) + (1 - 2**23)) / 2**23
+    return math.sqrt(2) * ops.erfinv(uniform)
 
 
 @dataclass(frozen=True)
@@ -42,8 +67,6 @@ class RandomVector(Fields):
 
     def part(self, shape: Sequence[int], dtype: str, iterations: Tensor, place: int) -> Tensor:
         """The part of the vector for the parameter at this place in the model's order."""
-        seed = (self.seed * 0x9E3779B1 + place) % 2**31, ops.cast(iterations, "int32")
-        if self.distribution == "rademacher":
-            return ops.cast(ops.where(backend.random_bits(shape, seed) < 0, -1, 1), dtype)
-        uniform = (ops.cast(backend.random_bits((2, *shape), seed), dtype) + (2.0**31 + 0.5)) * 2.0**-32
-        return ops.sqrt(-2.0 * ops.log(uniform[0])) * ops.cos(2 * math.pi * uniform[1])  # Box and Muller
+        if self.distribution == "normal":
+            return normal(shape, dtype, self.seed, place, iterations)
+        return ops.cast(ops.where(bits(shape, self.seed, place, iterations) < 0, -1, 1), dtype)
