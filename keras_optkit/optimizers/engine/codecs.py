@@ -106,7 +106,7 @@ class Signed(NamedTuple):
         """As `Corrected.encode`. A block with a value that is not finite, or beyond 2^126, is NaN as a whole."""
         shape, x = tuple(x.shape), ops.cast(x, "float32")
         blocks = _in_blocks(x, len(bucket.shapes))
-        high, low = ops.max(blocks, axis=-1), ops.min(blocks, axis=-1)
+        high, low = ops.max(blocks, axis=-1, initial=0.0), ops.min(blocks, axis=-1, initial=0.0)
         scales = ops.where(-low > high, low, high) if cls.signed else high
         divides = ops.abs(scales) >= 1 / _LARGEST
         scales = ops.where(divides, scales, 0.0)
