@@ -72,7 +72,7 @@ class Corrected(NamedTuple):
 
     def decode(self, bucket: Bucket) -> Tensor:
         """The slot in float32, in the form of the one tensor."""
-        upper, lower = (bucket.view(ops.convert_to_tensor(part)) for part in self)
+        upper, lower = (bucket.view(ops.cast(part, dtype)) for part, dtype in zip(self, self.dtypes, strict=True))
         kept = ops.left_shift(ops.cast(ops.view(upper, "int16"), "int32"), 8) + ops.cast(lower, "int32")
         return ops.view(ops.left_shift(kept, 8), "float32")
 

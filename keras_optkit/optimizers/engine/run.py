@@ -260,8 +260,7 @@ def _read(
             ]
         elif name == "slots":
             view[name] = [
-                {slot: None if b in without else tree.map_structure(tensor, v) for slot, v in slots.items()}
-                for b, slots in enumerate(part)
+                tree.map_structure((lambda _: None) if b in without else tensor, slots) for b, slots in enumerate(part)
             ]
         else:
             view[name] = tree.map_structure(tensor, part)
