@@ -200,6 +200,28 @@ def a_gradient_that_is_not_finite_is_skipped_and_named():
         assert re.search("kernel|bias", found.variable), found
 
 
+def narrow_state(optimizer, layout):
+    """A wide model after three given gradients, compiled, with the values of all variables."""
+    set_distribution(LAYOUTS[layout]())
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(80, name=name) for name in ("columns", "equal", "equal_too", "rows")]
+    model = keras.Sequential([keras.Input((64,)), *layers])
+    optimizer.build(model)
+    return stepped(model, optimizer, 3)
+
+
+@for_each(dtype=("bfloat16+8", "int8"), few=("int8",))
+def narrow_state_equals_one_device(dtype):
+    for make in (O.AdamW, O.Muon)[: 1 + ("--all" in sys.argv)]:
+        one = narrow_state(make(0.02, slot_dtype=dtype), "one device")
+        for layout, keywords in (("data", {"shard_state": True}), ("model", {}), ("model", {"shard_state": True})):
+            model = narrow_state(make(0.02, slot_dtype=dtype, **keywords), layout)
+            assert_equal(model, one, rtol=1e-6, atol=1e-9)
+            parts = [v for slots in model.optimizer._held.state.slots for v in keras.tree.flatten(slots)]
+            split = [v for v in parts if share(v) < 1 and v.dtype in ("uint8", "int8")]
+            assert len(split) >= 2, f"{make.__name__}, {layout}: {[(v.path, share(v)) for v in parts]}"
+
+
 def half_precision(case, layout, **keywords):
     """Bfloat16 weights after three given gradients, since other gradients would differ by their own rounding."""
     set_distribution(LAYOUTS[layout]())
@@ -209,11 +231,16 @@ def half_precision(case, layout, **keywords):
     finally:
         keras.config.set_dtype_policy("float64")
     optimizer.build(model)
+    return stepped(model, optimizer, 3)
+
+
+def stepped(model, optimizer, steps):
+    """The model after compiled updates with given gradients."""
     rng = np.random.default_rng(0)
     step = jax.jit(optimizer.stateless_apply)
     weights = [v.value for v in model.trainable_variables]
     state = [v.value for v in optimizer.variables]
-    for _ in range(3):
+    for _ in range(steps):
         weights, state = step(state, [rng.normal(size=v.shape).astype("float32") for v in weights], weights)
     for variable, value in zip([*model.trainable_variables, *optimizer.variables], [*weights, *state], strict=True):
         variable.assign(value)

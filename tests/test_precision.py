@@ -171,7 +171,7 @@ def test_rows_of_a_table_are_rounded_at_random_too():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="slot_dtype must be one of None, 'float32', 'bfloat16', got 'float16'"):
+    with pytest.raises(ValueError, match=r"slot_dtype must be one of None, .*'int8', got 'float16'"):
         ok.optimizers.SGD(slot_dtype="float16")
     with pytest.raises(ValueError, match="At most one of master_weights, stochastic_rounding"):
         ok.optimizers.SGD(master_weights=True, stochastic_rounding=True)

@@ -37,7 +37,7 @@ from keras_optkit.optimizers.rules.sgd import SGD
 from keras_optkit.optimizers.rules.shampoo import Shampoo
 from keras_optkit.optimizers.rules.sign import Lion, Signum
 from keras_optkit.optimizers.rules.soap import KLSOAP, SOAP
-from keras_optkit.optimizers.slots import shaped, weights_copy
+from keras_optkit.optimizers.slots import moment, shaped, weights_copy
 
 __all__ = [
     "ADOPT",
@@ -111,6 +111,7 @@ __all__ = [
     "choice",
     "count",
     "flag",
+    "moment",
     "number",
     "shaped",
     "transforms",

@@ -15,13 +15,14 @@ import numpy as np
 from keras import tree
 
 from keras_optkit import backend
+from keras_optkit.optimizers.engine.codecs import QUANTISED_FROM
 from keras_optkit.optimizers.engine.files import Legacy, SavedState, is_opening
 from keras_optkit.optimizers.engine.gradients import different
 from keras_optkit.optimizers.engine.packing import REPEATED, Bucket, pack
 from keras_optkit.optimizers.engine.placing import places as places_of
 from keras_optkit.optimizers.engine.placing import warn_unless_spread
 from keras_optkit.optimizers.engine.plan import Keywords, Plan, layout_for, with_routes
-from keras_optkit.optimizers.engine.state import State, for_buckets, joined, once
+from keras_optkit.optimizers.engine.state import State, for_buckets, joined, once, refuse_unless_quantised
 from keras_optkit.optimizers.groups import (
     Group,
     Places,
@@ -101,6 +102,15 @@ class Built(SavedState):
         # those that are attributes, then the state, in an order that does not depend on when it was made
         found = [*super().variables, *kept, *self._held.own, *self._given()]
         return list({id(variable): variable for variable in found}.values())
+
+    @property
+    def state_dtype(self) -> str | None:
+        """Another name for `slot_dtype`."""
+        return self.slot_dtype
+
+    @state_dtype.setter
+    def state_dtype(self, value: str | None) -> None:
+        self.slot_dtype = value
 
     def _given(self) -> list[keras.Variable]:
         """Hyperparameters that are variables, outside of TensorFlow, where a compiled step reads none but these."""
@@ -262,6 +272,7 @@ class Built(SavedState):
             with backend.outside_graph():
                 since = [as_number(self._updates)] * len(new)
         buckets = self._pack(new, variables, since)
+        refuse_unless_quantised(self.name, self._keywords(), with_routes(self._rules), [*self._held.buckets, *buckets])
         if self.stochastic_rounding and any(b.dtype == "float16" for b in buckets):
             raise ValueError(
                 "stochastic_rounding=True is for bfloat16 weights, got float16 ones. Use master_weights=True for them."
@@ -359,7 +370,7 @@ class Built(SavedState):
             [weight[backend.key(v)] for v in new],
             [treatment[backend.key(v)] for v in new],
             layout=lambda treatment: layout_for(rules[treatment.rule, treatment.route].rule, self._transforms()),
-            below=self.pack_below,
+            below=min(self.pack_below, QUANTISED_FROM) if self.slot_dtype == "int8" else self.pack_below,
             alone=lambda i: getattr(new[i], "constraint", None) is not None or on_devices.alone(i),
             flat=lambda i: on_devices.flat(i, tuple(new[i].shape)),
             since=since,

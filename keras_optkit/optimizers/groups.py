@@ -310,3 +310,10 @@ def _route(rule: Rule, weight: Weight) -> str:
     if name and name not in rule.routes():
         raise ValueError(f"{type(rule).__name__}.route must return a name in routes(), got {name!r} for {weight}.")
     return name
+
+
+def path_pattern(path: str) -> str:
+    """A pattern for this path alone, also where Keras adds to its beginning or drops that, as it does when loading."""
+    first, _, rest = path.partition("/")
+    dropped = f"({re.escape(first)}/)?{re.escape(rest)}" if "/" in rest else re.escape(path)
+    return f"^{dropped}$|/{re.escape(path)}$"

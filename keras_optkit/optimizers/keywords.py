@@ -32,6 +32,19 @@ def checked_patterns(name: str, value: Any) -> list[str] | None:
     return [checked_pattern(name, pattern) for pattern in value]
 
 
+def _checked_slot_dtype(name: str, value: Any) -> str | None:
+    return arguments.choice(name, value, (None, "float32", "bfloat16", "bfloat16+8", "int8"))
+
+
+def given_slot_dtype(slot_dtype: Any, state_dtype: Any) -> str | None:
+    """The `slot_dtype` that an optimizer was given, which has a second name."""
+    if _checked_slot_dtype("state_dtype", state_dtype) is None:
+        return slot_dtype
+    if slot_dtype not in (None, state_dtype):
+        raise ValueError(f"state_dtype is another name for slot_dtype, got {slot_dtype=} and {state_dtype=}. Give one.")
+    return state_dtype
+
+
 def _checked_shard_state(name: str, value: Any) -> bool:
     # a model's file opens everywhere; what is left then is said once it trains
     if arguments.boolean(name, value) and keras.config.backend() != "jax" and not is_opening():
@@ -65,7 +78,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "fuse": lambda name, value: arguments.choice(name, value, ("auto", True, False)),
     "master_weights": arguments.boolean,
     "stochastic_rounding": arguments.boolean,
-    "slot_dtype": lambda name, value: arguments.choice(name, value, (None, "float32", "bfloat16")),
+    "slot_dtype": _checked_slot_dtype,
+    "state_dtype": _checked_slot_dtype,
     "loss_scale_factor": _positive,
     "shard_state": _checked_shard_state,
 }
@@ -116,6 +130,7 @@ BEFORE_BUILD = {
     "master_weights",
     "stochastic_rounding",
     "slot_dtype",
+    "state_dtype",
     "shard_state",
 }
 

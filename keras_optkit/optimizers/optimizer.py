@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from keras_optkit.optimizers.engine.plan import with_routes
 from keras_optkit.optimizers.engine.run import change
 from keras_optkit.optimizers.engine.state import filled, state_bytes
 from keras_optkit.optimizers.explain import Explained, Explanation
-from keras_optkit.optimizers.groups import Group, checked_blocks, checked_groups
+from keras_optkit.optimizers.groups import Group, checked_blocks, checked_groups, path_pattern
 from keras_optkit.optimizers.groups import keras_path as _path
 from keras_optkit.optimizers.keywords import (
     BEFORE_BUILD,
@@ -34,6 +33,7 @@ from keras_optkit.optimizers.keywords import (
     EXCLUSIVE,
     READ_ONLY,
     checked_patterns,
+    given_slot_dtype,
     refuse_misspelt,
 )
 from keras_optkit.optimizers.rate import OfFunction, is_schedule, scaled_rate, schedule_and_multiplier
@@ -96,11 +96,14 @@ class Optimizer(FromSignature, Stepping):
         stochastic_rounding: Rounds updated bfloat16 weights up or down at random, with the probabilities that make the
             rounded weight right on average; small steps then add up without a copy. The random numbers are a function
             of the update count. At most one of the two can be given; for float32 weights neither does anything. State
-            that `slot_dtype` makes bfloat16 is rounded in the same way.
-        slot_dtype: Dtype that the rule's state is kept in, `"float32"` or `"bfloat16"`, apart from copies of the
-            weights; an update is computed in at least float32 anyway. None: what it is computed in. In bfloat16 it
-            takes half of the memory, but running means of β > 0.996 stand still, since their steps are below the last
-            of 8 bits; give `stochastic_rounding=True` then.
+            with a `slot_dtype` of fewer bits than float32 is rounded in the same way.
+        slot_dtype: What the rule's state is kept in, apart from copies of the weights and what has another shape; an
+            update is computed in at least float32 anyway. None: what it is computed in. `"float32"`, `"bfloat16"` (a
+            half of that), `"bfloat16+8"` (three quarters: 24 bits, 16 of them precision) or `"int8"` (a quarter:
+            quantised in blocks of 256; moments alone, not those of embeddings or of parameters below 4096 elements).
+            In bfloat16 running means of β > 0.996 stand still, since their steps are below the last of 8 bits; give
+            `stochastic_rounding=True` then. See the guide on precision.
+        state_dtype: Another name for `slot_dtype`.
         loss_scale_factor: A constant > 0 that `scale_loss` multiplies the loss by, as `fit` does, and that the
             gradients are divided by; None for none.
         shard_state: Spreads the state over the devices that batches are split over, so that each holds a part of it,
@@ -164,6 +167,7 @@ class Optimizer(FromSignature, Stepping):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         slot_dtype: str | None = None,
+        state_dtype: str | None = None,
         loss_scale_factor: float | None = None,
         shard_state: bool = False,
         name: str | None = None,
@@ -197,7 +201,7 @@ class Optimizer(FromSignature, Stepping):
         self.fuse = fuse
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
-        self.slot_dtype = slot_dtype
+        self.slot_dtype = given_slot_dtype(slot_dtype, state_dtype)
         self.loss_scale_factor = loss_scale_factor
         self.shard_state = shard_state
         self._refuse_second_average(use_ema, rule)
@@ -352,7 +356,7 @@ class Optimizer(FromSignature, Stepping):
                 raise TypeError(f"var_list must be a list of variables, got {variable!r} in it.")
         names = list(checked_patterns("var_names", var_names) or ())
         if variables:
-            names.append("|".join(dict.fromkeys(_pattern_of(_path(v)) for v in variables)))
+            names.append("|".join(dict.fromkeys(path_pattern(_path(v)) for v in variables)))
         self.decay_exclude = names or None  # type: ignore[misc]
         self._held.undecayed = {backend.key(v) for v in variables} if variables else None
 
@@ -481,6 +485,8 @@ class Optimizer(FromSignature, Stepping):
     def _config_value(self, name: str) -> Any:
         if name == "learning_rate" and self._schedule is not None:
             return self._schedule.function if isinstance(self._schedule, OfFunction) else self._schedule
+        if name == "state_dtype":  # which is in the config as slot_dtype
+            return None
         if name == "transforms":
             return None if self.transforms is None else list(self.transforms)
         return super()._config_value(name)
@@ -488,10 +494,3 @@ class Optimizer(FromSignature, Stepping):
 
 def _fields(rule: Rule) -> set[str]:
     return {field.name for field in dataclasses.fields(rule)}
-
-
-def _pattern_of(path: str) -> str:
-    """A pattern for this path alone, also where Keras adds to its beginning or drops that, as it does when loading."""
-    first, _, rest = path.partition("/")
-    dropped = f"({re.escape(first)}/)?{re.escape(rest)}" if "/" in rest else re.escape(path)
-    return f"^{dropped}$|/{re.escape(path)}$"

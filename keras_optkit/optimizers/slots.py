@@ -18,10 +18,14 @@ class Fill:
     Attributes:
         value: The number.
         shape: The shape for one parameter; None for its own.
+        is_moment: Whether it may be stored in 8 bits; see `moment`.
+        signed: Whether it may be negative.
     """
 
     value: float
     shape: tuple[int, ...] | None = None
+    is_moment: bool = False
+    signed: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,17 @@ Initial = float | Callable[[Tensor], Tensor] | Fill | FromWeights
 def fill(value: float) -> Fill:
     """A number, in the shape of the parameter."""
     return Fill(value)
+
+
+def moment(value: float = 0.0, *, signed: bool = True) -> Fill:
+    """A number, in the shape of the parameter, that a running mean begins with, of gradients or of their powers.
+
+    `slot_dtype="int8"` stores it in 8 bits, with an error of up to 1 % (relative to the largest of 256 elements), which
+    later gradients correct. Not for sums, which add errors up, for what is compared or subtracted, such as the previous
+    gradient, or for means that change by less than a thousandth at a time. With `signed=False` it is never negative,
+    and one that is above 0 does not become 0.
+    """
+    return Fill(value, None, True, signed)
 
 
 def shaped(*shape: int, value: float = 0.0) -> Fill:

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_optkit.optimizers.engine.files import unpacked
+from keras_optkit.optimizers.engine.files import entry_of, unpacked
 from keras_optkit.optimizers.of_model import ours
 
 #: The name of the description, beside the variables of an optimizer.
@@ -56,7 +56,8 @@ def restoring_optimizers(function: Callable[..., Any]) -> Callable[..., Any]:
                 continue
             packed = json.loads(_on_host(given[path]).tobytes())
             if packed != optimizer.packed():
-                paths = [path for path, _ in [*packed["entries"].values(), *packed["given"]]]
+                paths = [path for entry in packed["entries"].values() for path in entry_of(entry)[0]]
+                paths += [path for path, _ in packed["given"]]
                 optimizer.load_own_variables(unpacked(packed, {path: _on_host(values.pop(path)) for path in paths}))
         return function(self, {**state_tree, "optimizer_variables": values})
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from keras import ops
+from keras import ops, tree
 
 from keras_optkit.optimizers.engine import rounding
 from keras_optkit.optimizers.engine.plan import Plan
@@ -34,7 +35,7 @@ def swapped(plan: Plan, state: State, *, evaluating: bool) -> State:
             held = rounding.wide_slots(old, bucket)
             other, held = (rule.eval_value if evaluating else rule.train_value)(wide, held, h)
             held = rounding.narrow_slots(plan, held, old, b, state.iterations)
-            slots[b] = {name: ops.where(begun, bucket.stored(slot), old[name]) for name, slot in held.items()}
+            slots[b] = tree.map_structure(functools.partial(ops.where, begun), held, old)
         weights[b] = ops.cast(ops.where(begun, other, wide), bucket.dtype)
     return state._replace(
         weights=weights,

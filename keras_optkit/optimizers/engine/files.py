@@ -14,10 +14,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import tree
 
 from keras_optkit.backend import key, on_host
+from keras_optkit.optimizers.engine.codecs import CODECS, Codec
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import with_routes
+from keras_optkit.optimizers.engine.rounding import stored_as
 from keras_optkit.optimizers.engine.state import State
 from keras_optkit.optimizers.groups import Treatment
 from keras_optkit.optimizers.rule import slots_of
@@ -152,7 +155,11 @@ class SavedState(keras.optimizers.Optimizer):
         return {
             "schema": self._schema(),
             "entries": {
-                name: [variable.path, bucket and {"form": bucket.form, "places": [places[i] for i in bucket.indices]}]
+                name: [
+                    [part.path for part in tree.flatten(variable)],
+                    bucket and {"form": bucket.form, "places": [places[i] for i in bucket.indices]},
+                    type(variable).__name__ if isinstance(variable, Codec) else "",
+                ]
                 for name, (variable, bucket) in self._entries().items()
             },
             "given": [[flags.path, names] for flags, names in self._counts()],
@@ -172,14 +179,11 @@ class SavedState(keras.optimizers.Optimizer):
             )
         store["schema"] = np.frombuffer(json.dumps(self._schema()).encode(), np.uint8)
         for name, (variable, bucket) in self._entries().items():
-            value = on_host(variable)
-            if keras.backend.standardize_dtype(variable.dtype) == "bfloat16":  # which HDF5 does not know
-                value = value.astype("float32")
             if bucket is None:
-                store[name] = value
+                store[name] = on_host(variable)
             else:
                 slot = name.rsplit(".", 1)[0]
-                for i, part in zip(bucket.indices, bucket.separate(value), strict=True):
+                for i, part in zip(bucket.indices, bucket.separate(_wide(variable, bucket)), strict=True):
                     store[f"{slot}.{self._held.places[i]}"] = part
         for flags, names in self._counts():
             for name, flag in zip(names, on_host(flags), strict=True):
@@ -260,8 +264,10 @@ class SavedState(keras.optimizers.Optimizer):
                 variable.assign(saved[name])
             else:
                 slot = name.rsplit(".", 1)[0]
-                parts = [saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices]
-                variable.assign(bucket.stored(bucket.join(parts)))
+                whole = bucket.join([saved[f"{slot}.{self._held.places[i]}"] for i in bucket.indices])
+                value = stored_as(variable, whole, bucket) if isinstance(variable, Codec) else bucket.stored(whole)
+                for part, new in zip(tree.flatten(variable), tree.flatten(value), strict=True):
+                    part.assign(new)
         for counts, names in [] if fresh else self._counts():
             # files from before `given` was written: in the middle of a cycle all gradients count as there
             values = [saved.get(name) if name in saved else 2 * (saved["micro"] > 0) for name in names]
@@ -327,6 +333,12 @@ class SavedState(keras.optimizers.Optimizer):
         return theirs
 
 
+def entry_of(entry: Sequence[Any]) -> tuple[list[str], dict[str, Any] | None, str]:
+    """The paths, the bucket and the codec of an entry of `packed`; older ones have a single path and no codec."""
+    paths, bucket, codec = [*entry, ""][:3]
+    return [paths] if isinstance(paths, str) else paths, bucket, codec
+
+
 def unpacked(packed: dict[str, Any], values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The entries of a file.
 
@@ -336,14 +348,17 @@ def unpacked(packed: dict[str, Any], values: Mapping[str, Any]) -> dict[str, np.
     """
     schema = packed["schema"]
     store = {"schema": np.frombuffer(json.dumps(schema).encode(), np.uint8)}
-    for name, (path, bucket) in packed["entries"].items():
-        if bucket is None:
-            store[name] = values[path]
+    for name, entry in packed["entries"].items():
+        paths, described, codec = entry_of(entry)
+        held = [values[path] for path in paths]
+        if described is None:
+            store[name] = held[0]
             continue
-        shapes = tuple(tuple(schema["variables"][place][1]) for place in bucket["places"])
-        parts = Bucket(tuple(bucket["places"]), shapes, "", Treatment(), bucket["form"]).separate(values[path])
+        shapes = tuple(tuple(schema["variables"][place][1]) for place in described["places"])
+        bucket = Bucket(tuple(described["places"]), shapes, "", Treatment(), described["form"])
+        parts = bucket.separate(_wide(CODECS[codec](*held) if codec else held[0], bucket))
         slot = name.rsplit(".", 1)[0]
-        store |= {f"{slot}.{place}": part for place, part in zip(bucket["places"], parts, strict=True)}
+        store |= {f"{slot}.{place}": part for place, part in zip(described["places"], parts, strict=True)}
     for path, names in packed["given"]:
         store |= dict(zip(names, values[path], strict=True))
     return store
@@ -387,6 +402,15 @@ _JOINED = re.compile(r"_joined_\d+(_\d+)?$")
 def _joined(paths: Iterable[str]) -> list[str]:
     """The names of the state of weights that joined after others."""
     return [path.split("/")[-1] for path in paths if _JOINED.search(path)]
+
+
+def _wide(stored: Any, bucket: Bucket) -> np.ndarray:
+    """What files hold of packed state: its values, in at least float32, since HDF5 does not know bfloat16."""
+    if isinstance(stored, Codec):
+        held = type(stored)(*map(on_host, stored))
+        return np.asarray(keras.ops.convert_to_numpy(bucket.stored(held.decode(bucket))))
+    value = on_host(stored)
+    return value.astype("float32") if value.dtype.name == "bfloat16" else value
 
 
 def _comparable(a: Any, b: Any) -> bool:

@@ -11,6 +11,7 @@ from keras import ops, tree
 from keras_optkit import backend
 from keras_optkit.backend import Rows
 from keras_optkit.kernels import TABLE
+from keras_optkit.optimizers.engine.codecs import Signed
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.engine.state import State, functions_of_weights
@@ -177,7 +178,10 @@ def can_take_rows(plan: Plan, state: State, b: int) -> bool:
     bucket, keywords = plan.buckets[b], plan.keywords
     looks = state.has("accumulated") or state.has("evaluating") or state.has("master")
     looks = looks or plan.constraints[b] is not None or bool(functions_of_weights(plan.rule(bucket), bucket))
-    rounds = keywords.stochastic_rounding and "bfloat16" in (bucket.dtype, keywords.slot_dtype)
+    rounds = keywords.stochastic_rounding and (
+        bucket.dtype == "bfloat16" or keywords.slot_dtype not in (None, "float32")
+    )
+    looks = looks or any(isinstance(slot, Signed) for slot in state.slots[b].values())  # a block has parts of rows
     return bucket.alone and not looks and not rounds
 
 

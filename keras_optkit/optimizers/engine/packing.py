@@ -78,6 +78,11 @@ class Bucket:
         return self.stacked_shape(self.shapes[0])
 
     @property
+    def joined_shape(self) -> Shape:
+        """The shape of the one tensor."""
+        return {"flat": (1, self._size), "stacked": (len(self.shapes), *self.shapes[0])}.get(self.form, self.shapes[0])
+
+    @property
     def _size(self) -> int:
         return sum(map(math.prod, self.shapes))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_optkit import backend
+from keras_optkit.optimizers.engine.codecs import Codec
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.engine.state import State
@@ -30,16 +33,24 @@ def narrowed(plan: Plan, p: Tensor, b: int, iterations: Tensor) -> Tensor:
 
 
 def wide_slots(slots: Slots, bucket: Bucket) -> Slots:
-    """Slots in the dtype of the computation."""
-    return {name: ops.cast(bucket.view(slot), at_least_float32(bucket.dtype)) for name, slot in slots.items()}
+    """Stored slots in the dtype of the computation, in the form of the one tensor."""
+    decoded = {name: s.decode(bucket) if isinstance(s, Codec) else bucket.view(s) for name, s in slots.items()}
+    return {name: ops.cast(slot, at_least_float32(bucket.dtype)) for name, slot in decoded.items()}
 
 
 def narrow_slots(plan: Plan, slots: Slots, old: Slots, b: int, iterations: Tensor) -> Slots:
-    """Slots in the dtypes that they are stored in."""
-    at_random = plan.keywords.stochastic_rounding
-    kept = {name: keras.backend.standardize_dtype(old[name].dtype) for name in slots}
+    """The inverse of `wide_slots`: slots as they are stored, in the dtypes and codecs of `old`."""
     seeds = {name: (b + (place << 16), iterations) for place, name in enumerate(slots, 1)}
-    return {name: rounded(slot, kept[name], seeds[name], at_random=at_random) for name, slot in slots.items()}
+    at_random = plan.keywords.stochastic_rounding
+    return {n: stored_as(old[n], x, plan.buckets[b], seeds[n] if at_random else None) for n, x in slots.items()}
+
+
+def stored_as(old: Any, x: Tensor, bucket: Bucket, seed: tuple[Any, Any] | None = None) -> Any:
+    """A slot as `old` is stored, rounded at random if a seed is given."""
+    if isinstance(old, Codec):
+        return old.encode(bucket, x, None if seed is None else backend.random_bits(x.shape, seed))
+    dtype = keras.backend.standardize_dtype(old.dtype)
+    return bucket.stored(rounded(x, dtype, seed or (0, 0), at_random=seed is not None))
 
 
 def rounded(x: Tensor, dtype: str, seed: tuple[int, Tensor], *, at_random: bool) -> Tensor:

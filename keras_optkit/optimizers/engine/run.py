@@ -245,12 +245,13 @@ def _tensors_in(grads: Sequence[Any]) -> list[Any]:
 def _write_rows(plan: Plan, state: State, b: int, grad: Rows, dynamic: list[Value], prepared: Any) -> None:
     variables = {"weights": state.weights[b][0], **state.slots[b]}
 
-    def take(name: str) -> Tensor:
-        return tf.gather(handle(variables[name]), grad.indices)
+    def take(name: str) -> Any:
+        return tree.map_structure(lambda v: tf.gather(handle(v), grad.indices), variables[name])
 
     new = update.update_rows(plan, b, take, state.slots[b], dynamic, prepared)
     for name, values in new.items():
-        handle(variables[name]).scatter_update(tf.IndexedSlices(values, grad.indices))
+        for variable, rows in zip(tree.flatten(variables[name]), tree.flatten(values), strict=True):
+            handle(variable).scatter_update(tf.IndexedSlices(rows, grad.indices))
 
 
 # -- reading and assigning --------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def _read(
             ]
         elif name == "slots":
             view[name] = [
-                {slot: None if b in without else tensor(v) for slot, v in slots.items()} for b, slots in enumerate(part)
+                tree.map_structure((lambda _: None) if b in without else tensor, slots) for b, slots in enumerate(part)
             ]
         else:
             view[name] = tree.map_structure(tensor, part)

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_optkit.kernels import TABLE
+from keras_optkit.optimizers.engine.codecs import QUANTISED_FROM, Codec, Corrected, Signed, Unsigned
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Keywords, RuleId, Rules
 from keras_optkit.optimizers.rule import Rule, Slots, Tensor, Weight, slots_of
@@ -102,8 +104,26 @@ def for_buckets(
         layout = bucket.placement and bucket.placement.whole
         return make((len(bucket.indices),), dtype="int32", layout=layout, name=named(name, bucket))
 
-    def slot(name: str, initial: Fill | FromWeights, bucket: Bucket) -> keras.Variable:
-        dtype = slot_dtype(bucket.dtype, initial, keywords)
+    def encoded(name: str, value: float, bucket: Bucket, codec: type[Codec]) -> Codec:
+        # made inside of an initializer, as the others are
+        first = codec.encode(bucket, ops.full(bucket.joined_shape, value, "float32"))
+        return codec(
+            *(
+                make(
+                    tuple(part.shape),
+                    (lambda *_, part=part, **__: part),
+                    dtype,
+                    layout=bucket.layout(tuple(part.shape)),
+                    name=named(f"{name}_{own}", bucket),
+                )
+                for part, own, dtype in zip(first, codec._fields, codec.dtypes, strict=True)
+            )
+        )
+
+    def slot(name: str, initial: Fill | FromWeights, bucket: Bucket) -> keras.Variable | Codec:
+        dtype = form_of_slot(bucket.weight, initial, keywords)
+        if not isinstance(dtype, str):
+            return encoded(name, initial.value, bucket, dtype)  # type: ignore[union-attr]
         if isinstance(initial, FromWeights):  # the first update sets it; see `begun`
             zeros = ops.zeros(bucket.stored_shape, dtype)
             shape = tuple(bucket.stored(initial.function(bucket.view(zeros))).shape)
@@ -189,15 +209,38 @@ def functions_of_weights(rule: Rule, bucket: Bucket) -> dict[str, Callable[[Tens
     return {name: value.function for name, value in initial.items() if isinstance(value, FromWeights)}
 
 
-def slot_dtype(weights: str, initial: Fill | FromWeights, keywords: Keywords) -> str:
-    """The dtype of a slot.
+def form_of_slot(weight: Weight, initial: Fill | FromWeights, keywords: Keywords) -> str | type[Codec]:
+    """The dtype of a slot, or its codec.
 
     Slots initialised from the weights, and those in a shape of their own, have the precision of the computation: the
-    former are weights, and the latter are small or, like the basis of a space, useless if they are rounded.
+    former are weights, and the latter are small or, like the basis of a space, useless if they are rounded. In 8 bits
+    are only moments, and as in the paper neither those of small parameters nor of embeddings.
     """
-    given = keywords.slot_dtype
-    own = isinstance(initial, FromWeights) or initial.shape is not None
-    return at_least_float32(weights) if given is None or own else given
+    wide, given = at_least_float32(weight.dtype), keywords.slot_dtype
+    if given is None or isinstance(initial, FromWeights) or initial.shape is not None:
+        return wide
+    if given == "bfloat16+8":
+        return Corrected
+    if given != "int8":
+        return given
+    quantised = initial.is_moment and weight.role != TABLE and math.prod(weight.shape) >= QUANTISED_FROM
+    return (Signed if initial.signed else Unsigned) if quantised else wide
+
+
+def refuse_unless_quantised(name: str, keywords: Keywords, rules: Rules, buckets: Sequence[Bucket]) -> None:
+    """Raises if `slot_dtype="int8"` would do nothing, whatever the sizes of the parameters are.
+
+    Raises:
+        ValueError: If none of the rules has a moment, and there is state.
+    """
+    known = {bucket.rule: slots_of(rules[bucket.rule].rule, bucket.weight) for bucket in buckets}
+    slots = [slot for of_rule in known.values() for slot in of_rule.values()]
+    if keywords.slot_dtype == "int8" and slots and not any(isinstance(s, Fill) and s.is_moment for s in slots):
+        held = ", ".join(sorted({slot for of_rule in known.values() for slot in of_rule}))
+        raise ValueError(
+            f"slot_dtype must be None, 'float32', 'bfloat16' or 'bfloat16+8' for {name}, got 'int8': its state "
+            f"({held}) has no running mean, which alone may be kept in 8 bits; see keras_optkit.optimizers.moment."
+        )
 
 
 def state_bytes(rule: Rule, weight: Weight, keywords: Keywords) -> int:
@@ -207,7 +250,8 @@ def state_bytes(rule: Rule, weight: Weight, keywords: Keywords) -> int:
     def bytes_of(initial: Fill | FromWeights) -> int:
         own = isinstance(initial, Fill) and initial.shape is not None
         count = math.prod(initial.shape) if own else size  # type: ignore[union-attr,arg-type]
-        return count * _item_bytes(slot_dtype(weight.dtype, initial, keywords))
+        form = form_of_slot(weight, initial, keywords)
+        return count * _item_bytes(form) if isinstance(form, str) else form.bytes_of(count)
 
     accumulated = 1 + _needs_product(rule) if keywords.gradient_accumulation_steps else 0
     copies = keywords.use_ema + accumulated

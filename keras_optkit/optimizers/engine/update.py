@@ -257,8 +257,7 @@ def update(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], pre
         weights[b] = rounding.narrowed(plan, p, b, state.iterations)
         if keywords.master_weights and state.master[b]:
             master[b] = {"master": bucket.stored(p)}
-        kept = rounding.narrow_slots(plan, wide, state.slots[b], b, state.iterations)
-        slots[b] = {name: bucket.stored(slot) for name, slot in kept.items()}
+        slots[b] = rounding.narrow_slots(plan, wide, state.slots[b], b, state.iterations)
     new = state._replace(
         iterations=state.iterations + 1,
         weights=weights,
@@ -307,8 +306,7 @@ def update_rows(
     held = {name: take(name) for name in slots}
     h = hyper(plan, prepared, memo(dynamic, prepared.read), bucket)
     p, new = apply_rule(plan, bucket, prepared.changed[b], rounding.wide_slots(held, bucket), p, h, prepared.finite)
-    new = rounding.narrow_slots(plan, new, held, b, prepared.iterations)
-    stored = {name: bucket.stored(slot) for name, slot in new.items()}
+    stored = rounding.narrow_slots(plan, new, held, b, prepared.iterations)
     return {"weights": bucket.stored(ops.cast(p, weights.dtype)), **stored}
 
 

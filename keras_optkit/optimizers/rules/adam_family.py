@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
 from keras_optkit.optimizers.rules.adam import SPACE
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -32,8 +34,8 @@ class NAdamRule(Rule):
     epsilon: Value = number(1e-8)
     momentum_decay: Value = number(0.004)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         m, v = moments(u, slots, h(self.beta_1), h(self.beta_2))
@@ -128,8 +130,8 @@ class RAdamRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="neither")
     epsilon: Value = number(1e-8)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         m, v = moments(u, slots, h(self.beta_1), h(self.beta_2))
@@ -237,8 +239,8 @@ class AdaBeliefRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-16)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "s": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "s": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2, epsilon = h(self.beta_1), h(self.beta_2), h(self.epsilon)
@@ -316,8 +318,9 @@ class AdanRule(Rule):
     beta_3: Value = number(0.99, 0, 1, closed="left")
     epsilon: Value = number(1e-8)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0, "n": 0.0, "gradient": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        # of the difference to a gradient in 8 bits little would be right
+        return {"m": moment(), "v": moment(), "n": moment(signed=False), "gradient": 0.0}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2, beta_3 = h(self.beta_1), h(self.beta_2), h(self.beta_3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, is_dynamic, number
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -27,7 +29,7 @@ class AdagradRule(Rule):
     epsilon: Value = number(1e-8)
     epsilon_inside: bool = flag(True)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
         return {"G": self.initial_accumulator_value}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
@@ -105,11 +107,11 @@ class RMSpropRule(Rule):
     epsilon_inside: bool = flag(True)
     rate_in_velocity: bool = flag(True)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
         return (
-            {"E": 0.0}
+            {"E": 0.0 if self.centered else moment(signed=False)}  # a difference of rounded means may be negative
             | ({"mean": 0.0} if self.centered else {})
-            | ({"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {})
+            | ({"v": moment()} if is_dynamic(self.momentum) or self.momentum else {})
         )
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -22,8 +24,8 @@ class AdadeltaRule(Rule):
     rho: Value = number(0.95, 0, 1, closed="left")
     epsilon: Value = number(1e-6, closed="neither")
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"E": 0.0, "D": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"E": moment(signed=False), "D": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         rho, epsilon = h(self.rho), h(self.epsilon)
@@ -99,8 +101,8 @@ class AdamaxRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-8)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1 = h(self.beta_1)
@@ -181,7 +183,7 @@ class FtrlRule(Rule):
     l2_shrinkage_regularization_strength: Value = number(0.0)
     beta: Value = number(0.0)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
         return {"n": self.initial_accumulator_value, "z": 0.0}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
@@ -309,7 +311,7 @@ class RpropRule(Rule):
         if not (is_dynamic(self.min_factor) or is_dynamic(self.max_factor)) and self.min_factor > self.max_factor:
             raise ValueError(f"min_factor must not be above max_factor, got {self.min_factor} and {self.max_factor}.")
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
         return {"factor": 1.0, "sign": 0.0}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:

@@ -18,7 +18,7 @@ from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weig
 from keras_optkit.optimizers.rules.adam import AdamRule
 from keras_optkit.optimizers.rules.memory import factored, product
 from keras_optkit.optimizers.rules.muon import patterns
-from keras_optkit.optimizers.slots import Initial, shaped
+from keras_optkit.optimizers.slots import Initial, moment, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -36,7 +36,7 @@ class CAMEVectorRule(Rule):
     clip_threshold: Value = number(1.0, 0, closed="neither")
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"m": 0.0, "v": 0.0}
+        return {"m": moment(), "v": moment(signed=False)}
 
     def clipped(self, u: Tensor, v: Tensor, h: Hyper) -> Tensor:
         """û."""
@@ -69,7 +69,7 @@ class CAMERule(CAMEVectorRule):
     def slots(self, w: Weight) -> Mapping[str, Initial]:
         maps, rows, columns = matrix_shape(w.shape, w.axes)
         sides = {"row": shaped(maps, rows), "column": shaped(maps, columns)}
-        return {"m": 0.0, **sides, **{f"residual_{name}": side for name, side in sides.items()}}
+        return {"m": moment(), **sides, **{f"residual_{name}": side for name, side in sides.items()}}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         new = factored(as_matrices(u * u + h(self.epsilon_1), h.kernel), slots, h(self.beta_2))
@@ -178,7 +178,7 @@ class SM3Rule(Rule):
     def slots(self, w: Weight) -> Mapping[str, Initial]:
         rank = len(w.shape)
         sides = {f"mu_{i}": shaped(*(d if i == j else 1 for j, d in enumerate(w.shape))) for i in range(rank)}
-        kept = {"m": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
+        kept = {"m": moment()} if is_dynamic(self.momentum) or self.momentum else {}
         return {**kept, **(sides or {"mu_0": shaped()})}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
@@ -277,7 +277,7 @@ class BlockAdamRule(Rule):
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
         block = self.block(len(w.shape), w.axes)
-        return {"m": 0.0, "v": shaped(*(1 if i in block else d for i, d in enumerate(w.shape)))}
+        return {"m": moment(), "v": shaped(*(1 if i in block else d for i, d in enumerate(w.shape)))}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2 = h(self.beta_1), h(self.beta_2)

@@ -14,7 +14,7 @@ from keras_optkit.kernels import VECTOR
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, count, number
 from keras_optkit.optimizers.rules.soap import gram_along, turned
-from keras_optkit.optimizers.slots import Initial, shaped
+from keras_optkit.optimizers.slots import Initial, moment, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -49,7 +49,7 @@ class KronVectorRule(Rule):
         return {"waited": waited * (1 - due), "due": due}
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"m": 0.0, "q": self.initial_scale}
+        return {"m": moment(), "q": self.initial_scale}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         gamma = h(self.momentum)
@@ -101,7 +101,7 @@ class KronRule(KronVectorRule):
             f"q_{i}": shaped(d, d) if 1 < d <= self.max_precondition_dim else shaped(d, value=first)
             for i, d in enumerate(w.shape)
         }
-        return {"m": 0.0, **factors}
+        return {"m": moment(), **factors}
 
     def first(self, rank: int) -> float:
         """The scale of each of the first factors, which are multiples of the identity."""

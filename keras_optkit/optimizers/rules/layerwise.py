@@ -12,7 +12,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit.kernels import VECTOR
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, is_dynamic, number
-from keras_optkit.optimizers.slots import Initial, shaped
+from keras_optkit.optimizers.slots import Initial, moment, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -27,8 +27,8 @@ class LAMBRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-6)
 
-    def slots(self, w: Weight) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2 = h(self.beta_1), h(self.beta_2)
@@ -117,7 +117,7 @@ class LARSVectorRule(Rule):
     nesterov: bool = flag(False)
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
+        return {"v": moment()} if is_dynamic(self.momentum) or self.momentum else {}
 
     def moved(self, u: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
         """The step for the decayed gradient."""
@@ -237,7 +237,7 @@ class NovoGradRule(Rule):
     grad_averaging: bool = flag(False)
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"m": 0.0, "v": shaped()}
+        return {"m": moment(), "v": shaped()}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2, square = h(self.beta_1), h(self.beta_2), h.sum(u * u)

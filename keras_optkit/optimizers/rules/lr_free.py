@@ -11,7 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, number
-from keras_optkit.optimizers.slots import Initial, weights_copy
+from keras_optkit.optimizers.slots import Initial, moment, weights_copy
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -33,7 +33,7 @@ class ProdigyRule(Rule):
     safeguard_warmup: bool = flag(False)
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"m": 0.0, "v": 0.0, "s": 0.0, "start": weights_copy()}
+        return {"m": moment(), "v": moment(signed=False), "s": 0.0, "start": weights_copy()}
 
     def scalars(self) -> Mapping[str, float]:
         return {"d": self.initial_d, "d_max": self.initial_d, "numerator": 0.0}

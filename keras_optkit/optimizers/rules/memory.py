@@ -13,7 +13,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit.kernels import VECTOR, as_matrices, from_matrices, matrix_shape
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, number
-from keras_optkit.optimizers.slots import Initial, shaped
+from keras_optkit.optimizers.slots import Initial, moment, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -31,11 +31,11 @@ class AdafactorVectorRule(Rule):
     relative_step: bool = flag(True)
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"v": 0.0, **self.momentum()}
+        return {"v": moment(signed=False), **self.momentum()}
 
-    def momentum(self) -> dict[str, float]:
+    def momentum(self) -> dict[str, Initial]:
         """The slot of the first moment, if there is one."""
-        return {} if isinstance(self.beta_1, float) and not self.beta_1 else {"m": 0.0}
+        return {} if isinstance(self.beta_1, float) and not self.beta_1 else {"m": moment()}
 
     def decay(self, h: Hyper, like: Tensor) -> Tensor:
         """The decay β of the second moment: a mean of all squares at first, and of the last ones later."""

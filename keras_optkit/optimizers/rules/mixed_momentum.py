@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, count, is_dynamic, number
 from keras_optkit.optimizers.rules.adam_family import moments
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -29,8 +31,9 @@ class AdEMAMixRule(Rule):
     alpha_warmup_steps: int = count(0, low=0)
     beta_3_warmup_steps: int = count(0, low=0)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "m_2": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        # m_2 changes by a ten thousandth at a time
+        return {"m": moment(), "m_2": 0.0, "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         m, v = moments(u, slots, h(self.beta_1), h(self.beta_2))
@@ -150,8 +153,8 @@ class MARSRule(Rule):
     gamma: Value = number(0.025)
     epsilon: Value = number(1e-8)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0, "gradient": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False), "gradient": 0.0}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2 = h(self.beta_1), h(self.beta_2)

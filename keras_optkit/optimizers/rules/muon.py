@@ -29,6 +29,7 @@ from keras_optkit.optimizers.rule import (
     number,
 )
 from keras_optkit.optimizers.rules.adam import AdamRule
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -127,8 +128,8 @@ class MuonRule(Rule):
         matrix = table or (w.role == KERNEL and not (w.output and self.exclude_output))
         return "" if matrix and not named else "adam"
 
-    def slots(self, w: Weight) -> dict[str, float]:
-        return {"m": 0.0}
+    def slots(self, w: Weight) -> Mapping[str, Initial]:
+        return {"m": moment()}
 
     def looked_ahead(self, u: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Tensor]:
         """The momentum to orthogonalize, and the one to keep."""

@@ -19,7 +19,7 @@ from keras_optkit.optimizers.rules.muon import (
     warn_of_unknown_output,
     widening,
 )
-from keras_optkit.optimizers.slots import Initial, shaped
+from keras_optkit.optimizers.slots import Initial, moment, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -45,7 +45,7 @@ class NorMuonRule(MuonRule):
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:  # type: ignore[override]
         maps, _, units = matrix_shape(w.shape, w.axes)
-        return {"m": 0.0, "v": shaped(maps, units)}
+        return {"m": moment(), "v": shaped(maps, units)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_2, epsilon = h(self.beta_2), h(self.epsilon_2)
@@ -68,8 +68,8 @@ class AdaMuonRule(MuonRule):
     epsilon_2: Value = number(1e-8)
     sign_momentum: bool = flag(True)
 
-    def slots(self, w: Weight) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_2, epsilon = h(self.beta_2), h(self.epsilon_2)
@@ -93,7 +93,7 @@ class ScionVectorRule(Rule):
     epsilon: Value = number(1e-8)
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"m": 0.0}
+        return {"m": moment()}
 
     def lmo(self, m: Tensor, h: Hyper) -> Tensor:
         """The point of the unit ball that goes furthest along m."""

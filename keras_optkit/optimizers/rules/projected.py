@@ -14,6 +14,7 @@ from keras_optkit.kernels import VECTOR, as_matrices, from_matrices
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, number
 from keras_optkit.optimizers.rules.adam_family import moments
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -105,8 +106,8 @@ class AdamPRule(ProjectedRule):
         fields = (self.beta_1, self.beta_2, self.epsilon, self.delta, self.decay_ratio, self.nesterov)
         return {"vector": AdamPVectorRule(*fields)}
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, epsilon = h(self.beta_1), h(self.epsilon)
@@ -219,8 +220,8 @@ class SGDPRule(ProjectedRule):
     def routes(self) -> Mapping[str, Rule]:
         return {"vector": SGDPVectorRule(self.momentum, self.nesterov, self.epsilon, self.delta, self.decay_ratio)}
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"v": moment()}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         gamma = h(self.momentum)

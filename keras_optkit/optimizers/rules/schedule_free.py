@@ -14,7 +14,7 @@ from keras_optkit.optimizers.inner import Inner
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, count, number
 from keras_optkit.optimizers.rules.sgd import SGDRule
-from keras_optkit.optimizers.slots import Initial, weights_copy
+from keras_optkit.optimizers.slots import Initial, moment, weights_copy
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -36,7 +36,7 @@ class ScheduleFreeBaseRule(Wrapper):
         """The share of x in y."""
         raise NotImplementedError
 
-    def slots(self, w: Weight | None = None) -> dict[str, Initial]:
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
         return with_own(super().slots(w), "anchor", weights_copy())  # z, which other rules have, too
 
     def scalars(self) -> dict[str, float]:
@@ -118,8 +118,8 @@ class SecondMomentRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-8)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_2 = h(self.beta_2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, number
 from keras_optkit.optimizers.rules.adam import SPACE
 from keras_optkit.optimizers.rules.adam_family import moments
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -26,8 +28,8 @@ class YogiRule(Rule):
     epsilon: Value = number(1e-3)
     initial_accumulator_value: float = number(1e-6, fixed=True)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": self.initial_accumulator_value}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": self.initial_accumulator_value}  # v changes by a thousandth of g² at a time
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, square = h(self.beta_1), u * u
@@ -113,8 +115,8 @@ class LaPropRule(Rule):
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-15)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2 = h(self.beta_1), h(self.beta_2)
@@ -193,8 +195,8 @@ class ADOPTRule(Rule):
     epsilon: Value = number(1e-6)
     clip_exponent: Value = number(0.25, optional=True)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2 = h(self.beta_1), h(self.beta_2)
@@ -293,8 +295,8 @@ class StableAdamWRule(Rule):
     beta_2: Value = number(0.99, 0, 1, closed="left")
     epsilon: Value = number(1e-6)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0, "v": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment(), "v": moment(signed=False)}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         epsilon = h(self.epsilon)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, flag, is_dynamic, number
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -22,8 +24,8 @@ class SGDRule(Rule):
     nesterov: bool = flag(False)
     rate_in_velocity: bool = flag(True)
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"v": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"v": moment()} if is_dynamic(self.momentum) or self.momentum else {}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         if "v" not in slots:

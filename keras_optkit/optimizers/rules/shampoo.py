@@ -14,7 +14,7 @@ from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, count, number
 from keras_optkit.optimizers.rules.adam import AdamRule
 from keras_optkit.optimizers.rules.soap import gram_along, turned
-from keras_optkit.optimizers.slots import Initial, shaped
+from keras_optkit.optimizers.slots import Initial, moment, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -44,7 +44,7 @@ class ShampooRule(Rule):
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
         sides = {f"{name}_{i}": shaped(d, d) for i, d in enumerate(w.shape) for name in ("gram", "root")}
-        return {"m": 0.0, "v": 0.0, **sides}
+        return {"m": moment(), "v": moment(signed=False), **sides}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         axes, beta_2 = range(len(u.shape) - 1), h(self.beta_2)

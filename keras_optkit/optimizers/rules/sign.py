@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
+from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -22,8 +24,8 @@ class LionRule(Rule):
     beta_1: Value = number(0.9, 0, 1, closed="left")
     beta_2: Value = number(0.99, 0, 1, closed="left")
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment()}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         beta_1, beta_2 = h(self.beta_1), h(self.beta_2)
@@ -96,8 +98,8 @@ class SignumRule(Rule):
     elementwise = True
     momentum: Value = number(0.9, 0, 1, closed="left")
 
-    def slots(self, w: Weight | None = None) -> dict[str, float]:
-        return {"m": 0.0} if is_dynamic(self.momentum) or self.momentum else {}
+    def slots(self, w: Weight | None = None) -> Mapping[str, Initial]:
+        return {"m": moment()} if is_dynamic(self.momentum) or self.momentum else {}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         if "m" not in slots:

@@ -13,7 +13,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 from keras_optkit.kernels import VECTOR
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, choice, count, number
-from keras_optkit.optimizers.slots import Initial, shaped
+from keras_optkit.optimizers.slots import Initial, moment, shaped
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -33,7 +33,7 @@ class SOAPVectorRule(Rule):
     epsilon: Value = number(1e-8)
 
     def slots(self, w: Weight) -> Mapping[str, Initial]:
-        return {"m": 0.0, "v": 0.0}
+        return {"m": moment(), "v": moment(signed=False)}
 
     def step(self, adam: Tensor, p: Tensor, h: Hyper) -> Tensor:
         """The step for `m / (√v + ε)`."""
@@ -69,7 +69,7 @@ class SOAPRule(SOAPVectorRule):
     def slots(self, w: Weight) -> Mapping[str, Initial]:
         sides = {i: shaped(d, d) for i, d in enumerate(w.shape) if d <= self.max_precondition_dim}
         squares = {f"{name}_{i}": side for i, side in sides.items() for name in ("gram", "basis")}
-        return {"m": 0.0, "v": 0.0, **squares}
+        return {"m": moment(), "v": moment(signed=False), **squares}
 
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         axes = [i for i in range(len(u.shape) - 1) if f"gram_{i}" in slots]
