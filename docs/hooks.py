@@ -153,7 +153,7 @@ def optimizer_page(card: Card) -> str:
 
 def _arguments(card: Card) -> list[str]:
     """The arguments of its own, with their defaults and the ranges that a search draws from."""
-    own = [p for p in inspect.signature(card.make.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]  # type: ignore[misc]
+    own = [p for p in inspect.signature(card.make.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     rows = [f"| `{p.name}` | `{p.default!r}` | {_range(card.space.get(p.name))} |" for p in own if p.name != "self"]
     common = [
         f"| `{name}` | common to all | {_range(card.space[name])} |" for name in set(card.space) - {p.name for p in own}

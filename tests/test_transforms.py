@@ -317,19 +317,19 @@ def test_a_weight_without_a_step_decays_cautiously():
 
 
 def test_corrected_decay_is_pytorch_optimizers():
-    start, schedule = problems.start(((4, 3), (5,))), ok.schedules.Cosine(0.02, 100)
+    start, rates = problems.start(((4, 3), (5,))), (0.02 * np.cos(np.linspace(0, 1.5, 100))).tolist()
     # so large that 1e-15, which it adds to v, does not matter
     grads = [[1e4 * g for g in arrays] for arrays in problems.gradients(100, ((4, 3), (5,)))]
+    theirs = in_torch(corrected_decay_run, start, grads, rates, 0.3)
     with float64():
-        rates = [float(schedule(step)) for step in range(100)]
         corrected = CorrectedDecay(0.02, parameters="all")
-        optimizer = ok.optimizers.AdamW(
-            schedule, epsilon=1e-16, weight_decay=0.3, decay_mask="all", transforms=[corrected]
-        )
-        got = problems.train(optimizer, grads, values=start)
-    for ours, theirs in zip(got, in_torch(corrected_decay_run, start, grads, rates, 0.3), strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+        optimizer = ok.optimizers.AdamW(epsilon=1e-16, weight_decay=0.3, decay_mask="all", transforms=[corrected])
+        weights = problems.variables(start)
+        for rate, arrays, expected in zip(rates, grads, theirs, strict=True):
+            optimizer.learning_rate = rate
+            optimizer.apply([ops.convert_to_tensor(g) for g in arrays], weights)
+            for a, b in zip(weights, expected, strict=True):
+                np.testing.assert_allclose(ops.convert_to_numpy(a), b, rtol=1e-9, atol=1e-12)
 
 
 def test_corrected_decay_of_a_group_is_a_schedule_of_its_decay():
@@ -352,7 +352,7 @@ def test_corrected_decay_of_a_group_is_a_schedule_of_its_decay():
 
     with float64():
         for a, b in zip(trained(0.5, [CorrectedDecay(0.1)]), trained(decay, []), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-12)
+            np.testing.assert_allclose(a, b, rtol=1e-7)  # JAX rounds schedules
 
 
 # -- gradient noise ---------------------------------------------------------------------------------------------------
@@ -383,7 +383,8 @@ def test_gradient_noise_has_the_variance_of_optax():
         noise, state = theirs.update(zeros, state)
         assert np.std(ours[0]) == pytest.approx(float(np.std(noise)), rel=0.02)
     large = found[0][0].ravel() / np.sqrt(0.5)
-    assert [np.mean(large**n) for n in (1, 2, 3, 4)] == pytest.approx([0, 1, 0, 3], abs=0.05)
+    for n, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # of a normal number's power
+        assert np.mean(large**n) == pytest.approx(moment, abs=4 * np.sqrt(variance / large.size))
     assert np.mean(np.abs(large) > 1.96) == pytest.approx(0.05, abs=0.005)
 
 
