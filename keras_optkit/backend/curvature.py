@@ -94,7 +94,7 @@ def _twice_differentiable_moments() -> Iterator[None]:
             tf.nn.moments = _moments_of_tensorflow
 
 
-_moments_of_tensorflow = tf.nn.moments if TENSORFLOW else None
+_moments_of_tensorflow: Any = tf.nn.moments if TENSORFLOW else None
 
 
 def _moments(x: Any, axes: Any, shift: Any = None, keepdims: bool = False, name: Any = None) -> tuple[Tensor, Tensor]:
