@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -76,9 +77,8 @@ class Comparison:
         if hasattr(here, run):
             found, besides = getattr(here, run)(*task)
         else:
-            found, besides = elsewhere(
-                getattr(differentiated if reference.needs else runs, run), *task, reference.evaluated
-            )
+            of = differentiated if reference.needs else runs
+            found, besides = elsewhere(getattr(of, run), *task, reference.evaluated)
         inject = reference.inject
         got = self._trained(grads, None if inject is None else inject([variables[i] for i in places], besides))
         expected = found if reference.evaluated is None else [[*a, *b] for a, b in zip(found, besides, strict=True)]
@@ -110,8 +110,16 @@ class Comparison:
         optimizer = self._ours()
         optimizer.build(model)
         if self.reference.needs:
-            step = _perturbed_step if self.reference.needs == "second_gradient" else _curved_step
-            return optimizer, lambda problem: step(optimizer, problem, model)
+            if self.reference.needs == "second_gradient":
+                return optimizer, lambda problem: _perturbed_step(optimizer, problem, model)
+            curved = partial(_curved_step, optimizer, model)
+            if keras.config.backend() == "tensorflow" and mode == "graph":
+                import tensorflow as tf
+
+                curved = tf.function(curved, autograph=False)
+            return optimizer, lambda problem: curved(
+                *([ops.convert_to_tensor(x, self.dtype) for x in each] for each in problem[:2])
+            )
         compiled = problems.stepper(optimizer, model.trainable_variables, mode)
         return optimizer, lambda grads: compiled([ops.convert_to_tensor(g, self.dtype) for g in grads])
 
@@ -151,10 +159,9 @@ def _perturbed_step(optimizer: Any, problem: Any, model: Parts) -> None:
     optimizer.apply(second, variables)
 
 
-def _curved_step(optimizer: Any, problem: Any, model: Parts) -> None:
+def _curved_step(optimizer: Any, model: Parts, a: list[Any], b: list[Any]) -> None:
     """One with the Hessian of `sum(a sin(b θ)) + (sum c θ)²`, where c is a tenth of b."""
     variables = model.trainable_variables
-    a, b = ([ops.convert_to_tensor(x, model.dtype) for x in each] for each in problem[:2])
     c = [0.1 * y for y in b]
     weights = [ops.convert_to_tensor(p) for p in variables]
     vectors = optimizer.hessian_vectors(variables)

@@ -31,8 +31,8 @@ class Reference:
             where only vectors differ from Keras.
         only: The parameters that are compared: None for all, or the name of a rule, as `explain` shows it, for those
             that it updates.
-        run: Name of the function that runs the reference, of `keras_optkit.testing.parity.runs`, `differentiated` (with
-            `needs`) or `here`; None for the usual one.
+        run: Name of the function that runs the reference, of `keras_optkit.testing.parity.runs`, of `differentiated`
+            (with `needs`), or of `here`; None for the usual one.
         evaluated: Where the reference has weights to evaluate at, their name in its state; they are compared, too.
         inject: What our state is set to after the first step: a function of the variables and of what `run` returns
             with the weights, to a dict of arrays by the names in files.
