@@ -39,11 +39,22 @@ from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
 from keras_optkit.fit import second_gradient
 from keras_optkit.optimizers import building, groups, provided, random_numbers
-from keras_optkit.optimizers.engine import gradients, noise, nonfinite, packing, plan, rounding, run, state, update
+from keras_optkit.optimizers.engine import (
+    codecs,
+    gradients,
+    noise,
+    nonfinite,
+    packing,
+    plan,
+    rounding,
+    run,
+    state,
+    update,
+)
 from keras_optkit.optimizers.engine.plan import Plan
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, is_dynamic
-from keras_optkit.optimizers.rules import adaptive, lookahead, muon, sam, schedule_free
+from keras_optkit.optimizers.rules import adaptive, lookahead, muon, sam, schedule_free, sgd
 from keras_optkit.optimizers.rules.adam import AdamRule
 from keras_optkit.optimizers.transforms import (
     AdaptiveClip,
@@ -616,6 +627,25 @@ def _(right):
 @bug("the masters are not saved", "SGD", "master_weights", Optimizer, "_entries")
 def _(right):
     return lambda self: {name: entry for name, entry in right(self).items() if not name.startswith("master")}
+
+
+@bug("the blocks of state in 8 bits have the scale of the whole parameter", "AdamW", "slot_dtype", codecs, "_in_blocks")
+def _(right):
+    def in_blocks(x, count):
+        blocks = right(x, count)
+        return blocks if x.dtype.name != "float32" else ops.sign(blocks) * ops.max(ops.abs(blocks), initial=0.0)
+
+    return in_blocks
+
+
+@bug("the correction of bfloat16 is dropped", "AdamW", "slot_dtype", codecs.Corrected, "decode")
+def _(right):
+    return lambda self, bucket: right(self._replace(lower=ops.zeros_like(self.lower)), bucket)
+
+
+@bug("a momentum is declared as never negative", "SGD", "signs", sgd, "moment")
+def _(right):
+    return lambda: right(signed=False)
 
 
 def with_keywords(plan, **other):

@@ -30,7 +30,7 @@ import keras_optkit as ok
 from keras_optkit.testing import problems
 from keras_optkit.testing.memory import bytes_per_parameter
 
-LENGTH, WIDTH, HEADS, BATCH, CHARACTERS = 48, 64, 4, 16, 96
+LENGTH, WIDTH, HEADS, BATCH, CHARACTERS = 32, 64, 4, 16, 96
 
 OPTIMIZERS = {
     "AdamW": lambda **how: ok.optimizers.AdamW(2e-3, weight_decay=0.1, **how),
@@ -118,7 +118,7 @@ def time_of_update(optimizer: keras.optimizers.Optimizer, repeats: int) -> float
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="updates of each run")
+    parser.add_argument("--steps", type=int, default=200, help="updates of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--repeats", type=int, default=20, help="updates that are timed")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")

@@ -15,6 +15,7 @@ from keras import ops
 from keras_optkit.kernels import KERNEL, by_shape
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.groups import Treatment
+from keras_optkit.optimizers.hyper import Product
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Weight, contributes, slots_of
 from keras_optkit.optimizers.slots import FromWeights
@@ -134,6 +135,7 @@ def _rule_keeps_dtype(optimizer: Optimizer, dtype: str) -> None:
         kernel=weight.axes,
         sums=bucket.over_parameters,
         first=ops.zeros((1, 1, 1), "bool"),
+        product=Product(rule.random_vector(), 0.5 * p, lambda: p) if "hessian_vector" in rule.needs else None,
     )
     step, new = rule.update(0.5 * p, slots, p, h)
     for name, tensor in {"the step": step, **new}.items():

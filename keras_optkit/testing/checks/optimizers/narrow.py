@@ -48,7 +48,8 @@ def check_slot_dtype(card: Card) -> None:
     """
     values, grads = problems.start(_SHAPES), problems.gradients(3, _SHAPES)
     plain_slots = _slots(made(card), values)
-    for dtype in ("bfloat16", "bfloat16+8", "int8"):
+    # where figures meet, the last bit of a moment decides about its code
+    for dtype, share in (("bfloat16", 1e-4), ("bfloat16+8", 1e-5), ("int8", 1e-3)):
         optimizer, weights = made(card, slot_dtype=dtype), problems.variables(values, "float32")
         held = [slot for slots in plain_slots for slot in slots.values()]
         if dtype == "int8" and held and not any(isinstance(s, Fill) and s.is_moment for s in held):
@@ -67,8 +68,7 @@ def check_slot_dtype(card: Card) -> None:
             plain.load_own_variables(state)
         for got, expected, start in zip(weights, others, values, strict=True):
             off, moved = np.abs(numbers(got) - numbers(expected)), np.abs(numbers(expected) - start)
-            # where figures meet, the last bit of a moment decides about its code
-            assert off.mean() <= 1e-3 * moved.mean() + 1e-6, f"{dtype}: off by {off.mean()} of {moved.mean()}"
+            assert off.mean() <= share * moved.mean() + 3e-7, f"{dtype}: off by {off.mean()} of {moved.mean()}"
         _begins_again(card, dtype, optimizer, weights)
 
 
