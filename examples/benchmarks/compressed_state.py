@@ -11,12 +11,14 @@ bytes of state per parameter, and the median time of an update of this model by 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -32,12 +34,12 @@ from keras_optkit.testing.memory import bytes_per_parameter
 
 LENGTH, WIDTH, HEADS, BATCH, CHARACTERS = 32, 64, 4, 16, 96
 
-OPTIMIZERS = {
-    "AdamW": lambda **how: ok.optimizers.AdamW(2e-3, weight_decay=0.1, **how),
-    "Lion": lambda **how: ok.optimizers.Lion(3e-4, weight_decay=0.1, **how),
+OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
+    "AdamW": functools.partial(ok.optimizers.AdamW, 2e-3, weight_decay=0.1),
+    "Lion": functools.partial(ok.optimizers.Lion, 3e-4, weight_decay=0.1),
 }
 
-DTYPES = {
+DTYPES: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"slot_dtype": "bfloat16"},
     "bfloat16+8": {"slot_dtype": "bfloat16+8"},

@@ -46,7 +46,10 @@ class Corrected(NamedTuple):
     upper: Tensor
     lower: Tensor
 
-    dtypes = ("bfloat16", "int8")
+    @staticmethod
+    def dtypes() -> tuple[str, str]:
+        """Those of the two parts."""
+        return "bfloat16", "int8"
 
     @staticmethod
     def bytes_of(size: int) -> int:
@@ -72,7 +75,7 @@ class Corrected(NamedTuple):
 
     def decode(self, bucket: Bucket) -> Tensor:
         """The slot in float32, in the form of the one tensor."""
-        upper, lower = (bucket.view(ops.cast(part, dtype)) for part, dtype in zip(self, self.dtypes, strict=True))
+        upper, lower = (bucket.view(ops.cast(part, dtype)) for part, dtype in zip(self, self.dtypes(), strict=True))
         kept = ops.left_shift(ops.cast(ops.view(upper, "int16"), "int32"), 8) + ops.cast(lower, "int32")
         return ops.view(ops.left_shift(kept, 8), "float32")
 
@@ -93,8 +96,15 @@ class Signed(NamedTuple):
     codes: Tensor
     scales: Tensor
 
-    dtypes = ("uint8", "float32")
-    signed = True
+    @staticmethod
+    def dtypes() -> tuple[str, str]:
+        """Those of the two parts."""
+        return "uint8", "float32"
+
+    @staticmethod
+    def is_signed() -> bool:
+        """Whether elements may be negative."""
+        return True
 
     @staticmethod
     def bytes_of(size: int) -> int:
@@ -107,7 +117,7 @@ class Signed(NamedTuple):
         shape, x = tuple(x.shape), ops.cast(x, "float32")
         blocks = _in_blocks(x, len(bucket.shapes))
         high, low = ops.max(blocks, axis=-1, initial=0.0), ops.min(blocks, axis=-1, initial=0.0)
-        scales = ops.where(-low > high, low, high) if cls.signed else high
+        scales = ops.where(-low > high, low, high) if cls.is_signed() else high
         divides = ops.abs(scales) >= 1 / _LARGEST
         scales = ops.where(divides, scales, 0.0)
         known = ops.all(ops.abs(blocks) <= _LARGEST, axis=-1)
@@ -115,9 +125,9 @@ class Signed(NamedTuple):
         divides = ops.expand_dims(ops.logical_and(known, divides), -1)
         y = ops.where(divides, blocks / ops.where(divides, ops.expand_dims(scales, -1), 1.0), 0.0)
         y = _unblocked(y, shape, len(bucket.shapes))
-        codes = nearest(y, signed=cls.signed)
+        codes = nearest(y, signed=cls.is_signed())
         if noise is not None:
-            codes = _at_random(y, codes, noise, signed=cls.signed)
+            codes = _at_random(y, codes, noise, signed=cls.is_signed())
         stored = bucket.stacked_shape(tuple(scales.shape[1:]))
         return cls(bucket.stored(ops.cast(codes, "uint8")), ops.reshape(scales, stored))
 
@@ -125,7 +135,7 @@ class Signed(NamedTuple):
         """The slot in float32, in the form of the one tensor."""
         codes = bucket.view(ops.convert_to_tensor(self.codes))
         count = len(bucket.shapes)
-        blocks = _in_blocks(ops.take(book(signed=self.signed), ops.cast(codes, "int32")), count)
+        blocks = _in_blocks(ops.take(book(signed=self.is_signed()), ops.cast(codes, "int32")), count)
         scales = ops.reshape(self.scales, (count, -1, 1))[:, : blocks.shape[1]]
         return _unblocked(blocks * scales, tuple(codes.shape), count)
 
@@ -133,7 +143,9 @@ class Signed(NamedTuple):
 class Unsigned(Signed):
     """The same for a slot that is never negative, with a book of figures that are not; what is below 0 becomes 0."""
 
-    signed = False
+    @staticmethod
+    def is_signed() -> bool:
+        return False
 
 
 Codec = Corrected | Signed

@@ -114,7 +114,7 @@ def for_buckets(
                     layout=bucket.layout(tuple(part.shape)),
                     name=named(f"{name}_{own}", bucket),
                 )
-                for part, own, dtype in zip(first, codec._fields, codec.dtypes, strict=True)
+                for part, own, dtype in zip(first, codec._fields, codec.dtypes(), strict=True)
             )
         )
 

@@ -43,7 +43,7 @@ class NorMuonRule(MuonRule):
     beta_2: Value = number(0.95, 0, 1, closed="left")
     epsilon_2: Value = number(1e-10)
 
-    def slots(self, w: Weight) -> Mapping[str, Initial]:  # type: ignore[override]
+    def slots(self, w: Weight) -> Mapping[str, Initial]:
         maps, _, units = matrix_shape(w.shape, w.axes)
         return {"m": moment(), "v": shaped(maps, units)}
 
