@@ -164,7 +164,7 @@ def test_a_codec_takes_the_bytes_it_says_and_blocks_are_those_of_one_parameter()
         parts = codec.encode(stack, np.abs(x))
         sizes = [
             np.prod(p.shape) * {"bfloat16": 2, "float32": 4}.get(dtype, 1)
-            for p, dtype in zip(parts, codec.dtypes, strict=True)
+            for p, dtype in zip(parts, codec.dtypes(), strict=True)
         ]
         assert sum(sizes) == 3 * codec.bytes_of(5000)
         for i, each in enumerate(x):

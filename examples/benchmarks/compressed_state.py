@@ -11,6 +11,7 @@ bytes of state per parameter, and the median time of an update of this model by 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sysconfig
@@ -33,9 +34,9 @@ from keras_optkit.testing.memory import bytes_per_parameter
 
 LENGTH, WIDTH, HEADS, BATCH, CHARACTERS = 32, 64, 4, 16, 96
 
-OPTIMIZERS: dict[str, Callable[..., ok.optimizers.Optimizer]] = {
-    "AdamW": lambda **how: ok.optimizers.AdamW(2e-3, weight_decay=0.1, **how),
-    "Lion": lambda **how: ok.optimizers.Lion(3e-4, weight_decay=0.1, **how),
+OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
+    "AdamW": functools.partial(ok.optimizers.AdamW, 2e-3, weight_decay=0.1),
+    "Lion": functools.partial(ok.optimizers.Lion, 3e-4, weight_decay=0.1),
 }
 
 DTYPES: dict[str, dict[str, Any]] = {

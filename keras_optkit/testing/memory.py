@@ -1,7 +1,7 @@
 """What optimizers store: `python -m keras_optkit.testing.memory [NAME...]` prints it in bytes per parameter.
 
 Counted are the bytes of `optimizer.variables` on a model with dense, convolution, attention and embedding weights, but
-for the learning rate and the update count, with default arguments, for each `slot_dtype`. Wrappers are around the optimizer
+for the learning rate and the update count, with default arguments, for each `slot_dtype`. Wrappers are around the
 optimizer in the first arguments of their cards.
 """
 

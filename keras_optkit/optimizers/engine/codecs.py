@@ -48,7 +48,7 @@ class Corrected(NamedTuple):
 
     @staticmethod
     def dtypes() -> tuple[str, str]:
-        """Those of the stored tensors."""
+        """Those of the two parts."""
         return "bfloat16", "int8"
 
     @staticmethod
@@ -98,12 +98,12 @@ class Signed(NamedTuple):
 
     @staticmethod
     def dtypes() -> tuple[str, str]:
-        """Those of the stored tensors."""
+        """Those of the two parts."""
         return "uint8", "float32"
 
     @staticmethod
     def is_signed() -> bool:
-        """Whether the code book has negative figures."""
+        """Whether elements may be negative."""
         return True
 
     @staticmethod
@@ -145,7 +145,6 @@ class Unsigned(Signed):
 
     @staticmethod
     def is_signed() -> bool:
-        """Whether the code book has negative figures."""
         return False
 
 
