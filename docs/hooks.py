@@ -156,7 +156,9 @@ def _arguments(card: Card) -> list[str]:
     own = [p for p in inspect.signature(card.make.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     rows = [f"| `{p.name}` | `{p.default!r}` | {_range(card.space.get(p.name))} |" for p in own if p.name != "self"]
     common = [
-        f"| `{name}` | common to all | {_range(card.space[name])} |" for name in set(card.space) - {p.name for p in own}
+        f"| `{name}` | common to all | {_range(card.space[name])} |"
+        for name in card.space
+        if name not in {p.name for p in own}
     ]
     return ["| argument | default | search space |", "|---|---|---|", *rows, *sorted(common)]
 
