@@ -174,6 +174,7 @@ WRONG_VALUES = {
     "master_weights": "float32",
     "stochastic_rounding": None,
     "slot_dtype": "float16",
+    "state_dtype": "float16",
     "loss_scale_factor": 0,
     "shard_state": 1,
     "momentum": 1e40,
