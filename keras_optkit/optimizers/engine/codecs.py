@@ -28,7 +28,7 @@ QUANTISED_FROM = 4096
 #: The exponents of 10 of a code book: figures of the smallest have 0 bits of fraction (1 if unsigned), and so on.
 _DECADES = range(-6, 1)
 
-#: Scales beyond this, or below its inverse, which have no inverse in float32; XLA multiplies by that.
+#: Scales beyond this or below its inverse have no inverse in float32, by which XLA multiplies instead of dividing.
 _LARGEST = 2.0**126
 
 #: Into how many parts the distance of two figures of a code book is divided for rounding at random. A value that was
@@ -136,7 +136,7 @@ class Signed(NamedTuple):
         codes = bucket.view(ops.convert_to_tensor(self.codes))
         count = len(bucket.shapes)
         blocks = _in_blocks(ops.take(book(signed=self.is_signed()), ops.cast(codes, "int32")), count)
-        scales = ops.reshape(self.scales, (count, -1, 1))[:, : blocks.shape[1]]
+        scales = ops.reshape(self.scales, (count, blocks.shape[1], 1))
         return _unblocked(blocks * scales, tuple(codes.shape), count)
 
 

@@ -105,7 +105,6 @@ def for_buckets(
         return make((len(bucket.indices),), dtype="int32", layout=layout, name=named(name, bucket))
 
     def encoded(name: str, value: float, bucket: Bucket, codec: type[Codec]) -> Codec:
-        # made inside of an initializer, as the others are
         first = codec.encode(bucket, ops.full(bucket.joined_shape, value, "float32"))
         return codec(
             *(
@@ -213,8 +212,8 @@ def form_of_slot(weight: Weight, initial: Fill | FromWeights, keywords: Keywords
     """The dtype of a slot, or its codec.
 
     Slots initialised from the weights, and those in a shape of their own, have the precision of the computation: the
-    former are weights, and the latter are small or, like the basis of a space, useless if they are rounded. In 8 bits
-    are only moments, and as in the paper neither those of small parameters nor of embeddings.
+    former are weights, and the latter are small or, like the basis of a space, useless if they are rounded. Only
+    moments are in 8 bits, and, as in the paper, neither those of small parameters nor those of embeddings.
     """
     wide, given = at_least_float32(weight.dtype), keywords.slot_dtype
     if given is None or isinstance(initial, FromWeights) or initial.shape is not None:
