@@ -86,6 +86,10 @@ def test_unsigned_blocks(x):
         assert same(stored(Unsigned, x), stored(Unsigned, got))
 
 
+def test_a_moment_above_0_stays_above_0_also_where_its_share_underflows():
+    assert np.all(after(Unsigned, [1e20, 1e-20, 1e-25]) > 0)
+
+
 @given(arrays("float32", SIZES, elements=st.floats(width=32)))
 def test_bfloat16_with_a_correction(x):
     got = after(Corrected, x)

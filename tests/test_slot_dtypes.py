@@ -13,6 +13,7 @@ from keras_optkit.optimizers.rule import Rule
 from keras_optkit.private import op_determinism
 from keras_optkit.testing import problems
 from keras_optkit.testing.memory import bytes_per_parameter, main, network
+from keras_optkit.testing.tools import float64
 
 NARROW = ("bfloat16+8", "int8")
 RNG = np.random.default_rng(0)
@@ -236,7 +237,8 @@ def test_a_rule_of_ones_own_declares_its_moments():
             return h.learning_rate * m, {"m": m, "sum": slots["sum"] + u}
 
     optimizer = ok.optimizers.Optimizer(0.1, Momentum(), slot_dtype="int8")
-    problems.train(optimizer, problems.gradients(2, [(64, 80)]), values=problems.start([(64, 80)]))  # in float64
+    with float64():
+        problems.train(optimizer, problems.gradients(2, [(64, 80)]), values=problems.start([(64, 80)]))
     assert [v.dtype for v in parts(optimizer)] == ["uint8", "float32", "float64"]
 
 

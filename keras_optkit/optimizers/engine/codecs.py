@@ -123,8 +123,10 @@ class Signed(NamedTuple):
         known = ops.all(ops.abs(blocks) <= _LARGEST, axis=-1)
         scales = ops.where(known, scales, float("nan"))
         divides = ops.expand_dims(ops.logical_and(known, divides), -1)
-        y = ops.where(divides, blocks / ops.where(divides, ops.expand_dims(scales, -1), 1.0), 0.0)
-        y = _unblocked(y, shape, len(bucket.shapes))
+        y = blocks / ops.where(divides, ops.expand_dims(scales, -1), 1.0)
+        if not cls.is_signed():  # the quotient of a number above 0 may underflow
+            y = ops.where(blocks > 0, ops.maximum(y, 1 / _LARGEST), 0.0)
+        y = _unblocked(ops.where(divides, y, 0.0), shape, len(bucket.shapes))
         codes = nearest(y, signed=cls.is_signed())
         if noise is not None:
             codes = _at_random(y, codes, noise, signed=cls.is_signed())
