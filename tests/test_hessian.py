@@ -387,6 +387,17 @@ def test_the_monitor_sees_one_update(tmp_path):
     np.testing.assert_allclose(np.mean(loss), history["loss"][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", [SophiaH, lambda: ok.optimizers.SAM(SGD(0.1))])
+def test_a_grouped_convolution(make):
+    """Which Keras puts into a compiled function of its own on TensorFlow."""
+    keras.utils.set_random_seed(0)
+    image = [layers.Reshape((2, 2, 1)), layers.Conv2D(4, 1), layers.Conv2D(4, 2, groups=2), layers.Flatten()]
+    model = keras.Sequential([keras.Input((4,)), *image, layers.Dense(1)])
+    model.compile(make(), loss="mse", jit_compile=False)
+    history = fit(model)[1]
+    assert history["loss"][-1] < history["loss"][0]
+
+
 # -- steps and loops of one's own -------------------------------------------------------------------------------------
 
 

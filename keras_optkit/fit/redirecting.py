@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ class Redirecting:
 
     The replicas of a strategy are traced in turns, each in its own thread. The optimizer's method is replaced while any
     of them is inside, and the replacement looks up in its thread what to do. Meanwhile, a `tf.function` that the step
-    calls is traced as part of the step, since an earlier trace would not look it up.
+    calls outside of the model's `call` is traced as part of the step, since an earlier trace would not look it up.
     """
 
     provides = True
@@ -46,6 +47,7 @@ class Redirecting:
 
             own[self.method] = instead
             self._functions = backend.functions_inlined(True)
+            self._keep_functions_of_layers()
         self._inside += 1
         self._thread.update = update
         try:
@@ -58,10 +60,28 @@ class Redirecting:
             self._inside -= 1
             if not self._inside:
                 backend.functions_inlined(self._functions)
+                if self._call is None:
+                    del vars(self._model)["call"]
+                else:
+                    vars(self._model)["call"] = self._call
                 if self._replaced is None:
                     del own[self.method]
                 else:
                     own[self.method] = self._replaced
+
+    def _keep_functions_of_layers(self) -> None:
+        """Leaves functions in the model's call as they are: Keras compiles grouped convolutions, which fail without."""
+        self._call, call = vars(self._model).get("call"), self._model.call
+
+        @functools.wraps(call)
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            inlined = backend.functions_inlined(self._functions)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                backend.functions_inlined(inlined)
+
+        vars(self._model)["call"] = kept
 
     def _once(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, which raises if it is called a second time."""

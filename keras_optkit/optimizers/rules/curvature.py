@@ -75,7 +75,7 @@ class SophiaH(Optimizer):
     `η clip(m / max(γ h, ε), 1)`; that is this with `ρ = γ` and η and ε divided by γ.
 
     In one of `update_period` steps, `fit` and `train_on_batch` also compute `H v`, exactly, as the derivative of the
-    gradient in the direction v; such a step takes about three times as long, and its memory grows likewise. The model's
+    gradient in the direction v. By its number of operations, such a step takes about three times as long. The model's
     `train_step`, which may be your own, runs once: logs, metrics, statistics of `BatchNormalization` and dropout are as
     with any optimizer. v is a function of `seed` and `iterations`, so that a resumed run has the same vectors, and
     micro-batches and replicas have one v. The products are averaged over both as gradients are, so that accumulation
@@ -226,7 +226,7 @@ class AdaHessian(Optimizer):
 
     m and s have the shape of θ and start at 0; t counts updates and n products. How `H v` is computed, and what that
     means for accumulation, replicas, clipping, non-finite values and loops of your own, is described in `SophiaH`. With
-    the default `update_period=1`, each step takes about three times as long.
+    the default `update_period=1`, that is each step.
 
     The mean over the window keeps the sign, as in equation 10 of the paper; the authors' code takes absolute values
     first. Their language models also average over blocks of matrices, which is not done here. With `update_period > 1`,
