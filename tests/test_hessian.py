@@ -223,6 +223,7 @@ def test_the_last_micro_batches_of_an_epoch():
     assert not np.any(problems.state_of(model.optimizer)["product.0"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="a strategy of TensorFlow")
 @pytest.mark.parametrize("period", [1, 2])
 def test_two_replicas_are_one(period):
@@ -297,11 +298,13 @@ def test_half_precision_with_loss_scaling():
     assert_near(model, fit(network(AdaHessian(0.02, epsilon=0.3), dropout=0.0))[0], 3e-2)
 
 
+@pytest.mark.long
 def test_a_constant_scale_of_the_loss():
     scaled = fit(network(AdaHessian(0.02, loss_scale_factor=64.0), dropout=0.0))[0]
     assert_near(scaled, fit(network(AdaHessian(0.02), dropout=0.0))[0], 1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     "make",
@@ -379,6 +382,7 @@ def test_a_saved_model_goes_on(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_the_monitor_sees_one_update(tmp_path):
     monitor = ok.callbacks.TrainingMonitor(tmp_path, every=1)
     _, history = fit(network(AdaHessian(0.01)), epochs=1, callbacks=[monitor])
@@ -401,6 +405,7 @@ def test_a_grouped_convolution(make):
 # -- steps and loops of one's own -------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="a tape")
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_a_step_of_one_s_own(eagerly):
@@ -427,6 +432,7 @@ def test_a_step_of_one_s_own(eagerly):
     assert_near(own, stock, 1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="a tape")
 @pytest.mark.parametrize("wrap", ["eager", "graph"])
 def test_a_loop_of_one_s_own(wrap):

@@ -15,7 +15,7 @@ from keras_optkit.testing import problems
 from keras_optkit.testing.memory import bytes_per_parameter, main, network
 from keras_optkit.testing.tools import float64
 
-NARROW = ("bfloat16+8", "int8")
+NARROW = ("int8", "bfloat16+8")
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(64, 64)).astype("float32"), RNG.normal(size=(64, 3)).astype("float32")
 
@@ -74,6 +74,7 @@ def test_every_way_to_save_continues_bitwise(slot_dtype, tmp_path):
         np.testing.assert_allclose(flat(fit(others["bundle"])), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slot_dtype", NARROW)
 def test_fit_in_all_modes_trains_like_float32(slot_dtype):
     modes = {"graph": {"jit_compile": False}, "xla": {"jit_compile": True}, "eager": {"run_eagerly": True}}
@@ -163,6 +164,7 @@ def test_rows_of_an_embedding(slot_dtype):
 
 
 @pytest.mark.only_on("tensorflow", because="tf.distribute")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slot_dtype", NARROW)
 def test_two_replicas_hold_the_same_and_their_file_opens_on_one(slot_dtype, tmp_path):
     with problems.two_replicas().scope():

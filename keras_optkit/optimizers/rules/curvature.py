@@ -104,6 +104,9 @@ class SophiaH(Optimizer):
     optimizer.apply(grads, variables)
     ```
 
+    When to use it: on transformers and other smooth models, to get further in as many updates as AdamW makes; one in
+    ten updates costs more.
+
     When not to use it: where operations have no second derivative, such as the fused LSTM on GPUs (`use_cudnn=False`)
     and custom gradients that are not differentiable; with activations whose second derivative is 0, a ReLU network
     being piecewise linear, H is that of the loss alone; in float16 where products overflow; for a model that is trained
@@ -232,6 +235,8 @@ class AdaHessian(Optimizer):
     first. Their language models also average over blocks of matrices, which is not done here. With `update_period > 1`,
     ŝ is corrected by the number n of products, where the parity reference uses t, which makes its first steps too long;
     parameters that join later do not move before their first product.
+
+    When to use it: if Adam's rates are hard to tune and a step may take three times as long.
 
     When not to use it: as `SophiaH`; where a step must not cost three times as much, use `update_period`; with a small
     ε on parameters on which the loss depends linearly, whose diagonal is 0.

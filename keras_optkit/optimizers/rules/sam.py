@@ -209,6 +209,8 @@ class ASAM(Around):
     pytorch_optimizer calls adaptive. η and T are those of the authors' code, except that it counts the scales of
     normalisations among the weights. The paper's other operator, a norm for each filter, is not here.
 
+    When to use it: as `SAM`, for layers whose weights differ much in size.
+
     When not to use it: as `SAM`.
 
     Args:
@@ -330,6 +332,8 @@ class GSAM(Around):
     ηₜ is the learning rate of the optimizer, without the factors of groups and layers. The paper ties ρ to it; give
     `max_learning_rate` to do so, usually the peak of the schedule. During a warmup from 0, ρ grows with the rate. The
     paper's ρ is between 0.02 and 0.6, and its α between 0.01 and 0.4 (table 6); both are worth a search.
+
+    When to use it: if `SAM` helps, and there is time to tune α as well.
 
     When not to use it: as `SAM`. With α = 0 and a constant ρ it is SAM.
 
