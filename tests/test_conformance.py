@@ -8,7 +8,9 @@ import keras_optkit as ok
 ON_JAX = keras.config.backend() == "jax"
 
 #: Optimizers whose checks of the engine take longest and show what those of others do. They are run with `--all`.
-LONG = {"ConditionalGradient", "KLSOAP", "Kron", "MARS", "SOAP", "Shampoo"}
+LONG = {"ASAM", "ConditionalGradient", "EMANesterov", "KLSOAP", "Kron", "MARS", "SOAP", "Shampoo"}
+#: What only these show.
+ALWAYS = {("AdaHessian", "hessian_vector"), ("GSAM", "second_gradient")}
 #: Optimizers of which all checks of the rule are run; of the others those in SHARE, and the rest with `--all`.
 WHOLE = {"Adagrad", "AdamW", "Lookahead", "Muon", "Prodigy", "SAM", "SGD", "ScheduleFree", "ScheduleFreeAdamW"}
 SHARE = {"bad_arguments", "config_round_trip", "twin"}
@@ -24,6 +26,8 @@ def is_long(card, check):
     JAX compiles each operation of rules with decompositions by itself, which takes minutes, unless the step is compiled
     as a whole. The moving average of `use_ema` does not depend on the rule.
     """
+    if (card.name, check.name) in ALWAYS:
+        return False
     if ON_JAX and card.name in {"KLSOAP", "Kron", "SOAP", "Shampoo"}:
         return check.name not in SHARE - {"twin"} and (card.name, check.name) != ("SOAP", "modes_agree")
     if check.name == "evaluation_weights" and "averages" not in ok.testing.traits(card) and card.name != "Adagrad":
