@@ -37,7 +37,7 @@ def test_explain_shows_what_training_does():
     assert rows["head/kernel"][2:6] == ("head/", "AdamRule", 0.02, 0.0)
     assert rows["body/kernel"][2:6] == ("", "AdamRule", 0.01, 0.1)
     assert rows["body/bias"][2:6] == ("", "AdamRule", 0.01, 0.0)  # spared by decay_mask
-    assert rows["stem/kernel"][2:] == ("stem/", "frozen", 0.0, 0.0, 0)
+    assert rows["stem/kernel"][2:] == ("stem/", "frozen", 0.0, 0.0, 0, None)
     assert rows["body/kernel"].state_bytes == 2 * 5 * 4 * 4
     assert "body/kernel" in str(shown)
     assert str(shown).splitlines()[-1].split() == ["6", "variables", str(sum(row.state_bytes for row in shown.rows))]
