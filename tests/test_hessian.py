@@ -8,12 +8,17 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from small import At
-from test_second_gradient import assert_near, fit, interrupt, network, with_step
+from test_second_gradient import (
+    assert_a_saved_model_goes_on,
+    assert_an_interruption_makes_no_difference,
+    assert_near,
+    fit,
+    network,
+    with_step,
+)
 
 import keras_optkit as ok
 from keras_optkit.optimizers import Optimizer, RandomVector, Rule, count
-from keras_optkit.private import op_determinism
 from keras_optkit.testing import problems
 from keras_optkit.testing.tools import float64
 
@@ -356,30 +361,11 @@ def test_a_frozen_layer_and_a_layer_that_joins():
 
 
 def test_an_interruption_makes_no_difference(tmp_path):
-    def train(name, seed=0, crash=None):
-        x, y = problems.regression()
-        model = network(SophiaH(0.1, update_period=3, use_ema=True), seed=seed)
-        callbacks = [ok.callbacks.Resume(tmp_path / name, every=1)]
-        if crash is not None:
-            callbacks.append(At(interrupt, batch=crash))
-        model.fit(ok.data.Shuffled(x, y, batch_size=16), epochs=2, verbose=0, callbacks=callbacks)
-        return model
-
-    with op_determinism():
-        expected = train("whole")
-        with pytest.raises(InterruptedError):
-            train("cut", crash=2)
-        for a, b in zip(expected.get_weights(), train("cut", seed=1).get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
+    assert_an_interruption_makes_no_difference(lambda: SophiaH(0.1, update_period=3, use_ema=True), tmp_path)
 
 
 def test_a_saved_model_goes_on(tmp_path):
-    with op_determinism():
-        model, _ = fit(network(SophiaH(0.1, update_period=3, seed=7), dropout=0.0))
-        model.save(tmp_path / "model.keras")
-        loaded = keras.models.load_model(tmp_path / "model.keras")
-        for a, b in zip(fit(model)[0].get_weights(), fit(loaded)[0].get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
+    assert_a_saved_model_goes_on(SophiaH(0.1, update_period=3, seed=7), tmp_path)
 
 
 @pytest.mark.long

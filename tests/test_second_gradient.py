@@ -213,11 +213,11 @@ def test_half_precision_with_loss_scaling():
     assert_near(model, fit(network(SAM(SGD(0.05), rho=0.1)))[0], 2e-2)
 
 
-def test_an_interruption_makes_no_difference(tmp_path):
+def assert_an_interruption_makes_no_difference(make, directory):
     def train(name, seed=0, crash=None):
         x, y = problems.regression()
-        model = network(SAM(AdamW(0.01), rho=0.1, use_ema=True), seed=seed)
-        callbacks = [ok.callbacks.Resume(tmp_path / name, every=1)]
+        model = network(make(), seed=seed)
+        callbacks = [ok.callbacks.Resume(directory / name, every=1)]
         if crash is not None:
             callbacks.append(At(interrupt, batch=crash))
         model.fit(ok.data.Shuffled(x, y, batch_size=16), epochs=2, verbose=0, callbacks=callbacks)
@@ -235,13 +235,21 @@ def interrupt(_):
     raise InterruptedError
 
 
-def test_a_saved_model_goes_on(tmp_path):
+def assert_a_saved_model_goes_on(optimizer, directory):
     with op_determinism():
-        model, _ = fit(network(SAM(SGD(0.1, momentum=0.9), rho=0.1), dropout=0.0))
-        model.save(tmp_path / "model.keras")
-        loaded = keras.models.load_model(tmp_path / "model.keras")
+        model, _ = fit(network(optimizer, dropout=0.0))
+        model.save(directory / "model.keras")
+        loaded = keras.models.load_model(directory / "model.keras")
         for a, b in zip(fit(model)[0].get_weights(), fit(loaded)[0].get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_an_interruption_makes_no_difference(tmp_path):
+    assert_an_interruption_makes_no_difference(lambda: SAM(AdamW(0.01), rho=0.1, use_ema=True), tmp_path)
+
+
+def test_a_saved_model_goes_on(tmp_path):
+    assert_a_saved_model_goes_on(SAM(SGD(0.1, momentum=0.9), rho=0.1), tmp_path)
 
 
 @pytest.mark.long

@@ -1,6 +1,6 @@
 """Which optimizer? Updates and seconds until a loss is reached, each tuned with the same number of trials.
 
-    python examples/benchmarks/optimizers.py record --minutes 60     # trains; goes on where it was stopped
+    python examples/benchmarks/optimizers.py record --minutes 60     # resumes where it was stopped
     python examples/benchmarks/optimizers.py time                    # seconds per update, on a quiet machine
     python examples/benchmarks/optimizers.py report --picture optimizers.png
 

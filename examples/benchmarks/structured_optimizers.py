@@ -37,6 +37,7 @@ import numpy as np
 from keras import layers
 
 import keras_optkit as ok
+from keras_optkit.testing.memory import bytes_of
 
 FREQUENCY = 10
 
@@ -165,10 +166,7 @@ def timed(run: Callable[[int], None], count: int) -> float:
 
 def show(name: str, times: list[float], ratios: list[float], first: float, optimizer: Any, size: int) -> None:
     """Prints a row."""
-    sizes = {"bfloat16": 2}
-    dtypes = [keras.backend.standardize_dtype(v.dtype) for v in optimizer.variables]
-    items = [sizes.get(dtype) or np.dtype(dtype).itemsize for dtype in dtypes]
-    held = sum(int(np.prod(v.shape)) * item for v, item in zip(optimizer.variables, items, strict=True))
+    held = bytes_of(optimizer.variables)
     ms, ratio = 1e3 * statistics.median(times), statistics.median(ratios)
     print(f"| {name} | {ms:.3g} | {ratio:.2f} | {first:.1f} | {held / size:.2f} |", flush=True)
 

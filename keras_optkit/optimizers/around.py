@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from keras_optkit.optimizers.inner import Inner, built_from, described, is_same, plain, shared, with_present
 from keras_optkit.optimizers.optimizer import Optimizer
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Wrapper
 from keras_optkit.optimizers.slots import Initial
 from keras_optkit.saving import constructor_parameters
 
@@ -40,6 +40,20 @@ def with_own(inner: Mapping[str, Initial], name: str, initial: Initial) -> dict[
 def without(slots: Slots, name: str) -> Slots:
     """The slots of the rule inside."""
     return {key: slot for key, slot in slots.items() if key != name}
+
+
+class Keeping(Wrapper):
+    """Base of rules around another one that keep the weights to evaluate at in a slot."""
+
+    averages = True
+    handles_decay = True
+    kept: ClassVar[str]  # its name
+
+    def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        return slots[self.kept], {**slots, self.kept: p}
+
+    def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
+        return self.eval_value(x, slots, h)
 
 
 class Around(Optimizer):

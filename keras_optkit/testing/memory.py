@@ -12,7 +12,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -36,13 +36,18 @@ def network() -> keras.Model:
     return keras.Model(words, keras.layers.Dense(64)(x))
 
 
+def bytes_of(variables: Iterable[Any]) -> int:
+    """The bytes of variables."""
+    return sum(math.prod(v.shape) * _BYTES[keras.backend.standardize_dtype(v.dtype)] for v in variables)
+
+
 def bytes_per_parameter(optimizer: Any, model: Any) -> float:
     """The bytes of an optimizer's variables, once it is built, but for rate and count, per element of the weights."""
     optimizer.build(model)
     once = {id(optimizer.iterations), id(optimizer._multiplier)}
     held = [v for v in optimizer.variables if id(v) not in once]
     size = sum(math.prod(v.shape) for v in model.trainable_variables)
-    return sum(math.prod(v.shape) * _BYTES[keras.backend.standardize_dtype(v.dtype)] for v in held) / size
+    return bytes_of(held) / size
 
 
 def measured(names: Sequence[str] = ()) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from keras_optkit.optimizers.engine.state import State, begun, functions_of_weig
 from keras_optkit.optimizers.groups import Treatment
 from keras_optkit.optimizers.hyper import Product
 from keras_optkit.optimizers.rate import scaled_rate
-from keras_optkit.optimizers.rule import Hyper, Slots, Tensor, Value, contributes, layout_of, measured, slots_of
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, contributes, layout_of, measured, slots_of
 from keras_optkit.optimizers.transforms.transform import Transform
 from keras_optkit.precision import at_least_float32, scalar_dtype
 
@@ -98,41 +98,45 @@ def begun_step(plan: Plan, state: State, grads: list[Any], dynamic: list[Value],
 def perturbed(
     plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]
 ) -> list[Tensor | None]:
-    """The weights of each bucket to compute the second gradient at; None where they stay as they are.
-
-    The sums are over all parameters of one rule, those that it routes to others included.
-    """
-    prepared, remembered = begun_step(plan, state, grads, dynamic, read), memo(dynamic, read)
+    """The weights of each bucket to compute the second gradient at; None where they stay as they are."""
     moved: list[Tensor | None] = [None] * len(grads)
-    for number in dict.fromkeys(bucket.rule[0] for bucket in plan.buckets):
-        perturbation = plan.rules[number, ""].rule.perturbation()
-        if perturbation is None:
-            continue
-        theirs: list[Any] = [g if b.rule[0] == number else None for b, g in zip(plan.buckets, grads, strict=True)]
-        of_bucket = functools.partial(rounding.widened, plan, state)
-        for b, by in enumerate(_changed(plan, prepared, perturbation, theirs, of_bucket, remembered)):
-            if by is not None:
-                p, mask = of_bucket(b), theirs[b].mask
-                p = p + by if mask is None else ops.where(mask, p + by, p)
-                moved[b] = rounding.narrowed(plan, p, b, state.iterations)
+    for b, by in _changed_by_rules(plan, state, grads, dynamic, read, lambda rule: rule.perturbation()):
+        p, mask = rounding.widened(plan, state, b), grads[b].mask
+        p = p + by if mask is None else ops.where(mask, p + by, p)
+        moved[b] = rounding.narrowed(plan, p, b, state.iterations)
     return moved
 
 
 def combined(plan: Plan, state: State, grads: list[Any], dynamic: list[Value], read: list[Tensor]) -> list[Grad | None]:
     """The gradients to update with, from the first and the second ones, for rules that have a `combination`."""
-    prepared, remembered = begun_step(plan, state, grads, dynamic, read), memo(dynamic, read)
     found = list(grads)
+    for b, u in _changed_by_rules(plan, state, grads, dynamic, read, lambda rule: rule.combination()):
+        extras = {name: extra for name, extra in grads[b].extras.items() if name != "first"}
+        found[b] = grads[b]._replace(value=u, extras=extras)
+    return found
+
+
+def _changed_by_rules(
+    plan: Plan,
+    state: State,
+    grads: list[Any],
+    dynamic: list[Value],
+    read: list[Tensor],
+    transform_of: Callable[[Rule], Transform | None],
+) -> Iterator[tuple[int, Tensor]]:
+    """Each bucket whose rule has such a transform, and its gradient after it.
+
+    The sums are over all parameters of one rule, those that it routes to others included.
+    """
+    prepared, remembered = begun_step(plan, state, grads, dynamic, read), memo(dynamic, read)
     for number in dict.fromkeys(bucket.rule[0] for bucket in plan.buckets):
-        combination = plan.rules[number, ""].rule.combination()
-        if combination is None:
+        transform = transform_of(plan.rules[number, ""].rule)
+        if transform is None:
             continue
         theirs: list[Any] = [g if b.rule[0] == number else None for b, g in zip(plan.buckets, grads, strict=True)]
         of_bucket = functools.partial(rounding.widened, plan, state)
-        for b, u in enumerate(_changed(plan, prepared, combination, theirs, of_bucket, remembered)):
-            if u is not None:
-                extras = {name: extra for name, extra in theirs[b].extras.items() if name != "first"}
-                found[b] = theirs[b]._replace(value=u, extras=extras)
-    return found
+        changed = _changed(plan, prepared, transform, theirs, of_bucket, remembered)
+        yield from ((b, u) for b, u in enumerate(changed) if u is not None)
 
 
 def _changed(

@@ -7,20 +7,19 @@ from typing import Any
 
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit.optimizers.around import Around, inner_rule, inner_step, with_own, without
+from keras_optkit.optimizers.around import Around, Keeping, inner_rule, inner_step, with_own, without
 from keras_optkit.optimizers.inner import Inner
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, number
 from keras_optkit.optimizers.slots import Initial, weights_copy
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
 
 @dataclass(frozen=True)
-class EMANesterovRule(Wrapper):
+class EMANesterovRule(Keeping):
     """`x' = (inner step at y); m ← γ m + (1 - γ) (x' - x); y ← x' + β m`."""
 
-    averages = True
-    handles_decay = True
+    kept = "base"
     inner_rule: Rule = inner_rule()
     lookahead_step_size: Value = number(0.5)
     lookahead_momentum: Value = number(0.99, 0, 1, closed="left")
@@ -34,12 +33,6 @@ class EMANesterovRule(Wrapper):
         base = p - step
         trend = gamma * slots["trend"] + (1 - gamma) * (base - slots["base"])
         return step - h(self.lookahead_step_size) * trend, {**new, "base": base, "trend": trend}
-
-    def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
-        return slots["base"], {**slots, "base": p}
-
-    def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
-        return self.eval_value(x, slots, h)
 
 
 @register(

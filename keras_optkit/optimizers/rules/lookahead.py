@@ -8,20 +8,19 @@ from typing import Any
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from keras_optkit.optimizers.around import Around, inner_rule, inner_step, with_own, without
+from keras_optkit.optimizers.around import Around, Keeping, inner_rule, inner_step, with_own, without
 from keras_optkit.optimizers.inner import Inner
-from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, Wrapper, count, number
+from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, count, number
 from keras_optkit.optimizers.slots import Initial, weights_copy
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
 
 @dataclass(frozen=True)
-class LookaheadRule(Wrapper):
+class LookaheadRule(Keeping):
     """`φ ← φ + α (θ - φ); θ ← φ` after every k steps of the inner rule on θ."""
 
-    averages = True
-    handles_decay = True
+    kept = "slow"
     inner_rule: Rule = inner_rule()
     sync_period: int = count(5, 1)
     slow_step_size: Value = number(0.5, 0, 1, closed="right")
@@ -35,12 +34,6 @@ class LookaheadRule(Wrapper):
         due = ops.equal(ops.mod(h.step, self.sync_period), 0)
         step = ops.where(due, step - (1 - h(self.slow_step_size)) * (slow - (p - step)), step)
         return step, {**new, "slow": ops.where(due, p - step, slow)}
-
-    def eval_value(self, p: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
-        return slots["slow"], {**slots, "slow": p}
-
-    def train_value(self, x: Tensor, slots: Slots, h: Hyper) -> tuple[Tensor, Slots]:
-        return self.eval_value(x, slots, h)
 
 
 @register(
