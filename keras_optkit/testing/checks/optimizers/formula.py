@@ -28,7 +28,7 @@ def check_twin(card: Card) -> None:
     Decay that the rule leaves to the optimizer is that of the last case.
     """
     grads = problems.gradients(20)
-    mode = "xla" if keras.config.backend() == "jax" else "eager"  # there it takes less than operation by operation
+    mode = "xla" if keras.config.backend() == "jax" else "graph"  # takes less than operation by operation
     for case, decay in itertools.product(card.cases, (None, 0.1)):
         optimizer = made(card, case, weight_decay=decay)
         if decay and case is not card.cases[-1] and not optimizer.rule.handles_decay:
