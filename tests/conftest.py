@@ -60,7 +60,7 @@ _common = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("share", max_examples=15, derandomize=True, **_common)
+settings.register_profile("share", max_examples=8, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=500, derandomize=False, **_common)
 settings.load_profile("share")
 

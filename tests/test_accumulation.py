@@ -50,7 +50,7 @@ def assert_close(got, expected, rtol=1e-9):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("how", [{}, {"steps_per_execution": 3}, {"run_eagerly": True}, {"jit_compile": True}])
 def test_fit_equals_large_batches(how):
@@ -63,7 +63,7 @@ def test_fit_equals_large_batches(how):
     np.testing.assert_allclose(micro_logs["val_loss"], logs["val_loss"], rtol=1e-9)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("k", "more"), [(3, {}), (3, {"fuse": True}), (None, {}), (None, {"fuse": True})])
 def test_data_whose_length_nobody_knows(k, more):
@@ -106,6 +106,7 @@ def test_callbacks_see_the_end_of_an_epoch_with_its_last_update():
     assert ends[4:] == [15, 18]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("float64")
 def test_averaged_weights_are_shown_after_the_last_update():
     x, y = data()
@@ -117,6 +118,7 @@ def test_averaged_weights_are_shown_after_the_last_update():
     np.testing.assert_allclose(runs[1][1]["val_loss"], runs[0][1]["val_loss"], rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("float64")
 def test_two_replicas_end_an_epoch_with_the_last_update():
     x, y = data()
@@ -152,6 +154,7 @@ def test_float16_gradients_are_added_in_float32():
     assert weights[0].min() < -1.05e-3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_equals_large_batches(policy):
     keras.config.set_dtype_policy(policy)
@@ -256,6 +259,7 @@ def three_parts(k=2, **more):
     return optimizer, weights
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("below", [0, 2**16])
 def test_each_micro_batch_may_have_other_gradients(kind, below):
@@ -282,6 +286,7 @@ def test_each_micro_batch_may_have_other_gradients(kind, below):
     assert [w.numpy()[0] for w in weights] == [-5.75, -7.625, 1.0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("below", [0, 2**16])
 def test_rows_and_whole_gradients_of_one_table(below):
     table, others = np.ones((4, 2)), np.ones(2)

@@ -294,7 +294,7 @@ def test_averaged_weights_are_shown_where_training_is_judged_and_nowhere_else(ma
     assert any(np.any(a != b) for a, b in zip(expected[0], hidden.seen["on_train_batch_end"][3], strict=True))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @each_kind
 def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
     model, path = compiled(make), str(tmp_path / "{epoch}.keras")
@@ -305,7 +305,7 @@ def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
         assert loaded.evaluate(X[:20], Y[:20], verbose=0) == pytest.approx(measured, rel=1e-6)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("save_freq", "place"), [("epoch", 0), ("epoch", 1), (3, 1)])
 @each_kind
 def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save_freq, place, tmp_path):
@@ -344,7 +344,7 @@ def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save
         close(values(loaded.trainable_variables), values(stopped.trainable_variables), 1e-6, file.name)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "keras" not in name])
 def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(name, tmp_path):
     make = OPTIMIZERS[name]
@@ -377,7 +377,7 @@ class Judge(keras.callbacks.Callback):
             )
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @each_kind
 def test_other_callbacks_judge_the_averaged_weights_and_leave_no_trace(make, tmp_path):
     model, judge = compiled(make), Judge(tmp_path)
@@ -394,6 +394,7 @@ def test_other_callbacks_judge_the_averaged_weights_and_leave_no_trace(make, tmp
     assert np.abs(raw.seen["on_train_batch_end"][1] - judge.found[0][2]).max() > 1e-4
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["ema", "schedule-free adamw", "keras", "loss scale"])
 def test_passed_to_evaluate_and_predict_it_acts_for_that_call(name):
     make = OPTIMIZERS[name]
@@ -456,7 +457,7 @@ def test_after_an_exception_training_goes_on_bitwise(name, moment, n, error):
     same(everything(model), everything(plain), "after going on")
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ema", "schedule-free sgd", "keras"])
 def test_an_exception_that_a_callback_catches_leaves_the_weights_of_training(name):
     make = OPTIMIZERS[name]
@@ -476,7 +477,7 @@ def test_an_exception_that_a_callback_catches_leaves_the_weights_of_training(nam
     same(everything(model), everything(without(make)))
 
 
-@pytest.mark.each_once
+@pytest.mark.few(1)
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "^C"])
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
 @pytest.mark.parametrize("name", ["ema", "schedule-free sgd", "keras"])
@@ -499,7 +500,7 @@ def test_exceptions_in_a_single_evaluation(name, method, error):
 # -- together with other callbacks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", [0, 1])
 @each_kind
 def test_backup_and_restore_goes_on_bitwise(make, place, tmp_path):
@@ -519,7 +520,7 @@ def test_backup_and_restore_goes_on_bitwise(make, place, tmp_path):
     close(everything(resumed), everything(whole), 1e-7 if "keras" in type(whole.optimizer).__module__ else 0.0)
 
 
-@pytest.mark.each_once
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("name", ["ema", "keras"])
 def test_a_rate_that_is_lowered_meanwhile_stays(name, place):
@@ -531,7 +532,7 @@ def test_a_rate_that_is_lowered_meanwhile_stays(name, place):
     np.testing.assert_allclose(rates, [start, start, start / 2, start / 4], rtol=1e-6)
 
 
-@pytest.mark.each_once
+@pytest.mark.few(2)
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("stopping", [keras.callbacks.EarlyStopping, ok.callbacks.EarlyStopping], ids=["keras", "ours"])
 @each_kind
@@ -544,6 +545,7 @@ def test_early_stopping_restores_the_averaged_weights_it_has_measured(make, stop
     assert model.evaluate(X[:20], Y[:20], verbose=0) == pytest.approx(max(history), rel=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["ema", "lookahead", "schedule-free sgd"])
 def test_weights_that_a_callback_sets_meanwhile_stay(name):
     class Sets(keras.callbacks.Callback):
@@ -566,6 +568,7 @@ def test_a_callback_that_owns_its_methods_gets_them_back():
     assert mine.on_epoch_end is method
 
 
+@pytest.mark.long
 def test_a_callback_list_and_a_single_callback_will_do():
     for callbacks in (AveragedWeights(), keras.callbacks.CallbackList([AveragedWeights()], add_history=True)):
         model = compiled()
@@ -584,6 +587,7 @@ def test_a_callback_list_and_a_single_callback_will_do():
         same(everything(model), everything(without(OPTIMIZERS["ema"])))
 
 
+@pytest.mark.long
 def test_mixed_precision():
     keras.config.set_dtype_policy("mixed_float16")
     model, plain = compiled(OPTIMIZERS["schedule-free adamw"]), compiled(OPTIMIZERS["schedule-free adamw"])
@@ -652,6 +656,7 @@ def test_batch_normalisation_fits_the_averaged_weights_while_they_are_shown(name
     assert np.abs(statistics(model)[0] - statistics(plain)[0]).max() > 1e-3
 
 
+@pytest.mark.long
 def test_one_pass_for_each_state_that_is_looked_at():
     passes = []
 
@@ -752,6 +757,7 @@ def generator():
         yield DATA[32 * i : 32 * i + 32], np.zeros(len(DATA[32 * i : 32 * i + 32]))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("data", "arguments"),
     [

@@ -35,6 +35,7 @@ def tables(printed):
     return {title: [row.strip("| ").split(" | ") for row in rows.splitlines()] for title, rows in found}
 
 
+@pytest.mark.long
 def test_updates_of_one_set(bench, capsys):
     bench.main(["--sets", "mlp", "--repeats", "2", "--sample-seconds", "0.01", "--markdown"])
     printed, progress = capsys.readouterr()
@@ -50,6 +51,7 @@ def test_updates_of_one_set(bench, capsys):
     assert all(float(cell) > 0 for row in traces for cell in row[2:])
 
 
+@pytest.mark.long
 def test_choice_of_alternatives_and_tables_on_a_terminal(bench, capsys):
     choice = ["--sets", "mlp", "--alternatives", "ours-graph", "--repeats", "1", "--sample-seconds", "0.001"]
     bench.main(choice)

@@ -66,6 +66,7 @@ def twin_of(schedule):
     return lambda t: float(ops.convert_to_numpy(schedule(t)))
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("room", "execution"),
@@ -130,6 +131,7 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
         return ops.convert_to_tensor(self.held, dtype="float64")
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("make", "names"),

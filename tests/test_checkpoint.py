@@ -165,6 +165,7 @@ def test_there_is_nothing_to_load(tmp_path):
         Checkpoint(tmp_path / "nowhere").load_latest()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("averaged_first", [False, True])
 def test_with_averaged_weights_they_are_what_is_written(averaged_first, tmp_path):
     x, y = regression(dtype="float32")
@@ -332,6 +333,7 @@ for kept in (
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_is_an_error_and_leaves_what_is_there(tmp_path):
     """The process may write no more than 100 kB to a file, from the second epoch on."""
     environment = os.environ | {"PYTHONPATH": str(Path(ok.__file__).parents[1])}

@@ -45,7 +45,7 @@ def saved(tmp_path):
     return model, tf.train.CheckpointManager(checkpoint(model), tmp_path, max_to_keep=1).save()
 
 
-@pytest.mark.each_once
+@pytest.mark.few(1)
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("pack_below", [None, 0])
 def test_training_goes_on_as_if_nothing_had_happened(saved, built, pack_below):
@@ -81,6 +81,7 @@ def test_the_state_of_another_optimizer_is_refused(saved, optimizer, message):
         checkpoint(other).restore(saved[1])
 
 
+@pytest.mark.long
 def test_variables_that_joined_later_are_in_it(tmp_path):
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(8, name="body"), keras.layers.Dense(1, name="head")]
@@ -126,6 +127,7 @@ def test_from_two_replicas_to_one_and_back(tmp_path):
             np.testing.assert_array_equal(one.numpy(), two.numpy())
 
 
+@pytest.mark.long
 def test_with_loss_scaling(tmp_path):
     def scaled():
         return ok.optimizers.LossScale(adamw(), initial_scale=2.0, maximum_scale=8.0, dynamic_growth_steps=1)

@@ -8,16 +8,20 @@ import keras_optkit as ok
 ON_JAX = keras.config.backend() == "jax"
 
 #: Optimizers whose checks of the engine take longest and show what those of others do. They are run with `--all`.
-LONG = {"ASAM", "ConditionalGradient", "EMANesterov", "KLSOAP", "Kron", "MARS", "SOAP", "Shampoo"}
+LONG = {"ASAM", "ConditionalGradient", "EMANesterov", "KLSOAP", "Kron", "LARS", "MARS", "SOAP", "Shampoo"}
 #: What only these show.
 ALWAYS = {("AdaHessian", "hessian_vector"), ("GSAM", "second_gradient")}
 #: Optimizers of which all checks of the rule are run; of the others those in SHARE, and the rest with `--all`.
-WHOLE = {"Adagrad", "AdamW", "Lookahead", "Muon", "Prodigy", "SAM", "SGD", "ScheduleFree", "ScheduleFreeAdamW"}
+WHOLE = {"AdamW", "Lookahead", "Muon", "Prodigy", "ScheduleFree", "ScheduleFreeAdamW"}
 SHARE = {"bad_arguments", "config_round_trip", "twin"}
+#: Callbacks whose interruption is tested in their own files, too.
+INTERRUPTED = {"Checkpoint", "EarlyStopping", "NonFiniteGuard", "ReduceLROnPlateau"}
 if ON_JAX:
-    LONG |= {"ADOPT", "Adafactor", "Adan", "LAMB", "LARS", "Lookahead", "Muon", "Prodigy"}
+    ALWAYS |= {("SOAP", "modes_agree")}
+    LONG |= {"ADOPT", "Adafactor", "Adan", "LAMB", "Lookahead", "Muon", "Prodigy"}
+    WHOLE = {"AdamW", "SAM", "ScheduleFree"}
 else:
-    WHOLE |= {"Adafactor", "Adam", "RMSprop"}
+    WHOLE |= {"Adafactor", "SAM", "SGD"}
 
 
 def is_long(card, check):
@@ -28,14 +32,25 @@ def is_long(card, check):
     """
     if (card.name, check.name) in ALWAYS:
         return False
+    if card.kind == "callback":
+        return _is_long_of_callback(card, check)
     if ON_JAX and card.name in {"KLSOAP", "Kron", "SOAP", "Shampoo"}:
-        return check.name not in SHARE - {"twin"} and (card.name, check.name) != ("SOAP", "modes_agree")
-    if check.name == "evaluation_weights" and "averages" not in ok.testing.traits(card) and card.name != "Adagrad":
+        return check.name not in SHARE - {"twin"}
+    if check.name == "evaluation_weights" and "averages" not in ok.testing.traits(card):
         return True
     if card.kind == "optimizer" and not check.engine:
         return card.name not in WHOLE and check.name not in SHARE
     on_jax = ON_JAX and card.kind == "transform"  # the check `transforms` runs on optimizers
     return check.engine and (card.name in LONG or on_jax)
+
+
+def _is_long_of_callback(card, check):
+    """Little of what callbacks do depends on the backend."""
+    if check.name == "goes_on":
+        return card.name in INTERRUPTED or (ON_JAX and card.name not in {"AveragedWeights", "Resume"})
+    if check.name in {"fits_twice", "leaves_no_trace", "survives_failure"}:
+        return ON_JAX or card.name not in {"Checkpoint", "NonFiniteGuard", "Unfreeze"}
+    return False
 
 
 PAIRS = [

@@ -124,7 +124,7 @@ def assert_equal(model, other, optimizer, other_optimizer, **tolerance):
 # -- two replicas in one process --------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_loop_on_two_replicas_equals_one_device(case):
     make, nan = CASES[case], CASES[case]().skip_nonfinite is not None
@@ -159,6 +159,7 @@ def test_fit_on_two_replicas_equals_one_device(case):
     assert_equal(two, one, two.optimizer, one.optimizer)
 
 
+@pytest.mark.long
 def test_one_device_strategy_equals_no_strategy():
     make = CASES["all at once"]
     one, optimizer, _ = looped(None, make, dataset())
@@ -175,6 +176,7 @@ class LossScale(keras.optimizers.LossScaleOptimizer):
         return tf.equal(tf.distribute.get_replica_context().all_reduce("SUM", bad), 0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bad", [0, 1])
 def test_loss_scaling_leaves_out_an_update_that_is_infinite_on_one_replica(bad):
     results = []
@@ -301,6 +303,7 @@ def test_a_loop_in_two_processes_equals_one(example, tmp_path):
             np.testing.assert_allclose(first[name], value, rtol=1e-9, atol=1e-12, err_msg=f"{case}: {name}")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("example")
 def test_parameter_servers_are_refused():
     done = subprocess.run([*WORKER, "parameter-server"], capture_output=True, text=True, timeout=120)
@@ -308,6 +311,7 @@ def test_parameter_servers_are_refused():
     assert done.stdout.startswith("ParameterServerStrategyV2 is not supported: ")
 
 
+@pytest.mark.long
 def test_the_example_in_two_processes(example, capsys):
     example.main([])
     printed = capsys.readouterr().out

@@ -113,6 +113,7 @@ def test_table_shows_mean_and_sample_deviation(example):
     assert captured.get().count("91.00 ± 1.41 │     2.5 │      2 │") == 5  # std of 90, 92 is sqrt(2)
 
 
+@pytest.mark.long
 def test_early_stopping_ends_a_run(example, tmp_path):
     cnn = example("five_layer_cnn")
     # At a rate of 10 the network does not learn, so that the first epoch after the warm-up is the best for long.
@@ -277,6 +278,7 @@ def test_fashion_mnist_refuses_labels_above_9(example, fashion, capsys):
 # -- a training that is killed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_killed_training_goes_on_and_ends_the_same(example, capsys):
     example("resume_after_kill").main(["--kills", "1", "--epochs", "1"])
     printed = capsys.readouterr().out
@@ -285,6 +287,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(example, capsys):
     assert "bitwise: True; the log of the epochs: True." in printed.replace("\n", " ")
 
 
+@pytest.mark.long
 def test_a_learning_rate_is_found_drawn_and_tried(example, tmp_path, capsys):
     example("find_learning_rate").main(["--steps", "60", "--epochs", "1", "--max-size", "16"])
     printed = capsys.readouterr().out

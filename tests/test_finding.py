@@ -169,6 +169,7 @@ EXECUTION = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("execution", EXECUTION)
 def test_losses_are_the_same_however_the_step_is_run(execution):
     x, y = regression()
@@ -197,6 +198,7 @@ def test_the_suggestion_trains_a_quadratic_and_is_below_its_edge_of_stability():
     assert len(found.losses) < 60
 
 
+@pytest.mark.long
 def test_a_schedule_of_the_weight_decay_goes_on_as_it_is():
     x, y = regression()
     decay = ok.schedules.Linear(0.5, 20)
@@ -235,6 +237,7 @@ def of_unknown_length(x, y):
     return as_dataset(x, y).filter(lambda *_: True)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", [Given, endless, as_dataset, of_unknown_length])
 def test_data_that_give_batches(make):
     x, y = regression(24)
@@ -279,6 +282,7 @@ def two_inputs():
     return model
 
 
+@pytest.mark.long
 def test_several_inputs_and_outputs_are_given_as_to_fit():
     x, y = regression(24)
     forms = [
@@ -488,6 +492,7 @@ def test_a_flat_curve_gives_a_warning_and_no_suggestion():
     assert "No learning rate from" in found.table()
 
 
+@pytest.mark.long
 def test_a_curve_that_still_falls_gives_a_warning():
     x, y = regression(64)
     with pytest.warns(UserWarning, match="still falls at the highest rate"):
@@ -596,7 +601,7 @@ def test_training_goes_on_as_if_there_had_been_no_finder(optimizer, finder):
     assert (logs, draws) == (other_logs, other_draws)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_model_that_was_not_trained_yet(optimizer):
     x, y = regression()
@@ -769,6 +774,7 @@ NOISE = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("optimizer", NOISE)
 def test_the_noise_scale_is_that_of_the_data(optimizer):
     rng = np.random.default_rng(0)
@@ -841,6 +847,7 @@ def test_sizes_are_measured_as_far_as_there_are_examples():
     assert found.noise_scale is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", [Given, endless, as_dataset])
 def test_examples_are_taken_from_data_that_give_batches(make):
     x, y = regression(24)

@@ -613,7 +613,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("on_batches", [False, True], ids=["fit", "train_on_batch"])
 @pytest.mark.parametrize("changes", SETTINGS, ids=lambda changes: next(iter(changes)))
 def test_what_is_set_between_two_fits_acts_in_the_second(changes, on_batches):

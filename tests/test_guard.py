@@ -116,6 +116,7 @@ def rate_of(model):
 # -- what it is for ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("injected", ["data", "weight"])
 def test_a_guarded_training_ends_like_the_clean_one_and_an_unguarded_one_is_ruined(injected):
     x, y = data(batches=40)
@@ -142,7 +143,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("optimizer", "bad", "value", "passed_over"),
     [
@@ -497,7 +498,7 @@ def unbuilt():
     return keras.Sequential([keras.layers.Dense(4, "tanh"), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("make", [keras.optimizers.Adam, ok.optimizers.Adam], ids=["keras", "ours"])
 def test_a_model_that_the_first_step_builds_goes_back_to_its_first_state(make):
     x, y = data(batches=4)
@@ -606,6 +607,7 @@ def test_compiled_and_eager_steps(how):
     assert np.all(np.isfinite(model.get_weights()[0]))
 
 
+@pytest.mark.long
 def test_several_steps_per_execution():
     """On JAX only the last step of each is looked at, whose loss is NaN since the weights are."""
     x, y = data()
@@ -647,7 +649,7 @@ def test_float16_overflow_is_left_to_loss_scaling():
     assert float(ops.convert_to_numpy(model.optimizer.dynamic_scale)) < 2**15
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("last", [False, True])
 def test_it_works_beside_the_others_wherever_it_stands(last, tmp_path):
     """All that reach into the step, and all that look at an epoch's end."""
@@ -669,6 +671,7 @@ def test_it_works_beside_the_others_wherever_it_stands(last, tmp_path):
     assert not {"train_step", "make_train_function"} & set(vars(model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("find_layer", [True, False])
 def test_layers_that_are_thawed_begin_with_a_new_copy(find_layer):
     x, y = data(batches=4)
@@ -735,6 +738,7 @@ def test_it_goes_on_where_it_was():
     assert plain(state) == plain(keep.kept[0]) or state["good"] is None
 
 
+@pytest.mark.long
 def test_it_goes_on_after_a_crash_where_layers_were_thawed(tmp_path):
     """The copy is the one from before the crash, and not one of the moment at which it goes on."""
     x, y = data(batches=6)

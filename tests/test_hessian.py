@@ -209,6 +209,7 @@ def test_micro_batches_are_one_batch(how):
     assert_near(trained(2, 16), trained(None, 32), 1e-5)
 
 
+@pytest.mark.long
 def test_the_last_micro_batches_of_an_epoch():
     """Three of four, and again from a file."""
     model = network(AdaHessian(0.02, epsilon=0.1, gradient_accumulation_steps=3), dropout=0.0)
@@ -243,6 +244,7 @@ def test_two_replicas_are_one(period):
     assert_near(two, trained(contextlib.nullcontext()), 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="a strategy of TensorFlow")
 def test_replicas_with_normalization_and_dropout():
     with problems.two_replicas().scope():
@@ -253,6 +255,7 @@ def test_replicas_with_normalization_and_dropout():
     assert int(ops.convert_to_numpy(model.optimizer.iterations)) == 8
 
 
+@pytest.mark.long
 def test_clipping_leaves_the_product_alone():
     def trained(**how):
         model, _ = fit(network(Keeping(0.0, **how), dropout=0.0))
@@ -310,7 +313,6 @@ def test_a_constant_scale_of_the_loss():
 
 
 @pytest.mark.few(1)
-@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -364,6 +366,7 @@ def test_an_interruption_makes_no_difference(tmp_path):
     assert_an_interruption_makes_no_difference(lambda: SophiaH(0.1, update_period=3, use_ema=True), tmp_path)
 
 
+@pytest.mark.long
 def test_a_saved_model_goes_on(tmp_path):
     assert_a_saved_model_goes_on(SophiaH(0.1, update_period=3, seed=7), tmp_path)
 
@@ -377,6 +380,7 @@ def test_the_monitor_sees_one_update(tmp_path):
     np.testing.assert_allclose(np.mean(loss), history["loss"][0], rtol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", [SophiaH, lambda: ok.optimizers.SAM(SGD(0.1))])
 def test_a_grouped_convolution(make):
     """Which Keras puts into a compiled function of its own on TensorFlow."""

@@ -48,6 +48,7 @@ def callbacks_of(directory):
     ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_a_step_is_traced_once_for_all_fits(room, tmp_path):
     """Also with new callbacks, and it does what it did at first."""
@@ -86,6 +87,7 @@ def several_steps(model):
     model.steps_per_execution = 2
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "room"),
     [
@@ -161,6 +163,7 @@ def test_a_model_is_not_held_by_its_steps_nor_by_callbacks(tmp_path):
     assert held() is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 def test_callbacks_can_be_copied_after_fit_as_before(copied, tmp_path):
     x, y = regression(8, dtype="float32")
@@ -197,6 +200,7 @@ def test_two_of_a_kind_in_one_fit_are_two(tmp_path):
     assert traced[0] == traced[1]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("when", ["between", "inside"])
 @pytest.mark.parametrize(
     "make",

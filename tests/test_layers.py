@@ -101,6 +101,7 @@ def test_noise_is_shared_along_ones():
     assert len(np.unique(y[:, 0], axis=0)) > 10
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit_advances_the_step_once_per_batch(jit_compile):
     layer = ScheduledDropout(PolynomialDecay(0.0, 10, end_learning_rate=0.5))

@@ -78,7 +78,7 @@ def numpy_run(x, y, rates, batch=4):
     return np.array(found)
 
 
-@pytest.mark.each_once
+@pytest.mark.few(1)
 @pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_values_are_those_of_each_single_batch(room, execution, tmp_path):
@@ -167,6 +167,7 @@ def test_rows_that_occur_twice_in_a_sparse_gradient_are_summed(tmp_path):
     assert [v for _, v in events(tmp_path)["train/gradient_norm"]] == pytest.approx([2.0, math.sqrt(2)], rel=1e-6)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("every", "steps_per_execution", "expected"),
     [
@@ -254,6 +255,7 @@ def test_two_monitors_and_two_functions_share_one_step(tmp_path):
     assert not {"train_step", "make_train_function"} & set(vars(model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 1, 0)])
 def test_the_three_work_together_in_any_order(order, tmp_path):
@@ -273,6 +275,7 @@ def test_the_three_work_together_in_any_order(order, tmp_path):
     assert not {"apply", "scale_loss"} & set(vars(model.optimizer))
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
@@ -393,7 +396,7 @@ def assert_values_of_layers(found, model, noted, x, y, steps, batch=4, rtol=1e-4
             assert dict(found[tag])[step] == pytest.approx(value, rel=rtol), (tag, step)
 
 
-@pytest.mark.each_once
+@pytest.mark.few(1)
 @pytest.mark.parametrize("execution", ["graph", "xla"])
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_layers_have_the_norms_that_a_tape_gives(room, execution, tmp_path):
@@ -407,6 +410,7 @@ def test_layers_have_the_norms_that_a_tape_gives(room, execution, tmp_path):
     assert [value for _, value in found["train/nonfinite"]] == [0] * 7
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_layers_in_mixed_precision(room, tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
@@ -416,7 +420,7 @@ def test_layers_in_mixed_precision(room, tmp_path):
     assert_values_of_layers(events(tmp_path), model, weights.noted, x, y, [3, 9], rtol=0.02)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_layers_on_two_replicas_are_those_of_one(room, tmp_path):
@@ -576,6 +580,7 @@ def test_activations_of_a_model_that_the_first_step_builds(tmp_path):
         fit(other, x, y, TrainingMonitor(tmp_path, activations="nothing"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("by", ["Unfreeze", "a second fit"])
 def test_layers_that_are_unfrozen_are_shown_from_then_on(by, tmp_path):
     x, y = regression(8, dtype="float32")
@@ -720,6 +725,7 @@ def test_what_is_no_number_in_the_logs_is_left_out_with_one_warning(tmp_path):
 # -- single values ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("limit", [{"global_clipnorm": 2.0}, {"clipnorm": 2.0}, {"clipvalue": 2.0}])
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_clip_rate(room, limit, tmp_path):
@@ -791,6 +797,7 @@ class Estimates(keras.callbacks.Callback):
         self.on_train_batch_begin(0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("make", "of_next"),
     [
@@ -845,6 +852,7 @@ def test_throughput_counts_batches_and_memory_is_there(tmp_path, monkeypatch):
 # -- on request -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @on_tensorflow
 @pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
 def test_activations(execution, tmp_path):
@@ -937,6 +945,7 @@ def test_histograms_of_weights(tmp_path):
 # -- training is not changed ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("execution", ["graph", "xla"])
 def test_training_is_bitwise_what_it_is_without(execution, tmp_path):
     x, y = images()
@@ -1079,6 +1088,7 @@ def summaries(directory, plugin):
     ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("hparams", ["auto", {"width": 3, "kind": "plain", "deep": False}, None])
 def test_layout_and_hparams_are_written_once(hparams, tmp_path):
     from tensorboard.plugins.custom_scalar import layout_pb2

@@ -108,7 +108,7 @@ KERAS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", KERAS)
 def test_equals_keras_with_its_conventions(name):
     """In float64; the rate is one that float32 holds exactly, since Keras rounds some scalars through float32."""
@@ -453,6 +453,7 @@ def test_fit_in_mixed_precision(policy):
     assert model.trainable_variables[0].dtype == "float32"
 
 
+@pytest.mark.long
 def test_two_replicas_in_fit():
     x, y = problems.regression()
     weights = []
@@ -542,6 +543,7 @@ def test_a_layer_that_is_thawed_joins_in_the_first_step_that_trains_it():
     fresh.optimizer.load_own_variables(state)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("strategy", ["mirrored", "one device"])
 def test_a_strategy_with_one_replica(strategy):
     strategy = (
@@ -566,6 +568,7 @@ def test_a_strategy_with_one_replica(strategy):
         np.testing.assert_array_equal(ops.convert_to_numpy(weights[0]), 0.5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "how", [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}], ids=["eager", "graph", "xla"]
 )

@@ -47,6 +47,7 @@ def test_import_needs_no_optional_package():
     assert {"callbacks", "initializers", "layers", "optimizers", "regularizers", "schedules"} <= set(rooms)
 
 
+@pytest.mark.long
 def test_a_callback_that_is_made_in_the_call_of_fit_can_change_it(tmp_path):
     """`fit` is looked up before its arguments are made, so that it must be ours by then."""
     files = python(

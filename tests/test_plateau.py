@@ -41,6 +41,7 @@ def curves(count):
         yield rng, rng.integers(0, 9, size=24) / 8
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_finite_curves_give_the_rates_of_keras(room):
     for rng, curve in curves(30):
@@ -290,6 +291,7 @@ def test_with_two_replicas_it_is_the_loss_of_the_global_batch():
     np.testing.assert_allclose(seen.seen, numpy_plateau(means, [1] * 6, start=1e-12, **SETTINGS)[0], rtol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("unit", "batch", "every"), [("epoch", None, "epoch"), ("update", None, "epoch"), ("update", 4, 3)]
 )

@@ -25,7 +25,7 @@ def trained(make, dtype, steps=1500):
     return float(np.mean((x @ w - y) ** 2))
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("keep", ["stochastic_rounding", "master_weights"])
 def test_bfloat16_ends_where_float32_does(keep):
     reference = trained(lambda: ok.optimizers.SGD(3e-3), "float32")

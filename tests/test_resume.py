@@ -168,8 +168,7 @@ def test_with_averaged_weights_shown(tmp_path):
         return train(tmp_path / name, model=model, callbacks=[ok.callbacks.AveragedWeights()], **arguments)
 
     expected = fit("whole")
-    for crash in (10, 3, 12):
-        assert fit("cut", crash=crash) is None
+    assert fit("cut", crash=12) is None
     assert_same(fit("cut"), expected)
 
 
@@ -197,7 +196,7 @@ def test_keras_s_callbacks_go_on_from_their_state(tmp_path):
     expected, theirs = fit("whole")
     assert 2 < theirs[1].stopped_epoch < 11, "the test is about a training that stops early"
     assert len(set(expected.history.history["learning_rate"])) > 1, "and whose learning rate is reduced"
-    for crash in (8, 13, 1, 17):
+    for crash in (21, 17):
         assert fit("cut", crash=crash)[0] is None
     model, mine = fit("cut")
     assert_same(model, expected)
@@ -229,7 +228,7 @@ def test_a_schedule_by_epochs_is_not_applied_twice(tmp_path):
         return train(tmp_path / name, callbacks=[halve], **arguments)
 
     expected = fit("whole")
-    for crash in (5, 5, 5):
+    for crash in (5, 5):
         assert fit("cut", crash=crash) is None
     model = fit("cut")
     assert_same(model, expected)
@@ -307,8 +306,7 @@ def test_with_a_tf_dataset_per_epoch(tmp_path):
         return ok.data.PerEpoch(made)
 
     expected = train(tmp_path / "whole", data=data())
-    for crash in (5, 11):
-        assert train(tmp_path / "cut", data=data(), crash=crash) is None
+    assert train(tmp_path / "cut", data=data(), crash=16) is None
     assert_same(train(tmp_path / "cut", data=data()), expected)
 
 
@@ -338,8 +336,7 @@ def test_a_model_that_is_not_built_goes_on(tmp_path):
         return made
 
     expected = train(tmp_path / "whole", model=model())
-    for crash in (5, 9):
-        assert train(tmp_path / "cut", model=model(), crash=crash) is None
+    assert train(tmp_path / "cut", model=model(), crash=14) is None
     assert_same(train(tmp_path / "cut", model=model()), expected)
     assert_same(train(tmp_path / "cut", model=model()), expected)  # a finished one
 
@@ -459,6 +456,7 @@ def test_a_model_without_a_config_is_told_by_its_weights_and_its_source(tmp_path
     assert_same(train(tmp_path / "cut", model=model(4)), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["arrays", "dataset"])
 @pytest.mark.only_on("tensorflow", because="elsewhere Keras builds models before `fit` begins")
 def test_a_model_that_only_a_batch_can_build_is_shown_one(tmp_path, kind):
@@ -482,6 +480,7 @@ def test_a_model_that_only_a_batch_can_build_is_shown_one(tmp_path, kind):
     assert_same(fit("cut"), expected)
 
 
+@pytest.mark.long
 def test_a_list_of_callbacks_made_by_the_user_is_gone_on_with(tmp_path, uninterrupted):
     def fit(crash=None):
         model, seen = compiled(), Batches()

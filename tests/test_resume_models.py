@@ -148,6 +148,7 @@ def own(kind, **arguments):
     return make
 
 
+@pytest.mark.few(2)
 @pytest.mark.only_on("tensorflow", because="the steps are written for TensorFlow")
 @pytest.mark.parametrize(
     ("make", "data", "arguments"),
@@ -189,6 +190,7 @@ def dataset():
     return tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).filter(lambda *_: True)  # of unknown length
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # so Keras of data of unknown length
 @pytest.mark.parametrize(
     ("data", "arguments"),
@@ -221,6 +223,7 @@ def test_a_generator_loses_no_batch(tmp_path):
     assert given[-1] == 6
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", [list, tuple])
 def test_inputs_in_lists_and_tuples(tmp_path, form):
     def make():
@@ -233,6 +236,7 @@ def test_inputs_in_lists_and_tuples(tmp_path, form):
     assert_resumed(tmp_path, make, lambda: (data, Y), every="epoch", batch_size=8, shuffle=False)
 
 
+@pytest.mark.long
 def test_losses_of_outputs_with_weights_are_bitwise_the_same(tmp_path):
     weights = {"p": np.linspace(0.1, 2, 24).astype("float32"), "q": np.ones(24, "float32")}
     targets = {"p": Y**2, "q": X[:, :2]}
@@ -264,7 +268,7 @@ def _by_kind():
     return lambda variable: made[variable.path.split("/")[-1]]
 
 
-@pytest.mark.each_once
+@pytest.mark.few(2)
 @pytest.mark.only_on("tensorflow", because="Keras on JAX has no place for the state of a second optimizer")
 @pytest.mark.parametrize("compiled", ["rmsprop", None])
 @pytest.mark.parametrize(("a", "b"), [("ours", "keras"), ("lookahead", "scaled"), ("ours scaled", "several")])
@@ -279,6 +283,7 @@ def test_every_optimizer_of_a_model_is_put_back(tmp_path, a, b, compiled):
     assert [int(o.iterations) for o in model.used()] == [9, 9]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["several", "scaled"])
 def test_optimizers_inside_of_the_compiled_one_are_put_back(tmp_path, name):
     def make():
@@ -380,6 +385,7 @@ ADAPTED = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ADAPTED)
 def test_what_layers_have_adapted_is_put_back(tmp_path, name):
     """The second script leaves the pass over all data out."""

@@ -100,7 +100,7 @@ def test_adaptive_and_accumulated():
     assert_near(fit(network(make))[0], by_hand(AdamW(0.01), 0.5, adaptive=True, every=2)[0])
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_without_a_radius_it_is_the_inner_optimizer(jit_compile):
     def trained(optimizer):
@@ -118,6 +118,7 @@ def test_a_batch_at_a_time_is_fit():
     assert_near(model, fit(network(SAM(SGD(0.1), rho=0.1)))[0])
 
 
+@pytest.mark.long
 def test_a_function_that_was_made_before_fit():
     model = network(SAM(SGD(0.1), rho=0.1))
     model.make_train_function()
@@ -248,6 +249,7 @@ def test_an_interruption_makes_no_difference(tmp_path):
     assert_an_interruption_makes_no_difference(lambda: SAM(AdamW(0.01), rho=0.1, use_ema=True), tmp_path)
 
 
+@pytest.mark.long
 def test_a_saved_model_goes_on(tmp_path):
     assert_a_saved_model_goes_on(SAM(SGD(0.1, momentum=0.9), rho=0.1), tmp_path)
 
@@ -271,6 +273,7 @@ def test_the_monitor_sees_one_update_with_the_second_gradient(tmp_path):
 # -- models of one's own ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="on JAX Keras builds the model before its step")
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_a_model_that_its_first_step_builds(eagerly):
@@ -396,6 +399,7 @@ def test_the_norm_is_over_routed_parameters_too():
         np.testing.assert_allclose(ops.convert_to_numpy(value), expected, rtol=1e-12)
 
 
+@pytest.mark.long
 def test_data_of_unknown_length_and_a_second_fit():
     x, y = problems.regression()
     # without dropout, of which Keras draws numbers for the batch that is missing, with any optimizer

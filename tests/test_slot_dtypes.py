@@ -48,6 +48,7 @@ def parts(optimizer):
     return keras.tree.flatten(optimizer._held.state.slots)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slot_dtype", NARROW)
 def test_every_way_to_save_continues_bitwise(slot_dtype, tmp_path):
     with op_determinism():
@@ -74,7 +75,7 @@ def test_every_way_to_save_continues_bitwise(slot_dtype, tmp_path):
         np.testing.assert_allclose(flat(fit(others["bundle"])), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("slot_dtype", NARROW)
 def test_fit_in_all_modes_trains_like_float32(slot_dtype):
     modes = {"graph": {"jit_compile": False}, "xla": {"jit_compile": True}, "eager": {"run_eagerly": True}}

@@ -74,6 +74,7 @@ def compiled(optimizer, model=None, *, eager=True):
 # -- models that their first step builds ------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
 def test_a_model_that_fit_builds_is_trained_as_one_that_is_built(make):
     expected, unbuilt = (compiled(make(), sequential(built=built), eager=False) for built in (True, False))
@@ -83,6 +84,7 @@ def test_a_model_that_fit_builds_is_trained_as_one_that_is_built(make):
     same(values(unbuilt.variables), values(expected.variables))
 
 
+@pytest.mark.long
 def test_so_is_a_subclassed_one_with_averages_in_evaluation_and_accumulation():
     models = [
         compiled(COPIES["use_ema"](gradient_accumulation_steps=2), m(), eager=False) for m in (sequential, Subclassed)
@@ -197,6 +199,7 @@ def untrainable():
     return pytest.warns(UserWarning, match="does not have any trainable weights")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -333,6 +336,7 @@ ON_JAX = "on JAX a model that an .h5 file has built for no variables cannot be t
 MARKS = {"LossScale": pytest.mark.only_on("tensorflow", because=ON_JAX)}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", [pytest.param(make, id=name, marks=MARKS.get(name, ())) for name, make in ALL.items()])
 def test_state_tree_and_h5_file_continue_the_run(make, tmp_path):
     models = [compiled(make()) for _ in range(2)]
@@ -384,6 +388,7 @@ def refit(model, *, one, two):
     return model
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("packed", [False, True])
 def test_state_reaches_its_weights_where_they_joined_in_another_order(packed, tmp_path):
     def fresh():
@@ -514,6 +519,7 @@ def test_optimizers_that_a_model_holds_are_flushed_and_finalised_and_begin_again
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("built", [True, False])
 def test_optimizers_inside_of_a_multi_optimizer_are_trained_as_alone(built):
     settings = {"use_ema": True, "ema_momentum": 0.5, "gradient_accumulation_steps": 2}

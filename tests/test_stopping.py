@@ -352,6 +352,7 @@ def test_best_weights_on_disk_are_restored_and_stay_there(tmp_path):
     assert_weights(model, seen.weights[stopping.best_epoch])  # nothing of the file: it is another fit
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_it_goes_on_after_an_interruption(where, tmp_path):
     """The best epoch comes before the crash, and the waiting goes over it."""

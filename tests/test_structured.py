@@ -161,7 +161,7 @@ def test_state_for_kernels_with_other_axes_is_refused():
 # -- inside of others -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["Muon", "SOAP", "Adafactor", "LAMB", "Prodigy"])
 def test_lookahead_with_a_step_of_1_is_the_inner_optimizer(name):
     inner = {

@@ -78,6 +78,7 @@ def statistics(model):
     return [np.array(ops.convert_to_numpy(v)) for v in model.variables if "moving" in v.path]
 
 
+@pytest.mark.long
 def test_a_window_of_epochs_is_torchs_averaged_model():
     plain, model = network(), network()
     trained, training, shown = Record("on_epoch_end"), Record("on_epoch_begin"), Record("on_epoch_end")
@@ -107,6 +108,7 @@ def statistics_of(model, weights):
     return statistics(model)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("start", "every", "points"),
     [(0, 1, range(1, 13)), (0, 3, [1, 4, 7, 10]), (3, 3, [3, 6, 9, 12]), (4, 4, [4, 8, 12]), (5, 4, [5, 9])],
@@ -120,6 +122,7 @@ def test_a_window_of_updates_is_the_mean_of_the_weights_after_them(start, every,
     close(trainable(model), [np.mean(np.stack(part).astype("float64"), 0) for part in parts])
 
 
+@pytest.mark.long
 def test_every_second_epoch_and_a_second_window_of_the_next_fit():
     model = network()
     trained = Record("on_epoch_begin")
@@ -146,6 +149,7 @@ def test_an_exception_leaves_the_weights_of_training():
     same(trainable(model), trainable(plain))
 
 
+@pytest.mark.long
 def test_weights_that_a_callback_assigns_stay_and_the_others_go_back():
     class Set(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -262,6 +266,7 @@ def steps_due(per_step, start, every, steps):
     return sorted({-(-point // per_step) - 1 for point in points})
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="a training step of one's own is written for a backend")
 @pytest.mark.parametrize("room", [ok.optimizers, keras.optimizers], ids=["ours", "keras"])
 def test_all_optimizers_that_average_take_part(room):

@@ -419,6 +419,7 @@ def test_gradient_noise_continues_where_it_was_saved():
         np.testing.assert_array_equal(a, ops.convert_to_numpy(b))
 
 
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
 @pytest.mark.parametrize("wrapped", [lambda o: o, ok.optimizers.ScheduleFree], ids=["plain", "Schedule-Free"])
 def test_gradient_noise_is_the_same_in_all_replicas(wrapped):

@@ -81,6 +81,7 @@ def variables(model: Any) -> list[Any]:
     ]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The releases of Python and of the libraries that compute."""
     found = {"python": platform.python_version()}
