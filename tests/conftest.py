@@ -76,11 +76,13 @@ def pytest_collection_modifyitems(config, items):
 
     `only_on(backend, because=...)` marks what is not for other backends than that one. Of a test with several
     parameters that is marked `each_once`, as many combinations are run as it takes to have every value of each, and of
-    one that is marked `few(n)` the first n. What is marked `long` shows at length what others show as well.
+    one that is marked `few(n)` the first n. What is marked `long` shows at length what others show as well; what is
+    marked `once` runs on TensorFlow.
     """
     kept = [item for item in items if _is_for(item, keras.config.backend())]
     if not config.getoption("all"):
-        kept = _each_once(_few([item for item in kept if not item.get_closest_marker("long")]))
+        left_out = {"long"} if keras.config.backend() == "tensorflow" else {"long", "once"}
+        kept = _each_once(_few([item for item in kept if not any(map(item.get_closest_marker, left_out))]))
     left_out = set(items) - set(kept)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))

@@ -597,6 +597,7 @@ def test_mixed_precision():
     same(everything(model), everything(plain))
 
 
+@pytest.mark.long
 def test_replicas():
     def run(*callbacks):
         with problems.two_replicas().scope():

@@ -259,6 +259,7 @@ def linear():
     return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 
 
+@pytest.mark.long
 def test_recording_goes_on_where_it_was_stopped(contest, capsys):
     module, path, arguments = contest
     arguments = [*arguments, "--optimizers", "AdamW"]

@@ -66,6 +66,7 @@ def twin_of(schedule):
     return lambda t: float(ops.convert_to_numpy(schedule(t)))
 
 
+@pytest.mark.once
 @pytest.mark.few(3)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
@@ -131,6 +132,7 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
         return ops.convert_to_tensor(self.held, dtype="float64")
 
 
+@pytest.mark.once
 @pytest.mark.few(2)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ OF_EACH = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("form", OF_EACH)
 def test_several_inputs_and_outputs_train_as_in_fit(form):

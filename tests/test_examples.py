@@ -180,6 +180,7 @@ def test_quickstart_again_replaces_its_logs(example, tmp_path):
     assert len(scalars(tmp_path / "0-base" / "seed-0", "epoch/val_accuracy")) == 1
 
 
+@pytest.mark.long
 def test_custom_loop(example, capsys):
     example("custom_loop").main(["--epochs", "2"])
     printed = capsys.readouterr().out

@@ -86,7 +86,7 @@ def made(make):
     return keras.Model(*parts) if isinstance(parts, tuple) else keras.Sequential(parts)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("make", [recurrent, attending, dense, convolutional])
 @float64()
@@ -297,6 +297,7 @@ def test_loss_scaling_sees_a_product_that_is_not_finite():
     assert int(optimizer.inner_optimizer.iterations) == 0
 
 
+@pytest.mark.long
 def test_half_precision_with_loss_scaling():
     def make():
         return ok.optimizers.LossScale(AdaHessian(0.02, epsilon=0.3), initial_scale=2.0**7)

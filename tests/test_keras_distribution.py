@@ -34,7 +34,7 @@ def test_eight_devices_train_like_one(request):
     assert all(line.startswith("passed ") for line in lines), lines
     for kind in ("model_parallel", "spread_state", "data_parallel"):
         assert any(line.startswith(f"passed {kind}_equals_one_device[") for line in lines), kind
-    assert len(lines) >= 25
+    assert len(lines) >= 20
 
 
 @pytest.mark.long

@@ -410,6 +410,7 @@ def test_layers_have_the_norms_that_a_tape_gives(room, execution, tmp_path):
     assert [value for _, value in found["train/nonfinite"]] == [0] * 7
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_layers_in_mixed_precision(room, tmp_path):
@@ -484,6 +485,7 @@ def test_under_accumulation_the_gradient_is_the_micro_batch_s_and_change_and_cli
 # -- models that the first step builds, and layers that are unfrozen --------------------------------------------------
 
 
+@pytest.mark.once
 def test_the_first_example_of_the_readme_logs_true_norms(tmp_path, request):
     """Its model has no Input, and is built by the first step."""
     readme = (request.config.rootpath / "README.md").read_text()
@@ -542,6 +544,7 @@ class BuildsItself(keras.Model):
         return self.only(x)
 
 
+@pytest.mark.once
 @pytest.mark.each_once
 @pytest.mark.parametrize("execution", ["graph", "eager"])
 @pytest.mark.parametrize("make", [Subclassed, BuildsItself])
@@ -1151,6 +1154,7 @@ def unmeasured(found):
     return {tag: pairs for tag, pairs in found.items() if not tag.startswith(("memory/", "throughput/"))}
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("every", "after"), [(2, 2), (2, 3), (3, 2)])
 def test_steps_that_are_computed_again_are_not_written_again(every, after, tmp_path):

@@ -361,6 +361,7 @@ def test_random_numbers_of_python_numpy_and_keras_go_on(tmp_path):
     assert cut.drawn == whole.drawn[12:]
 
 
+@pytest.mark.long
 def test_the_progress_bar_begins_at_the_batch(tmp_path, capsys):
     assert train(tmp_path, crash=17) is None
     train(tmp_path, verbose=2)
@@ -409,6 +410,7 @@ def test_one_that_was_stopped_is_finished_whatever_the_epochs(tmp_path):
         fit(1)
 
 
+@pytest.mark.long
 def test_fewer_epochs_than_it_has_are_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(ValueError, match=r"epochs=2, but .*finished.npz comes from epoch 3 of a run"):
@@ -422,6 +424,7 @@ def test_the_same_callback_cannot_begin_another_training(tmp_path):
         train(resume)
 
 
+@pytest.mark.long
 def test_the_same_callback_can_go_on_after_a_failure(tmp_path, uninterrupted):
     resume = Resume(tmp_path, every=3, strict=True)
     assert train(resume, crash=11) is None

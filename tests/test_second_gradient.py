@@ -125,7 +125,7 @@ def test_a_function_that_was_made_before_fit():
     assert_near(fit(model)[0], fit(network(SAM(SGD(0.1), rho=0.1)))[0], 1e-7)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     [
@@ -371,6 +371,7 @@ def test_an_update_under_a_condition_is_refused():
     assert not tf.config.functions_run_eagerly()
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="a strategy of TensorFlow")
 def test_two_replicas_are_one():
     def trained(scope):

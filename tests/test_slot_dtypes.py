@@ -164,8 +164,8 @@ def test_rows_of_an_embedding(slot_dtype):
         assert np.abs(got - exact).max() < 0.05 * 0.1
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="tf.distribute")
-@pytest.mark.few(1)
 @pytest.mark.parametrize("slot_dtype", NARROW)
 def test_two_replicas_hold_the_same_and_their_file_opens_on_one(slot_dtype, tmp_path):
     with problems.two_replicas().scope():

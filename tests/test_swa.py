@@ -136,6 +136,7 @@ def test_every_second_epoch_and_a_second_window_of_the_next_fit():
     assert all(np.abs(a - b).max() > 0 for a, b in zip(trainable(model), first, strict=True))
 
 
+@pytest.mark.long
 def test_an_exception_leaves_the_weights_of_training():
     class Crash(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -225,6 +226,7 @@ def test_what_is_refused():
         network().evaluate(X, Y, verbose=0, callbacks=[AveragedWeights(start=1)])
 
 
+@pytest.mark.long
 def test_a_window_that_never_begins_is_told():
     model, plain = network(), network()
     with pytest.warns(UserWarning, match="averaged nothing: training ended before update start=99"):

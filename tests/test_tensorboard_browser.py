@@ -12,6 +12,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 from playwright.sync_api import TimeoutError as NotShown
 from playwright.sync_api import sync_playwright
 
@@ -166,6 +167,7 @@ def rows(result):
     return [{name: t.values.get(name) for name in names} | {best: t.score} for t in result.trials]
 
 
+@pytest.mark.long
 def test_tensorboard_shows_scalars_and_hparams(tmp_path):
     generator = np.random.default_rng(0)
     x = generator.normal(size=(96, 4)).astype("float32")

@@ -53,7 +53,7 @@ def as_optax_has_it(path, x):
     return x.reshape(x.shape[0], -1) if x.shape == (8, 2, 3) else x.reshape(-1, x.shape[-1])
 
 
-@pytest.mark.each_once
+@pytest.mark.few(4)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     ("ours", "theirs"),

@@ -315,7 +315,7 @@ def test_old_slots_are_kept_bitwise_and_new_ones_are_fresh():
     assert after["iterations"] == before["iterations"] == 6
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="on JAX they update all of their variables at once")
 @pytest.mark.parametrize("wrap", [lambda o: o, STOCK.LossScaleOptimizer], ids=["plain", "loss scaling"])
 def test_optimizers_of_keras_are_built_for_all_stages(wrap):
@@ -351,6 +351,7 @@ def test_what_updates_all_of_its_variables_at_once_is_refused(make):
     fit(network(STOCK.Adam()), *data(), Unfreeze({0: [".*"], 1: "head"}))  # that is no unfreezing
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="on JAX there is no room for more variables in it")
 def test_under_loss_scaling_the_optimizer_inside_gets_room():
     model = network(ok.optimizers.LossScale(ok.optimizers.Adam(0.05)))
@@ -361,6 +362,7 @@ def test_under_loss_scaling_the_optimizer_inside_gets_room():
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
 def test_two_replicas_are_as_one():
     with two_replicas().scope():
@@ -433,7 +435,7 @@ def test_new_weights_join_at_the_update_that_thaws_them():
     assert json.loads(schema[: schema.rindex("}") + 1])["since"] == [6] * 6 + [0] * 2
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("after", [0, 2, 3])
 @pytest.mark.parametrize("first", [False, True])
 def test_an_interruption_makes_no_difference(after, first, tmp_path):

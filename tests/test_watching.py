@@ -171,6 +171,7 @@ def callbacks(directory):
     ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
 def test_copies_work_before_a_fit_and_after_it(copied, tmp_path):
     given = callbacks(tmp_path)
