@@ -163,6 +163,7 @@ def test_a_model_is_not_held_by_its_steps_nor_by_callbacks(tmp_path):
     assert held() is None
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 def test_callbacks_can_be_copied_after_fit_as_before(copied, tmp_path):

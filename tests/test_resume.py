@@ -184,6 +184,7 @@ def stock_callbacks(directory):
     ]
 
 
+@pytest.mark.once
 def test_keras_s_callbacks_go_on_from_their_state(tmp_path):
     def fit(name, **arguments):
         callbacks = stock_callbacks(tmp_path / name)
@@ -222,6 +223,7 @@ def test_keras_s_callbacks_go_on_from_their_state(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.once
 def test_a_schedule_by_epochs_is_not_applied_twice(tmp_path):
     def fit(name, **arguments):
         halve = keras.callbacks.LearningRateScheduler(lambda _, rate: rate * 0.5)
@@ -266,6 +268,7 @@ class Counting(keras.callbacks.Callback):
         self.losses = list(state["losses"])
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("place", [0, 1])
 def test_one_s_own_callback_goes_on_from_its_state_wherever_it_stands(tmp_path, place):
@@ -397,6 +400,7 @@ def test_more_epochs_go_on_from_the_end(tmp_path, average):
     assert_same(longer, expected)
 
 
+@pytest.mark.once
 def test_one_that_was_stopped_is_finished_whatever_the_epochs(tmp_path):
     def fit(epochs):
         stopping = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=10.0)
@@ -629,6 +633,7 @@ RARE = np.zeros_like(X)
 RARE[11, 1] = 1.0
 
 
+@pytest.mark.once
 @pytest.mark.few(6)
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_is_refused_and_can_be_accepted(tmp_path, what):
@@ -702,6 +707,7 @@ def test_accepted_data_must_have_the_place(tmp_path, change, message):
         train(Resume(tmp_path, accept=("data", "validation", "fit")), model=simple(), data=data, **more)
 
 
+@pytest.mark.once
 def test_other_releases_are_told(tmp_path, monkeypatch):
     assert train(tmp_path, crash=5) is None
     monkeypatch.setattr("keras_optkit.callbacks.session.versions", lambda: versions() | {"keras": "99"})
@@ -784,6 +790,7 @@ def bundles(directory):
     return sorted(directory.glob("bundle-*.npz"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("keep", [1, 3])
 def test_so_many_bundles_are_kept(tmp_path, keep):
     assert train(tmp_path, crash=20, every=2, keep=keep) is None
@@ -846,6 +853,7 @@ def damage(path, how):
     path.write_bytes(content[:middle] if how == "torn" else content[:middle] + b"\xff\x00" + content[middle + 2 :])
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["torn", "changed"])
 def test_a_damaged_bundle_has_the_one_before_used(tmp_path, uninterrupted, how):
@@ -869,6 +877,7 @@ def test_with_damaged_bundles_only_nothing_begins(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
 
 
+@pytest.mark.once
 def test_a_damaged_end_is_reached_again(tmp_path, uninterrupted):
     train(tmp_path)
     damage(tmp_path / "finished.npz", "torn")
@@ -876,6 +885,7 @@ def test_a_damaged_end_is_reached_again(tmp_path, uninterrupted):
         assert_same(train(tmp_path), uninterrupted)
 
 
+@pytest.mark.once
 def test_what_a_killed_process_left_is_removed(tmp_path):
     assert train(tmp_path, crash=5) is None
     torn = tmp_path / ".bundle-00000002.npz.1234abcd.tmp"
@@ -928,6 +938,7 @@ def of_the_format(number):
     return write
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -949,6 +960,7 @@ def test_odd_files_are_refused(tmp_path, finished, change, error, message):
         filelock.FileLock(tmp_path / "here" / "lock").acquire(timeout=0)  # it is free again
 
 
+@pytest.mark.once
 def test_a_bundle_under_another_name_is_not_taken_for_it(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "here")
     shutil.copy(bundles(tmp_path / "here")[0], tmp_path / "here" / "finished.npz")
@@ -965,6 +977,7 @@ def test_files_of_others_stay(tmp_path, finished):
     assert (tmp_path / "here" / ".notes.txt.1234abcd.tmp").read_text() == "mine"
 
 
+@pytest.mark.once
 def test_the_end_alone_is_enough_for_more_epochs(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "here")
     for path in bundles(tmp_path / "here"):
@@ -1039,6 +1052,7 @@ def test_ctrl_c_at_the_very_end_is_not_lost(tmp_path):
     assert run_in(tmp_path).seen == []  # it had been finished
 
 
+@pytest.mark.once
 def test_a_handler_of_somebody_else_for_ctrl_c_stays(tmp_path):
     heard = []
     before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
@@ -1060,6 +1074,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.once
 def test_a_full_disk_is_an_error_and_leaves_the_last_bundle(tmp_path, uninterrupted, small_files):
     class Fill(keras.callbacks.Callback):
         stateless = True
@@ -1089,6 +1104,7 @@ def test_a_directory_that_cannot_be_written_to_is_an_error_at_once(directory):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.once
 def test_a_second_process_in_the_directory_is_refused(tmp_path):
     hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "lock")]

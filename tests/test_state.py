@@ -260,6 +260,7 @@ def test_state_of_a_model_that_was_frozen_before_it_was_saved_waits(tmp_path):
         same(values(each.variables), values(model.variables))
 
 
+@pytest.mark.once
 def test_what_was_frozen_before_saving_is_left_out_with_a_warning_and_the_rest_is_used(tmp_path):
     model = compiled(
         optimizers.Adam(0.05, gradient_accumulation_steps=2, groups=[ok.Group("bias", rule="SGD", required=False)])
@@ -282,6 +283,7 @@ def test_what_was_frozen_before_saving_is_left_out_with_a_warning_and_the_rest_i
         opened.optimizer.load_own_variables(mine)
 
 
+@pytest.mark.once
 def test_state_is_not_mistaken_for_that_of_another_layer_of_the_same_shape(tmp_path):
     def model():
         return keras.Sequential([keras.Input((3,)), constant(3, name="one"), constant(3, name="two"), constant(1)])
@@ -419,6 +421,7 @@ def test_state_reaches_its_weights_where_they_joined_in_another_order(packed, tm
         fit(opened)
 
 
+@pytest.mark.once
 def test_an_h5_file_of_weights_that_joined_later_is_refused_where_numbers_and_shapes_fit(tmp_path):
     trained = twins("one")
     fit(trained)
@@ -429,6 +432,7 @@ def test_an_h5_file_of_weights_that_joined_later_is_refused_where_numbers_and_sh
         fit(opened)
 
 
+@pytest.mark.once
 def test_state_of_another_layer_of_the_same_shape_is_refused(tmp_path):
     trained, other = twins("one"), twins("two")
     fit(trained)
@@ -519,6 +523,7 @@ def test_optimizers_that_a_model_holds_are_flushed_and_finalised_and_begin_again
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("built", [True, False])
 def test_optimizers_inside_of_a_multi_optimizer_are_trained_as_alone(built):
