@@ -1,6 +1,7 @@
 """Which optimizer? Updates and seconds until a loss is reached, each tuned with the same number of trials.
 
     python examples/benchmarks/optimizers.py record --minutes 60     # resumes where it was stopped
+    python examples/benchmarks/optimizers.py record --backwards      # a second process, from the other end
     python examples/benchmarks/optimizers.py time                    # seconds per update, on a quiet machine
     python examples/benchmarks/optimizers.py report --picture optimizers.png
 
@@ -241,7 +242,7 @@ def record(given: argparse.Namespace, console: Console) -> None:
             progress.update(bar, total=len(left) + progress.tasks[0].completed)
             if not left:
                 break
-            run = left[0]
+            run = left[-1 if given.backwards else 0]
             named = run["task"], run["optimizer"], run["setting"]
             progress.update(bar, description=" ".join(map(str, named)))
             began = time.perf_counter()
@@ -364,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--optimizers", type=lambda text: text.split(","), default=list(OPTIMIZERS))
     parser.add_argument("--trials", type=int, default=10, help="settings of each optimizer (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop recording after so many minutes")
+    parser.add_argument("--backwards", action="store_true", help="record from the last run on, beside another process")
     parser.add_argument("--rounds", type=int, default=5, help="of `time` (default: %(default)s)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="where `report` draws")
     given = parser.parse_args(argv)
