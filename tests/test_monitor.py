@@ -485,7 +485,7 @@ def test_under_accumulation_the_gradient_is_the_micro_batch_s_and_change_and_cli
 # -- models that the first step builds, and layers that are unfrozen --------------------------------------------------
 
 
-@pytest.mark.once
+@pytest.mark.long
 def test_the_first_example_of_the_readme_logs_true_norms(tmp_path, request):
     """Its model has no Input, and is built by the first step."""
     readme = (request.config.rootpath / "README.md").read_text()
@@ -1154,8 +1154,7 @@ def unmeasured(found):
     return {tag: pairs for tag, pairs in found.items() if not tag.startswith(("memory/", "throughput/"))}
 
 
-@pytest.mark.once
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("every", "after"), [(2, 2), (2, 3), (3, 2)])
 def test_steps_that_are_computed_again_are_not_written_again(every, after, tmp_path):
     """A run is resumed from a state before what its files hold, with the rest of the epoch's data, by a new monitor."""

@@ -48,7 +48,7 @@ def parts(optimizer):
     return keras.tree.flatten(optimizer._held.state.slots)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("slot_dtype", NARROW)
 def test_every_way_to_save_continues_bitwise(slot_dtype, tmp_path):
     with op_determinism():

@@ -201,7 +201,7 @@ CARD = ok.Card(
 #: What is about the class, which `adamw` is not, a rule without transforms, or the whole decay; and rows of what no
 #: layer says is an embedding.
 NOT_HERE = {"config_round_trip", "bad_arguments", "hyperparameters", "rows", "transforms", "group_rules", "decay_mask"}
-SHORT = {"twin", "groups", "replicas"}  # each transform by itself has a card
+SHORT = {"twin", "groups"}  # each transform by itself has a card
 
 
 @pytest.mark.parametrize(
