@@ -175,7 +175,7 @@ CHOICE = Choice(["x", "y"])
         (lambda: Float(0, 1, step=2), ValueError, r"step must be at most high - low = 1, or None, got 2.0"),
         (lambda: Float(0, math.inf), ValueError, r"high must be a finite number .* got inf"),
         (lambda: Float("0", 1), TypeError, r"low must be a finite number .* got '0' of type str"),
-        (lambda: Float(0, 1, log=1), TypeError, r"log must be True or False, got 1"),
+        (lambda: Float(0, 1, log=1), TypeError, r"log must be True, False or \"reverse\", got 1"),
         (lambda: Float(0, 1, default=2), ValueError, r"default must be a number in \[0.0, 1.0\] or None, got 2.0"),
         (lambda: Float(0, 1, step=0.5, default=0.3), ValueError, r"default must be one of the values .* got 0.3"),
         (lambda: Float(0, 1).grid(), ValueError, r"no finite grid: give it a step"),
@@ -197,7 +197,7 @@ CHOICE = Choice(["x", "y"])
         (lambda: Space(), ValueError, r"Space must have at least one parameter, got none"),
         (lambda: Space({}), ValueError, r"at least one parameter"),
         (lambda: Space([CHOICE]), TypeError, r"Space takes a mapping"),
-        (lambda: Space(a=0.1), TypeError, r"a must be a Float, Int or Choice, got 0.1 of type float"),
+        (lambda: Space(a=0.1), TypeError, r"a must be a Float, Int, Bool or Choice, got 0.1 of type float"),
         (lambda: Space({"a": CHOICE}, a=CHOICE), ValueError, r"given once, got 'a' twice"),
         (lambda: Space({1: CHOICE}), TypeError, r"name of a parameter must be a string, got 1"),
         (lambda: Space(items=CHOICE), ValueError, r"the name of a dict method, got 'items'"),
@@ -221,7 +221,7 @@ CHOICE = Choice(["x", "y"])
         (lambda: Space(a=Float(0, 1)).grid(), ValueError, r"got the continuous a=Float\(low=0.0, high=1.0\)"),
         (lambda: Space(a=Float(0, 1)).grid({"b": 3}), ValueError, r"key of points must be one of 'a', got 'b'"),
         (lambda: Space(a=Float(0, 1)).grid(1), ValueError, r"points must be an integer at least 2 or None, got 1"),
-        (lambda: Space.from_config({"a": {"type": "Bool"}}), ValueError, r"a's type must be one of 'Float', 'Int'"),
+        (lambda: Space.from_config({"a": {"type": "Text"}}), ValueError, r"a's type must be one of 'Float', 'Int'"),
     ],
 )
 def test_bad_space(make, error, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_optkit.space import Choice, Float, Int, Space, Values
+from keras_optkit.space import Bool, Choice, Float, Int, Space, Values
 
 if TYPE_CHECKING:
     from keras_optkit.tuning.hypermodel import HyperModel
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from keras_optkit.tuning.tuner import Tuner
 
 __all__ = [
+    "Bool",
     "Choice",
     "Float",
     "HyperModel",

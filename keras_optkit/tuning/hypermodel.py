@@ -10,7 +10,7 @@ import keras
 import keras_tuner
 
 from keras_optkit import arguments
-from keras_optkit.space import Choice, Float, Int, Parameter, Space, Values
+from keras_optkit.space import Bool, Choice, Float, Int, Parameter, Space, Values
 
 FIT_ARGUMENTS = ("batch_size", "epochs")
 
@@ -24,9 +24,11 @@ def _entry(name: str, parameter: Parameter) -> dict[str, Any]:
                 "min_value": parameter.low,
                 "max_value": parameter.high,
                 "step": parameter.step,
-                "sampling": "log" if parameter.log else "linear",
+                "sampling": {False: "linear", True: "log", "reverse": "reverse_log"}[parameter.log],
                 "default": parameter.default,
             }
+        case Bool():
+            kind, config = "Boolean", {"default": bool(parameter.default)}
         case Choice(values=(True, False) | (False, True)):  # KerasTuner's own Choice turns bools into 0 and 1
             first = parameter.values[0]
             kind, config = "Boolean", {"default": first if parameter.default is None else parameter.default}
@@ -35,7 +37,7 @@ def _entry(name: str, parameter: Parameter) -> dict[str, Any]:
         case Choice():
             kind, config = "Choice", {"values": list(parameter.values), "default": parameter.default}
         case _:
-            raise TypeError(f"{name} must be a Float, Int or Choice, got {parameter!r}.")
+            raise TypeError(f"{name} must be a Float, Int, Bool or Choice, got {parameter!r}.")
     conditions = [
         {"class_name": "Parent", "config": {"name": parent, "values": list(values)}}
         for parent, values in (parameter.when or {}).items()

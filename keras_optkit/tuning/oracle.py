@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras_tuner
@@ -58,6 +59,20 @@ class SpaceOracle(keras_tuner.Oracle):
         return {"status": TrialStatus.RUNNING, "values": dict(values)}
 
 
+def untried(space: Space, tried: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> Values | None:
+    """A random point that is not among those tried; None if there is none left."""
+    for collisions in itertools.count():
+        values = space.sample(rng)
+        if values not in tried:
+            return values
+        if collisions == 100 and space.is_listable:
+            break  # nearly everything was tried: look at what is left
+        if collisions == 10_000:
+            return None
+    rest = [values for values in space.grid() if values not in tried]
+    return rest[int(rng.integers(len(rest)))] if rest else None
+
+
 class RandomOracle(SpaceOracle):
     """Draws points independently, never the same twice."""
 
@@ -69,15 +84,7 @@ class RandomOracle(SpaceOracle):
     def propose(self, number: int) -> Values | None:
         """A point that was not tried before; None once a finite space is exhausted."""
         tried = [trial.hyperparameters.values for trial in self.trials.values()]
-        rng = np.random.default_rng(stream(self.seed, VALUES, number))
-        for collisions in itertools.count():
-            values = self.space.sample(rng)
-            if values not in tried:
-                return values
-            if collisions == 100 and self.space.size < math.inf:
-                break  # nearly everything was tried: look at what is left
-        rest = [values for values in self.space.grid() if values not in tried]
-        return rest[int(rng.integers(len(rest)))] if rest else None
+        return untried(self.space, tried, np.random.default_rng(stream(self.seed, VALUES, number)))
 
 
 class GridOracle(SpaceOracle):
