@@ -14,7 +14,7 @@ import keras_tuner
 
 from keras_optkit import arguments
 from keras_optkit.direction import by_name
-from keras_optkit.space import Float, Int, Points, Space, Values
+from keras_optkit.space import Float, Int, Points, Space
 from keras_optkit.tuning.best_epoch import names_of
 from keras_optkit.tuning.callbacks import Callbacks
 from keras_optkit.tuning.data import check_ends, checked_data, checked_fit_arguments, comparable, fit_data, is_dataset
@@ -51,9 +51,9 @@ def _check_fit_argument(name: str, parameter: Any, given: int | None) -> None:
 
 
 def search(
-    build: Callable[[Values], keras.Model],
-    space: Space | Mapping[str, Any],
-    data: Any,
+    build: Callable[..., keras.Model] | keras_tuner.HyperModel,
+    space: Space | Mapping[str, Any] | None = None,
+    data: Any = None,
     *,
     validation: Any = None,
     strategy: str = "random",
@@ -80,8 +80,10 @@ def search(
 
     Args:
         build: Takes the `Values` of a trial (`hp.learning_rate` or `hp["learning_rate"]`; what is inactive is absent)
-            and returns a compiled model.
-        space: What may vary. A parameter named `batch_size` or `epochs` is handed to `fit`.
+            and returns a compiled model. Where `space` is None, a KerasTuner build function, which asks its argument
+            for hyperparameters (`hp.Int("units", 8, 32)`), or a `keras_tuner.HyperModel`.
+        space: What may vary. A parameter named `batch_size` or `epochs` is handed to `fit`. None: what `build` asks
+            for; see `HyperModel`.
         data: Arrays `(x, y)`; with their own validation part `(x, y, x_val, y_val)` or `((x, y), (x_val, y_val))`; or a
             `tf.data.Dataset` or `PyDataset`. x and y may be nested.
         validation: `(x, y)`, `(x, y, sample_weight)`, a dataset, or the fraction of `data` to split off at random, once
@@ -146,7 +148,7 @@ def search(
     assert set(result.best) == {"learning_rate", "batch_size"}
     ```
     """
-    hypermodel = HyperModel(build, space)  # type: ignore[arg-type]
+    hypermodel = HyperModel(build, space)
     space = hypermodel.space
     arguments.choice("strategy", strategy, STRATEGIES)
     arguments.integer("max_trials", max_trials, 1, optional=True)
@@ -209,7 +211,8 @@ def search(
             keep_models=1,
         )
         fit = fit_data(data, validation, oracle.seed, others.pop("sample_weight", None))
-        tuner.search(**fit | others, **{name: size for name, size in sizes.items() if name not in space})
+        given = {name: size for name, size in sizes.items() if name not in space and size is not None}
+        tuner.search(**fit | others, **given)
         result = tuner.result(temporary=directory is None)
         on_failure.pop_all()
     return result
