@@ -77,7 +77,8 @@ def test_conditions_of_scopes_and_of_code_are_found():
         "kind": None, "layers": None, "units_0": None, "drop_0": None,
         "units_1": {"layers": more}, "drop_1": {"layers": more},
         "rate_0": {"drop_0": (True,)}, "rate_1": {"drop_1": (True,)},
-        "filters": {"kind": ("cnn",)}, "pool": {"kind": ("cnn",), "filters": (16,)}, "both": {"kind": ("cnn",), "layers": (20,)},
+        "filters": {"kind": ("cnn",)}, "pool": {"kind": ("cnn",), "filters": (16,)},
+        "both": {"kind": ("cnn",), "layers": (20,)},
         "alpha": {"kind": ("mlp",)},
     }  # fmt: skip
     assert len(calls) < 200

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from keras_optkit.space import Bool, Choice, Float, Int, Space, Values
 
 if TYPE_CHECKING:
+    from keras_optkit.tuning import spaces
     from keras_optkit.tuning.hypermodel import HyperModel
     from keras_optkit.tuning.result import Result, Trial
     from keras_optkit.tuning.searching import search
@@ -25,6 +26,7 @@ __all__ = [
     "Tuner",
     "Values",
     "search",
+    "spaces",
 ]
 
 # The cards carry spaces, so that `import keras_optkit` comes here; KerasTuner is imported when it is used.
@@ -32,6 +34,8 @@ _LAZY = {"HyperModel": "hypermodel", "Result": "result", "Trial": "result", "Tun
 
 
 def __getattr__(name: str) -> Any:
+    if name == "spaces":
+        return importlib.import_module(f"{__name__}.spaces")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
