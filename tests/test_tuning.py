@@ -453,7 +453,7 @@ def test_a_build_function_that_returns_no_compiled_model_ends_the_search(made, m
         ({"build": 3}, TypeError, r"build must be a function .* got 3"),
         ({"space": [1]}, TypeError, r"Space takes a mapping"),
         ({"space": {}}, ValueError, r"at least one parameter"),
-        ({"strategy": "bayes"}, ValueError, r"strategy must be one of 'random', 'grid', got 'bayes'"),
+        ({"strategy": "bayes"}, ValueError, r"strategy must be one of 'random', 'grid', 'qmc', .* got 'bayes'"),
         ({"max_trials": 0}, ValueError, r"max_trials must be an integer at least 1 or None, got 0"),
         ({"points": 3}, ValueError, r"points must be None where strategy is not \"grid\", got 3"),
         ({"objective": 3}, TypeError, r"objective must be the name of a metric, got 3"),

@@ -10,6 +10,7 @@ from keras_optkit.space import Bool, Choice, Float, Int, Space, Values
 if TYPE_CHECKING:
     from keras_optkit.tuning import spaces
     from keras_optkit.tuning.hypermodel import HyperModel
+    from keras_optkit.tuning.optuna_oracle import OptunaOracle
     from keras_optkit.tuning.result import Result, Trial
     from keras_optkit.tuning.searching import search
     from keras_optkit.tuning.tuner import Tuner
@@ -20,6 +21,7 @@ __all__ = [
     "Float",
     "HyperModel",
     "Int",
+    "OptunaOracle",
     "Result",
     "Space",
     "Trial",
@@ -30,7 +32,14 @@ __all__ = [
 ]
 
 # The cards carry spaces, so that `import keras_optkit` comes here; KerasTuner is imported when it is used.
-_LAZY = {"HyperModel": "hypermodel", "Result": "result", "Trial": "result", "Tuner": "tuner", "search": "searching"}
+_LAZY = {
+    "HyperModel": "hypermodel",
+    "OptunaOracle": "optuna_oracle",
+    "Result": "result",
+    "Trial": "result",
+    "Tuner": "tuner",
+    "search": "searching",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,15 @@ def stream(seed: int, *key: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=key)
 
 
+def without_ended(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an oracle in which no trial that has ended is still to be run.
+
+    KerasTuner saves that a trial has ended before it notes that the trial is no longer running.
+    """
+    running = {tuner: trial for tuner, trial in state["ongoing_trials"].items() if trial not in state["end_order"]}
+    return {**state, "ongoing_trials": running}
+
+
 class SpaceOracle(keras_tuner.Oracle):
     """An oracle that walks a `Space`; a subclass says which point comes as number n.
 
@@ -46,6 +55,10 @@ class SpaceOracle(keras_tuner.Oracle):
         self.space = space
         # Python's generator, as Keras uses for layers without a seed: keras.utils.set_random_seed fixes it.
         self.seed = random.randrange(2**31) if seed is None else seed
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """KerasTuner's hook for continuing a search."""
+        super().set_state(without_ended(state))
 
     def propose(self, number: int) -> Values | None:
         """The point of trial `number`, or None if there is none left."""
