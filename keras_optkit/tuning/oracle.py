@@ -92,6 +92,7 @@ class RandomOracle(SpaceOracle):
     def __init__(
         self, space: Space, objective: keras_tuner.Objective, max_trials: int | None, seed: int | None
     ) -> None:
+        space.sample(0)  # raises where no point meets the constraints
         super().__init__(space, objective, max_trials, space.size, seed)
 
     def propose(self, number: int) -> Values | None:

@@ -229,5 +229,5 @@ class Result:
             if any(isinstance(value, bool | str) for value in values):
                 values = [str(value) for value in values]
             axis.plot(values, [trial.score for trial in active], "o")
-            axis.set(xlabel=name, xscale="log" if getattr(parameter, "log", False) else "linear")
+            axis.set(xlabel=name, xscale="log" if getattr(parameter, "log", False) is True else "linear")
         return figure
