@@ -258,7 +258,7 @@ class Size(keras.callbacks.Callback):
         logs["size"] = 5.0 - 1.5 * abs(float(self.model.weights[0][0, 0]))
 
 
-def test_several_objectives_have_a_pareto_set(tmp_path):
+def test_several_objectives_have_a_pareto_set():
     objectives = ["val_loss", keras_tuner.Objective("size", "min")]
     result = search(
         lambda hp: line(hp.x + (1.0 if hp.worse else 0.0)) if hp.x < 3 else line(math.nan),
@@ -266,7 +266,6 @@ def test_several_objectives_have_a_pareto_set(tmp_path):
         strategy="nsga2",
         objective=objectives,
         callbacks=lambda: [Size()],
-        log_dir=tmp_path,
     )
     assert len(result.trials) == 6
     assert result.objectives == {"val_loss": "min", "size": "min"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from typing import Any
 
 import keras_tuner
@@ -196,6 +197,12 @@ class OptunaOracle(keras_tuner.Oracle):
             return None
         values = [float(trial.metrics.get_best_value(name)) for name in names]
         return values if all(map(math.isfinite, values)) else None
+
+    def update_trial(self, trial_id: str, metrics: dict[str, Any], step: int = 0) -> Any:
+        """KerasTuner's hook for the metrics of a trial."""
+        with warnings.catch_warnings():  # a NaN is no reason for NumPy to warn: the trial has failed
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+            return super().update_trial(trial_id, metrics, step)
 
     def score_trial(self, trial: Any) -> None:
         """KerasTuner's hook for the score; one that is not finite makes it a failed trial."""
