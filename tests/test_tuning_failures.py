@@ -20,7 +20,7 @@ REASONS = {
     "nan": ("loss is nan in epoch 1.", 1),
     "inf": ("loss is inf in epoch 1.", 1),
     "large": ("The model has 20 elements, more than max_model_size=10.", 0),
-    "large when built": ("The model has 20 elements, more than max_model_size=10.", 0),
+    "large when built": ("The model has 20 elements, more than max_model_size=10.", 1),
     "fine": ("", 2),
 }
 

@@ -3,9 +3,8 @@
 import importlib.util
 import json
 import math
-import os
 import shutil
-import signal
+import subprocess
 import sys
 
 import keras
@@ -138,7 +137,7 @@ def test_tpe_finds_more_than_random_points(tmp_path):
                 OptunaOracle(None, 30, strategy, space=space, seed=seed), tmp_path / f"{strategy}{seed}",
                 score=lambda hp: (hp["x"] - 0.3) ** 2 + (hp["y"] - 0.8) ** 2 + (hp["z"] != "b"),
             ))
-            for seed in range(3)
+            for seed in range(2)
         ]  # fmt: skip
         best[str(strategy)] = float(np.median(scores))
     assert best["tpe"] < best["RandomSampler"] / 3
@@ -201,8 +200,9 @@ def test_in_a_stock_tuner(tmp_path):
         assert ("n" in values) == (values["kind"] == "line")
         assert trial.status == {"line": "COMPLETED", "nan": "FAILED"}[values["kind"]]
     assert {trial.status for trial in trials} == {"COMPLETED", "FAILED"}
-    more = run(7).oracle.trials.values()
-    assert [trial.hyperparameters.values for trial in more][:5] == [trial.hyperparameters.values for trial in trials]
+    oracle = run(7).oracle
+    more = [oracle.trials[trial_id].hyperparameters.values for trial_id in oracle.start_order]
+    assert more[:5] == [trial.hyperparameters.values for trial in trials]
     assert len(more) == 7
     with pytest.raises(ValueError, match=r"got one where strategy was 'tpe' and is 'cma'"):
         run(7, "cma")
@@ -234,14 +234,14 @@ def test_an_interrupted_search_is_continued(tmp_path):
             return line(hp.x)
 
         sampler = optuna.samplers.TPESampler(n_startup_trials=2)
-        return search(build, Space(x=Float(1.0, 3.0)), strategy=sampler, max_trials=5, directory=directory)
+        return search(build, Space(x=Float(1.0, 3.0)), strategy=sampler, max_trials=4, directory=directory)
 
     whole = run(tmp_path / "whole")
     built.clear()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", stop_at=3)
     parts = run(tmp_path / "parts")
-    assert len(built) == 5
+    assert len(built) == 4
     assert [(trial.values, trial.score) for trial in parts.trials] == [(t.values, t.score) for t in whole.trials]
     with pytest.raises(
         ValueError, match=r"directory must be new or hold the same search, .* 'TPESampler' and is 'cma'"
@@ -261,13 +261,13 @@ class Size(keras.callbacks.Callback):
 def test_several_objectives_have_a_pareto_set():
     objectives = ["val_loss", keras_tuner.Objective("size", "min")]
     result = search(
-        lambda hp: line(hp.x + (1.0 if hp.worse else 0.0)) if hp.x < 3 else line(math.nan),
-        Space(x=Choice([1.0, 2.0, 3.0]), worse=Bool()),
+        lambda hp: line(hp.x + (1.0 if hp.worse else 0.0)),
+        Space(x=Choice([1.0, 2.0]), worse=Bool()),
         strategy="nsga2",
         objective=objectives,
         callbacks=lambda: [Size()],
     )
-    assert len(result.trials) == 6
+    assert len(result.trials) == 4
     assert result.objectives == {"val_loss": "min", "size": "min"}
     found = {(t.values.x, t.values.worse): t.metrics for t in result.trials if t.status == "completed"}
     assert {key: (m["val_loss"], m["size"]) for key, m in found.items()} == {
@@ -306,14 +306,19 @@ def test_gaussian_process_is_computed_elsewhere(tmp_path):
         return (hp["x"] - 0.3) ** 2 + (hp["kind"] != "a")
 
     first, again = oracle(), oracle()
+    first._set_project_dir(str(tmp_path / "whole"), "search")
+    dead = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    dead.wait()
+    first._caught_up(space)._process = dead  # another one is started
     drive(first, tmp_path / "whole", 11, score)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     again._set_project_dir(str(tmp_path / "parts"), "search")
     again.reload()
     again._caught_up(space)._process = first._study._process  # starting one takes seconds
     points = drive(again, tmp_path / "parts", score=score)
-    os.kill(first._study._process.pid, signal.SIGKILL)
-    assert drive(first, tmp_path / "whole", score=score) == points  # in another process
+    assert drive(first, tmp_path / "whole", score=score) == points
+    dead.stdin.close()
+    dead.stdout.close()
     assert "torch" not in sys.modules
     assert len(points) == 12
     assert min(map(score, points[10:])) < min(map(score, points[:10]))

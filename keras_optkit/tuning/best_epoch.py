@@ -96,12 +96,13 @@ class BestEpoch(keras.callbacks.Callback):
             raise FailedTrialError(f"The model has {size} elements, more than max_model_size={self.max_size}.")
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002  (Keras's interface)
-        """Looks at the size of a model that its first batch builds."""
+        """Looks at the size of a model that `fit` has built."""
         self.check_size(self.model)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Looks at the epoch's metrics."""
         self.epochs += 1
+        self.check_size(self.model)  # again: its first batch may have built it
         metrics = numbers_of(logs)
         self._seen.update(dict.fromkeys(metrics))
         wanted = names_of(self.objective)
