@@ -35,7 +35,7 @@ class Card:
         parity: The independent implementation that the tests compare with, or "" where the formula is the reference.
         tags: Claims that choose which checks apply, e.g. `"elementwise"`.
         cases: Keyword arguments the conformance suite builds it with; the first should be the plain use.
-        space: Default search space, hyperparameter name to `Float`, `Int` or `Choice`.
+        space: Default search space, hyperparameter name to `Float`, `Int`, `Bool` or `Choice`.
         twin: The same formula in plain NumPy, which the suite compares with. Its form depends on the kind; see
             `keras_optkit.testing`.
         known_failures: Check name to reason. Strict: a check listed here that passes is an error.

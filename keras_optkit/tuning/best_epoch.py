@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,19 @@ from keras_optkit import arguments
 def names_of(objective: keras_tuner.Objective) -> list[str]:
     """The metrics that an objective is made of: several, where an oracle has several objectives."""
     return list(getattr(objective, "name_to_direction", [objective.name]))
+
+
+def worst_of(objective: keras_tuner.Objective) -> dict[str, float]:
+    """The worst value of each metric that an objective is made of."""
+    directions = getattr(objective, "name_to_direction", {}) | {objective.name: objective.direction}
+    return {name: -math.inf if direction == "max" else math.inf for name, direction in directions.items()}
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Lets go of what an error refers to through its traceback: the model, which may be what filled the memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def numbers_of(logs: Mapping[str, Any] | None) -> dict[str, float]:
@@ -38,6 +52,7 @@ class BestEpoch(keras.callbacks.Callback):
         objective: What is best.
         save: Keeps the model.
         to_beat: The model is kept only when it is better than this, too.
+        max_size: The most elements that the weights may have.
 
     Attributes:
         patient: Whether the objective may be missing although there was a validation, since a callback may be the one
@@ -49,11 +64,13 @@ class BestEpoch(keras.callbacks.Callback):
         objective: keras_tuner.Objective,
         save: Callable[[keras.Model], Any],
         to_beat: float | None,
+        max_size: int | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective
         self.save = save
         self.to_beat = to_beat
+        self.max_size = max_size
         self.patient = False
         self.epochs = 0
         self.best_epoch: int | None = None
@@ -66,9 +83,26 @@ class BestEpoch(keras.callbacks.Callback):
         """The best value of the objective so far."""
         return self.metrics.get(self.objective.name)
 
+    def check_size(self, model: keras.Model) -> None:
+        """Raises if a model that is built is too large.
+
+        Raises:
+            keras_tuner.errors.FailedTrialError: With its size.
+        """
+        if self.max_size is None or not model.built:
+            return
+        size = sum(math.prod(weight.shape) for weight in model.weights)
+        if size > self.max_size:
+            raise FailedTrialError(f"The model has {size} elements, more than max_model_size={self.max_size}.")
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002  (Keras's interface)
+        """Looks at the size of a model that `fit` has built."""
+        self.check_size(self.model)
+
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Looks at the epoch's metrics."""
         self.epochs += 1
+        self.check_size(self.model)  # again: its first batch may have built it
         metrics = numbers_of(logs)
         self._seen.update(dict.fromkeys(metrics))
         wanted = names_of(self.objective)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
 import keras_tuner
 
 from keras_optkit import arguments
-from keras_optkit.space import Choice, Float, Int, Parameter, Space, Values
+from keras_optkit.space import Bool, Choice, Float, Int, Parameter, Space, Values
+from keras_optkit.tuning.found import found_space
 
 FIT_ARGUMENTS = ("batch_size", "epochs")
 
@@ -24,9 +26,11 @@ def _entry(name: str, parameter: Parameter) -> dict[str, Any]:
                 "min_value": parameter.low,
                 "max_value": parameter.high,
                 "step": parameter.step,
-                "sampling": "log" if parameter.log else "linear",
+                "sampling": {False: "linear", True: "log", "reverse": "reverse_log"}[parameter.log],
                 "default": parameter.default,
             }
+        case Bool():
+            kind, config = "Boolean", {"default": bool(parameter.default)}
         case Choice(values=(True, False) | (False, True)):  # KerasTuner's own Choice turns bools into 0 and 1
             first = parameter.values[0]
             kind, config = "Boolean", {"default": first if parameter.default is None else parameter.default}
@@ -35,7 +39,7 @@ def _entry(name: str, parameter: Parameter) -> dict[str, Any]:
         case Choice():
             kind, config = "Choice", {"values": list(parameter.values), "default": parameter.default}
         case _:
-            raise TypeError(f"{name} must be a Float, Int or Choice, got {parameter!r}.")
+            raise TypeError(f"{name} must be a Float, Int, Bool or Choice, got {parameter!r}.")
     conditions = [
         {"class_name": "Parent", "config": {"name": parent, "values": list(values)}}
         for parent, values in (parameter.when or {}).items()
@@ -72,12 +76,16 @@ class HyperModel(keras_tuner.HyperModel):
     The parameters `batch_size` and `epochs` of the space are handed to `fit`; the build function sees them too.
 
     Args:
-        build: Takes the `Values` of a trial and returns a compiled model.
-        space: What to search.
+        build: Takes the `Values` of a trial and returns a compiled model. Where `space` is None, a function as
+            KerasTuner has it, which asks its argument for hyperparameters (`hp.Int("units", 8, 32)`), or a
+            `keras_tuner.HyperModel`, whose `fit` trains the model then.
+        space: What to search. None: what `build` asks for. It is called at several points to find that out; see
+            [Tuning](../guide/tuning.md#from-a-kerastuner-script).
         name: Name of the hypermodel.
 
     Raises:
         TypeError: If `build` is not callable or `space` is not a mapping of parameters.
+        ValueError: If `space` is None and `build` asks for nothing, or for one name in two ways.
 
     Example:
     ```python
@@ -96,11 +104,24 @@ class HyperModel(keras_tuner.HyperModel):
     ```
     """
 
-    def __init__(self, build: Callable[[Values], keras.Model], space: Space, name: str | None = None) -> None:
-        if not callable(build):
+    def __init__(
+        self,
+        build: Callable[..., keras.Model] | keras_tuner.HyperModel,
+        space: Space | Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.inner = build if isinstance(build, keras_tuner.HyperModel) else None
+        if self.inner is not None and space is not None:
+            raise TypeError(f"space must be None where build is a keras_tuner.HyperModel, got {space!r}.")
+        if self.inner is None and not callable(build):
             raise TypeError(f"build must be a function from a trial's values to a compiled model, got {build!r}.")
         super().__init__(name=name)
-        self.builder = build
+        self.builder: Callable[..., Any] = build if self.inner is None else self.inner.build
+        self.asks = space is None
+        self._asked: set[str] = set()
+        if space is None:
+            self.space = found_space(self.builder)
+            return
         try:
             self.space = space if isinstance(space, Space) else Space(space)
         except (TypeError, ValueError) as error:
@@ -124,12 +145,32 @@ class HyperModel(keras_tuner.HyperModel):
         Raises:
             keras_tuner.errors.FatalTypeError: (a TypeError that ends the search) If what the build function returned is
                 not a compiled model.
+            keras_tuner.errors.FailedTrialError: If the values violate a constraint of the space, which oracles of
+                KerasTuner do not know of.
         """
-        model = self.builder(self.point(hp))
+        values = self.point(hp)
+        if not self.space.allows(values):
+            raise keras_tuner.errors.FailedTrialError(f"The constraints {list(self.space.constraints)!r} do not hold.")
+        model = self._asking(self.builder, values) if self.asks else self.builder(values)
         if not isinstance(model, keras.Model) or not model.compiled:
             got = "a model that is not compiled" if isinstance(model, keras.Model) else repr(model)
             raise keras_tuner.errors.FatalTypeError(f"build must return a compiled keras.Model, got {got}.")
         return model
+
+    def _asking(self, function: Callable[..., Any], values: Values, *args: Any, **kwargs: Any) -> Any:
+        """Calls what asks for hyperparameters, with KerasTuner's object for that."""
+        hp = keras_tuner.HyperParameters()
+        hp.values = dict(values)
+        returned = function(hp, *args, **kwargs)
+        unknown = {entry.name for entry in hp.space} - set(self.space) - self._asked
+        if unknown:
+            self._asked |= unknown
+            warnings.warn(
+                f"{', '.join(map(repr, sorted(unknown)))} of hp is asked for at {dict(values)}, and was not when the "
+                "space was looked for: it is not searched and has its default. Ask for it in build, at more points.",
+                stacklevel=2,
+            )
+        return returned
 
     def fit(self, hp: keras_tuner.HyperParameters, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
         """Calls `model.fit`; `batch_size` and `epochs` come from the trial where the space has them.
@@ -137,9 +178,11 @@ class HyperModel(keras_tuner.HyperModel):
         Raises:
             keras_tuner.errors.FatalTypeError: (a TypeError that ends the search) If `fit` has no argument of a name.
         """
+        values = self.point(hp)
+        if self.inner is not None and type(self.inner).fit is not keras_tuner.HyperModel.fit:
+            return self._asking(self.inner.fit, values, model, *args, **kwargs)
         try:
             check_names(kwargs, model.fit)
         except TypeError as error:
             raise keras_tuner.errors.FatalTypeError(str(error)) from None
-        values = self.point(hp)
         return model.fit(*args, **kwargs | {name: values[name] for name in FIT_ARGUMENTS if name in values})

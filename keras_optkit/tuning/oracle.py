@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras_tuner
@@ -20,6 +21,15 @@ VALUES, TRAINING, SPLIT = range(3)  # what a random stream is for
 def stream(seed: int, *key: int) -> np.random.SeedSequence:
     """The random stream of one purpose and trial: independent of all others, and of how many were used before."""
     return np.random.SeedSequence(seed, spawn_key=key)
+
+
+def without_ended(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an oracle in which no trial that has ended is still to be run.
+
+    KerasTuner saves that a trial has ended before it notes that the trial is no longer running.
+    """
+    running = {tuner: trial for tuner, trial in state["ongoing_trials"].items() if trial not in state["end_order"]}
+    return {**state, "ongoing_trials": running}
 
 
 class SpaceOracle(keras_tuner.Oracle):
@@ -46,6 +56,10 @@ class SpaceOracle(keras_tuner.Oracle):
         # Python's generator, as Keras uses for layers without a seed: keras.utils.set_random_seed fixes it.
         self.seed = random.randrange(2**31) if seed is None else seed
 
+    def set_state(self, state: dict[str, Any]) -> None:
+        """KerasTuner's hook for continuing a search."""
+        super().set_state(without_ended(state))
+
     def propose(self, number: int) -> Values | None:
         """The point of trial `number`, or None if there is none left."""
         raise NotImplementedError
@@ -58,26 +72,33 @@ class SpaceOracle(keras_tuner.Oracle):
         return {"status": TrialStatus.RUNNING, "values": dict(values)}
 
 
+def untried(space: Space, tried: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> Values | None:
+    """A random point that is not among those tried; None if there is none left."""
+    for collisions in itertools.count():
+        values = space.sample(rng)
+        if values not in tried:
+            return values
+        if collisions == 100 and space.is_listable:
+            break  # nearly everything was tried: look at what is left
+        if collisions == 10_000:
+            return None
+    rest = [values for values in space.grid() if values not in tried]
+    return rest[int(rng.integers(len(rest)))] if rest else None
+
+
 class RandomOracle(SpaceOracle):
     """Draws points independently, never the same twice."""
 
     def __init__(
         self, space: Space, objective: keras_tuner.Objective, max_trials: int | None, seed: int | None
     ) -> None:
+        space.sample(0)  # raises where no point meets the constraints
         super().__init__(space, objective, max_trials, space.size, seed)
 
     def propose(self, number: int) -> Values | None:
         """A point that was not tried before; None once a finite space is exhausted."""
         tried = [trial.hyperparameters.values for trial in self.trials.values()]
-        rng = np.random.default_rng(stream(self.seed, VALUES, number))
-        for collisions in itertools.count():
-            values = self.space.sample(rng)
-            if values not in tried:
-                return values
-            if collisions == 100 and self.space.size < math.inf:
-                break  # nearly everything was tried: look at what is left
-        rest = [values for values in self.space.grid() if values not in tried]
-        return rest[int(rng.integers(len(rest)))] if rest else None
+        return untried(self.space, tried, np.random.default_rng(stream(self.seed, VALUES, number)))
 
 
 class GridOracle(SpaceOracle):

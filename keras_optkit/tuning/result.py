@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ class Trial:
         epochs: Epochs trained, over all executions.
         best_epoch: The epoch with the best objective, counted from 1 (of the best execution), or None.
         seconds: Duration.
-        status: `"completed"` or `"failed"`.
+        status: `"completed"`, `"pruned"` or `"failed"`.
         message: Why it failed, or "".
     """
 
@@ -45,8 +45,7 @@ class Trial:
     @property
     def reason(self) -> str:
         """Why it failed and with which hyperparameters, or ""."""
-        values = ", ".join(f"{name}={shown(value)}" for name, value in self.values.items())
-        return f"{self.message} ({values})" if self.message else ""
+        return f"{self.message} ({listed(self.values)})" if self.message else ""
 
 
 def ranked(trials: Sequence[Trial], direction: str) -> list[Trial]:
@@ -54,6 +53,27 @@ def ranked(trials: Sequence[Trial], direction: str) -> list[Trial]:
     sign = -1 if direction == "max" else 1
     completed = [trial for trial in trials if trial.score is not None]
     return sorted(completed, key=lambda trial: (sign * trial.score, trial.number))  # type: ignore[operator]
+
+
+def pareto(trials: Sequence[Trial], objectives: Mapping[str, str]) -> list[Trial]:
+    """The completed trials than which no other is as good in all objectives and better in one."""
+    completed = [trial for trial in trials if trial.status == "completed"]
+    signs = {name: -1 if direction == "max" else 1 for name, direction in objectives.items()}
+    costs = [[sign * trial.metrics[name] for name, sign in signs.items()] for trial in completed]
+
+    def dominates(one: list[float], other: list[float]) -> bool:
+        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+    return [
+        trial
+        for trial, cost in zip(completed, costs, strict=True)
+        if not any(dominates(other, cost) for other in costs)
+    ]
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """Hyperparameters in one line."""
+    return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
 
 
 def shown(value: Any) -> str:
@@ -67,8 +87,10 @@ class Result:
     Attributes:
         trials: All trials in the order in which they were started.
         space: The space that was searched.
-        objective: Name of the metric that was optimised.
+        objective: Name of the metric that was optimised; `"multi_objective"` for several, the sum of those to minimise
+            minus the sum of those to maximise.
         direction: `"max"` or `"min"`.
+        objectives: The metrics that were optimised, each with its direction.
         seed: The seed; the same search with it gives the same trials and scores.
         directory: Where the search keeps its state and its best model.
         model_path: The best model's `.keras` file, or a `.weights.h5` file where the model cannot be such a file.
@@ -85,6 +107,7 @@ class Result:
         directory: Path,
         model_path: Path,
         *,
+        objectives: Mapping[str, str] | None = None,
         load: Callable[[], keras.Model] | None = None,
         temporary: bool = False,
     ) -> None:
@@ -92,6 +115,7 @@ class Result:
         self.space = space
         self.objective = objective
         self.direction = direction
+        self.objectives = dict(objectives or {objective: direction})
         self.seed = seed
         self.directory = directory
         self.model_path = model_path
@@ -103,6 +127,11 @@ class Result:
     def best_trial(self) -> Trial:
         """The completed trial with the best score; the first of equals."""
         return ranked(self.trials, self.direction)[0]
+
+    @property
+    def pareto(self) -> list[Trial]:
+        """The completed trials than which none is as good in all objectives and better in one, in order of number."""
+        return pareto(self.trials, self.objectives)
 
     @property
     def best(self) -> Values:
@@ -135,19 +164,21 @@ class Result:
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         """The header and the lines of the table: best first, then what failed."""
-        head = ["trial", self.objective, *self.space, "best epoch", "epochs", "seconds"]
+        head = ["trial", *self.objectives, *self.space, "best epoch", "epochs", "seconds"]
         order = ranked(self.trials, self.direction)
         order += [trial for trial in self.trials if trial.score is None]
         lines = []
         for trial in order:
-            score = "failed" if trial.score is None else shown(trial.score)
+            scores = [shown(trial.metrics.get(name)) for name in self.objectives]
+            if trial.score is None:
+                scores[0] = trial.status
             values = [shown(trial.values.get(name)) for name in self.space]
             ends = [shown(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
-            lines.append([str(trial.number), score, *values, *ends])
+            lines.append([str(trial.number), *scores, *values, *ends])
         return head, lines
 
     def _failures(self) -> list[str]:
-        return [f"Trial {trial.number} failed: {trial.reason}" for trial in self.trials if trial.score is None]
+        return [f"Trial {trial.number} failed: {trial.reason}" for trial in self.trials if trial.status == "failed"]
 
     def table(self) -> str:
         """The trials as text, best first; what is inactive is blank. `rich.print(result)` shows it in colour."""
@@ -198,5 +229,5 @@ class Result:
             if any(isinstance(value, bool | str) for value in values):
                 values = [str(value) for value in values]
             axis.plot(values, [trial.score for trial in active], "o")
-            axis.set(xlabel=name, xscale="log" if getattr(parameter, "log", False) else "linear")
+            axis.set(xlabel=name, xscale="log" if getattr(parameter, "log", False) is True else "linear")
         return figure

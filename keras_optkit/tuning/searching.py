@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ import keras_tuner
 
 from keras_optkit import arguments
 from keras_optkit.direction import by_name
-from keras_optkit.space import Float, Int, Points, Space, Values
+from keras_optkit.space import Float, Int, Points, Space
+from keras_optkit.tuning import samplers
 from keras_optkit.tuning.best_epoch import names_of
 from keras_optkit.tuning.callbacks import Callbacks
 from keras_optkit.tuning.data import check_ends, checked_data, checked_fit_arguments, comparable, fit_data, is_dataset
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
+from keras_optkit.tuning.optuna_oracle import OptunaOracle
 from keras_optkit.tuning.oracle import GridOracle, RandomOracle, SpaceOracle
 from keras_optkit.tuning.result import Result
 from keras_optkit.tuning.tuner import Tuner
 
-STRATEGIES = ("random", "grid")
+STRATEGIES = ("random", "grid", *samplers.NAMES)
 
 
 def infer_direction(objective: str) -> str:
@@ -40,6 +42,37 @@ def infer_direction(objective: str) -> str:
     )
 
 
+def _goal(objective: Any, direction: str | None) -> keras_tuner.Objective:
+    """The argument `objective` with its direction."""
+    if isinstance(objective, keras_tuner.Objective) and names_of(objective) == [objective.name]:
+        if direction is not None and direction != objective.direction:
+            raise ValueError(f"direction must be that of the objective, {objective.direction!r}, got {direction!r}.")
+        return objective
+    if not isinstance(objective, str):
+        kind = type(objective).__name__
+        raise TypeError(f"objective must be the name of a metric, got {objective!r} of type {kind}.")
+    if direction is None:
+        direction = infer_direction(objective)
+    return keras_tuner.Objective(objective, arguments.choice("direction", direction, ("max", "min")))
+
+
+def _goals(objective: Any, direction: Any) -> list[keras_tuner.Objective]:
+    """One objective, or several, each with its direction."""
+    if not isinstance(objective, list | tuple):
+        return [_goal(objective, direction)]
+    if len(objective) < 2:
+        raise ValueError(f"objective must be a name or a list of at least two, got {objective!r}.")
+    if direction is not None:
+        raise ValueError(
+            f"direction must be None where there are several objectives, got {direction!r}: give a "
+            "keras_tuner.Objective where the name does not say."
+        )
+    goals = [_goal(each, None) for each in objective]
+    if len({goal.name for goal in goals}) < len(goals):
+        raise ValueError(f"objective must be different metrics, got {objective!r}.")
+    return goals
+
+
 def _check_fit_argument(name: str, parameter: Any, given: int | None) -> None:
     """`batch_size` or `epochs` as a parameter of the space."""
     if given is not None:
@@ -51,20 +84,21 @@ def _check_fit_argument(name: str, parameter: Any, given: int | None) -> None:
 
 
 def search(
-    build: Callable[[Values], keras.Model],
-    space: Space | Mapping[str, Any],
-    data: Any,
+    build: Callable[..., keras.Model] | keras_tuner.HyperModel,
+    space: Space | Mapping[str, Any] | None = None,
+    data: Any = None,
     *,
     validation: Any = None,
-    strategy: str = "random",
+    strategy: Any = "random",
     max_trials: int | None = None,
     points: Points = None,
-    objective: str | keras_tuner.Objective = "val_accuracy",
+    objective: str | keras_tuner.Objective | Sequence[str | keras_tuner.Objective] = "val_accuracy",
     direction: str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     fit_arguments: Mapping[str, Any] | None = None,
     executions_per_trial: int = 1,
+    max_model_size: int | None = None,
     callbacks: Callbacks | None = None,
     seed: int | None = None,
     directory: str | Path | None = None,
@@ -80,23 +114,30 @@ def search(
 
     Args:
         build: Takes the `Values` of a trial (`hp.learning_rate` or `hp["learning_rate"]`; what is inactive is absent)
-            and returns a compiled model.
-        space: What may vary. A parameter named `batch_size` or `epochs` is handed to `fit`.
+            and returns a compiled model. Where `space` is None, a KerasTuner build function, which asks its argument
+            for hyperparameters (`hp.Int("units", 8, 32)`), or a `keras_tuner.HyperModel`.
+        space: What may vary. A parameter named `batch_size` or `epochs` is handed to `fit`. None: what `build` asks
+            for; see `HyperModel`.
         data: Arrays `(x, y)`; with their own validation part `(x, y, x_val, y_val)` or `((x, y), (x_val, y_val))`; or a
             `tf.data.Dataset` or `PyDataset`. x and y may be nested.
         validation: `(x, y)`, `(x, y, sample_weight)`, a dataset, or the fraction of `data` to split off at random, once
             for all trials. When left out and `data` has no validation part: 0.2 of arrays, nothing of a dataset.
-        strategy: `"random"` draws points independently and never twice; `"grid"` walks through all in order.
-        max_trials: The most trials to run. When left out: 10 at random, all of a grid.
+        strategy: `"random"` draws points independently and never twice; `"grid"` walks through all in order. With
+            Optuna (`pip install "keras-optkit[search]"`): `"qmc"` spreads points evenly; `"tpe"`, `"gp"` and `"cma"`
+            learn from the trials so far, and so does `"nsga2"` for several objectives. Or a sampler of Optuna.
+        max_trials: The most trials to run. When left out: all of a grid, otherwise 10.
         points: For a grid, how many values to take of a continuous range: a number or a mapping from names to numbers.
         objective: A metric of the training, e.g. `"val_loss"`, or a `keras_tuner.Objective` with name and direction. An
-            epoch without it is skipped.
+            epoch without it is skipped. A list of them: see `Result.pareto`; the best epoch, and the best trial, are
+            those with the lowest sum, what is maximised counted negatively.
         direction: `"max"` or `"min"`; when left out it follows from the objective's name, if that is clear.
         epochs: Epochs per run; 10 when left out.
         batch_size: Batch size of every trial; Keras's 32 when left out.
         fit_arguments: Other arguments of `fit` by name: `{"class_weight": {0: 1.0, 1: 5.0}, "steps_per_epoch": 100}`.
             `sample_weight` is split with the data. Data without an end need `steps_per_epoch` and `validation_steps`.
         executions_per_trial: Runs per trial with different seeds, scored by their mean.
+        max_model_size: The most elements that the weights of a model may have; a trial with more has failed. None: no
+            limit.
         callbacks: A function that returns the list of callbacks of one run, new ones each time. It may take the
             trial's values, or the values and the run's log directory (None without `log_dir`).
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
@@ -146,20 +187,13 @@ def search(
     assert set(result.best) == {"learning_rate", "batch_size"}
     ```
     """
-    hypermodel = HyperModel(build, space)  # type: ignore[arg-type]
+    hypermodel = HyperModel(build, space)
     space = hypermodel.space
-    arguments.choice("strategy", strategy, STRATEGIES)
+    if isinstance(strategy, str):
+        arguments.choice("strategy", strategy, STRATEGIES)
     arguments.integer("max_trials", max_trials, 1, optional=True)
-    if isinstance(objective, keras_tuner.Objective) and names_of(objective) == [objective.name]:
-        if direction is not None and direction != objective.direction:
-            raise ValueError(f"direction must be that of the objective, {objective.direction!r}, got {direction!r}.")
-        objective, direction = objective.name, objective.direction
-    if not isinstance(objective, str):
-        kind = type(objective).__name__
-        raise TypeError(f"objective must be the name of a metric, got {objective!r} of type {kind}.")
-    if direction is None:
-        direction = infer_direction(objective)
-    arguments.choice("direction", direction, ("max", "min"))
+    goals = _goals(objective, direction)
+    names = [goal.name for goal in goals]
     arguments.boolean("overwrite", overwrite)
     seed = arguments.integer("seed", seed, 0, optional=True)
     sizes = {"batch_size": batch_size, "epochs": epochs}
@@ -168,24 +202,28 @@ def search(
         if name in space:
             _check_fit_argument(name, space[name], sizes[name])
     sizes["epochs"] = 10 if epochs is None else epochs
-    data, validation = checked_data(data, validation, objective)
+    validated = next((name for name in names if name.startswith("val_")), names[0])
+    data, validation = checked_data(data, validation, validated)
     if is_dataset(data) and (batch_size is not None or "batch_size" in space):
         raise ValueError("batch_size must be left out, also of the space, where data is a dataset, which has its own.")
     others = checked_fit_arguments(fit_arguments, data, None if "epochs" in space else sizes["epochs"])
     check_ends({**others, "x": data, "validation_data": validation}, {"x": "data", "validation_data": "validation"})
-    goal = keras_tuner.Objective(objective, direction)
-    oracle: SpaceOracle
+    goal: Any = goals if len(goals) > 1 else goals[0]
+    most = 10 if max_trials is None else max_trials
+    oracle: SpaceOracle | OptunaOracle
     if strategy == "grid":
         oracle = GridOracle(space, goal, max_trials, seed, points)
     elif points is not None:
         raise ValueError(f'points must be None where strategy is not "grid", got {points!r}.')
+    elif strategy == "random":
+        oracle = RandomOracle(space, goal, most, seed)
     else:
-        oracle = RandomOracle(space, goal, 10 if max_trials is None else max_trials, seed)
+        oracle = OptunaOracle(goal, most, strategy, space=space, seed=seed)
     definition = {
-        "strategy": strategy,
+        "strategy": strategy if isinstance(strategy, str) else type(strategy).__name__,
         "points": points,
-        "objective": objective,
-        "direction": direction,
+        "objective": names if len(names) > 1 else names[0],
+        "direction": [goal.direction for goal in goals] if len(goals) > 1 else goals[0].direction,
         "validation": validation if isinstance(validation, float) else None,
         "executions_per_trial": executions_per_trial,
         "fit_arguments": comparable({**others, "sample_weight": None}) if others else None,
@@ -207,9 +245,11 @@ def search(
             verbose=verbose,
             definition=definition,
             keep_models=1,
+            max_model_size=max_model_size,
         )
         fit = fit_data(data, validation, oracle.seed, others.pop("sample_weight", None))
-        tuner.search(**fit | others, **{name: size for name, size in sizes.items() if name not in space})
+        given = {name: size for name, size in sizes.items() if name not in space and size is not None}
+        tuner.search(**fit | others, **given)
         result = tuner.result(temporary=directory is None)
         on_failure.pop_all()
     return result

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import io
 import json
-import math
+import textwrap
 import threading
 import time
 import traceback
@@ -25,14 +25,14 @@ from keras_optkit import arguments
 from keras_optkit.private import clear_session
 from keras_optkit.space import Values
 from keras_optkit.tuning import books, logs
-from keras_optkit.tuning.best_epoch import BestEpoch, names_of, take
+from keras_optkit.tuning.best_epoch import BestEpoch, forget_frames, names_of, take, worst_of
 from keras_optkit.tuning.books import AtomicBooks, OtherSearchError, damaged, path_of
 from keras_optkit.tuning.callbacks import Callbacks, Copies, Factory, of_search
 from keras_optkit.tuning.data import check_ends, is_dataset
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
 from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.oracle import TRAINING, stream
-from keras_optkit.tuning.result import Result, Trial, ranked, shown
+from keras_optkit.tuning.result import Result, Trial, listed, ranked, shown
 
 _PRINTING = threading.Lock()  # sys.stdout is one for all threads
 
@@ -60,6 +60,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         verbose: 0: silent. 1: two lines a trial. 2: Keras's progress bars, too.
         definition: What else than the space must be unchanged for a search in `directory` to be continued, as
             JSON-ready values.
+        max_model_size: The most elements that the weights of a model may have; a trial with more has failed.
         keep_models: Of how many of the best trials the model is kept, for `get_best_models`; None: of all.
 
     Raises:
@@ -109,11 +110,13 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         verbose: int = 1,
         definition: Mapping[str, Any] | None = None,
         keep_models: int | None = None,
+        max_model_size: int | None = None,
     ) -> None:
         if not isinstance(hypermodel, HyperModel):
             raise TypeError(f"hypermodel must be a keras_optkit.tuning.HyperModel, got {hypermodel!r}.")
         arguments.integer("executions_per_trial", executions_per_trial, 1)
         self.keep_models = arguments.integer("keep_models", keep_models, 1, optional=True)
+        arguments.integer("max_model_size", max_model_size, 1, optional=True)
         arguments.boolean("overwrite", overwrite)
         self.callbacks = Factory(callbacks)
         path = path_of("directory", directory).absolute()
@@ -132,7 +135,11 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         with _PRINTING, contextlib.redirect_stdout(io.StringIO()):  # KerasTuner prints whether it reloads
             # If it were given the hypermodel here, it would build a model to find the space, which is known.
             super().__init__(
-                oracle, directory=str(path.parent), project_name=path.name, executions_per_trial=executions_per_trial
+                oracle,
+                directory=str(path.parent),
+                project_name=path.name,
+                executions_per_trial=executions_per_trial,
+                max_model_size=max_model_size,
             )
         self.hypermodel = hypermodel
         self._claim_log_dir(overwrite)
@@ -222,8 +229,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             args, kwargs = (), positional | kwargs
         space = self.hypermodel.space
         for name in FIT_ARGUMENTS:
-            if name in space and kwargs.get(name) is not None:
-                raise ValueError(f"{name} must be None where it is a parameter of the space, got {kwargs[name]!r}.")
+            if name in space and (value := kwargs.get(name)) is not None:
+                raise ValueError(f"{name} must be None where it is a parameter of the space, got {value!r}.")
         if "batch_size" in space and is_dataset(kwargs.get("x")):
             raise ValueError("batch_size must be left out of the space where x is a dataset, which has its own.")
         check_ends(kwargs, {"x": "x", "validation_data": "validation_data"})
@@ -262,9 +269,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self.save()
         if self.verbose:
             number, total = self.number(trial), self.oracle.max_trials or "?"
-            point = self.hypermodel.point(trial.hyperparameters)
-            values = ", ".join(f"{name}={shown(value)}" for name, value in point.items())
-            print(f"[{number + 1}/{total}] trial {number}: {values}", flush=True)
+            values = self.hypermodel.point(trial.hyperparameters)
+            print(f"[{number + 1}/{total}] trial {number}: {listed(values)}", flush=True)
 
     def on_trial_end(self, trial: keras_tuner.engine.trial.Trial) -> None:
         """KerasTuner's hook after a trial."""
@@ -301,7 +307,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         found = []
         try:
             for execution in range(self.executions_per_trial):
-                watch = BestEpoch(objective, lambda model: self._keep(trial, model), best)
+                watch = BestEpoch(objective, lambda model: self._keep(trial, model), best, self.max_model_size)
                 try:
                     self._train(trial, execution, watch, also, args, dict(kwargs))
                 finally:
@@ -313,28 +319,25 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             raise
         except Exception as error:
             kind = "" if isinstance(error, FailedTrialError) else f"{type(error).__name__}: "
-            record["message"] = f"{kind}{error}"
+            record["message"] = textwrap.shorten(f"{kind}{error}", 500)
             record["status"] = TrialStatus.FAILED if isinstance(error, FailedTrialError) else TrialStatus.INVALID
             self.first_error = self.first_error or error
             # If the exception were passed on, KerasTuner would print its traceback; on_trial_end reports the failure.
             values = self.hypermodel.point(trial.hyperparameters)
             trial.message = f"Failed with {dict(values)}.\n{traceback.format_exc()}"
-            worst = {"max": -math.inf, "min": math.inf}
-            directions = getattr(objective, "name_to_direction", {}) | {objective.name: objective.direction}
-            return {name: worst[direction] for name, direction in directions.items()}
+            forget_frames(error)
+            return worst_of(objective)
         common = set.intersection(*map(set, found))
-        record["metrics"] = {
-            name: float(np.mean([metrics[name] for metrics in found])) for name in found[0] if name in common
-        }
-        return {name: record["metrics"][name] for name in {objective.name, *names_of(objective)}}
+        means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0] if name in common}
+        record["metrics"] = means
+        return {name: means[name] for name in {objective.name, *names_of(objective)}}
 
     def _keep(self, trial: keras_tuner.engine.trial.Trial, model: keras.Model) -> None:
         """Keeps the model of a trial; says once if it is none for a `.keras` file."""
         why_not = self.kept_model(trial.trial_id).save(model)
         if why_not and self.verbose and not any("why_not_keras" in record for record in self.records.values()):
             print(f"    The weights are kept, since the model cannot be a .keras file. {why_not}", flush=True)
-        if why_not:
-            self.records[trial.trial_id]["why_not_keras"] = why_not
+        self.records[trial.trial_id] |= {"why_not_keras": why_not} if why_not else {}
 
     def _train(
         self,
@@ -351,6 +354,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         values, rounds = self.hypermodel.point(trial.hyperparameters), trial.hyperparameters.values
         with self._session(trial, execution, values) as (directory, metric):
             model = self.hypermodel.build(trial.hyperparameters)
+            watch.check_size(model)
             run = self._run_name(trial, execution)
             callbacks = self._new([*self.callbacks(values, directory, run), *also(values, directory, run)])
             watch.patient = bool(callbacks)
@@ -368,7 +372,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             if EPOCHS in rounds:
                 self._end(trial.trial_id, execution).save_weights(model)
             assert watch.best_epoch is not None
-            metric(f"best_{watch.objective.name}", watch.score, watch.best_epoch - 1)
+            for name in names_of(watch.objective):
+                metric(f"best_{name}", watch.metrics[name], watch.best_epoch - 1)
 
     def _new(self, callbacks: list[Any]) -> list[Any]:
         """Raises if one of the callbacks was in another run."""
@@ -449,8 +454,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
     def trials(self) -> list[Trial]:
         """The finished trials in the order in which they were started."""
         finished = set(self.oracle.end_order)
-        started = enumerate(self.oracle.start_order)
-        return [self._trial(number, trial_id) for number, trial_id in started if trial_id in finished]
+        return [self._trial(n, trial_id) for n, trial_id in enumerate(self.oracle.start_order) if trial_id in finished]
 
     def _trial(self, number: int, trial_id: str) -> Trial:
         trial, record = self.oracle.trials[trial_id], self.records[trial_id]
@@ -490,6 +494,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             self.oracle.seed,
             Path(self.project_dir),
             self.model_path(best.trial_id),
+            objectives=getattr(objective, "name_to_direction", None),
             load=self._loader(best),
             temporary=temporary,
         )
