@@ -187,7 +187,7 @@ class Polynomial(_Between):
 @register(
     "schedule",
     paper="Chen, Wolfe and Kyrillidis, arXiv 2107.04197 (reflected exponential)",
-    parity="pytorch_optimizer.REXScheduler, which is one update behind",
+    parity="pytorch_optimizer.REXScheduler, but for its first update, which has its `min_lr`",
     tags=("ends", "epochs", "monotone", "settles"),
     cases=_CASES,
     space=_INITIAL,
