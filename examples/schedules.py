@@ -1,6 +1,6 @@
 """Draws all schedules into one picture, that of the guide.
 
-    python examples/schedules.py --picture docs/guide/schedules.png
+python examples/schedules.py --picture docs/guide/schedules.png
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ ALL: list[Schedule] = [
 ]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Draws one chart for each schedule."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--picture", type=Path, default=Path("runs/schedules.png"), help="(default: %(default)s)")
-    picture = parser.parse_args().picture
+    picture = parser.parse_args(argv).picture
     figure, axes = plt.subplots(3, 5, figsize=(12, 6), sharex=True, sharey=True, layout="constrained")
     steps = ops.arange(STEPS + 1)
     for ax, schedule in zip(axes.flat, ALL, strict=True):

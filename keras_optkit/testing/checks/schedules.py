@@ -40,9 +40,9 @@ def _end(case: Mapping[str, Any]) -> int:
 
 
 def _steps(case: Mapping[str, Any]) -> list[int]:
-    """Every step of a short schedule or 60 of a long one, the surroundings of its end, and steps far beyond it."""
+    """Every step of a short schedule or 24 of a long one, the surroundings of its end, and steps far beyond it."""
     end = _end(case)
-    return sorted({*np.linspace(0, end, 60).astype(int).tolist(), end - 1, end, end + 1, 10 * end, 2**24 + 1, _FAR})
+    return sorted({*np.linspace(0, end, 24).astype(int).tolist(), end - 1, end, end + 1, 10 * end, 2**24 + 1, _FAR})
 
 
 def _number(value: Any) -> float:
@@ -88,7 +88,7 @@ def check_tensor_step_is_int_step(card: Card) -> None:
     """An int, a NumPy integer, an integer tensor and an integer variable as the step give the same value."""
     for case, schedule in _built(card):
         variable = keras.Variable(0, dtype="int", trainable=False)
-        for step in (0, 1, 3, _end(case), 2**24 + 1):
+        for step in (1, _end(case), 2**24 + 1):
             expected = _number(schedule(step))
             variable.assign(step)
             forms = {
@@ -127,7 +127,7 @@ def check_config_round_trip(card: Card) -> None:
     """Its config is JSON, and what is built from it has the same values."""
     for case, schedule in _built(card):
         again = through_json(schedule, case)
-        steps = _steps(case)
+        steps = _steps(case)[::2]
         np.testing.assert_array_equal(_values(again, steps), _values(schedule, steps), err_msg=f"{card.name}({case})")
 
 
@@ -216,7 +216,7 @@ def check_epochs(card: Card) -> None:
         longer = dict(case) | lengths
         expected = card.make(**longer)
         through_json(card.make(**case, steps_per_epoch=4), dict(case) | {"steps_per_epoch": 4})
-        steps = [*range(0, 4 * _end(case) + 4, max(_end(case) // 6, 1)), 4 * _end(case)]
+        steps = [0, 1, 4 * _end(case) - 1, *np.linspace(2, 4 * _end(case) + 4, 9).astype(int).tolist()]
         actual = _values(card.make(**case, steps_per_epoch=4), steps)
         np.testing.assert_array_equal(actual, _values(expected, steps), err_msg=f"{card.name}({case})")
 
