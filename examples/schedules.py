@@ -51,7 +51,7 @@ ALL: list[Schedule] = [
     Exponential(1.0, 250, decay_rate=0.5),
     Step(1.0, 250, decay_rate=0.5),
     Piecewise([500, 750], [1.0, 0.3, 0.1]),
-    CosineRestarts(1.0, 143, m_mul=0.8),
+    CosineRestarts(1.0, 142, m_mul=0.8),
     Cyclic(0.1, 1.0, 125, mode="triangular2"),
     Warmup(Cosine(1.0, STEPS - 100), 100),
     Sequence([Cosine(1.0, 500), Linear(0.6, 500)], [500]),
