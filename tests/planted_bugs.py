@@ -67,6 +67,7 @@ from keras_optkit.optimizers.transforms import (
 )
 from keras_optkit.registry import KINDS
 from keras_optkit.saving import FromSignature
+from keras_optkit.schedules import curves
 from keras_optkit.testing.conformance import Check, checks_for
 
 #: Where the bug is planted, and the wrong function as a function of the right one.
@@ -1076,8 +1077,8 @@ def _(right):
     "Python's integers are divided as integers",
     "Linear",
     "tensor_step_is_int_step",
-    schedules,
-    "_share",
+    curves,
+    "share",
     kind="schedule",
 )
 def _(right):
@@ -1110,16 +1111,53 @@ def _(right):
     return value
 
 
-@bug("the curve continues after its end", "Cosine", "settles twin", schedules, "_share", kind="schedule")
+@bug("the curve continues after its end", "Cosine", "settles twin", curves, "share", kind="schedule")
 def _(right):
-    return lambda step, steps: schedules.Schedule.real(step) / steps
+    return lambda step, steps: curves.real(step) / steps
 
 
 @bug(
-    "a whole period of the cosine instead of half of one", "Cosine", "twin", schedules, "_half_cosine", kind="schedule"
+    "a whole period of the cosine instead of half of one",
+    "Cosine",
+    "twin ends monotone",
+    curves,
+    "half_cosine",
+    kind="schedule",
 )
 def _(right):
     return lambda share, first, last: right(2 * share, first, last)
+
+
+@bug("the end is one update late", "Linear", "ends twin", curves, "share", kind="schedule")
+def _(right):
+    return lambda step, steps: right(step, steps + 1)
+
+
+@bug(
+    "after a warm-up the schedule has counted one update too many",
+    "Warmup",
+    "twin composes",
+    curves,
+    "since",
+    kind="schedule",
+)
+def _(right):
+    return lambda step, begin: right(step, begin - 1 if begin else 0)
+
+
+@bug("the part at a boundary is the one before it", "Sequence", "twin", curves, "since", kind="schedule")
+def _(right):
+    return lambda step, begin: right(step, begin + 1 if begin else 0)
+
+
+@bug("epochs are taken for updates", "Cosine", "epochs", schedules.Schedule, "_updates", kind="schedule")
+def _(right):
+    return lambda self, length: length
+
+
+@bug("a negative step is not the first", "Exponential", "before_the_first_step", curves, "since", kind="schedule")
+def _(right):
+    return lambda step, begin: right(step, begin) if begin else step
 
 
 # -- initializers -----------------------------------------------------------------------------------------------------

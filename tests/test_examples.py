@@ -13,6 +13,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
 from test_tensorboard_browser import assert_tensorboard_shows
 
+import keras_optkit as ok
+
 ROWS = ("base", "+ initialisation", "+ optimizer", "+ regularisation and augmentation", "+ early stopping, schedule")
 
 
@@ -299,3 +301,12 @@ def test_a_learning_rate_is_found_drawn_and_tried(example, tmp_path, capsys):
     assert rows[1][1] > rows[0][1]
     assert "gradient noise scale" in printed
     assert (tmp_path / "runs/find_learning_rate.png").stat().st_size > 0
+
+
+@pytest.mark.once
+def test_the_picture_has_every_schedule(example, tmp_path, capsys):
+    schedules = example("schedules")
+    schedules.main([])
+    assert "15 schedules in" in capsys.readouterr().out
+    assert sorted(type(each).__name__ for each in schedules.ALL) == [card.name for card in ok.cards("schedule")]
+    assert (tmp_path / "runs/schedules.png").stat().st_size > 0

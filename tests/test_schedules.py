@@ -3,12 +3,13 @@
 import itertools
 import json
 import math
+import sys
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
-from torch_references import Made, in_torch, schedule_run
+from torch_references import Made, in_torch, schedule_run, schedule_runs
 
 import keras_optkit as ok
 from keras_optkit.schedules import Cosine, Linear, OneCycle, Warmup
@@ -85,6 +86,147 @@ def test_one_cycle_is_torch_one_cycle_lr(anneal, three_phase):
 def test_one_cycle_defaults_are_torch_defaults():
     expected = torch_values(torchs("OneCycleLR", max_lr=0.1, total_steps=50), steps=50)
     np.testing.assert_allclose(values(OneCycle(0.1, 50), range(50)), expected, rtol=1e-10)
+
+
+def wsd(anneal, final_ratio=0.0):
+    arguments = {"num_warmup_steps": 5, "num_stable_steps": 8, "num_decay_steps": 7, "min_lr_ratio": final_ratio}
+    return Made("pytorch_optimizer.lr_scheduler.wsd:get_wsd_schedule", arguments | {"cooldown_type": anneal})
+
+
+#: Ours, and torch's or pytorch_optimizer's with a base rate of 0.1, from the first update to behind the end.
+TORCH = {
+    "Polynomial": (
+        lambda: ok.schedules.Polynomial(0.1, 20, power=1.7),
+        torchs("PolynomialLR", total_iters=20, power=1.7),
+    ),
+    "Exponential": (lambda: ok.schedules.Exponential(0.1, 1, 0.93), torchs("ExponentialLR", gamma=0.93)),
+    "Step": (lambda: ok.schedules.Step(0.1, 6, 0.3), torchs("StepLR", step_size=6, gamma=0.3)),
+    "Piecewise": (
+        lambda: ok.schedules.Piecewise([4, 9], [0.1, 0.02, 0.004]),
+        torchs("MultiStepLR", milestones=[4, 9], gamma=0.2),
+    ),
+    "CosineRestarts of one length": (
+        lambda: ok.schedules.CosineRestarts(0.1, 6, final=0.01, t_mul=1),
+        torchs("CosineAnnealingWarmRestarts", T_0=6, T_mult=1, eta_min=0.01),
+    ),
+    "CosineRestarts": (
+        lambda: ok.schedules.CosineRestarts(0.1, 3, t_mul=2),
+        torchs("CosineAnnealingWarmRestarts", T_0=3, T_mult=2),
+    ),
+    **{
+        f"Cyclic {mode}": (
+            lambda mode=mode: ok.schedules.Cyclic(0.02, 0.1, 5, 3, mode, 0.95),
+            torchs(
+                "CyclicLR", base_lr=0.02, max_lr=0.1, step_size_up=5, step_size_down=3, mode=mode, gamma=0.95,
+                base_momentum=0.8, max_momentum=0.9,
+            ),
+        )
+        for mode in ("triangular", "triangular2", "exp_range")
+    },
+    "WarmupStableDecay 1-sqrt": (lambda: ok.schedules.WarmupStableDecay(0.1, 20, 5, 7), wsd("1-sqrt")),
+    "WarmupStableDecay linear": (
+        lambda: ok.schedules.WarmupStableDecay(0.1, 20, 5, 7, anneal="linear"),
+        wsd("linear"),
+    ),
+    "WarmupStableDecay cosine": (
+        lambda: ok.schedules.WarmupStableDecay(0.1, 20, 5, 7, final=0.01, anneal="cosine"),
+        wsd("cosine", 0.1),
+    ),
+    "REX": (
+        lambda: ok.schedules.REX(0.1, 20, 0.01),
+        Made("pytorch_optimizer:REXScheduler", {"total_steps": 20, "max_lr": 0.1, "min_lr": 0.01}),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def torch_runs():
+    return in_torch(schedule_runs, {name: (theirs, 41) for name, (_, theirs) in TORCH.items()})
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", TORCH)
+def test_schedule_is_torchs(name, torch_runs):
+    expected = torch_runs[name]["lr"]
+    first = 1 if name == "REX" else 0  # which has `min_lr` in its first update
+    ours = values(TORCH[name][0](), range(first, len(expected)))
+    np.testing.assert_allclose(ours, expected[first:], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.once
+def test_schedules_are_optax_s():
+    """In the float32 that optax computes in."""
+    import optax
+
+    s = ok.schedules
+    pairs = [
+        (s.Linear(0.1, 20, 0.03), optax.linear_schedule(0.1, 0.03, 20)),
+        (s.Cosine(0.1, 20, 0.01), optax.cosine_decay_schedule(0.1, 20, alpha=0.1)),
+        (s.Polynomial(0.1, 20, 0.01, power=3.0), optax.polynomial_schedule(0.1, 0.01, 3.0, 20)),
+        (s.Exponential(0.1, 7, 0.5, final=0.02), optax.exponential_decay(0.1, 7, 0.5, end_value=0.02)),
+        (s.Step(0.1, 7, 0.5), optax.exponential_decay(0.1, 7, 0.5, staircase=True)),
+        (s.Piecewise([4, 9], [0.1, 0.02, 0.01]), optax.piecewise_constant_schedule(0.1, {4: 0.2, 9: 0.5})),
+        (
+            s.Sequence([s.Linear(0.02, 5, 0.1), 0.1, s.Cosine(0.1, 9)], [5, 11]),
+            optax.join_schedules(
+                [optax.linear_schedule(0.02, 0.1, 5), lambda _: 0.1, optax.cosine_decay_schedule(0.1, 9)], [5, 11]
+            ),
+        ),
+        (
+            s.WarmupStableDecay(0.1, 30, 5, 10, final=0.001, anneal="exponential"),
+            optax.join_schedules(
+                [optax.linear_schedule(0.0, 0.1, 5), optax.exponential_decay(0.1, 10, 0.01, 15, end_value=0.001)], [5]
+            ),
+        ),
+    ]
+    steps = np.arange(41)
+    for ours, theirs in pairs:
+        found = ops.convert_to_numpy(ours(ops.convert_to_tensor(steps)))
+        expected = [float(theirs(step)) for step in steps]
+        np.testing.assert_allclose(found, expected, rtol=3e-6, atol=1e-8, err_msg=repr(ours.get_config()))
+
+
+def test_inverse_square_root_behind_a_warmup_is_vaswani_s():
+    ours = values(Warmup(ok.schedules.InverseSquareRoot(0.1, 8), 8), range(1, 60))
+    n = np.arange(1.0, 60.0)
+    np.testing.assert_allclose(ours, 0.1 * np.sqrt(8) * np.minimum(n**-0.5, n * 8**-1.5), rtol=1e-12)
+
+
+@pytest.mark.parametrize("card", ok.cards("schedule"), ids=lambda card: card.name)
+def test_default_space_has_values_that_the_schedule_takes(card):
+    """A Warmup of a Warmup has no other arguments than those of the case."""
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        drawn = {name: parameter.sample(rng) for name, parameter in card.space.items()}
+        assert np.isfinite(float(card.make(**dict(card.cases[0]) | drawn)(3)))
+
+
+def test_half_an_epoch_is_a_number_of_updates():
+    warmup = Warmup(Cosine(0.1, 3, steps_per_epoch=7), 0.5, steps_per_epoch=7)  # 4 updates, since 3.5 is rounded
+    np.testing.assert_array_equal(values(warmup, range(30)), values(Warmup(Cosine(0.1, 21), 4), range(30)))
+
+
+def test_model_with_schedules_for_everything_continues_from_a_file(tmp_path):
+    """As rate, decay, momentum and with a group; what was loaded makes the same updates as what was saved."""
+    s = ok.schedules
+    rate = Warmup(s.Sequence([s.REX(0.1, 4), s.Scale(s.Cyclic(0.01, 0.05, 2), 0.5, 0.01)], [4]), 2, start=0.01)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4, name="body"), keras.layers.Dense(1, name="head")]
+    )
+    momentum, decay = s.Piecewise([3], [0.5, 0.9]), s.Scale(rate, 0.1)
+    optimizer = ok.optimizers.SGD(rate, momentum=momentum, weight_decay=0.01, groups=[ok.Group("head", lr_scale=0.5)])
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    driven = ok.callbacks.ScheduleHyperparameters({"weight_decay": decay})
+    model.fit(x, x[:, :1], batch_size=2, shuffle=False, verbose=0, callbacks=[driven])
+    assert float(model.optimizer.weight_decay) == pytest.approx(float(decay(3)))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(again.optimizer.momentum, s.Piecewise)
+    for each in (model, again):
+        each.fit(x, x[:, :1], batch_size=2, shuffle=False, verbose=0)
+    for one, other in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_every_schedule_has_a_twin():
@@ -174,6 +316,24 @@ BAD = [
     (lambda: OneCycle(0.1, 100).momentum(0.95, 0.85), ValueError, r"high.*0\.85"),
     (lambda: OneCycle(0.1, 100).momentum(0.5, 1.0), ValueError, r"high.*1\.0"),
     (lambda: Linear(0.1, 10).plot(0), ValueError, "steps.*at least 1"),
+    (lambda: Linear(0.1, 2, steps_per_epoch=0), ValueError, "steps_per_epoch.*at least 1.*0"),
+    (lambda: Linear(0.1, 0.1, steps_per_epoch=3), ValueError, "steps.*at least 1 update, got 0.1 epochs"),
+    (lambda: OneCycle(0.1, 1, steps_per_epoch=1), ValueError, "steps.*at least 2 updates"),
+    (lambda: ok.schedules.Polynomial(0.1, 5, power=0), ValueError, "power.*0"),
+    (lambda: ok.schedules.Exponential(0.1, 5, 1.5), ValueError, r"decay_rate.*1\.5"),
+    (lambda: ok.schedules.Step(0.1, 5, 0.5, final=0.2), ValueError, r"final.*initial=0\.1.*0\.2"),
+    (lambda: ok.schedules.Piecewise(3, [1, 2]), TypeError, "boundaries.*list.*3"),
+    (lambda: ok.schedules.Piecewise([3, 3], [1, 2, 3]), ValueError, r"boundaries.*\[3, 3\]"),
+    (lambda: ok.schedules.Piecewise([3], [1, 2, 3]), ValueError, "values.*1 boundaries, got 3"),
+    (lambda: ok.schedules.Piecewise([3], [1, -2]), ValueError, r"values\[1\].*-2"),
+    (lambda: ok.schedules.CosineRestarts(0.1, 5, t_mul=1.5), TypeError, r"t_mul.*1\.5"),
+    (lambda: ok.schedules.Cyclic(0.1, 0.2, 5, mode="triangle"), ValueError, "mode.*'triangle'.*'triangular'"),
+    (lambda: ok.schedules.Sequence([0.1, "cosine"], [3]), TypeError, r"schedules\[1\].*'cosine'"),
+    (lambda: ok.schedules.Sequence([0.1], [3]), ValueError, "schedules.*1 boundaries, got 1"),
+    (lambda: ok.schedules.Scale(0.1, 2.0), TypeError, r"schedule must be.*0\.1"),
+    (lambda: ok.schedules.Scale(Linear(0.1, 3), factor=math.nan), ValueError, "factor.*nan"),
+    (lambda: ok.schedules.WarmupStableDecay(0.1, 10, 5, 6), ValueError, "steps.*10 with 5 and 6"),
+    (lambda: ok.schedules.WarmupStableDecay(0.1, 10, 2, 3, anneal="exponential"), ValueError, "final.*above 0"),
 ]
 
 
@@ -200,6 +360,12 @@ def test_plot_draws_the_values():
     assert len(ax.lines) == 2
     assert ax.lines[1].get_xydata()[-1].tolist() == [10_000, 0.0]
     plt.close("all")
+
+
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"Cosine\.plot needs matplotlib: pip install matplotlib"):
+        Cosine(0.1, 20).plot(25)
 
 
 # -- the suite finds what is wrong ------------------------------------------------------------------------------------

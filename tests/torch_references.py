@@ -95,6 +95,11 @@ def schedule_run(*schedules: Made, steps: int, milestones: Any = (), rate: float
     return {name: np.array(values) for name, values in found.items()}
 
 
+def schedule_runs(runs: dict[str, tuple[Made, int]], rate: float = 0.1) -> dict[str, dict[str, np.ndarray]]:
+    """What `schedule_run` finds for each of several schedulers, by name."""
+    return {name: schedule_run(made, steps=steps, rate=rate) for name, (made, steps) in runs.items()}
+
+
 def plateau_run(curve: Any, arguments: tuple[Any, ...], **more: Any) -> list[float]:
     """The learning rate after each value of a curve, from a rate of 1."""
     import torch

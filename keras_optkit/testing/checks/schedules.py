@@ -1,8 +1,15 @@
 """Checks for schedules.
 
 A card of kind "schedule" builds a `keras.optimizers.schedules.LearningRateSchedule`. Its `twin`, if it has one, is a
-NumPy function `twin(step, **case) -> float` of an int step and the keyword arguments of one of the card's `cases`. The
-tag "settles" claims that the value no longer changes once `case["steps"]` updates (or 1,000) are over.
+NumPy function `twin(step, **case) -> float` of an int step and the keyword arguments of one of the card's `cases`.
+
+Tags are claims. Some are about the end, which is `case["steps"]` updates, those after the last of `case["boundaries"]`,
+or 1,000:
+
+- "settles": the value no longer changes once the end is over;
+- "ends": it is `initial` at step 0 and `final`, 0 when left out, at the end;
+- "monotone": it never rises, or never falls;
+- "epochs": it takes `steps_per_epoch`, the unit of the arguments that its class names in `lengths`.
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ import numpy as np
 from keras import ops
 
 from keras_optkit.registry import Card
+from keras_optkit.schedules import Scale, Schedule, Sequence, Warmup
 from keras_optkit.testing.conformance import check
 from keras_optkit.testing.roundtrip import through_json
 from keras_optkit.testing.twins.schedules import TWINS
@@ -26,10 +34,15 @@ def _built(card: Card) -> Iterator[tuple[Mapping[str, Any], Any]]:
     return ((case, card.make(**case)) for case in card.cases)
 
 
+def _end(case: Mapping[str, Any]) -> int:
+    """The step at which a schedule ends, if it does."""
+    return int(case.get("steps") or case.get("boundaries", [1000])[-1])
+
+
 def _steps(case: Mapping[str, Any]) -> list[int]:
-    """Every step of a short schedule or 60 of a long one, the surroundings of its end, and steps far beyond it."""
-    end = int(case.get("steps", 1000))
-    return sorted({*np.linspace(0, end, 60).astype(int).tolist(), end - 1, end, end + 1, 10 * end, 2**24 + 1, _FAR})
+    """Every step of a short schedule or 24 of a long one, the surroundings of its end, and steps far beyond it."""
+    end = _end(case)
+    return sorted({*np.linspace(0, end, 24).astype(int).tolist(), end - 1, end, end + 1, 10 * end, 2**24 + 1, _FAR})
 
 
 def _number(value: Any) -> float:
@@ -75,7 +88,7 @@ def check_tensor_step_is_int_step(card: Card) -> None:
     """An int, a NumPy integer, an integer tensor and an integer variable as the step give the same value."""
     for case, schedule in _built(card):
         variable = keras.Variable(0, dtype="int", trainable=False)
-        for step in (0, 1, 3, int(case.get("steps", 1000)), 2**24 + 1):
+        for step in (1, _end(case), 2**24 + 1):
             expected = _number(schedule(step))
             variable.assign(step)
             forms = {
@@ -114,7 +127,7 @@ def check_config_round_trip(card: Card) -> None:
     """Its config is JSON, and what is built from it has the same values."""
     for case, schedule in _built(card):
         again = through_json(schedule, case)
-        steps = _steps(case)
+        steps = _steps(case)[::2]
         np.testing.assert_array_equal(_values(again, steps), _values(schedule, steps), err_msg=f"{card.name}({case})")
 
 
@@ -138,9 +151,74 @@ def check_drives_stock_sgd(card: Card) -> None:
 def check_settles(card: Card) -> None:
     """Once its steps are over the value stays as it is."""
     for case, schedule in _built(card):
-        end = int(case.get("steps", 1000))
+        end = _end(case)
         late = [end + k for k in (10, 11, 100)] + [10 * end + 10, 2**24 + 1, _FAR]
         assert len(set(_values(schedule, late))) == 1, f"{card.name}({case}) still changes after step {end + 10}."
+
+
+@check("schedule", requires={"ends"})
+def check_ends(card: Card) -> None:
+    """It begins with `initial`, and has `final` when its steps are over, not one update sooner or later."""
+    for case, schedule in _built(card):
+        end, first, last = _end(case), float(case["initial"]), float(case.get("final", 0))
+        values = _values(schedule, [0, max(end - 1, 0), end, end + 1])
+        _same(schedule, values[[0, 2, 3]], np.array([first, last, last]), f"{card.name}({case}) at its ends")
+        assert abs(values[1] - last) > 1e-4 * abs(first - last), f"{card.name}({case}) ends too soon."
+
+
+@check("schedule", requires={"monotone"})
+def check_monotone(card: Card) -> None:
+    """It never rises, or never falls, beyond rounding."""
+    for case, schedule in _built(card):
+        values = _values(schedule, _steps(case))
+        changes, slack = np.diff(values), _digits(schedule) * float(np.max(np.abs(values)))
+        assert (changes <= slack).all() or (changes >= -slack).all(), f"{card.name}({case}) rises and falls."
+
+
+@check("schedule")
+def check_before_the_first_step(card: Card) -> None:
+    """A negative step, if anything asks for one, has the value of the first, as an int and as a tensor."""
+    for case, schedule in _built(card):
+        if not isinstance(schedule, Schedule):  # of Keras's own it is not asked
+            continue
+        first = _number(schedule(0))
+        for step in (-1, ops.convert_to_tensor(-7, dtype="int32")):
+            assert _number(schedule(step)) == first, f"{card.name}({case}) at step {step}"
+
+
+@check("schedule")
+def check_composes(card: Card) -> None:
+    """It can be behind a warm-up, in a sequence and scaled, all three in one another, also from a config."""
+    case, schedule = next(_built(card))
+    inner = Sequence([Scale(schedule, 0.5, offset=0.25), schedule], [5])
+    composed = Warmup(inner, 3, start=0.01)
+    again = through_json(composed, {"steps": 3})
+    alone = _values(schedule, list(range(8)))
+    start = 0.5 * alone[0] + 0.25
+    expected = [0.01 + (start - 0.01) * k / 3 for k in range(3)] + [0.5 * v + 0.25 for v in alone[:5]] + [*alone[:4]]
+    for made in (composed, again):
+        _same(schedule, _values(made, list(range(12))), np.array(expected), f"{card.name}({case})")
+    together = ops.convert_to_numpy(composed(ops.arange(12)))
+    _same(schedule, together, np.array(expected), f"{card.name}({case}), a vector of steps")
+
+
+@check("schedule", requires={"epochs"})
+def check_epochs(card: Card) -> None:
+    """Lengths in epochs of 4 updates are lengths four times as long."""
+
+    def times_four(value: Any) -> Any:
+        return [4 * each for each in value] if isinstance(value, list) else value and 4 * value
+
+    names = getattr(card.make, "lengths", ())
+    for case in card.cases:
+        lengths = {name: times_four(value) for name, value in case.items() if name in names}
+        assert lengths, f"{card.name}({case}) has none of the lengths {names}."
+        longer = dict(case) | lengths
+        expected = card.make(**longer)
+        through_json(card.make(**case, steps_per_epoch=4), dict(case) | {"steps_per_epoch": 4})
+        steps = [0, 1, 4 * _end(case) - 1, *np.linspace(2, 4 * _end(case) + 4, 9).astype(int).tolist()]
+        actual = _values(card.make(**case, steps_per_epoch=4), steps)
+        np.testing.assert_array_equal(actual, _values(expected, steps), err_msg=f"{card.name}({case})")
 
 
 @check("schedule")
