@@ -33,9 +33,9 @@ def cycle(step: Any, length: int) -> tuple[Any, Any]:
     return ops.floor_divide(step, length), ops.mod(step, length)
 
 
-def share(step: Any, steps: float) -> Tensor:
+def share(step: Any, steps: Any) -> Tensor:
     """How much of `steps` is over, from 0 to 1."""
-    return ops.clip(real(step) / steps, 0.0, 1.0)
+    return ops.clip(real(step) / real(steps), 0.0, 1.0)
 
 
 def power(base: float, exponent: Tensor) -> Tensor:

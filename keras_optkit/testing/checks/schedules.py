@@ -163,7 +163,7 @@ def check_ends(card: Card) -> None:
         end, first, last = _end(case), float(case["initial"]), float(case.get("final", 0))
         values = _values(schedule, [0, max(end - 1, 0), end, end + 1])
         _same(schedule, values[[0, 2, 3]], np.array([first, last, last]), f"{card.name}({case}) at its ends")
-        assert abs(values[1] - last) > 1e-4 * abs(first - last), f"{card.name}({case}) ends too soon."
+        assert abs(values[1] - last) > 1e-5 * abs(first - last), f"{card.name}({case}) ends too soon."
 
 
 @check("schedule", requires={"monotone"})
