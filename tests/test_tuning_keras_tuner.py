@@ -192,3 +192,41 @@ def test_constraints_hold_with_oracles_that_do_not_know_of_them(tmp_path):
     statuses = {(t.values.x, t.values.y): t.status for t in tuner.trials()}
     assert statuses == {(1, 1): "failed", (1, 2): "completed", (2, 1): "failed", (2, 2): "failed"}
     assert tuner.trials()[0].reason == "The constraints ['x < y'] do not hold. (x=1, y=1)"
+
+
+def test_what_is_asked_for_under_either_of_two_conditions_is_searched_everywhere():
+    def build(hp):
+        either = hp.Boolean("either")
+        if hp.Choice("kind", ["p", "q", "r"]) == "r" or either:
+            hp.Float("rate", 0.1, 0.5)
+
+    assert found_space(build)["rate"] == Float(0.1, 0.5)
+
+
+def test_one_name_with_two_ranges():
+    def build(hp):
+        hp.Int("units", 4, 8) if hp.Boolean("small") else hp.Int("units", 100, 200)
+
+    with pytest.raises(
+        ValueError, match=r"'units' is asked for as Int\(low=100, .* and as Int\(low=4, .*: give it two names"
+    ):
+        found_space(build)
+
+
+def test_an_oracle_without_hyperparameters_searches_those_of_the_hypermodel(tmp_path):
+    space = Space(start=Float(-1.0, 1.0, normal=(0.0, 0.01)), least=Float(-0.5, 0.5), constraints=["least < start"])
+    hypermodel = ok.tuning.HyperModel(lambda hp: line(hp.start), space)
+    goal = keras_tuner.Objective("val_loss", "min")
+    for oracle in (
+        ok.tuning.OptunaOracle(goal, 3, "tpe", seed=0),
+        ok.tuning.OptunaOracle(goal, 3, "tpe", seed=0, hyperparameters=hypermodel.hyperparameters()),
+    ):
+        tuner = ok.tuning.Tuner(oracle, hypermodel, directory=tmp_path, overwrite=True, verbose=0)
+        tuner.search(ONES, ZEROS, validation_data=(ONES, ZEROS), epochs=1)
+        assert [trial.status for trial in tuner.trials()] == ["completed"] * 3
+        assert all(abs(trial.values.start) < 0.05 for trial in tuner.trials())
+    plain = ok.tuning.HyperModel(lambda hp: line(hp.start), Space(start=Float(-1.0, 1.0)))
+    oracle = keras_tuner.oracles.RandomSearchOracle(goal, max_trials=2, seed=0)
+    tuner = ok.tuning.Tuner(oracle, plain, directory=tmp_path, overwrite=True, verbose=0)
+    tuner.search(ONES, ZEROS, validation_data=(ONES, ZEROS), epochs=1)
+    assert len({trial.values.start for trial in tuner.trials()}) == 2

@@ -395,3 +395,19 @@ def test_the_file_of_the_oracle_is_plain_json(tmp_path):
     assert saved["strategy"] == "cma"
     assert {type(value) for entry in saved["proposals"].values() for value in entry["params"].values()} == {float}
     assert {name for entry in saved["proposals"].values() for name in entry} == {"params", "rejected", "told"}
+
+
+def test_a_tuner_whose_trials_ask_for_hyperparameters(tmp_path):
+    """Its first trial runs before there is a space."""
+
+    class Tuner(keras_tuner.Tuner):
+        def run_trial(self, trial, **_):
+            return trial.hyperparameters.Float("x", -1.0, 1.0) ** 2
+
+    oracle = OptunaOracle(keras_tuner.Objective("default_objective", "min"), 4, seed=0)
+    tuner = Tuner(oracle=oracle, directory=tmp_path, project_name="x")
+    tuner.search(verbose=0)
+    assert len({trial.hyperparameters.values["x"] for trial in oracle.trials.values()}) == 4
+    again = OptunaOracle(keras_tuner.Objective("default_objective", "min"), 6, seed=0)
+    Tuner(oracle=again, directory=tmp_path, project_name="x").search(verbose=0)
+    assert len(again.trials) == 6

@@ -85,3 +85,9 @@ def test_spaces_are_joined_without_clashes():
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_there_are_schedules_for_the_shortest_runs():
+    space = spaces.schedule()
+    for seed in range(40):
+        space.make(space.sample(seed), 0.1, steps=2 + seed % 4)

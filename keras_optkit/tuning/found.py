@@ -105,6 +105,16 @@ def space_of(hyperparameters: keras_tuner.HyperParameters) -> Space:
     return _space(hyperparameters.space)
 
 
+def _check_same(entry: Any, known: Iterable[Any]) -> None:
+    """Raises if a name is asked for with other values than before, under the same conditions."""
+    for other in known:
+        first, second = parameter_of(other), parameter_of(entry)
+        if entry.conditions == other.conditions and first != second:
+            raise ValueError(
+                f"Hyperparameter {entry.name!r} is asked for as {first!r} and as {second!r}: give it two names."
+            )
+
+
 class _Run:
     """One call of the build function: what it asked for, in order, and the values it got."""
 
@@ -140,12 +150,18 @@ class _Explorer:
             raise first.error
         self.explore()
 
+    @property
+    def runs(self) -> list[_Run]:
+        """All calls so far."""
+        return list(self._runs.values())
+
     def run(self, values: Mapping[str, Any]) -> _Run:
         key = repr(sorted(values.items()))
         if key not in self._runs:
             self._runs[key] = run = _Run(self._build, values)
             for entry in run.entries:
                 known = self.entries.setdefault(entry.name, [])
+                _check_same(entry, known)
                 if all(entry.conditions != other.conditions for other in known):
                     known.append(entry)
                 if len(known) == 1:
@@ -224,6 +240,11 @@ def found_space(build: Callable[[Any], Any]) -> Space:
         entries = [entry for name in explorer.entries for entry in explorer.entries[name]]
         return _space(entries, conditions)
 
+    found = space()
+    for run in explorer.runs:
+        for name in run.values:
+            if name in found and not found.active(name, run.values):
+                conditions[name] = {}  # there is more than the one condition that was found
     found = space()
     for seed in range(_CHECKS):
         point = found.sample(seed)

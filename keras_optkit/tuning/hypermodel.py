@@ -131,6 +131,13 @@ class HyperModel(keras_tuner.HyperModel):
         """The space as KerasTuner's `HyperParameters`, at the space's defaults."""
         return hyperparameters(self.space)
 
+    def give_space_to(self, oracle: keras_tuner.Oracle) -> None:
+        """Has an oracle that was given no hyperparameters search this space, an `OptunaOracle` with its constraints."""
+        if not oracle.hyperparameters.space:
+            oracle.update_space(self.hyperparameters())
+        if getattr(oracle, "space", self.space) is None:
+            oracle.take_space(self.space)
+
     def declare_hyperparameters(self, hp: keras_tuner.HyperParameters) -> None:
         """Registers the whole space, so that no build is needed to find it out."""
         hp.merge(self.hyperparameters(), overwrite=False)

@@ -70,6 +70,8 @@ class OptunaOracle(keras_tuner.Oracle):
     ```
     """
 
+    max_trials: int | None
+
     def __init__(
         self,
         objective: Any = None,
@@ -88,27 +90,35 @@ class OptunaOracle(keras_tuner.Oracle):
             raise TypeError(f"space must be a Space or None, got {space!r}.")
         if space is not None and hyperparameters is not None:
             raise ValueError("hyperparameters must be None where space is given, got both.")
-        size = math.inf if space is None else space.size
-        limits = [limit for limit in (max_trials, size) if limit is not None and limit < math.inf]
         super().__init__(
             objective=objective,
-            max_trials=min(limits, default=None),
+            max_trials=max_trials,
             hyperparameters=hyperparameters if space is None else as_hyperparameters(space),
             allow_new_entries=allow_new_entries and space is None,
             tune_new_entries=tune_new_entries and space is None,
             max_consecutive_failed_trials=None,  # no number of failures equals None
         )
-        self.space = space
+        self.space: Space | None = None
         self.seed = random.randrange(2**31) if seed is None else seed
         self.strategy = strategy
         sampler_of(strategy, self.seed, len(names_of(self.objective)))
         if space is not None:
-            space.sample(0)  # raises where no point meets the constraints
-            _check_prior(strategy, space)
+            self.take_space(space)
         self._study: Study | GaussianProcess | None = None
         self._told = 0
         self._numbers: dict[str, int] = {}  # in the study, by trial
         self.proposals: dict[str, dict[str, Any]] = {}  # what the sampler needs to continue, by trial
+
+    def take_space(self, space: Space) -> None:
+        """Searches a space, with its constraints and with what is likely in it.
+
+        Raises:
+            ValueError: If no point meets the constraints, or if the strategy cannot take what is likely.
+        """
+        space.sample(0)  # raises where no point meets the constraints
+        _check_prior(self.strategy, space)
+        limits = [int(limit) for limit in (self.max_trials, space.size) if limit is not None and limit < math.inf]
+        self.space, self.max_trials = space, min(limits, default=None)
 
     @property
     def strategy_name(self) -> str:
@@ -160,6 +170,8 @@ class OptunaOracle(keras_tuner.Oracle):
             self._study = GaussianProcess(directions) if sampler is None else Study(sampler, directions)
             self._told, self._numbers = 0, {}
             for number, trial_id in enumerate(self.start_order):
+                if trial_id not in self.proposals:  # it ran before the tuner had found a space
+                    continue
                 self._tell(self.proposals[trial_id]["told"])
                 self._numbers[trial_id] = self._again(space, self._study, number, **self.proposals[trial_id])
         self._tell(len(self.end_order))
@@ -185,6 +197,8 @@ class OptunaOracle(keras_tuner.Oracle):
         """Tells the study of the first trials that have ended."""
         assert self._study is not None
         for trial_id in self.end_order[self._told : count]:
+            if trial_id not in self._numbers:
+                continue
             self._study.tell(self._numbers[trial_id], self._values(self.trials[trial_id]))
         self._told = max(self._told, count)
 

@@ -236,7 +236,8 @@ def schedule(names: Sequence[str] | str | None = None, *, name: str = "schedule"
         arguments.integer("steps", steps, 2)
         which = values[name]
         if which == "OneCycle":
-            return OneCycle(peak, steps, pct_start=values[f"{name}/OneCycle/pct_start"])
+            rise = max(values[f"{name}/OneCycle/pct_start"], 1.5 / steps)  # in a short run it would be empty
+            return OneCycle(peak, steps, pct_start=rise)
         rising = round(values[f"{name}/warmup"] * steps)
         after: Any = peak
         if which != "constant":

@@ -129,18 +129,14 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self._used: weakref.WeakSet[keras.callbacks.Callback] = weakref.WeakSet()
         oracle.verbose = 0
         books.keep_books_of(oracle)
+        hypermodel.give_space_to(oracle)
         if overwrite:
             with books.locked(path):
                 books.delete_search(path)
         with _PRINTING, contextlib.redirect_stdout(io.StringIO()):  # KerasTuner prints whether it reloads
             # If it were given the hypermodel here, it would build a model to find the space, which is known.
-            super().__init__(
-                oracle,
-                directory=str(path.parent),
-                project_name=path.name,
-                executions_per_trial=executions_per_trial,
-                max_model_size=max_model_size,
-            )
+            place = {"directory": str(path.parent), "project_name": path.name}
+            super().__init__(oracle, **place, executions_per_trial=executions_per_trial, max_model_size=max_model_size)
         self.hypermodel = hypermodel
         self._claim_log_dir(overwrite)
 
