@@ -1,9 +1,9 @@
 """Every optimizer in three small programs: `python tests/every_optimizer.py [NAME ...]`.
 
-A convolutional network, a transformer and an LSTM are trained with each for 30 steps, with `jit_compile` off and on.
-After 15 steps the model is saved; the model loaded from the file must end with the same weights, bit by bit. Optimizers
-have their own defaults. A line is printed for each, with the first and the last loss of each program, and the exit
-status is 1 if one fails.
+A convolutional network, a transformer and an LSTM are trained with each for 30 steps, those in `EPOCHS` longer, with
+`jit_compile` off and on. Half-way the model is saved; the model loaded from the file must end with the same weights,
+bit by bit. Optimizers have their own defaults. A line is printed for each, with the first and the last loss of each
+program, and the exit status is 1 if one fails.
 
 KERAS_BACKEND=jax runs it on JAX, where the step is always compiled.
 """

@@ -192,15 +192,6 @@ def test_inverse_square_root_behind_a_warmup_is_vaswani_s():
     np.testing.assert_allclose(ours, 0.1 * np.sqrt(8) * np.minimum(n**-0.5, n * 8**-1.5), rtol=1e-12)
 
 
-@pytest.mark.parametrize("card", ok.cards("schedule"), ids=lambda card: card.name)
-def test_default_space_has_values_that_the_schedule_takes(card):
-    """A Warmup of a Warmup has no other arguments than those of the case."""
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        drawn = {name: parameter.sample(rng) for name, parameter in card.space.items()}
-        assert np.isfinite(float(card.make(**dict(card.cases[0]) | drawn)(3)))
-
-
 def test_half_an_epoch_is_a_number_of_updates():
     warmup = Warmup(Cosine(0.1, 3, steps_per_epoch=7), 0.5, steps_per_epoch=7)  # 4 updates, since 3.5 is rounded
     np.testing.assert_array_equal(values(warmup, range(30)), values(Warmup(Cosine(0.1, 21), 4), range(30)))

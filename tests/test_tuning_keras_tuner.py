@@ -225,7 +225,17 @@ def test_an_oracle_without_hyperparameters_searches_those_of_the_hypermodel(tmp_
         tuner.search(ONES, ZEROS, validation_data=(ONES, ZEROS), epochs=1)
         assert [trial.status for trial in tuner.trials()] == ["completed"] * 3
         assert all(abs(trial.values.start) < 0.05 for trial in tuner.trials())
+    narrow = ok.tuning.HyperModel(lambda hp: line(hp.start), Space(start=Float(0.5, 0.6))).hyperparameters()
     plain = ok.tuning.HyperModel(lambda hp: line(hp.start), Space(start=Float(-1.0, 1.0)))
+    tuner = ok.tuning.Tuner(
+        ok.tuning.OptunaOracle(goal, 2, "tpe", seed=0, hyperparameters=narrow),
+        plain,
+        directory=tmp_path,
+        overwrite=True,
+        verbose=0,
+    )
+    tuner.search(ONES, ZEROS, validation_data=(ONES, ZEROS), epochs=1)
+    assert all(0.5 <= trial.values.start <= 0.6 for trial in tuner.trials())
     oracle = keras_tuner.oracles.RandomSearchOracle(goal, max_trials=2, seed=0)
     tuner = ok.tuning.Tuner(oracle, plain, directory=tmp_path, overwrite=True, verbose=0)
     tuner.search(ONES, ZEROS, validation_data=(ONES, ZEROS), epochs=1)

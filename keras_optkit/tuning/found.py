@@ -240,22 +240,17 @@ def found_space(build: Callable[[Any], Any]) -> Space:
         entries = [entry for name in explorer.entries for entry in explorer.entries[name]]
         return _space(entries, conditions)
 
-    found = space()
-    for run in explorer.runs:
-        for name in run.values:
-            if name in found and not found.active(name, run.values):
-                conditions[name] = {}  # there is more than the one condition that was found
-    found = space()
+    def checked(found: Space) -> Space:
+        """Without the conditions of what was asked for where they do not hold: there is more than the one found."""
+        explorer.explore()  # of what the last calls have asked for first
+        conditions.update({name: {} for name in explorer.entries if name not in found})
+        for run in explorer.runs:
+            conditions.update({n: {} for n in run.values if n in found and not found.active(n, run.values)})
+        return space()
+
+    found = checked(space())
     for seed in range(_CHECKS):
-        point = found.sample(seed)
-        run = explorer.run(point)
-        hidden = [name for name in run.values if name in found and name not in point]
-        if set(run.names) - set(found):
-            explorer.explore()
-            conditions |= {name: {} for name in explorer.entries if name not in found}
-        for name in hidden:
-            conditions[name] = {}
-        if hidden or set(run.names) - set(found):
-            found = space()
+        explorer.run(found.sample(seed))
+        found = checked(found)
     clear_session()
     return found

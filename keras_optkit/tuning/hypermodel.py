@@ -133,9 +133,11 @@ class HyperModel(keras_tuner.HyperModel):
 
     def give_space_to(self, oracle: keras_tuner.Oracle) -> None:
         """Has an oracle that was given no hyperparameters search this space, an `OptunaOracle` with its constraints."""
+        own = self.hyperparameters()
         if not oracle.hyperparameters.space:
-            oracle.update_space(self.hyperparameters())
-        if getattr(oracle, "space", self.space) is None:
+            oracle.update_space(own)
+        same = oracle.hyperparameters.get_config()["space"] == own.get_config()["space"]  # no narrower ranges
+        if same and getattr(oracle, "space", self.space) is None:
             oracle.take_space(self.space)
 
     def declare_hyperparameters(self, hp: keras_tuner.HyperParameters) -> None:

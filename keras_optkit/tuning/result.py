@@ -28,7 +28,7 @@ class Trial:
         epochs: Epochs trained, over all executions.
         best_epoch: The epoch with the best objective, counted from 1 (of the best execution), or None.
         seconds: Duration.
-        status: `"completed"`, `"pruned"` or `"failed"`.
+        status: `"completed"` or `"failed"`.
         message: Why it failed, or "".
     """
 

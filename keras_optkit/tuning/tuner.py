@@ -333,7 +333,8 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         why_not = self.kept_model(trial.trial_id).save(model)
         if why_not and self.verbose and not any("why_not_keras" in record for record in self.records.values()):
             print(f"    The weights are kept, since the model cannot be a .keras file. {why_not}", flush=True)
-        self.records[trial.trial_id] |= {"why_not_keras": why_not} if why_not else {}
+        if why_not:
+            self.records[trial.trial_id]["why_not_keras"] = why_not
 
     def _train(
         self,
