@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -16,13 +19,18 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 _TIME = "timedelta"
 
 
-def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+def constructor_parameters(cls: type) -> Mapping[str, inspect.Parameter]:
     """The named parameters of `cls(...)` that classes of this package declare.
 
     A constructor that passes `**kwargs` on accepts what the next one in the MRO accepts, so the walk continues from
     there, as far as the classes built on `FromSignature` reach; Keras's own base classes have configs of their own. The
     nearest class wins where a name appears twice.
     """
+    return _parameters(cls)
+
+
+@functools.lru_cache(maxsize=1024)  # each optimizer that is made asks for those of all others
+def _parameters(cls: type) -> Mapping[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         init = base.__dict__.get("__init__")
@@ -34,7 +42,7 @@ def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
                 found.setdefault(parameter.name, parameter)
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
-    return found
+    return MappingProxyType(found)
 
 
 class FromSignature:

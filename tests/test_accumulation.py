@@ -154,7 +154,7 @@ def test_float16_gradients_are_added_in_float32():
     assert weights[0].min() < -1.05e-3
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_equals_large_batches(policy):
     keras.config.set_dtype_policy(policy)
@@ -286,7 +286,7 @@ def test_each_micro_batch_may_have_other_gradients(kind, below):
     assert [w.numpy()[0] for w in weights] == [-5.75, -7.625, 1.0]
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("below", [0, 2**16])
 def test_rows_and_whole_gradients_of_one_table(below):
     table, others = np.ones((4, 2)), np.ones(2)

@@ -294,7 +294,7 @@ def test_averaged_weights_are_shown_where_training_is_judged_and_nowhere_else(ma
     assert any(np.any(a != b) for a, b in zip(expected[0], hidden.seen["on_train_batch_end"][3], strict=True))
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @each_kind
 def test_validation_measures_what_the_checkpoint_holds(make, tmp_path):
     model, path = compiled(make), str(tmp_path / "{epoch}.keras")
@@ -477,7 +477,7 @@ def test_an_exception_that_a_callback_catches_leaves_the_weights_of_training(nam
     same(everything(model), everything(without(make)))
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "^C"])
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
 @pytest.mark.parametrize("name", ["ema", "schedule-free sgd", "keras"])
@@ -500,7 +500,7 @@ def test_exceptions_in_a_single_evaluation(name, method, error):
 # -- together with other callbacks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("place", [0, 1])
 @each_kind
 def test_backup_and_restore_goes_on_bitwise(make, place, tmp_path):
@@ -532,7 +532,7 @@ def test_a_rate_that_is_lowered_meanwhile_stays(name, place):
     np.testing.assert_allclose(rates, [start, start, start / 2, start / 4], rtol=1e-6)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("stopping", [keras.callbacks.EarlyStopping, ok.callbacks.EarlyStopping], ids=["keras", "ours"])
 @each_kind
@@ -673,6 +673,7 @@ def test_one_pass_for_each_state_that_is_looked_at():
     assert passes.count(3) == 3 + 1  # Keras looks at the first batches more than once
 
 
+@pytest.mark.long
 def test_batch_norm_data_that_fail_leave_everything_as_it_was():
     model, plain = compiled(), compiled()
     bad = np.full_like(X, np.nan)

@@ -84,6 +84,7 @@ def test_an_unknown_backend_is_refused():
         not_on("jax", "layers")
 
 
+@pytest.mark.once
 def test_float64_is_there_inside_only():
     with tools.float64():
         assert keras.ops.ones((), "float64").dtype == "float64"

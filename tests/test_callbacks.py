@@ -67,7 +67,7 @@ def twin_of(schedule):
 
 
 @pytest.mark.once
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("room", "execution"),

@@ -104,6 +104,7 @@ def test_variables_that_joined_later_are_in_it(tmp_path):
         np.testing.assert_array_equal(theirs[name], value, err_msg=name)
 
 
+@pytest.mark.long
 def test_from_two_replicas_to_one_and_back(tmp_path):
     with problems.two_replicas().scope():
         pair = compiled(adamw())

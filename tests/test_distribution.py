@@ -144,7 +144,7 @@ def test_a_loop_on_two_replicas_equals_one_device(case):
             [step(batch) for batch in bad]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CASES)
 def test_fit_on_two_replicas_equals_one_device(case):
     make, trained = CASES[case], []

@@ -11,7 +11,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
-from test_tensorboard_browser import assert_tensorboard_shows
 
 import keras_optkit as ok
 
@@ -161,8 +160,6 @@ def test_quickstart(example, tmp_path, capsys):
         assert len(trials) == 2
         assert trials[0] != trials[1]
         assert all(set(trial) == {"learning_rate", "batch_size", "width"} for trial in trials)
-    tags = ["train/loss", "train/learning_rate", "train/gradient_norm", "epoch/val_accuracy", "best_val_accuracy"]
-    assert_tensorboard_shows(logs, tags, [trial for trials in searched.values() for trial in trials])
 
 
 def session_hparams(directory):
@@ -174,6 +171,7 @@ def session_hparams(directory):
     return {name: value.number_value for name, value in start.hparams.items()}
 
 
+@pytest.mark.long
 def test_quickstart_again_replaces_its_logs(example, tmp_path):
     cnn = example("five_layer_cnn")
     recipe = cnn.dataclasses.replace(cnn.DIGITS, epochs=1, widths=(4, 4, 4), units=8)

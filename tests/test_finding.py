@@ -338,7 +338,7 @@ def lazy_sequential():
     return model
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("make", "finder"), [(unbuilt, "learning_rate"), (lazy_sequential, "batch_size")])
 def test_a_model_that_its_first_step_builds(make, finder):
     x, y = regression()

@@ -512,6 +512,7 @@ def test_a_model_that_the_first_step_builds_goes_back_to_its_first_state(make):
     same(weights["guarded"], weights["clean"])
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="fit builds models before, on JAX")
 @pytest.mark.parametrize("can_be_traced", [True, False])
 def test_eager_steps_that_build_the_model(can_be_traced):
@@ -671,7 +672,7 @@ def test_it_works_beside_the_others_wherever_it_stands(last, tmp_path):
     assert not {"train_step", "make_train_function"} & set(vars(model))
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("find_layer", [True, False])
 def test_layers_that_are_thawed_begin_with_a_new_copy(find_layer):
     x, y = data(batches=4)

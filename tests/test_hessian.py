@@ -313,7 +313,7 @@ def test_a_constant_scale_of_the_loss():
     assert_near(scaled, fit(network(AdaHessian(0.02), dropout=0.0))[0], 1e-4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     [
@@ -345,6 +345,7 @@ def test_vectors_are_zeros_for_other_rules():
         assert bool(np.any(ops.convert_to_numpy(vector))) == variable.path.endswith("kernel")
 
 
+@pytest.mark.long
 def test_a_frozen_layer_and_a_layer_that_joins():
     model = network(AdaHessian(0.02, epsilon=0.1, update_period=3), dropout=0.0)
     model.layers[0].trainable = False
@@ -363,6 +364,7 @@ def test_a_frozen_layer_and_a_layer_that_joins():
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
 
+@pytest.mark.long
 def test_an_interruption_makes_no_difference(tmp_path):
     assert_an_interruption_makes_no_difference(lambda: SophiaH(0.1, update_period=3, use_ema=True), tmp_path)
 
@@ -381,7 +383,7 @@ def test_the_monitor_sees_one_update(tmp_path):
     np.testing.assert_allclose(np.mean(loss), history["loss"][0], rtol=1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("make", [SophiaH, lambda: ok.optimizers.SAM(SGD(0.1))])
 def test_a_grouped_convolution(make):
     """Which Keras puts into a compiled function of its own on TensorFlow."""
@@ -396,7 +398,7 @@ def test_a_grouped_convolution(make):
 # -- steps and loops of one's own -------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="a tape")
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_a_step_of_one_s_own(eagerly):

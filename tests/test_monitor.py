@@ -410,8 +410,8 @@ def test_layers_have_the_norms_that_a_tape_gives(room, execution, tmp_path):
     assert [value for _, value in found["train/nonfinite"]] == [0] * 7
 
 
+@pytest.mark.long
 @pytest.mark.once
-@pytest.mark.few(1)
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_layers_in_mixed_precision(room, tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
@@ -568,6 +568,7 @@ def test_layers_of_a_model_that_the_first_step_builds(make, execution, tmp_path)
     assert found["train/clip_rate"].values.tolist() == [0] * 4
 
 
+@pytest.mark.long
 @on_tensorflow
 def test_activations_of_a_model_that_the_first_step_builds(tmp_path):
     x, y = regression(4, dtype="float32")
@@ -824,6 +825,7 @@ def test_estimates_are_those_of_the_update_and_what_explain_shows(make, of_next,
     np.testing.assert_allclose([v for _, v in found["train/effective_rate"]], np.multiply(rates, expected), rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="tf.distribute; JAX shards the arrays of one step")
 def test_estimates_of_groups_on_replicas_under_loss_scaling(tmp_path):
     x, y = regression(dtype="float32")

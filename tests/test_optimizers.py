@@ -442,6 +442,7 @@ def test_half_precision_weights_are_updated_through_float32():
     assert problems.state_of(optimizer)["slot.m.0"].dtype == "float32"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_fit_in_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
@@ -543,7 +544,7 @@ def test_a_layer_that_is_thawed_joins_in_the_first_step_that_trains_it():
     fresh.optimizer.load_own_variables(state)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["mirrored", "one device"])
 def test_a_strategy_with_one_replica(strategy):
     strategy = (

@@ -143,7 +143,7 @@ def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
     assert len(model.seen) == 15
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     [
@@ -162,6 +162,7 @@ def test_with_other_optimizers(tmp_path, make):
     assert_same(train(tmp_path / "cut", model=compiled(make())), expected)
 
 
+@pytest.mark.long
 def test_with_averaged_weights_shown(tmp_path):
     def fit(name, **arguments):
         model = compiled(ok.optimizers.AdamW(1e-2, use_ema=True, ema_momentum=0.9))
@@ -223,6 +224,7 @@ def test_keras_s_callbacks_go_on_from_their_state(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_a_schedule_by_epochs_is_not_applied_twice(tmp_path):
     def fit(name, **arguments):
@@ -313,6 +315,7 @@ def test_with_a_tf_dataset_per_epoch(tmp_path):
     assert_same(train(tmp_path / "cut", data=data()), expected)
 
 
+@pytest.mark.long
 def test_with_arrays_in_order_at_the_end_of_epochs(tmp_path):
     def fit(name, crash=None):
         model, seen = compiled(), Batches()
@@ -331,6 +334,7 @@ def test_with_arrays_in_order_at_the_end_of_epochs(tmp_path):
     assert_same(model, expected)
 
 
+@pytest.mark.long
 def test_a_model_that_is_not_built_goes_on(tmp_path):
     def model():
         keras.utils.set_random_seed(1)
@@ -449,6 +453,7 @@ class Subclassed(keras.Model):
         return keras.ops.sum(self.activation(self.dense(x)), -1, keepdims=True)
 
 
+@pytest.mark.long
 def test_a_model_without_a_config_is_told_by_its_weights_and_its_source(tmp_path):
     def model(units):
         keras.utils.set_random_seed(1)
@@ -977,6 +982,7 @@ def test_files_of_others_stay(tmp_path, finished):
     assert (tmp_path / "here" / ".notes.txt.1234abcd.tmp").read_text() == "mine"
 
 
+@pytest.mark.long
 @pytest.mark.once
 def test_the_end_alone_is_enough_for_more_epochs(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "here")

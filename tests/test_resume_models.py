@@ -148,7 +148,7 @@ def own(kind, **arguments):
     return make
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="the steps are written for TensorFlow")
 @pytest.mark.parametrize(
     ("make", "data", "arguments"),
@@ -223,7 +223,7 @@ def test_a_generator_loses_no_batch(tmp_path):
     assert given[-1] == 6
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("form", [list, tuple])
 def test_inputs_in_lists_and_tuples(tmp_path, form):
     def make():
@@ -268,7 +268,7 @@ def _by_kind():
     return lambda variable: made[variable.path.split("/")[-1]]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.only_on("tensorflow", because="Keras on JAX has no place for the state of a second optimizer")
 @pytest.mark.parametrize("compiled", ["rmsprop", None])
 @pytest.mark.parametrize(("a", "b"), [("ours", "keras"), ("lookahead", "scaled"), ("ours scaled", "several")])

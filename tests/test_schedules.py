@@ -55,6 +55,7 @@ def test_warmup_and_cosine_is_torch_sequential_lr():
     np.testing.assert_allclose(values(ours, range(26)), expected, rtol=1e-10, atol=1e-16)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("three_phase", [False, True])
 @pytest.mark.parametrize("anneal", ["cosine", "linear"])
 def test_one_cycle_is_torch_one_cycle_lr(anneal, three_phase):

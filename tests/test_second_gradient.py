@@ -203,6 +203,7 @@ def test_a_bad_batch_changes_nothing():
     assert model.optimizer.nonfinite.skipped == 1
 
 
+@pytest.mark.long
 def test_half_precision_with_loss_scaling():
     def make():
         return ok.optimizers.LossScale(SAM(SGD(0.05), rho=0.1), initial_scale=2.0**10, dynamic_growth_steps=3)
@@ -273,7 +274,7 @@ def test_the_monitor_sees_one_update_with_the_second_gradient(tmp_path):
 # -- models of one's own ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="on JAX Keras builds the model before its step")
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_a_model_that_its_first_step_builds(eagerly):

@@ -74,7 +74,7 @@ def compiled(optimizer, model=None, *, eager=True):
 # -- models that their first step builds ------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
 def test_a_model_that_fit_builds_is_trained_as_one_that_is_built(make):
     expected, unbuilt = (compiled(make(), sequential(built=built), eager=False) for built in (True, False))

@@ -136,6 +136,7 @@ def test_best_weights_are_restored_when_the_epochs_are_over():
     assert stopping.stop_reason == "The last epoch is over."
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("how", "error"),
     [

@@ -108,7 +108,7 @@ def statistics_of(model, weights):
     return statistics(model)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("start", "every", "points"),
     [(0, 1, range(1, 13)), (0, 3, [1, 4, 7, 10]), (3, 3, [3, 6, 9, 12]), (4, 4, [4, 8, 12]), (5, 4, [5, 9])],
@@ -185,7 +185,7 @@ def test_weights_that_are_thawed_are_averaged_from_then_on():
     close([model.layers[3].bias], [np.mean([weights[-1] for weights in ends], 0)])
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("window", [{"start": 1}, {"start": 1, "every": 3, "by": "update"}], ids=["epochs", "updates"])
 def test_it_goes_on_after_a_crash(window, tmp_path):
     class Crash(keras.callbacks.Callback):
@@ -339,6 +339,7 @@ class Own(keras.Model):
         return x
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "make",
     [

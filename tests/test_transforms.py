@@ -53,8 +53,8 @@ def as_optax_has_it(path, x):
     return x.reshape(x.shape[0], -1) if x.shape == (8, 2, 3) else x.reshape(-1, x.shape[-1])
 
 
-@pytest.mark.few(4)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.few(2)
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "float64"])
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

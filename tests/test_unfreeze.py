@@ -61,6 +61,7 @@ class Trained(keras.callbacks.Callback):
 # -- what is trained when ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("unit", "stages", "arguments", "expected"),
     [
