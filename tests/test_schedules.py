@@ -335,6 +335,19 @@ def test_bad_arguments_raise_at_once(make, error, message):
         make()
 
 
+def test_a_schedule_is_shown_as_the_call_that_makes_it():
+    schedule = Warmup(Cosine(0.1, 30.0, steps_per_epoch=10), 2)
+    assert repr(schedule) == "Warmup(schedule=Cosine(initial=0.1, steps=30.0, steps_per_epoch=10), steps=2)"
+    again = eval(repr(schedule), dict(vars(ok.schedules)))
+    np.testing.assert_array_equal(values(again, range(40)), values(schedule, range(40)))
+
+
+@pytest.mark.parametrize("step", ["3", None, Linear(0.1, 3)], ids=["text", "None", "schedule"])
+def test_a_step_that_is_no_number_is_refused(step):
+    with pytest.raises(TypeError, match=r"step must be a number of updates, got .*('3'|None|Linear\()"):
+        Linear(0.1, 3)(step)
+
+
 def test_base_class_has_no_formula_of_its_own():
     with pytest.raises(NotImplementedError, match="Schedule must define value"):
         ok.schedules.Schedule()(0)

@@ -453,6 +453,9 @@ def test_a_build_function_that_returns_no_compiled_model_ends_the_search(made, m
     ("changed", "error", "message"),
     [
         ({"build": 3}, TypeError, r"build must be a function .* got 3"),
+        ({"build": lambda: None}, TypeError, r"build must be a function of one argument, .* got <lambda>\(\)"),
+        ({"build": lambda hp, width: None}, TypeError, r"one argument, .* got <lambda>\(hp, width\)"),  # noqa: ARG005
+        ({"build": keras.Sequential()}, TypeError, r"build must be a function .* got <Sequential"),
         ({"space": [1]}, TypeError, r"Space takes a mapping"),
         ({"space": {}}, ValueError, r"at least one parameter"),
         ({"strategy": "bayes"}, ValueError, r"strategy must be one of 'random', 'grid', 'qmc', .* got 'bayes'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import arguments
-from keras_optkit.saving import FromSignature
+from keras_optkit.saving import FromSignature, constructor_parameters
 from keras_optkit.schedules import curves
 
 Tensor = Any
@@ -62,13 +63,25 @@ class Schedule(FromSignature, LearningRateSchedule):
 
         Returns:
             A tensor of the shape of `step`.
+
+        Raises:
+            TypeError: If `step` is a string, None or another object that is not a number.
         """
+        if step is None or isinstance(step, str | bytes | Mapping | LearningRateSchedule):
+            raise TypeError(f"step must be a number of updates, got {step!r} of type {type(step).__name__}.")
         step = int(step) if isinstance(step, Integral) else ops.convert_to_tensor(step)
         return self.real(self.value(curves.since(step, 0)))
 
     def value(self, step: Any) -> Tensor:
         """The formula; `step` is an int or an integer tensor, at least 0."""
         raise NotImplementedError(f"{type(self).__name__} must define value(step).")
+
+    def __repr__(self) -> str:
+        """The call that makes this schedule; arguments that have their defaults are left out."""
+        known = constructor_parameters(type(self))
+        given = {name: getattr(self, name) for name in known}
+        shown = [f"{name}={value!r}" for name, value in given.items() if not _is(value, known[name].default)]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @staticmethod
     def real(x: Any) -> Tensor:
@@ -127,6 +140,11 @@ class Schedule(FromSignature, LearningRateSchedule):
     def _updates(self, length: Any) -> int:
         """A length in updates."""
         return length if self.steps_per_epoch is None else round(length * self.steps_per_epoch)
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Whether an argument has its default; arrays, which have none, are compared in no way."""
+    return value is default or (isinstance(value, bool | int | float | str) and value == default)
 
 
 def schedule_or_number(name: str, value: Any, low: float = 0) -> Any:

@@ -70,6 +70,23 @@ def check_names(names: Iterable[str], fit: Callable[..., Any] = keras.Model.fit)
             )
 
 
+def _check_build(build: Any) -> None:
+    """Raises unless `build` can be called with the values of a trial, before an hour of trials shows it."""
+    if not callable(build) or isinstance(build, keras.Model):
+        raise TypeError(f"build must be a function from a trial's values to a compiled model, got {build!r}.")
+    try:
+        signature = inspect.signature(build)
+    except ValueError:  # some functions of C have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        name = getattr(build, "__name__", type(build).__name__)
+        raise TypeError(
+            f"build must be a function of one argument, the values of a trial, got {name}{signature}."
+        ) from None
+
+
 class HyperModel(keras_tuner.HyperModel):
     """A build function with its space, as a KerasTuner hypermodel that any KerasTuner tuner accepts.
 
@@ -84,7 +101,7 @@ class HyperModel(keras_tuner.HyperModel):
         name: Name of the hypermodel.
 
     Raises:
-        TypeError: If `build` is not callable or `space` is not a mapping of parameters.
+        TypeError: If `build` is not a function of one argument or `space` is not a mapping of parameters.
         ValueError: If `space` is None and `build` asks for nothing, or for one name in two ways.
 
     Example:
@@ -113,8 +130,8 @@ class HyperModel(keras_tuner.HyperModel):
         self.inner = build if isinstance(build, keras_tuner.HyperModel) else None
         if self.inner is not None and space is not None:
             raise TypeError(f"space must be None where build is a keras_tuner.HyperModel, got {space!r}.")
-        if self.inner is None and not callable(build):
-            raise TypeError(f"build must be a function from a trial's values to a compiled model, got {build!r}.")
+        if self.inner is None:
+            _check_build(build)
         super().__init__(name=name)
         self.builder: Callable[..., Any] = build if self.inner is None else self.inner.build
         self.asks = space is None
