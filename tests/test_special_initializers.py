@@ -27,6 +27,9 @@ from keras_optkit.initializers import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("x64")
+
+
 def array(x):
     return np.asarray(ops.convert_to_numpy(x), "float64")
 
@@ -108,7 +111,6 @@ def test_zero_is_the_identity_or_a_part_of_a_hadamard_matrix(inputs, outputs):
         ((5, 5, 3), lambda i: layers.Conv2DTranspose(4, 3, padding="same", kernel_initializer=i, dtype="float64")),
     ],
 )
-@pytest.mark.usefixtures("x64")
 def test_delta_orthogonal_convolutions_keep_the_norm_of_images(shape, make):
     x = np.random.default_rng(0).normal(size=(3, *shape))
     y = array(make(DeltaOrthogonal(gain=2.0))(x))
@@ -116,7 +118,6 @@ def test_delta_orthogonal_convolutions_keep_the_norm_of_images(shape, make):
     np.testing.assert_allclose(np.sum(y**2, axes), 4 * np.sum(x**2, axes), rtol=1e-12)
 
 
-@pytest.mark.usefixtures("x64")
 def test_fewer_channels_out_keep_the_norm_of_gradients():
     kernel = array(DeltaOrthogonal()((3, 3, 7, 4), "float64"))
     np.testing.assert_allclose(kernel[1, 1].T @ kernel[1, 1], np.eye(4), atol=1e-13)
@@ -126,7 +127,6 @@ def test_fewer_channels_out_keep_the_norm_of_gradients():
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.75])
-@pytest.mark.usefixtures("x64")
 def test_sparse_has_as_many_zeros_as_torchs_sparse(sparsity):
     """Which has them in each column of its tensor, whatever that is for a layer."""
     theirs = in_torch(initialized, "sparse_", (30, 40), sparsity, 0.01)
@@ -315,7 +315,6 @@ def test_torch_biases_sets_those_of_all_kernels_and_no_others():
         torch_biases(3)
 
 
-@pytest.mark.usefixtures("x64")
 def test_a_model_begins_at_its_prior():
     x = np.zeros((1, 4))
     frequencies = [900, 80, 20]
