@@ -26,8 +26,7 @@ from keras_optkit.initializers import (
     torch_biases,
 )
 
-
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.once]
 
 
 def array(x):
