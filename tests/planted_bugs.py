@@ -38,6 +38,7 @@ from keras_optkit.callbacks import session
 from keras_optkit.callbacks.state import TrainingState
 from keras_optkit.data import EpochDataset
 from keras_optkit.fit import second_gradient
+from keras_optkit.initializers import base, depth, exact, orthogonal, sparse, variance
 from keras_optkit.optimizers import building, groups, provided, random_numbers
 from keras_optkit.optimizers.engine import (
     codecs,
@@ -1163,12 +1164,12 @@ def _(right):
 # -- initializers -----------------------------------------------------------------------------------------------------
 
 
-@bug("float32 for every dtype", "HeNormal", "dtype", initializers._Seeded, "__call__", kind="initializer")
+@bug("float32 for every dtype", "HeNormal", "dtype", base.Shaped, "__call__", kind="initializer")
 def _(right):
     return lambda self, shape, dtype=None: right(self, shape, "float32")
 
 
-@bug("the seed is ignored", "XavierNormal", "seed", initializers._Normal, "_draw", kind="initializer")
+@bug("the seed is ignored", "XavierNormal", "seed", variance._Normal, "_draw", kind="initializer")
 def _(right):
     return lambda self, shape, dtype, seed: right(self, shape, dtype, random.randint(1, 10**9))
 
@@ -1177,12 +1178,12 @@ def _(right):
     "without a seed, one is drawn once and kept",
     "HeUniform",
     "fresh_without_seed",
-    initializers._Seeded,
-    "__call__",
+    base.Seeded,
+    "_values",
     kind="initializer",
 )
 def _(right):
-    def call(self, shape, dtype=None):
+    def call(self, shape, dtype):
         self.seed = random.randint(1, 10**9) if self.seed is None else self.seed
         return right(self, shape, dtype)
 
@@ -1205,7 +1206,7 @@ def _(right):
     "a scalar is accepted",
     "RandomUniform",
     "scalar_is_refused",
-    initializers._Seeded,
+    base.Shaped,
     "__call__",
     kind="initializer",
 )
@@ -1213,7 +1214,7 @@ def _(right):
     return lambda self, shape, dtype=None: right(self, shape, dtype) if len(shape) else ops.zeros((), dtype)
 
 
-@bug("fan-out instead of fan-in", "HeNormal", "variance", initializers.KernelAxes, "fans", kind="initializer")
+@bug("fan-out instead of fan-in", "HeNormal", "variance", base.KernelAxes, "fans", kind="initializer")
 def _(right):
     return lambda self, shape: right(self, shape)[::-1]
 
@@ -1222,7 +1223,7 @@ def _(right):
     "kernels of depthwise and transposed convolutions are treated like others",
     "XavierUniform",
     "variance",
-    initializers,
+    base,
     "in_layer",
     kind="initializer",
 )
@@ -1230,7 +1231,7 @@ def _(right):
     return lambda layer, shape: None
 
 
-@bug("truncation reduces the variance", "XavierNormal", "variance", initializers, "_TRUNCATED_STD", kind="initializer")
+@bug("truncation reduces the variance", "XavierNormal", "variance", variance, "TRUNCATED_STD", kind="initializer")
 def _(right):
     return 1.0
 
@@ -1239,12 +1240,54 @@ def _(right):
     "the depthwise kernels of a layer are one matrix",
     "Orthogonal",
     "orthogonal",
-    initializers,
+    base,
     "in_layer",
     kind="initializer",
 )
 def _(right):
     return lambda layer, shape: None
+
+
+@bug("a number is drawn for it", "BiasPrior", "deterministic", base.Shaped, "__call__", kind="initializer")
+def _(right):
+    return lambda self, shape, dtype=None: right(self, shape, dtype) + random.random()
+
+
+@bug(
+    "values outside of the middle of a window",
+    "DeltaOrthogonal",
+    "centered",
+    orthogonal,
+    "centered",
+    kind="initializer",
+)
+def _(right):
+    return lambda matrices, shape, axes: ops.ones(shape) + right(matrices, shape, axes)
+
+
+@bug("an identity where a layer widens", "ZerO", "exact", exact.ZerO, "_matrix", kind="initializer")
+def _(right):
+    return lambda self, inputs, outputs: np.eye(inputs, outputs)
+
+
+@bug("groups are one map", "Dirac", "centered exact", base, "in_layer", kind="initializer")
+def _(right):
+    return lambda layer, shape: None
+
+
+@bug("the share of zeros is rounded down", "Sparse", "sparse", sparse.Sparse, "_connected", kind="initializer")
+def _(right):
+    return lambda self, inputs: right(self, inputs) + (self.sparsity is not None)
+
+
+@bug("the first inputs are connected to all units", "Sparse", "sparse", sparse.ops, "argsort", kind="initializer")
+def _(right):
+    return lambda x, axis: ops.broadcast_to(ops.arange(x.shape[1])[None, :, None], x.shape)
+
+
+@bug("the depth does not matter", "DepthScaled", "variance", depth.DepthScaled, "_values", kind="initializer")
+def _(right):
+    return lambda self, shape, dtype: right(self, shape, dtype) * self.depth**0.5
 
 
 # -- regularizers -----------------------------------------------------------------------------------------------------

@@ -10,11 +10,17 @@ from scipy import stats
 
 import keras_optkit as ok
 from keras_optkit.initializers import (
+    SIREN,
+    DeltaOrthogonal,
     HeNormal,
     HeUniform,
+    LeCunNormal,
+    LeCunUniform,
     Orthogonal,
     RandomNormal,
+    RandomTruncatedNormal,
     RandomUniform,
+    Sparse,
     XavierNormal,
     XavierUniform,
 )
@@ -49,10 +55,20 @@ CLAIMS = {
     "HeUniform": (HeUniform(seed=1), lambda i, _: uniform(-math.sqrt(6 / i), math.sqrt(6 / i))),
     "HeNormal": (HeNormal(seed=1), lambda i, o: stats.norm(0, he(i, o))),
     "HeNormal truncated": (HeNormal(seed=1, truncated=True), lambda i, o: truncated(he(i, o))),
+    "HeNormal, leaky": (HeNormal(seed=1, negative_slope=0.5), lambda i, _: stats.norm(0, math.sqrt(2 / 1.25 / i))),
+    "LeCunUniform": (LeCunUniform(seed=1), lambda i, _: uniform(-math.sqrt(3 / i), math.sqrt(3 / i))),
+    "LeCunNormal": (LeCunNormal(seed=1, gain="tanh"), lambda i, _: stats.norm(0, 5 / 3 / math.sqrt(i))),
+    "LeCunNormal truncated": (LeCunNormal(seed=1, truncated=True), lambda i, _: truncated(1 / math.sqrt(i))),
+    "SIREN": (SIREN(20.0, seed=1), lambda i, _: uniform(-math.sqrt(6 / i) / 20, math.sqrt(6 / i) / 20)),
+    "SIREN, first": (SIREN(first=True, seed=1), lambda i, _: uniform(-1 / i, 1 / i)),
+    "RandomTruncatedNormal": (RandomTruncatedNormal(stddev=2.0, seed=1), lambda *_: truncated(2.0)),
     "RandomUniform": (RandomUniform(-1.0, 3.0, seed=1), lambda *_: uniform(-1, 3)),
     "RandomNormal": (RandomNormal(1.0, 2.0, seed=1), lambda *_: stats.norm(1, 2)),
 }
-ALL = [XavierUniform, XavierNormal, HeUniform, HeNormal, RandomUniform, RandomNormal, Orthogonal]
+ALL = [
+    *(XavierUniform, XavierNormal, HeUniform, HeNormal, LeCunUniform, LeCunNormal, SIREN, Sparse, DeltaOrthogonal),
+    *(RandomUniform, RandomNormal, RandomTruncatedNormal, Orthogonal),
+]
 
 
 def draw(initializer, shape, dtype="float64"):
@@ -115,6 +131,13 @@ def test_these_tests_can_fail(wrong, claim):
         (XavierNormal(seed=3), keras.initializers.VarianceScaling(1.0, "fan_avg", "untruncated_normal", seed=3)),
         (HeUniform(seed=3), keras.initializers.HeUniform(seed=3)),
         (HeNormal(seed=3, truncated=True), keras.initializers.HeNormal(seed=3)),
+        (LeCunUniform(seed=3), keras.initializers.LecunUniform(seed=3)),
+        (LeCunNormal(seed=3, truncated=True), keras.initializers.LecunNormal(seed=3)),
+        (LeCunNormal(seed=3, gain="relu"), HeNormal(seed=3)),
+        (
+            RandomTruncatedNormal(1.0, 2.0, corrected=False, seed=3),
+            keras.initializers.TruncatedNormal(1.0, 2.0, seed=3),
+        ),
         (RandomNormal(1.0, 2.0, seed=3), keras.initializers.RandomNormal(1.0, 2.0, seed=3)),
         (RandomUniform(1.0, 2.0, seed=3), keras.initializers.RandomUniform(1.0, 2.0, seed=3)),
         (Orthogonal(2.0, seed=3), keras.initializers.Orthogonal(2.0, seed=3)),
@@ -374,6 +397,18 @@ def test_drops_into_a_compiled_model():
         (lambda: RandomUniform(1.0, 1.0), ["maxval", "1.0"]),
         (lambda: RandomUniform(-math.inf, 1.0), ["minval", "inf"]),
         (lambda: Orthogonal(gain=0.0), ["gain", "0.0", "(0"]),
+        (lambda: Orthogonal(gain="rleu"), ["gain", "'rleu'", "'linear'", "Did you mean 'relu'"]),
+        (lambda: LeCunNormal(gain=-1.0), ["gain", "-1.0", "(0"]),
+        (lambda: XavierUniform(gain=None), ["gain", "None", "number"]),
+        (lambda: HeUniform(negative_slope="0.1"), ["negative_slope", "'0.1'", "number"]),
+        (lambda: SIREN(omega_0=0), ["omega_0", "0", "(0"]),
+        (lambda: SIREN(first=1), ["first", "1", "True or False"]),
+        (lambda: RandomTruncatedNormal(stddev=0.0), ["stddev", "0.0", "(0"]),
+        (lambda: RandomTruncatedNormal(corrected="no"), ["corrected", "'no'", "True or False"]),
+        (lambda: Sparse(connections=0), ["connections", "0", "at least 1"]),
+        (lambda: Sparse(sparsity=1.0), ["sparsity", "1.0", "[0, 1)"]),
+        (lambda: Sparse(3, 0.5), ["connections", "sparsity", "3", "0.5", "together"]),
+        (lambda: DeltaOrthogonal()((5,)), ["(5,)", "rank 2 or more"]),
         (lambda: HeNormal()((5,)), ["(5,)", "rank 2 or more", "input_axes"]),
         (lambda: Orthogonal()((5,)), ["(5,)", "rank 2 or more", "input_axes"]),
         (lambda: RandomNormal()(()), ["()", "rank 1 or more"]),

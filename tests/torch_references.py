@@ -176,3 +176,30 @@ def optax_chain_run(
         parameters = optax.apply_updates(parameters, updates)
         weights.append([np.asarray(p) for p in parameters])
     return weights
+
+
+def initialized(name: str, shape: tuple[int, ...], *args: Any) -> np.ndarray:
+    """A float64 tensor of this shape that one of the functions of `torch.nn.init` has filled."""
+    import torch
+
+    torch.manual_seed(0)
+    tensor = torch.empty(shape, dtype=torch.float64)
+    return getattr(torch.nn.init, name)(tensor, *args).numpy()
+
+
+def gains(arguments: list[tuple[Any, ...]]) -> list[float]:
+    """`torch.nn.init.calculate_gain` for each of several arguments."""
+    import torch
+
+    return [torch.nn.init.calculate_gain(*each) for each in arguments]
+
+
+def biases(made: dict[str, tuple[str, dict[str, Any], str]]) -> dict[str, np.ndarray]:
+    """The biases of new layers: for each name a class of `torch.nn`, its arguments and the bias's attribute."""
+    import torch
+
+    torch.manual_seed(0)
+    return {
+        name: getattr(getattr(torch.nn, cls)(**arguments), bias).detach().numpy()
+        for name, (cls, arguments, bias) in made.items()
+    }

@@ -101,7 +101,10 @@ def _chosen(names: Any, default: tuple[str, ...], known: Sequence[str]) -> tuple
 
 def _of_cards(kind: str, names: Any, default: tuple[str, ...], name: str, none: bool = False) -> ReadySpace:
     found: dict[str, Card] = {card.name: card for card in cards(kind)}
-    chosen = _chosen(names, default, [*(["none"] if none else []), *found])
+    every = [*(["none"] if none else []), *found]
+    if names == "all":  # the space is for kernels; biases must be named
+        names = [each for each in every if each == "none" or "bias" not in found[each].tags]
+    chosen = _chosen(names, default, every)
     parameters: dict[str, Parameter] = {name: Choice(list(chosen))}
     for which in chosen:
         if which == "none":
@@ -157,7 +160,8 @@ def initializer(names: Sequence[str] | str | None = None, *, name: str = "initia
     """Which initializer. `make(values, **arguments)` builds it, e.g. with `seed=`.
 
     Args:
-        names: Initializers of this package, or `"all"`. None: those whose scale follows from the layer.
+        names: Initializers of this package, or `"all"`, which leaves out those of biases. None: those whose scale
+            follows from the layer.
         name: Name of the choice.
 
     Raises:

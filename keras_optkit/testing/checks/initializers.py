@@ -3,12 +3,19 @@
 A card of kind "initializer" builds a `keras.initializers.Initializer` with a `seed` argument. Its tags are its claims:
 
 - "variance": `twin(fan_in, fan_out, **case)` is the standard deviation of its values in a kernel with those fans;
-- "orthogonal": the kernel's matrix has orthogonal rows or columns of length `twin(**case)`.
+- "orthogonal": the kernel's matrix has orthogonal rows or columns of length `twin(**case)`;
+- "centered": the kernel is zero but in the middle of its window, and what is claimed of a matrix is claimed of that;
+- "exact": that matrix, for each map, is `twin(inputs, outputs, **case)`;
+- "sparse": `twin(fan_in, **case)` is how many weights of a unit are not zero, and their standard deviation;
+
+or say what it is: "deterministic", without a `seed`; "wraps", another initializer in its argument `initializer`, which
+has the seed; "bias", for vectors; "constant", which may give the same value everywhere.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -31,12 +38,27 @@ class Kernel(NamedTuple):
     fan_out: int
     matrices: Callable[[np.ndarray], np.ndarray]
     variable: Callable[[Any], Any] = lambda layer: layer.kernel
+    window: tuple[int, ...] = ()
+    outputs_first: bool = False
 
     def values(self, initializer: Any) -> np.ndarray:
         """The kernel of a new layer with this initializer, in float64."""
         layer = self.layer(initializer)
         layer.build(*self.shapes)
         return np.asarray(ops.convert_to_numpy(self.variable(layer)), "float64")
+
+    def units(self, kernel: np.ndarray) -> np.ndarray:
+        """Its maps as matrices from a unit's inputs to units: (maps, window * in, out)."""
+        return np.swapaxes(kernel, -1, -2).reshape(1, self.fan_in, -1) if self.outputs_first else self.matrices(kernel)
+
+    def middle(self, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The matrices in the middle of the window, (maps, in, out), and everything else."""
+        units = self.units(kernel)
+        windows = units.reshape(len(units), *self.window, -1, units.shape[-1])
+        place: tuple[Any, ...] = (slice(None), *((size - 1) // 2 for size in self.window))
+        middle, rest = windows[place].copy(), windows.copy()
+        rest[place] = 0
+        return middle, rest
 
 
 def _flat(rows: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -57,10 +79,19 @@ def _by_gate(gates: int) -> Callable[[np.ndarray], np.ndarray]:
 # One unit of a depthwise layer sees one channel's window; an input of a grouped one feeds only its group's outputs.
 KERNELS: dict[str, Kernel] = {
     "Dense": Kernel(lambda i: layers.Dense(200, kernel_initializer=i), ((None, 300),), 300, 200, _flat(300)),
-    "Conv1D": Kernel(lambda i: layers.Conv1D(128, 5, kernel_initializer=i), ((None, 9, 64),), 320, 640, _flat(320)),
-    "Conv2D": Kernel(lambda i: layers.Conv2D(96, 3, kernel_initializer=i), ((None, 9, 9, 48),), 432, 864, _flat(432)),
+    "Conv1D": Kernel(
+        lambda i: layers.Conv1D(128, 5, kernel_initializer=i), ((None, 9, 64),), 320, 640, _flat(320), window=(5,)
+    ),
+    "Conv2D": Kernel(
+        lambda i: layers.Conv2D(96, 3, kernel_initializer=i), ((None, 9, 9, 48),), 432, 864, _flat(432), window=(3, 3)
+    ),
     "Conv3D": Kernel(
-        lambda i: layers.Conv3D(64, 3, kernel_initializer=i), ((None, 9, 9, 9, 24),), 648, 1728, _flat(648)
+        lambda i: layers.Conv3D(64, 3, kernel_initializer=i),
+        ((None, 9, 9, 9, 24),),
+        648,
+        1728,
+        _flat(648),
+        window=(3, 3, 3),
     ),
     "Conv2D, 4 groups": Kernel(
         lambda i: layers.Conv2D(192, 3, groups=4, kernel_initializer=i),
@@ -68,12 +99,25 @@ KERNELS: dict[str, Kernel] = {
         9 * 24,
         9 * 48,
         lambda k: np.moveaxis(k.reshape(9 * 24, 4, 48), 1, 0),
+        window=(3, 3),
     ),
     "Conv1DTranspose": Kernel(
-        lambda i: layers.Conv1DTranspose(128, 5, kernel_initializer=i), ((None, 9, 64),), 320, 640, _flat(640)
+        lambda i: layers.Conv1DTranspose(128, 5, kernel_initializer=i),
+        ((None, 9, 64),),
+        320,
+        640,
+        _flat(640),
+        window=(5,),
+        outputs_first=True,
     ),
     "Conv2DTranspose": Kernel(
-        lambda i: layers.Conv2DTranspose(96, 3, kernel_initializer=i), ((None, 9, 9, 48),), 432, 864, _flat(864)
+        lambda i: layers.Conv2DTranspose(96, 3, kernel_initializer=i),
+        ((None, 9, 9, 48),),
+        432,
+        864,
+        _flat(864),
+        window=(3, 3),
+        outputs_first=True,
     ),
     "DepthwiseConv1D": Kernel(
         lambda i: layers.DepthwiseConv1D(9, depth_multiplier=4, depthwise_initializer=i),
@@ -81,6 +125,7 @@ KERNELS: dict[str, Kernel] = {
         9,
         36,
         _by_channel,
+        window=(9,),
     ),
     "DepthwiseConv2D": Kernel(
         lambda i: layers.DepthwiseConv2D(3, depth_multiplier=4, depthwise_initializer=i),
@@ -88,6 +133,7 @@ KERNELS: dict[str, Kernel] = {
         9,
         36,
         _by_channel,
+        window=(3, 3),
     ),
     "SeparableConv2D, depthwise": Kernel(
         lambda i: layers.SeparableConv2D(8, 3, depth_multiplier=4, depthwise_initializer=i),
@@ -96,6 +142,7 @@ KERNELS: dict[str, Kernel] = {
         36,
         _by_channel,
         lambda layer: layer.depthwise_kernel,
+        window=(3, 3),
     ),
     "SeparableConv2D, pointwise": Kernel(
         lambda i: layers.SeparableConv2D(128, 3, depth_multiplier=4, pointwise_initializer=i),
@@ -128,6 +175,7 @@ KERNELS: dict[str, Kernel] = {
         9 * 32,
         _by_gate(4),
         lambda layer: layer.cell.recurrent_kernel,
+        window=(3, 3),
     ),
     "Embedding": Kernel(
         lambda i: layers.Embedding(500, 100, embeddings_initializer=i),
@@ -143,6 +191,7 @@ KERNELS: dict[str, Kernel] = {
         300,
         200,
         _flat(200),
+        outputs_first=True,
     ),
     "MultiHeadAttention, query": Kernel(
         lambda i: layers.MultiHeadAttention(8, 32, kernel_initializer=i),
@@ -184,8 +233,25 @@ def _built(card: Card) -> Iterator[tuple[Mapping[str, Any], Any]]:
     return ((case, card.make(**case)) for case in card.cases)
 
 
-def _draw(initializer: Any, shape: tuple[int, ...] = (6, 5), dtype: str = "float32") -> np.ndarray:
-    return numbers(initializer(shape, dtype=dtype))
+def _seeded(card: Card, case: Mapping[str, Any], seed: int | None) -> Any:
+    """The initializer of a case with a seed, its own or that of the one inside."""
+    if "wraps" not in card.tags:
+        return card.make(**{**case, "seed": seed})
+    inner = case["initializer"]
+    again = type(inner).from_config({**inner.get_config(), "seed": seed})
+    return card.make(**{**case, "initializer": again})
+
+
+def _shape(card: Card) -> tuple[int, ...]:
+    return (5,) if "bias" in card.tags else (6, 5)
+
+
+def _dense(card: Card, initializer: Any) -> Any:
+    return layers.Dense(5, **{"bias_initializer" if "bias" in card.tags else "kernel_initializer": initializer})
+
+
+def _held(card: Card, layer: Any) -> Any:
+    return layer.bias_initializer if "bias" in card.tags else layer.kernel_initializer
 
 
 @check("initializer")
@@ -194,33 +260,46 @@ def check_dtype(card: Card) -> None:
     """It answers in the shape and dtype asked for, with finite values that are not all the same."""
     for case, initializer in _built(card):
         for dtype in _DTYPES:
-            value = initializer((6, 5), dtype=dtype)
-            assert tuple(value.shape) == (6, 5)
+            value = initializer(_shape(card), dtype=dtype)
+            assert tuple(value.shape) == _shape(card)
             assert keras.backend.standardize_dtype(value.dtype) == dtype, f"{case}: {value.dtype} instead of {dtype}"
-            assert np.isfinite(_draw(initializer, dtype=dtype)).all()
-            assert np.ptp(_draw(initializer, dtype=dtype)) > 0
+            assert np.isfinite(numbers(value)).all()
+            assert np.ptp(numbers(value)) > 0 or "constant" in card.tags
 
 
-@check("initializer")
+@check("initializer", unless=["deterministic"])
 def check_seed(card: Card) -> None:
     """An int seed repeats its values, in every call and instance; another seed, and no seed, gives others."""
+    shape = _shape(card)
     for case in card.cases:
-        seeded = card.make(**{**case, "seed": 3})
-        values = _draw(seeded)
-        np.testing.assert_array_equal(_draw(seeded), values)
-        np.testing.assert_array_equal(_draw(card.make(**{**case, "seed": 3})), values)
-        assert (_draw(card.make(**{**case, "seed": 4})) != values).any(), "the seed makes no difference"
+        seeded = _seeded(card, case, 3)
+        values = numbers(seeded(shape))
+        np.testing.assert_array_equal(numbers(seeded(shape)), values)
+        np.testing.assert_array_equal(numbers(_seeded(card, case, 3)(shape)), values)
+        assert (numbers(_seeded(card, case, 4)(shape)) != values).any(), "the seed makes no difference"
 
 
-@check("initializer")
+@check("initializer", unless=["deterministic"])
 def check_fresh_without_seed(card: Card) -> None:
     """One instance without a seed gives two layers different weights."""
     for case in card.cases:
-        shared = card.make(**{**case, "seed": None})
-        one, two = (layers.Dense(5, kernel_initializer=shared) for _ in range(2))
+        shared = _seeded(card, case, None)
+        one, two = (_dense(card, shared) for _ in range(2))
         one.build((None, 6))
         two.build((None, 6))
-        assert (ops.convert_to_numpy(one.kernel) != ops.convert_to_numpy(two.kernel)).any(), f"{case}: identical layers"
+        differ = [(numbers(a) != numbers(b)).any() for a, b in zip(one.weights, two.weights, strict=True)]
+        assert differ["bias" in card.tags], f"{case}: identical layers"
+
+
+@check("initializer", requires=["deterministic"])
+def check_deterministic(card: Card) -> None:
+    """It gives the same values in every call and instance, and leaves Python's random numbers alone."""
+    for case, initializer in _built(card):
+        before = random.getstate()
+        values = numbers(initializer(_shape(card)))
+        assert random.getstate() == before, f"{case}: a random number was drawn"
+        np.testing.assert_array_equal(numbers(initializer(_shape(card))), values, err_msg=str(case))
+        np.testing.assert_array_equal(numbers(card.make(**case)(_shape(card))), values, err_msg=str(case))
 
 
 @check("initializer")
@@ -230,16 +309,16 @@ def check_config_round_trip(card: Card) -> None:
         roundtrip.through_json(initializer, case)
         roundtrip.assert_same(initializer.clone(), initializer)
     name = keras.saving.get_registered_name(type(initializer))
-    assert type(layers.Dense(5, kernel_initializer=name).kernel_initializer) is type(initializer)
+    assert type(_held(card, _dense(card, name))) is type(initializer)
 
 
 @check("initializer")
 def check_saving(card: Card) -> None:
     """A model that uses it is saved and loaded with it."""
     for case, initializer in _built(card):
-        model = keras.Sequential([keras.Input((6,)), layers.Dense(5, kernel_initializer=initializer)])
+        model = keras.Sequential([keras.Input((6,)), _dense(card, initializer)])
         again = roundtrip.through_file(model)
-        roundtrip.assert_same(again.layers[0].kernel_initializer, initializer)
+        roundtrip.assert_same(_held(card, again.layers[0]), initializer)
         for before, after in zip(model.get_weights(), again.get_weights(), strict=True):
             np.testing.assert_array_equal(after, before, err_msg=str(case))
 
@@ -276,7 +355,8 @@ def check_orthogonal(card: Card) -> None:
     assert card.twin is not None, 'the tag "orthogonal" needs a twin'
     for case, initializer in _built(card):
         for name, kernel in _kernels().items():
-            matrices = kernel.matrices(kernel.values(initializer))
+            values = kernel.values(initializer)
+            matrices = kernel.middle(values)[0] if "centered" in card.tags else kernel.matrices(values)
             if matrices.shape[1] > matrices.shape[2]:
                 matrices = np.swapaxes(matrices, 1, 2)
             products = matrices @ np.swapaxes(matrices, 1, 2) / card.twin(**case) ** 2
@@ -286,3 +366,42 @@ def check_orthogonal(card: Card) -> None:
                 atol=1e-5,
                 err_msg=f"{card.name}({case}) in {name}",
             )
+
+
+@check("initializer", requires=["centered"])
+def check_centered(card: Card) -> None:
+    """Every real layer's kernel is zero but in the middle of its window, where each map has a matrix that is not."""
+    for case, initializer in _built(card):
+        for name, kernel in _kernels().items():
+            middle, rest = kernel.middle(kernel.values(initializer))
+            assert not rest.any(), f"{card.name}({case}) in {name}: values outside of the middle"
+            assert middle.any(axis=(1, 2)).all(), f"{card.name}({case}) in {name}: a map is zero"
+
+
+@check("initializer", requires=["exact"])
+def check_exact(card: Card) -> None:
+    """In every real layer's kernel each map has the claimed matrix."""
+    assert card.twin is not None, 'the tag "exact" needs a twin'
+    for case, initializer in _built(card):
+        for name, kernel in _kernels().items():
+            middle, _ = kernel.middle(kernel.values(initializer))
+            expected = np.broadcast_to(card.twin(*middle.shape[1:], **case), middle.shape)
+            np.testing.assert_allclose(middle, expected, rtol=1e-6, err_msg=f"{card.name}({case}) in {name}")
+
+
+@check("initializer", requires=["sparse"])
+def check_sparse(card: Card) -> None:
+    """In every real layer's kernel each unit has the claimed number of weights, of the claimed standard deviation."""
+    assert card.twin is not None, 'the tag "sparse" needs a twin'
+    for case, initializer in _built(card):
+        for name, kernel in _kernels().items():
+            units = kernel.units(kernel.values(initializer))
+            count, stddev = card.twin(kernel.fan_in, **case)
+            where = f"{card.name}({case}) in {name}"
+            np.testing.assert_array_equal((units != 0).sum(axis=1), count, err_msg=where)
+            weights = units[units != 0]
+            ratio = float(np.mean(weights**2)) / stddev**2
+            assert abs(ratio - 1) < 5 * math.sqrt(2 / weights.size), f"{where}: {ratio:.3f} of the claimed variance"
+            chosen = (units != 0).sum(axis=(0, 2))  # how often each input is
+            expected = weights.size / kernel.fan_in
+            assert abs(chosen - expected).max() < 6 * math.sqrt(expected) + 10, f"{where}: some inputs are preferred"
