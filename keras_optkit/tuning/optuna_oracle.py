@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from pathlib import Path
 from typing import Any
 
 import keras_tuner
@@ -240,10 +241,8 @@ class OptunaOracle(keras_tuner.Oracle):
         """
         saved = state.get("optuna", {"strategy": "no strategy of Optuna"})
         if saved["strategy"] != self.strategy_name:
-            raise OtherSearchError(
-                "directory must be new or hold the same search, got one where strategy was "
-                f"{saved['strategy']!r} and is {self.strategy_name!r}."
-            )
+            change = f"where strategy was {saved['strategy']!r} and is {self.strategy_name!r}"
+            raise OtherSearchError(Path(self.directory or ".") / (self.project_name or ""), change)
         super().set_state(without_ended(state))
         self.proposals = saved["proposals"]
         self._study = None
