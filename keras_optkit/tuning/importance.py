@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from keras_optkit.tuning.result import Result, Trial
 
 LEAST = 10  # of fewer trials, a forest knows next to nothing
-_SEED = 0
+_FORESTS, _TREES = 4, 16  # each forest has other values for what is inactive
 
 
 def objective_of(result: Result, objective: Any) -> str:
@@ -52,34 +52,44 @@ def importance(result: Result, objective: Any = None) -> dict[str, float]:
     }
     if not wanted or min(scores) == max(scores):
         return found
-    rng = np.random.default_rng(_SEED)
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=_SEED)
-    with quiet(optuna):
-        study = optuna.create_study()
-        distributions = {each: _distribution(optuna, parameter) for each, parameter in wanted.items()}
-        for trial, score in zip(trials, scores, strict=True):
-            params = {each: _param(parameter, each, trial.values, rng) for each, parameter in wanted.items()}
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
-        found |= evaluator.evaluate(study)  # not normalised to a sum of 1
-    return dict(sorted(((each, float(part)) for each, part in found.items()), key=lambda pair: -pair[1]))
+    distributions = {each: _distribution(optuna, parameter) for each, parameter in wanted.items()}
+    create = optuna.trial.create_trial
+    for seed in range(_FORESTS):
+        rng = np.random.default_rng(seed)
+        points = [{each: _param(p, each, trial.values, rng) for each, p in wanted.items()} for trial in trials]
+        evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=_TREES, seed=seed)
+        with quiet(optuna):
+            study = optuna.create_study()
+            study.add_trials(
+                create(params=point, distributions=distributions, value=score)
+                for point, score in zip(points, scores, strict=True)
+            )
+            for each, part in evaluator.evaluate(study).items():  # not normalised to a sum of 1
+                found[each] += float(part) / _FORESTS
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
 def _score(trial: Trial, name: str) -> float:
     return trial.metrics.get(name, math.nan) if trial.status == "completed" else math.nan
 
 
-def _param(parameter: Parameter, name: str, values: Mapping[str, Any], rng: np.random.Generator) -> Any:
+def _param(parameter: Parameter, name: str, values: Mapping[str, Any], rng: np.random.Generator) -> float:
     """The coordinate of a trial.
 
     Where a parameter is inactive it does not matter, and any value will do. It is one at random: a fixed one would tell
     the forest whether the condition holds, and so take from its parent what that explains.
     """
     value = values[name] if name in values else parameter.sample(rng)
-    if is_index(parameter):
-        return float(list(parameter.grid()).index(value))
-    if isinstance(parameter, Choice | Bool):
-        return value
-    return _scaled(parameter, value)
+    return float(list(parameter.grid()).index(value)) if _is_listed(parameter) else _scaled(parameter, value)
+
+
+def _is_listed(parameter: Parameter) -> bool:
+    """Whether its values are known by their index.
+
+    So are those without an order: Optuna would give each a coordinate of its own and take averages over points with
+    several values at a time, or none, which do not exist.
+    """
+    return isinstance(parameter, Choice | Bool) or is_index(parameter)
 
 
 def _scaled(parameter: Any, value: float) -> float:
@@ -91,10 +101,8 @@ def _scaled(parameter: Any, value: float) -> float:
 
 
 def _distribution(optuna: Any, parameter: Any) -> Any:
-    kinds = optuna.distributions
-    if is_index(parameter):
-        return kinds.FloatDistribution(-0.5, parameter.size - 0.5)  # as much room for the first and last as for others
-    if isinstance(parameter, Choice | Bool):
-        return kinds.CategoricalDistribution(parameter.grid())
-    ends = sorted(_scaled(parameter, end) for end in (parameter.low, parameter.high))
-    return kinds.FloatDistribution(*ends)
+    if _is_listed(parameter):
+        ends = [-0.5, parameter.size - 0.5]  # as much room for the first and the last as for others
+    else:
+        ends = sorted(_scaled(parameter, end) for end in (parameter.low, parameter.high))
+    return optuna.distributions.FloatDistribution(*ends)

@@ -23,7 +23,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; font-size: 0.88rem; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
-th { background: #f4f4f4; overflow-wrap: anywhere; }
+th { background: #f4f4f4; white-space: nowrap; }
 .text, dt, dd { text-align: left; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } .best td { font-weight: 600; background: #fff3e2; } .failed td { color: #a11; }
 .trials th { cursor: pointer; } .trials th::after { content: " \\2195"; color: #999; }
