@@ -955,7 +955,7 @@ def test_other_arguments_of_fit_are_another_search(tmp_path):
 
     run(class_weight={0: np.float32(2)})
     assert run(class_weight={0: 2.0}).best_score == 1.0
-    with pytest.raises(ValueError, match=r"fit_arguments was .*'class_weight': \{'0': 2.0\}.* and is .*'0': 3.0"):
+    with pytest.raises(ValueError, match=r"fit_arguments\['class_weight'\] was \{'0': 2.0\} and is \{'0': 3.0\}"):
         run(class_weight={0: 3.0})
 
 
