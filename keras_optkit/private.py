@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -194,6 +195,15 @@ def clear_session() -> None:
             from keras.src.backend.common import global_state
 
             global_state.set_global_attribute(name, value)
+
+
+def directory_of(oracle: Any) -> str:
+    """Where an oracle of KerasTuner keeps its files; its public attributes for that stay None.
+
+    Fall-back: "", and an error about the directory does not name it.
+    """
+    directory, name = getattr(oracle, "_directory", None), getattr(oracle, "_project_name", None)
+    return os.path.join(directory, name) if directory and name else ""  # noqa: PTH118  (as KerasTuner has it)
 
 
 def with_trials_saved_by(oracle: Any, save: Callable[[str, Any], Any]) -> None:

@@ -302,6 +302,12 @@ def test_a_learning_rate_is_found_drawn_and_tried(example, tmp_path, capsys):
 
 
 @pytest.mark.once
+def test_the_search_has_its_report(example, tmp_path):
+    example("search_report").main(["--trials", "2", "--epochs", "1"])
+    assert "<h2>Learning curves</h2>" in (tmp_path / "runs/search_report.html").read_text()
+
+
+@pytest.mark.once
 def test_the_picture_has_every_schedule(example, tmp_path, capsys):
     schedules = example("schedules")
     schedules.main([])

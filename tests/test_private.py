@@ -12,6 +12,7 @@ from keras_optkit.private import (
     clear_session,
     compile_arguments,
     current_layer,
+    directory_of,
     forget_trace,
     global_seed,
     in_stateless_scope,
@@ -196,3 +197,4 @@ def test_an_oracle_has_its_trials_saved_by_another(tmp_path):
     path = tmp_path / "p" / "trial_0" / "trial.json"
     assert saved == [(str(path), status) for status in ("RUNNING", "RUNNING", "COMPLETED")]
     assert not path.exists()
+    assert directory_of(oracle) == str(tmp_path / "p")

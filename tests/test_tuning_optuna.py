@@ -245,7 +245,7 @@ def test_an_interrupted_search_is_continued(tmp_path):
     assert len(built) == 4
     assert [(trial.values, trial.score) for trial in parts.trials] == [(t.values, t.score) for t in whole.trials]
     with pytest.raises(
-        ValueError, match=r"directory must be new or hold the same search, .* 'TPESampler' and is 'cma'"
+        ValueError, match=r"got '.*parts', where strategy was 'TPESampler' and is 'cma'\. Choose another directory"
     ):
         search(lambda hp: line(hp.x), Space(x=Float(1.0, 3.0)), strategy="cma", directory=tmp_path / "parts")
     with pytest.raises(ValueError, match=r"strategy was 'TPESampler' and is 'random'"):

@@ -55,6 +55,7 @@ class BestEpoch(keras.callbacks.Callback):
         max_size: The most elements that the weights may have.
 
     Attributes:
+        history: Each epoch, counted from 1, and its metrics.
         patient: Whether the objective may be missing although there was a validation, since a callback may be the one
             that puts it into the logs.
     """
@@ -73,6 +74,7 @@ class BestEpoch(keras.callbacks.Callback):
         self.max_size = max_size
         self.patient = False
         self.epochs = 0
+        self.history: list[tuple[int, dict[str, float]]] = []
         self.best_epoch: int | None = None
         self.metrics: dict[str, float] = {}
         self.failure = ""
@@ -104,6 +106,7 @@ class BestEpoch(keras.callbacks.Callback):
         self.epochs += 1
         self.check_size(self.model)  # again: its first batch may have built it
         metrics = numbers_of(logs)
+        self.history.append((epoch + 1, dict(metrics)))
         self._seen.update(dict.fromkeys(metrics))
         wanted = names_of(self.objective)
         for watched in ("loss", "val_loss", *wanted):

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,61 @@ import keras_tuner
 
 from keras_optkit.files import atomic_write, lock, opened, sealed
 from keras_optkit.private import with_trials_saved_by
+from keras_optkit.space import Space
 
 Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tuner; KerasTuner does not export it
 
 
-_OF_A_TRIAL = ("trial.json", "model.keras", "*.weights.h5", "*.built.json")
-_NAMES = re.compile(r"(oracle|trial|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)")
+HISTORY = "history.json"  # of a trial
+
+_OF_A_TRIAL = ("trial.json", HISTORY, "model.keras", "*.weights.h5", "*.built.json")
+_NAMES = re.compile(
+    r"(oracle|trial|history|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)"
+)
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
 _IN_TRIAL = ("trial_id", "hyperparameters", "metrics", "status")
 
 
 class OtherSearchError(ValueError):
-    """The directory holds another search."""
+    """The directory holds another search.
+
+    Args:
+        directory: Where it is.
+        difference: How it differs from the one that was to be continued.
+    """
+
+    def __init__(self, directory: Any, difference: str) -> None:
+        super().__init__(
+            f"directory must be new or hold the same search, got {str(directory)!r}, {difference}. Choose another "
+            "directory, or pass overwrite=True to start over."
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between the definitions of two searches, each in a few words; of a space, its parameters only."""
+    changed = [name for name in new if json.dumps(new[name]) != json.dumps(old.get(name))]
+    return [text for name in changed for text in _difference(name, old.get(name), new[name])]
+
+
+def _difference(name: str, old: Any, new: Any) -> list[str]:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [f"{name} was {old!r} and is {new!r}"]
+    shown = [_shown(name, entries) for entries in (old, new)]
+    found = [f"{name} has the new {each!r}" for each in new if each not in old]
+    found += [f"{name} has no {each!r} any more" for each in old if each not in new]
+    both = [each for each in new if each in old and json.dumps(new[each]) != json.dumps(old[each])]
+    pairs = {each: [entries[each] for entries in shown] for each in both}
+    found += [f"{name}[{each!r}] was {before} and is {now}" for each, (before, now) in pairs.items()]
+    return found or [f"the order of {name} was {', '.join(old)} and is {', '.join(new)}"]
+
+
+def _shown(name: str, entries: Mapping[str, Any]) -> dict[str, str]:
+    """The entries as they are written in Python: those of a space as the calls that make its parameters."""
+    shown = {each: repr(entry) for each, entry in entries.items()}
+    if name == "space":
+        with contextlib.suppress(TypeError, ValueError):  # a space of another version
+            shown |= {each: repr(parameter) for each, parameter in Space.from_config(entries).items()}
+    return shown
 
 
 def path_of(name: str, path: Any) -> Path:
@@ -114,7 +157,7 @@ def check_books(directory: Path) -> None:
     trials = [directory / f"trial_{trial_id}" / "trial.json" for trial_id in started]
     for path in {*trials, *directory.glob("trial_*/trial.json")}:
         _read(path, _IN_TRIAL)
-    for path in directory.glob("tuner*.json"):
+    for path in (*directory.glob("tuner*.json"), *directory.glob(f"trial_*/{HISTORY}")):
         _read(path)
 
 
@@ -128,6 +171,38 @@ def _read(path: Path, names: tuple[str, ...] = ()) -> dict[str, Any]:
     if missing := [name for name in names if name not in book]:
         raise damaged(path, f"it has no {missing[0]!r}")
     return book
+
+
+def write_history(trial: Path, runs: Sequence[Sequence[tuple[int, Mapping[str, float]]]]) -> None:
+    """Writes the metrics of every epoch beside a trial, one run for each execution.
+
+    They are in a file of their own, since the tuner's is written again with each trial.
+
+    Raises:
+        CannotWriteError: If the disk does not take it.
+    """
+    path = trial / HISTORY
+    if any(runs):
+        write_json(path, {"runs": [_curves(run) for run in runs]})
+    else:  # of an attempt that was interrupted
+        path.unlink(missing_ok=True)
+
+
+def _curves(run: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for _, metrics in run for name in metrics)
+    curves = {name: [metrics.get(name) for _, metrics in run] for name in names}
+    return {"epochs": [epoch for epoch, _ in run], "metrics": curves}
+
+
+def read_history(trial: Path) -> list[dict[str, Any]]:
+    """What `write_history` has written beside a trial; nothing for one of a version that kept no history."""
+    try:
+        runs: list[dict[str, Any]] = read_json(trial / HISTORY)["runs"]
+    except FileNotFoundError:
+        return []
+    except (KeyError, ValueError) as error:
+        raise damaged(trial / HISTORY, error) from error
+    return runs
 
 
 def damaged(path: Path, reason: object) -> RuntimeError:

@@ -12,6 +12,7 @@ import numpy as np
 from keras_tuner.engine.trial import TrialStatus
 
 from keras_optkit import arguments
+from keras_optkit.private import directory_of
 from keras_optkit.space import Space
 from keras_optkit.tuning.best_epoch import names_of
 from keras_optkit.tuning.books import OtherSearchError
@@ -240,10 +241,8 @@ class OptunaOracle(keras_tuner.Oracle):
         """
         saved = state.get("optuna", {"strategy": "no strategy of Optuna"})
         if saved["strategy"] != self.strategy_name:
-            raise OtherSearchError(
-                "directory must be new or hold the same search, got one where strategy was "
-                f"{saved['strategy']!r} and is {self.strategy_name!r}."
-            )
+            change = f"where strategy was {saved['strategy']!r} and is {self.strategy_name!r}"
+            raise OtherSearchError(directory_of(self), change)
         super().set_state(without_ended(state))
         self.proposals = saved["proposals"]
         self._study = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ import keras
 
 from keras_optkit.space import Space, Values
 from keras_optkit.tables import table
+from keras_optkit.tuning import export, plots
+from keras_optkit.tuning.importance import importance
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Trial:
         seconds: Duration.
         status: `"completed"` or `"failed"`.
         message: Why it failed, or "".
+        history: For each execution the epochs that were trained, also by a trial that failed: a dict with the numbers
+            of the `epochs`, counted from 1, and the `metrics`, a list for each name with None where an epoch did not
+            have it. Empty if the trial is one of a version that kept no history.
     """
 
     number: int
@@ -41,6 +47,7 @@ class Trial:
     seconds: float = 0.0
     status: str = "completed"
     message: str = ""
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def reason(self) -> str:
@@ -81,6 +88,23 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
+def cells_of(result: Result) -> tuple[list[str], list[list[str]]]:
+    """The header and the lines of the table: best first, then what failed."""
+    own = ["trial", *result.objectives, "best epoch", "epochs trained", "seconds"]
+    names = [f"values.{name}" if name in own else name for name in result.space]
+    order = ranked(result.trials, result.direction)
+    order += [trial for trial in result.trials if trial.score is None]
+    lines = []
+    for trial in order:
+        scores = [shown(trial.metrics.get(name)) for name in result.objectives]
+        if trial.score is None:
+            scores[0] = trial.status
+        values = [shown(trial.values.get(name)) for name in result.space]
+        ends = [shown(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
+        lines.append([str(trial.number), *scores, *values, *ends])
+    return [*own[:-3], *names, *own[-3:]], lines
+
+
 class Result:
     """The result of `search`.
 
@@ -95,6 +119,30 @@ class Result:
         directory: Where the search keeps its state and its best model.
         model_path: The best model's `.keras` file, or a `.weights.h5` file where the model cannot be such a file.
             Without a `directory` of your own it is deleted with this object.
+        temporary: Whether it is.
+
+    Example:
+    ```python
+    import tempfile
+    from pathlib import Path
+
+    import keras_optkit as ok
+    from keras_optkit.tuning import Float, Result, Space, Trial, Values
+
+    # As a search returns it; here of two trials that were never run
+    trials = [
+        Trial(0, Values(rate=0.01), score=0.8, metrics={"val_accuracy": 0.8}, epochs=3, best_epoch=2),
+        Trial(1, Values(rate=9.0), score=None, status="failed", message="loss is nan in epoch 1."),
+    ]
+    space = Space(rate=Float(1e-3, 10.0, log=True))
+    with tempfile.TemporaryDirectory() as directory:
+        model_path = Path(directory, "model.keras")
+        result = Result(trials, space, "val_accuracy", "max", 0, Path(directory), model_path)
+        result.to_csv(Path(directory, "trials.csv"))
+        assert Path(directory, "trials.csv").read_text().splitlines()[0].startswith("number,status,score,values.rate,")
+    print(result.table())
+    assert result.best == {"rate": 0.01}
+    ```
     """
 
     def __init__(
@@ -119,6 +167,7 @@ class Result:
         self.seed = seed
         self.directory = directory
         self.model_path = model_path
+        self.temporary = temporary
         self._load = load
         if temporary:
             weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
@@ -159,30 +208,62 @@ class Result:
         return keras.saving.load_model(self.model_path) if self._load is None else self._load()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The trials as plain dicts in the order in which they were started, e.g. for `pandas.json_normalize`."""
-        return [asdict(trial) for trial in self.trials]
+        """The trials as plain dicts in the order in which they were started, without the `history` of their epochs."""
+        return [{key: value for key, value in asdict(trial).items() if key != "history"} for trial in self.trials]
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        """The header and the lines of the table: best first, then what failed."""
-        head = ["trial", *self.objectives, *self.space, "best epoch", "epochs", "seconds"]
-        order = ranked(self.trials, self.direction)
-        order += [trial for trial in self.trials if trial.score is None]
-        lines = []
-        for trial in order:
-            scores = [shown(trial.metrics.get(name)) for name in self.objectives]
-            if trial.score is None:
-                scores[0] = trial.status
-            values = [shown(trial.values.get(name)) for name in self.space]
-            ends = [shown(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
-            lines.append([str(trial.number), *scores, *values, *ends])
-        return head, lines
+    def to_pandas(self) -> Any:
+        """The trials as a `pandas.DataFrame`, in the order in which they were started.
+
+        The columns are `number`, `status`, `score`, `values.<name>` for each hyperparameter, `metrics.<name>` for each
+        metric of the best epoch, `epochs`, `best_epoch`, `seconds` and `message`. What is missing, since a
+        hyperparameter is inactive or a trial has failed, is a missing value; whole numbers and booleans beside it keep
+        their types (`Int64`, `boolean`).
+
+        Raises:
+            ImportError: Without pandas.
+        """
+        return export.frame(self)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the trials as a table of comma-separated values, as a whole or not at all.
+
+        It has a line of names and a line for each trial, in UTF-8, with the columns of `to_pandas`. What is missing is
+        empty, and so is an empty string; numbers that are not finite are `nan`, `inf` and `-inf`. The epochs of the
+        trials are in `to_json`.
+
+        Args:
+            path: The file; one that is there is replaced.
+
+        Raises:
+            TypeError: If `path` is no path.
+            OSError: If it is a directory's, if its directory does not exist, or if it cannot be written.
+        """
+        export.write(path, export.csv_of(self))
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything about the trials, and the space, as JSON, as a whole or not at all.
+
+        It is one object: `objective`, `direction`, `objectives`, `seed`, `best` (the number of the best trial),
+        `space` as `Space.from_config` reads it, with conditions and constraints, and `trials`. Each of these has the
+        fields of `Trial`. A hyperparameter that is inactive is not in `values`; a trial that has failed has the score
+        null. JSON has no numbers that are not finite: in `metrics` and `history` they are the strings `"nan"`, `"inf"`
+        and `"-inf"`, which Python's `float` reads.
+
+        Args:
+            path: The file; one that is there is replaced.
+
+        Raises:
+            TypeError: If `path` is no path.
+            OSError: If it is a directory's, if its directory does not exist, or if it cannot be written.
+        """
+        export.write(path, export.json_of(self))
 
     def _failures(self) -> list[str]:
         return [f"Trial {trial.number} failed: {trial.reason}" for trial in self.trials if trial.status == "failed"]
 
     def table(self) -> str:
         """The trials as text, best first; what is inactive is blank. `rich.print(result)` shows it in colour."""
-        head, lines = self._cells()
+        head, lines = cells_of(self)
         return "\n".join([*table([head, *lines], rule=True), *self._failures()])
 
     def __rich__(self) -> Any:
@@ -190,7 +271,7 @@ class Result:
         from rich.table import Column, Table
         from rich.text import Text  # a str would be read as markup, in which [dense] is a style
 
-        head, lines = self._cells()
+        head, lines = cells_of(self)
         table = Table(*(Column(Text(name), overflow="fold") for name in head))
         for i, line in enumerate(lines):
             table.add_row(*map(Text, line), style="bold green" if i == 0 else "red" if line[1] == "failed" else None)
@@ -203,11 +284,57 @@ class Result:
     def __str__(self) -> str:
         return self.table()
 
+    def importance(self, objective: str | None = None) -> dict[str, float]:
+        """How much of the variance of the score each hyperparameter explains, from 0 to 1, the most important first.
+
+        By functional analysis of variance (fANOVA, Hutter, Hoos and Leyton-Brown 2014): a random forest f predicts the
+        score from the hyperparameters x, and the part of the i-th is Var(E[f(x) | x_i]) / Var(f(x)), where x is even
+        over the whole space, and even in the logarithm where it is searched so. What the parts lack to 1 is explained
+        by several hyperparameters together.
+
+        Trials that failed are left out. Where a hyperparameter is inactive it does not matter, so that its part is also
+        the smaller the less often it is active. One with a single value explains nothing. The same trials give the same
+        numbers.
+
+        It is Optuna's fANOVA rather than its PED-ANOVA, which compares the best tenth of the trials with all, and so
+        needs some fifty and says nothing about how much. A loss that is huge in some trials is most of the variance;
+        search a smaller range, or choose another objective. Trials of a strategy that learns are mostly near the best
+        ones, and tell less about the rest than random ones.
+
+        Args:
+            objective: One of `objectives`; it may be left out if there is only one.
+
+        Raises:
+            ImportError: Without Optuna and scikit-learn (`pip install "keras-optkit[search]"`).
+            ValueError: With fewer than 10 completed trials, or if `objective` is none of those of the search.
+        """
+        return importance(self, objective)
+
+    def report(self, path: str | os.PathLike[str], *, title: str = "Search") -> None:
+        """Writes a page of HTML with all of the result, as a whole or not at all.
+
+        It is one file that loads nothing: the summary and how to continue, the table of all trials, which a click on a
+        name sorts, the failures with their reasons, the figures, and how to load the best model.
+
+        Args:
+            path: The file; one that is there is replaced.
+            title: The heading.
+
+        Raises:
+            ImportError: Without matplotlib. The importance needs Optuna, too; without it the page says so.
+            TypeError: If an argument has a wrong type.
+            OSError: If `path` is a directory's, if its directory does not exist, or if it cannot be written.
+        """
+        from keras_optkit.tuning.report import report
+
+        report(self, path, title)
+
     def plot(self) -> Any:
         """Draws the score against the number of the trial and against each hyperparameter; returns the figure.
 
         The line is the best score so far; failed trials are crosses at the bottom.
         """
+        export.needed("matplotlib", "result.plot")
         import matplotlib.pyplot as plt
 
         completed = [trial for trial in self.trials if trial.score is not None]
@@ -231,3 +358,85 @@ class Result:
             axis.plot(values, [trial.score for trial in active], "o")
             axis.set(xlabel=name, xscale="log" if getattr(parameter, "log", False) is True else "linear")
         return figure
+
+    def plot_history(self, objective: str | None = None) -> Any:
+        """Draws the score of each trial in the order in which they were started, and the best so far.
+
+        Failed trials are crosses at the bottom. Scores of which the largest is a thousand times the smallest are on a
+        logarithmic axis, here and in the other figures.
+
+        Args:
+            objective: One of `objectives`. None: all, beside each other.
+
+        Returns:
+            A `matplotlib.figure.Figure`, as from all methods but `plot`; `savefig` writes it.
+
+        Raises:
+            ImportError: Without matplotlib.
+            ValueError: If `objective` is none of those of the search.
+        """
+        return plots.history(self, objective)
+
+    def plot_importance(self, objective: str | None = None) -> Any:
+        """Draws `importance` as bars.
+
+        Args:
+            objective: One of `objectives`. None: all, beside each other.
+
+        Raises:
+            ImportError: Without matplotlib, Optuna and scikit-learn.
+            ValueError: With fewer than 10 completed trials, or if `objective` is none of those of the search.
+        """
+        return plots.importances(self, objective)
+
+    def plot_slice(self, names: Sequence[str] | None = None, objective: str | None = None) -> Any:
+        """Draws the score against each hyperparameter, in the trials in which it is active.
+
+        Later trials are darker; a ring is around the best one.
+
+        Args:
+            names: The hyperparameters. None: all.
+            objective: One of `objectives`. None: all.
+
+        Raises:
+            ImportError: Without matplotlib.
+            TypeError: If `names` is not a list.
+            ValueError: If one of them is not in the space, or `objective` none of those of the search.
+        """
+        return plots.slices(self, names, objective)
+
+    def plot_parallel_coordinates(self, objective: str | None = None) -> Any:
+        """Draws each trial as a line through its hyperparameters to its score.
+
+        Better trials are darker, the best is orange, and failed ones are dotted and have no score. Axes are logarithmic
+        where the space is; an inactive hyperparameter is below its axis.
+
+        Args:
+            objective: One of `objectives`. None: all, and the first of them is what the shades mean.
+
+        Raises:
+            ImportError: Without matplotlib.
+            ValueError: If `objective` is none of those of the search.
+        """
+        return plots.parallel(self, objective)
+
+    def plot_pareto_front(self) -> Any:
+        """Draws the completed trials by their objectives, each pair of them, and those of `pareto`, with their numbers.
+
+        Raises:
+            ImportError: Without matplotlib.
+            ValueError: If the search has one objective only.
+        """
+        return plots.pareto_front(self)
+
+    def plot_learning_curves(self, metric: str | None = None) -> Any:
+        """Draws a metric of each epoch of each trial, a line for each execution.
+
+        Args:
+            metric: A metric of the training, e.g. `"loss"`. None: the objectives.
+
+        Raises:
+            ImportError: Without matplotlib.
+            ValueError: If no trial has such a metric.
+        """
+        return plots.learning_curves(self, metric)

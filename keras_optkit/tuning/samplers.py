@@ -130,7 +130,7 @@ def reseed(sampler: Any, sequence: np.random.SeedSequence) -> None:
 # Parameters as Optuna has them: a number of a range, the index of a value, or one of some categories
 
 
-def _is_index(parameter: Any) -> bool:
+def is_index(parameter: Any) -> bool:
     """Whether the index of a value is searched: the values are in order, but not evenly spaced integers."""
     if isinstance(parameter, Choice):
         numbers = [
@@ -144,7 +144,7 @@ def distribution(parameter: Any) -> Any:
     """Optuna's distribution of a parameter."""
     from optuna import distributions
 
-    if _is_index(parameter):
+    if is_index(parameter):
         return distributions.IntDistribution(0, int(parameter.size) - 1)
     if isinstance(parameter, Choice | Bool):
         return distributions.CategoricalDistribution(parameter.grid())
@@ -154,14 +154,14 @@ def distribution(parameter: Any) -> Any:
 
 def decoded(parameter: Any, param: Any) -> Any:
     """The value that Optuna's parameter stands for."""
-    if _is_index(parameter):
+    if is_index(parameter):
         return parameter.grid()[param]
     return parameter.mirrored(param) if getattr(parameter, "log", False) == "reverse" else param
 
 
 def encoded(parameter: Any, value: Any) -> Any:
     """Optuna's parameter for a value."""
-    if _is_index(parameter):
+    if is_index(parameter):
         return list(parameter.grid()).index(value)
     return parameter.mirrored(value) if getattr(parameter, "log", False) == "reverse" else value
 

@@ -124,6 +124,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self.verbose = arguments.choice("verbose", verbose, (0, 1, 2))
         self.definition = json.loads(json.dumps({"space": hypermodel.space.get_config(), **(definition or {})}))
         self.records: dict[str, dict[str, Any]] = {}  # what KerasTuner's trials have no place for, by trial
+        self._runs: list[list[tuple[int, dict[str, float]]]] = []  # the epochs of this trial's executions
         self.first_error: Exception | None = None
         self._started = 0.0
         self._used: weakref.WeakSet[keras.callbacks.Callback] = weakref.WeakSet()
@@ -166,19 +167,10 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             ValueError: If the search in the directory is another one.
         """
         if "definition" not in state:
-            raise OtherSearchError(
-                f"directory must be new or hold the same search, got {self.project_dir!r} with one of KerasTuner's "
-                "own. Choose another directory, or pass overwrite=True to start over."
-            )
-        old = state["definition"]
-        different = [name for name in self.definition if json.dumps(self.definition[name]) != json.dumps(old.get(name))]
-        if different:
-            changes = "; ".join(f"{name} was {old.get(name)!r} and is {self.definition[name]!r}" for name in different)
-            raise OtherSearchError(
-                f"directory must be new or hold the same search, got {self.project_dir!r}, where {changes}. "
-                "Choose another directory, or pass overwrite=True to start over."
-            )
-        self.definition = old
+            raise OtherSearchError(self.project_dir, "which is one of KerasTuner's own")
+        if changes := books.differences(state["definition"], self.definition):
+            raise OtherSearchError(self.project_dir, f"where {'; '.join(changes)}")
+        self.definition = state["definition"]
         self.records = state["records"]
 
     def reload(self) -> None:  # type: ignore[override]  # without a name, as KerasTuner has it
@@ -261,6 +253,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self._started = time.perf_counter()
         trial.metrics = type(trial.metrics)()  # without those of an attempt that was interrupted
         trial.message = None
+        self._runs = []
         self.records[trial.trial_id] = {"epochs": 0, "best_epoch": None, "metrics": {}}
         self.save()
         if self.verbose:
@@ -275,9 +268,10 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         trial.status = record.get("status", trial.status)  # a subclass may run its trials in its own way
         if trial.status != TrialStatus.COMPLETED:
             trial.metrics = type(trial.metrics)()  # without the placeholder that run_trial returned
+        books.write_history(Path(self.get_trial_dir(trial.trial_id)), self._runs)
         self.save()  # before the oracle notes that the trial has ended, which must not be without its record
         super().on_trial_end(trial)
-        trials = self.trials()
+        trials = self._trials(history=False)
         order = ranked(trials, self.oracle.objective.direction)
         kept = [self.oracle.start_order[found.number] for found in order[: self.keep_models]]
         for trial_id in self.oracle.end_order:
@@ -308,6 +302,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
                     self._train(trial, execution, watch, also, args, dict(kwargs))
                 finally:
                     record["epochs"] += watch.epochs
+                    self._runs.append(watch.history)
                 if best is None or objective.better_than(watch.score, best):
                     best, record["best_epoch"] = watch.score, watch.best_epoch
                 found.append(watch.metrics)
@@ -450,10 +445,13 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
 
     def trials(self) -> list[Trial]:
         """The finished trials in the order in which they were started."""
-        finished = set(self.oracle.end_order)
-        return [self._trial(n, trial_id) for n, trial_id in enumerate(self.oracle.start_order) if trial_id in finished]
+        return self._trials()
 
-    def _trial(self, number: int, trial_id: str) -> Trial:
+    def _trials(self, *, history: bool = True) -> list[Trial]:
+        finished, order = set(self.oracle.end_order), enumerate(self.oracle.start_order)
+        return [self._trial(number, trial_id, history) for number, trial_id in order if trial_id in finished]
+
+    def _trial(self, number: int, trial_id: str, history: bool) -> Trial:
         trial, record = self.oracle.trials[trial_id], self.records[trial_id]
         completed = trial.status == TrialStatus.COMPLETED
         return Trial(
@@ -466,6 +464,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             seconds=record["seconds"],
             status="completed" if completed else "failed",
             message=record.get("message", ""),
+            history=books.read_history(Path(self.get_trial_dir(trial_id))) if history else [],
         )
 
     def result(self, *, temporary: bool = False) -> Result:
