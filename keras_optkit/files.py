@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +28,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     The file has another name in the same directory until it is complete and synced to the disk. If the block raises,
     or the disk is full, it is removed, and what was at `path` is as before. After a power failure there is the old
-    content or the new one.
+    content or the new one. A file that is replaced keeps its permissions.
 
     Args:
         path: The name; its directory must exist.
@@ -76,6 +77,8 @@ def _replacing(path: Path, unfinished: Path) -> Iterator[None]:
     """Gives the name `path` to what is written to `unfinished`, or removes that."""
     try:
         yield
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.chmod(stat.S_IMODE(path.stat().st_mode))  # who may read it is not changed
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)

@@ -55,8 +55,11 @@ def in_layer(layer: Any, shape: tuple[int, ...]) -> KernelAxes | None:
         return None
     layers, window, last = keras.layers, tuple(range(len(shape) - 2)), len(shape) - 1
     depthwise = isinstance(layer, layers.DepthwiseConv1D | layers.DepthwiseConv2D)
-    # The pointwise kernel of a separable convolution has a window of 1, so the depthwise one is known by a larger one.
-    separable = isinstance(layer, layers.SeparableConv1D | layers.SeparableConv2D) and max(layer.kernel_size) > 1
+    # The pointwise kernel of a separable convolution has a window of 1, so the depthwise one is known by a larger one,
+    # or by how many channels it makes of each.
+    separable = isinstance(layer, layers.SeparableConv1D | layers.SeparableConv2D) and (
+        max(layer.kernel_size) > 1 or layer.filters != shape[-1] == layer.depth_multiplier
+    )
     if depthwise or separable:
         return KernelAxes(window, (*window, last))
     if isinstance(layer, layers.Conv1DTranspose | layers.Conv2DTranspose | layers.Conv3DTranspose):

@@ -55,6 +55,16 @@ def in_stateless_scope() -> bool:
     return _global_attribute("stateless_scope") is not None
 
 
+def variable_to_initialize() -> Any:
+    """The variable that is given its first value after the layers of a model were called for shapes, or None.
+
+    Keras has a list of these variables and gives them their values in its order, when no layer is at work any more.
+    Fall-back: None, and every kernel of such a model is read as (*window, in, out).
+    """
+    waiting = () if in_stateless_scope() else _global_attribute("uninitialized_variables") or ()
+    return next((variable for variable in waiting if getattr(variable, "_value", variable) is None), None)
+
+
 def sublayers(layer: Any, *, direct: bool = False) -> list[Any]:
     """All layers inside a layer or model, at any depth, or only those directly inside it.
 

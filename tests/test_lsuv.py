@@ -229,3 +229,23 @@ def test_bad_input_is_refused(make, words):
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_layer_that_is_not_called_keeps_its_kernel():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = keras.layers.Dense(4), keras.layers.Dense(4)
+
+        def build(self, shape):
+            self.used.build(shape)
+            self.unused.build(shape)
+
+        def call(self, x):
+            return self.used(x)
+
+    model = Model()
+    model.build((None, 3))
+    before = np.array(model.unused.kernel)
+    assert list(lsuv(model, np.random.default_rng(0).normal(size=(64, 3)).astype("float32"))) == [model.used.path]
+    np.testing.assert_array_equal(model.unused.kernel, before)

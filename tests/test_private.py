@@ -21,6 +21,7 @@ from keras_optkit.private import (
     schedule_of,
     set_global_seed,
     sublayers,
+    variable_to_initialize,
     with_trials_saved_by,
 )
 
@@ -45,6 +46,30 @@ def test_the_layer_at_work_is_known():
     layer.build((None, 3))
     assert seen == [layer]
     assert current_layer() is None
+
+
+def test_the_variable_that_is_given_its_value_is_known_in_a_subclassed_model():
+    seen = []
+
+    class Spy(keras.initializers.Initializer):
+        def __call__(self, shape, dtype=None):
+            seen.append((in_stateless_scope(), variable_to_initialize()))
+            return keras.ops.zeros(shape, dtype)
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer = layers.Dense(2, kernel_initializer=Spy(), bias_initializer=Spy())
+
+        def call(self, x):
+            return self.layer(x)
+
+    model = Model()
+    model(keras.ops.ones((1, 3)))
+    values = [variable for for_shapes, variable in seen if not for_shapes]
+    assert [id(v) for v in values] == [id(model.layer.kernel), id(model.layer.bias)]
+    assert all(variable is None for for_shapes, variable in seen if for_shapes)
+    assert variable_to_initialize() is None
 
 
 def test_calls_for_shapes_are_told_from_others():

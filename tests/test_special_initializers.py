@@ -33,7 +33,7 @@ def array(x):
     return np.asarray(ops.convert_to_numpy(x), "float64")
 
 
-# -- gains ------------------------------------------------------------------------------------------------------------
+# -- gains -------------------------------------------------------------------------------------------------------------
 
 
 def test_gains_are_torchs_but_for_selu_and_the_default_slope():
@@ -53,7 +53,7 @@ def test_a_gain_scales_the_values_of_the_same_seed():
         np.testing.assert_allclose(scaled, calculate_gain(name) * one, rtol=1e-12)
 
 
-# -- identities -------------------------------------------------------------------------------------------------------
+# -- identities --------------------------------------------------------------------------------------------------------
 
 IDENTITIES = {
     "Dense": ((4, 6), lambda i: layers.Dense(6, kernel_initializer=i)),
@@ -98,7 +98,7 @@ def test_zero_is_the_identity_or_a_part_of_a_hadamard_matrix(inputs, outputs):
     assert np.count_nonzero(kernel) == np.count_nonzero(expected)
 
 
-# -- orthogonal convolutions ------------------------------------------------------------------------------------------
+# -- orthogonal convolutions -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_fewer_channels_out_keep_the_norm_of_gradients():
     np.testing.assert_allclose(kernel[1, 1].T @ kernel[1, 1], np.eye(4), atol=1e-13)
 
 
-# -- few connections --------------------------------------------------------------------------------------------------
+# -- few connections ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.75])
@@ -151,7 +151,7 @@ def test_which_weights_are_chosen_does_not_depend_on_their_values():
     assert abs(chosen.var() - 1) < 5 * math.sqrt(2 / chosen.size)
 
 
-# -- sines ------------------------------------------------------------------------------------------------------------
+# -- sines -------------------------------------------------------------------------------------------------------------
 
 
 def test_signals_of_sine_networks_keep_their_size():
@@ -167,7 +167,7 @@ def test_signals_of_sine_networks_keep_their_size():
         x = np.sin(before)
 
 
-# -- depth ------------------------------------------------------------------------------------------------------------
+# -- depth -------------------------------------------------------------------------------------------------------------
 
 
 def deviation(layer):
@@ -212,7 +212,7 @@ def test_scales_by_depth():
     assert both["decoder"] == pytest.approx((3.0, 18**-0.5))
 
 
-# -- biases -----------------------------------------------------------------------------------------------------------
+# -- biases ------------------------------------------------------------------------------------------------------------
 
 #: A layer with this bias initializer, its input's shape, its bias, and torch's layer.
 BIASES = {
@@ -297,14 +297,17 @@ def test_torch_biases_sets_those_of_all_kernels_and_no_others():
     x = layers.LayerNormalization()(x)
     x = layers.LSTM(12)(x)
     model = keras.Model(inputs, layers.Dense(4)(layers.Dense(3, use_bias=False)(x)))
-    assert torch_biases(model, seed=1) == 6
-    named = {v.path: array(v) for v in model.variables if "bias" in v.path}
-    assert len(named) == 6
+    assert torch_biases(model, seed=1) == 2
+    attention = model.layers[1]
+    kept = {v.path for v in attention.variables}
+    named = {v.path: array(v) for v in model.variables if "bias" in v.path and v.path not in kept}
+    assert len(named) == 2
+    assert not any(array(v).any() for v in attention.variables if "bias" in v.path)
     assert all(len(np.unique(values)) == values.size for values in named.values())
     dense = next(layer for layer in model.layers if isinstance(layer, layers.Dense) and layer.use_bias)
     assert abs(array(dense.bias)).max() <= 3**-0.5
     assert not array(next(v for v in model.variables if v.path.endswith("beta"))).any()
-    assert torch_biases(model, seed=1) == 6
+    assert torch_biases(model, seed=1) == 2
     for v in model.variables:
         if v.path in named:
             np.testing.assert_array_equal(array(v), named[v.path])
@@ -326,7 +329,7 @@ def test_a_model_begins_at_its_prior():
     np.testing.assert_allclose(focal, np.full((2, 3), -math.log(0.99 / 0.01)), rtol=1e-15)
 
 
-# -- misuse -----------------------------------------------------------------------------------------------------------
+# -- misuse ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,3 +361,151 @@ def test_bad_input_is_refused(make, words):
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+# -- one initializer in several layers of a model that its first step builds -------------------------------------------
+
+
+class Built(keras.Model):
+    """A model whose variables are made after its layers were called for shapes."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = list(parts)
+
+    def call(self, x):
+        return sum(keras.ops.sum(part(x)) for part in self.parts)
+
+
+def test_kernels_of_one_shape_have_the_fans_of_their_own_layers():
+    start = initializers.HeNormal(seed=keras.random.SeedGenerator(1))
+    depthwise = keras.layers.DepthwiseConv2D(3, depth_multiplier=8, depthwise_initializer=start)
+    convolution = keras.layers.Conv2D(8, 3, kernel_initializer=start)
+    Built(depthwise, convolution)(np.zeros((1, 8, 8, 64), "float32"))
+    assert depthwise.kernel.shape == convolution.kernel.shape
+    assert np.std(depthwise.kernel) == pytest.approx((2 / 9) ** 0.5, rel=0.05)
+    assert np.std(convolution.kernel) == pytest.approx((2 / 576) ** 0.5, rel=0.05)
+    assert np.std(start((3, 3, 64, 8))) == pytest.approx((2 / 576) ** 0.5, rel=0.05)  # whatever it was used for before
+
+
+def test_gates_are_orthogonal_beside_a_dense_kernel_of_their_shape():
+    start = initializers.Orthogonal()
+    recurrent, dense = keras.layers.LSTM(8, kernel_initializer=start), keras.layers.Dense(32, kernel_initializer=start)
+    Built(recurrent, dense)(np.zeros((1, 5, 8), "float32"))
+    for gate in np.split(np.array(recurrent.cell.kernel), 4, axis=1):
+        np.testing.assert_allclose(gate.T @ gate, np.eye(8), atol=1e-5)
+    kernel = np.array(dense.kernel)
+    np.testing.assert_allclose(kernel @ kernel.T, np.eye(8), atol=1e-5)
+
+
+class Crossed(keras.layers.Layer):
+    """Builds its layers in another order than it calls them."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.first, self.second = (keras.layers.Dense(400, name="same", **arguments) for _ in range(2))
+
+    def build(self, shape):
+        self.second.build((None, 400))
+        self.first.build(shape)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def test_biases_have_the_fan_in_of_their_own_layer():
+    start = initializers.BiasUniform()
+    crossed, attention = (
+        Crossed(bias_initializer=start),
+        keras.layers.MultiHeadAttention(2, 200, bias_initializer=start),
+    )
+    recurrent = keras.layers.LSTM(400, bias_initializer=start)
+    shared = keras.layers.Dense(400, bias_initializer=start)
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.parts = [crossed, attention, recurrent, shared]
+
+        def call(self, x):
+            x = shared(shared(crossed(x)))
+            return recurrent(attention(x, x))
+
+    Model()(np.zeros((1, 3, 4), "float32"))
+    fans = {crossed.first: 4, crossed.second: 400, shared: 400, attention._query_dense: 400}
+    for layer, fan_in in fans.items():
+        assert np.max(np.abs(layer.bias)) == pytest.approx(fan_in**-0.5, rel=0.02)
+    forget = np.array(recurrent.cell.bias)[400:800]
+    assert np.max(np.abs(np.array(recurrent.cell.bias)[:400])) == pytest.approx(0.05, rel=0.02)
+    np.testing.assert_array_equal(forget, 1.0)  # Keras's unit_forget_bias
+
+
+# -- maps side by side, and what has no meaning ------------------------------------------------------------------------
+
+
+def test_each_map_of_an_einsum_is_orthogonal_by_itself():
+    layer = keras.layers.EinsumDense("abc,bcd->abd", (5, 6), kernel_initializer=initializers.Orthogonal())
+    layer.build((None, 5, 6))
+    for matrix in np.array(layer.kernel):
+        np.testing.assert_allclose(matrix.T @ matrix, np.eye(6), atol=1e-5)
+
+
+def test_the_depthwise_kernel_of_a_window_of_1_is_told_from_the_pointwise_one():
+    start = initializers.HeNormal()
+    layer = keras.layers.SeparableConv2D(
+        5, 1, depth_multiplier=50, depthwise_initializer=start, pointwise_initializer=start
+    )
+    layer.build((None, 4, 4, 40))
+    assert np.std(layer.depthwise_kernel) == pytest.approx(2**0.5, rel=0.1)
+    assert np.std(layer.pointwise_kernel) == pytest.approx((2 / 2000) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("sparsity", "weights"), [(0.55, 45), (0.07, 93), (0.3, 70), (0.0, 100)])
+def test_zeros_of_a_unit_are_counted_without_rounding_errors(sparsity, weights):
+    kernel = np.array(initializers.Sparse(sparsity=sparsity)((100, 3)))
+    np.testing.assert_array_equal(np.count_nonzero(kernel, axis=0), weights)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: initializers.Sparse(sparsity=0.95)((10, 5)),
+            ValueError,
+            "sparsity must leave .* 10 inputs .* 0.95",
+        ),
+        (lambda: initializers.BiasPrior({1: 900, 2: 80}, "softmax"), TypeError, "prior must be a number or a list"),
+        (lambda: initializers.HeNormal()(5), TypeError, "shape must be a list or tuple of integers, got 5"),
+        (lambda: initializers.HeNormal()((-1, 5)), ValueError, r"shape\[0\] must be an integer at least 0, got -1"),
+        (lambda: initializers.HeNormal()((2.7, 3)), TypeError, r"shape\[0\] must be an integer .* got 2.7"),
+        (
+            lambda: initializers.LeCunNormal(input_axes=(0, 0), output_axes=(1,)),
+            ValueError,
+            r"input_axes must not name an axis twice, got \(0, 0\)",
+        ),
+        (
+            lambda: keras.layers.Conv2DTranspose(4, 3, kernel_initializer=initializers.Dirac(groups=2)).build(
+                (None, 4, 4, 4)
+            ),
+            ValueError,
+            "groups must be None where a kernel's last axis has its inputs, got 2",
+        ),
+    ],
+)
+def test_what_has_no_meaning_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_recurrent_and_attention_biases_are_those_of_torch():
+    """torch adds two biases in a cell, and begins attention with zeros."""
+    lstm, gru = keras.layers.LSTM(400), keras.layers.GRU(400)
+    attention = keras.layers.MultiHeadAttention(2, 8)
+    for layer in (lstm, gru):
+        layer.build((None, 3, 4))
+        assert initializers.torch_biases(layer, seed=1) == 1
+    attention.build((None, 3, 16), (None, 3, 16))
+    assert initializers.torch_biases(attention, seed=1) == 0
+    assert np.std(lstm.cell.bias) == pytest.approx((2 / 3 / 400) ** 0.5, rel=0.05)
+    assert np.std(gru.cell.bias) == pytest.approx((1 / 3 / 400) ** 0.5, rel=0.05)
+    assert not np.any(attention._query_dense.bias)

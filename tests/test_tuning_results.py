@@ -9,6 +9,7 @@ from pathlib import Path
 
 import keras
 import matplotlib.colors
+import matplotlib.pyplot
 import numpy as np
 import pandas as pd
 import pytest
@@ -435,3 +436,40 @@ def test_another_search_is_refused_by_what_differs():
         "directory must be new or hold the same search, got '/d', where seed was 0 and is 1. Choose another directory, "
         "or pass overwrite=True to start over."
     )
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(result, tmp_path):
+    path = tmp_path / "trials.csv"
+    path.touch(0o600)
+    result.to_csv(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_completed_trial_there_is_no_best(tmp_path):
+    nothing = result_of([failed(0, {"x": 1.0}, "loss is nan")], Space(x=Float(0, 1)))
+    for ask in (lambda: nothing.best_trial, lambda: nothing.best, lambda: nothing.report(tmp_path / "report.html")):
+        with pytest.raises(ValueError, match="no best trial: of 1 trials none was completed"):
+            ask()
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_in_a_plot_are_no_mathematics(tmp_path):
+    figure = result_of([trial(0, {r"$\frac$": 0.5}, 0.1)], Space({r"$\frac$": Float(0, 1)})).plot()
+    figure.savefig(tmp_path / "plot.png")
+    assert figure.axes[1].get_xlabel() == r"\$\\frac\$"
+    matplotlib.pyplot.close(figure)
+
+
+def test_ends_of_a_range_are_told_apart_and_whole_numbers_are_written_out():
+    space = Space(beta=Float(0.99, 0.9999), steps=Int(1000, 4000), seed=Int(0, 2**31 - 1), width=Int(8, 32, log=True))
+    values = {"beta": 0.995, "steps": 2000, "seed": 3, "width": 16}
+    found = result_of([trial(0, values, 0.1), trial(1, values, 0.2)], space)
+    (axis,) = found.plot_parallel_coordinates().axes
+    texts = [text.get_text() for text in axis.texts]
+    assert {"0.99", "0.9999", "1000", "2500", "4000", "2147483647", "8", "16", "32"} <= set(texts)
+    assert [tick.get_text() for tick in found.plot_slice(["width"]).axes[0].get_xticklabels()] == [
+        "8",
+        "13",
+        "20",
+        "32",
+    ]

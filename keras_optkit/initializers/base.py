@@ -10,9 +10,9 @@ import keras
 from keras import ops
 
 from keras_optkit import arguments
-from keras_optkit.kernels import KernelAxes, by_shape, from_matrices, in_layer
+from keras_optkit.initializers.asking import asking_layer
+from keras_optkit.kernels import KernelAxes, by_shape, from_matrices, in_equation, in_layer
 from keras_optkit.precision import at_least_float32
-from keras_optkit.private import current_layer, sublayers
 from keras_optkit.saving import FromSignature, constructor_parameters
 
 Seed: TypeAlias = int | keras.random.SeedGenerator | None
@@ -26,7 +26,9 @@ class Shaped(FromSignature, keras.initializers.Initializer):
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
         """A tensor of this shape and floating-point dtype (default: `keras.config.floatx()`)."""
-        shape = tuple(int(size) for size in shape)
+        if isinstance(shape, int | float | str) or shape is None:
+            raise TypeError(f"shape must be a list or tuple of integers, got {shape!r}.")
+        shape = tuple(arguments.integer(f"shape[{i}]", size, 0) for i, size in enumerate(shape))
         dtype = arguments.choice("dtype", keras.backend.standardize_dtype(dtype), _DTYPES)
         if not shape:
             raise ValueError(f"{type(self).__name__} needs a shape of rank 1 or more, got the scalar's shape=().")
@@ -74,7 +76,6 @@ class OfKernel(Shaped, keras.initializers.VarianceScaling):
             )
         self.input_axes = _axes("input_axes", input_axes)
         self.output_axes = _axes("output_axes", output_axes)
-        self._seen: dict[tuple[int, ...], KernelAxes] = {}
 
     def _inherited_config(self) -> dict[str, Any]:
         return {}  # not VarianceScaling's scale, mode and distribution
@@ -93,21 +94,13 @@ class OfKernel(Shaped, keras.initializers.VarianceScaling):
                     f"input_axes and output_axes must name axes 0 to {len(shape) - 1} of shape={shape}, "
                     f"got input_axes={self.input_axes} and output_axes={self.output_axes}."
                 )
-            return KernelAxes(self.input_axes, self.output_axes)
+            return _with_separate_maps(KernelAxes(self.input_axes, self.output_axes))
         if len(shape) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs a shape of rank 2 or more, or input_axes and output_axes, to tell inputs "
                 f"from outputs, got shape={shape}. For a vector use RandomNormal or RandomUniform."
             )
-        # A subclassed model makes its variables only after its layers have been called symbolically. The layer is to be
-        # seen in that call, which asks for placeholder values, and no longer when the variable is made.
-        layer = current_layer()
-        found = in_layer(layer, shape)
-        if found is None and isinstance(layer, keras.layers.Layer) and not sublayers(layer):
-            found = by_shape(len(shape))  # it is not one around the layer that asks
-        if found is not None:
-            self._seen[shape] = found
-        return self._seen.get(shape) or by_shape(len(shape))
+        return in_layer(asking_layer(), shape) or by_shape(len(shape))
 
 
 class SeededOfKernel(Seeded, OfKernel):
@@ -118,12 +111,25 @@ class SeededOfKernel(Seeded, OfKernel):
         OfKernel.__init__(self, input_axes=input_axes, output_axes=output_axes)
 
 
+def _with_separate_maps(axes: KernelAxes) -> KernelAxes:
+    """The axes that `EinsumDense` gave, which counts those of separate maps ("b" of "abc,bcd->abd") as outputs."""
+    layer = asking_layer()
+    if isinstance(layer, keras.layers.EinsumDense):
+        known = in_equation(layer.equation)
+        if known.inputs == axes.inputs and set(known.outputs) < set(axes.outputs):
+            return known
+    return axes
+
+
 def _axes(name: str, axes: Axes) -> tuple[int, ...] | None:
     if axes is None:
         return None
     if not isinstance(axes, list | tuple):
         raise TypeError(f"{name} must be a list or tuple of integers or None, got {axes!r}.")
-    return tuple(arguments.integer(f"{name}[{i}]", axis, 0) for i, axis in enumerate(axes))
+    found = tuple(arguments.integer(f"{name}[{i}]", axis, 0) for i, axis in enumerate(axes))
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name} must not name an axis twice, got {axes!r}.")
+    return found
 
 
 def centered_shape(shape: tuple[int, ...], axes: KernelAxes) -> tuple[int, ...]:

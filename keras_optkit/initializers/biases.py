@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_optkit import arguments
+from keras_optkit.initializers.asking import asking_layer
 from keras_optkit.initializers.base import Seed, Seeded, Shaped, another
 from keras_optkit.kernels import by_shape, in_equation, in_layer
 from keras_optkit.precision import at_least_float32
-from keras_optkit.private import current_layer, in_stateless_scope, sublayers
+from keras_optkit.private import sublayers
 from keras_optkit.registry import register
 
 
@@ -66,7 +68,6 @@ class BiasUniform(Seeded):
     def __init__(self, fan_in: int | None = None, seed: Seed = None) -> None:
         super().__init__(seed)
         self.fan_in = arguments.integer("fan_in", fan_in, 1, optional=True)
-        self._seen: dict[tuple[int, ...], dict[str, int]] = {}
 
     def _draw(self, shape: tuple[int, ...], dtype: str, seed: Any) -> Any:
         limit = 1 / math.sqrt(self._fan_in(shape))
@@ -75,30 +76,21 @@ class BiasUniform(Seeded):
     def _fan_in(self, shape: tuple[int, ...]) -> int:
         if self.fan_in is not None:
             return self.fan_in
-        layer = current_layer()
-        found = _fan_in_of(layer)
-        if found is not None:
-            if in_stateless_scope():
-                self._seen.setdefault(shape, {})[layer.path] = found
-            return found
-        # The layers of a subclassed model are to be seen only while it is called symbolically, before its variables are
-        # made, in the same order; see `OfKernel`.
-        seen = self._seen.get(shape)
-        if not seen:
+        found = _fan_in_of(asking_layer())
+        if found is None:
             raise ValueError(
                 f"fan_in must be an integer where no layer with a kernel is being built, got fan_in=None for a bias of "
                 f"shape={shape}. Or use keras_optkit.initializers.torch_biases(model)."
             )
-        return seen.pop(next(iter(seen)))
+        return found
 
 
 def _fan_in_of(layer: Any) -> int | None:
     """The fan-in of a layer's kernel, or of what torch takes for it; None if it has none (yet)."""
     if not isinstance(layer, keras.layers.Layer):
         return None
-    units = getattr(layer, "units", None)
-    if units and hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size"):
-        return int(units)
+    if _is_recurrent(layer):
+        return int(layer.units)
     kernel = _kernel_of(layer)
     if kernel is None or len(kernel.shape) < 2:
         return None
@@ -122,8 +114,9 @@ def _kernel_of(layer: Any) -> Any:
 def torch_biases(layer: keras.layers.Layer, seed: int | None = None) -> int:
     """Sets the biases of a built model, or layer, to those that torch begins with: U(-1/sqrt(fan_in), +1/sqrt(fan_in)).
 
-    Every layer with a kernel and a bias counts, at any depth: `Dense`, `EinsumDense` and so attention, convolutions and
-    recurrent cells, whose forget biases are no longer 1. Normalizations keep theirs.
+    Every layer with a kernel and a bias counts, at any depth: `Dense`, `EinsumDense`, convolutions and recurrent cells,
+    whose forget biases are no longer 1. torch adds two biases in a recurrent cell, so that a cell with one has the sum
+    of two draws here. Normalizations keep theirs, and so does attention, which begins with zeros in torch, too.
 
     When not to use it: on trained weights, and without a reason; see `BiasUniform`.
 
@@ -154,12 +147,26 @@ def torch_biases(layer: keras.layers.Layer, seed: int | None = None) -> int:
     arguments.seed("seed", seed)
     if not layer.built:
         raise ValueError(f"layer must be built, got {layer.name!r}, which is not. Call it on a batch, or build(shape).")
-    found = [(each.bias, _fan_in_of(each)) for each in [layer, *sublayers(layer)] if _has_bias(each)]
-    chosen = {id(bias): (bias, fan_in) for bias, fan_in in found if fan_in is not None}
-    for index, (bias, fan_in) in enumerate(chosen.values()):
-        draw = BiasUniform(fan_in, another(seed, index))
-        bias.assign(draw(bias.shape, dtype=bias.dtype))
+    layers = [layer, *sublayers(layer)]
+    in_attention = {id(below) for each in layers if isinstance(each, _ATTENTION) for below in sublayers(each)}
+    found = [(each, _fan_in_of(each)) for each in layers if _has_bias(each) and id(each) not in in_attention]
+    chosen = {id(each.bias): (each, fan_in) for each, fan_in in found if fan_in is not None}
+    for index, (each, fan_in) in enumerate(chosen.values()):
+        bias, dtype = each.bias, at_least_float32(each.bias.dtype)
+        both = 2 if _is_recurrent(each) and len(bias.shape) == 1 else 1
+        draws = [BiasUniform(fan_in, another(seed, 2 * index + i))(bias.shape, dtype=dtype) for i in range(both)]
+        bias.assign(ops.cast(sum(draws[1:], draws[0]), bias.dtype))
     return len(chosen)
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return (
+        bool(getattr(layer, "units", None)) and hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size")
+    )
+
+
+#: Their projections are layers inside.
+_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
 
 def _has_bias(layer: Any) -> bool:
@@ -218,15 +225,18 @@ class BiasPrior(Shaped):
     def __init__(self, prior: float | Sequence[float] = 0.01, activation: str = "sigmoid") -> None:
         self.activation = arguments.choice("activation", activation, ("sigmoid", "softmax"))
         high = 1.0 if activation == "sigmoid" else math.inf
-        if not _is_list(prior):
+        if isinstance(prior, Mapping):
+            raise TypeError(f"prior must be a number or a list in the order of the classes, got {prior!r}.")
+        if isinstance(prior, np.ndarray):
+            prior = prior.tolist()
+        if not isinstance(prior, Sequence) or isinstance(prior, str | bytes):
             if activation == "softmax":
                 raise ValueError(f"prior must be a list with a value for each class with softmax, got {prior!r}.")
             self.prior: Any = arguments.real("prior", prior, 0, high, closed="neither")
             return
-        values = list(prior)  # type: ignore[arg-type]
-        if not values:
+        if not prior:
             raise ValueError(f"prior must be a number or a list of at least one, got {prior!r}.")
-        self.prior = [arguments.real(f"prior[{i}]", each, 0, high, closed="neither") for i, each in enumerate(values)]
+        self.prior = [arguments.real(f"prior[{i}]", each, 0, high, closed="neither") for i, each in enumerate(prior)]
 
     def _values(self, shape: tuple[int, ...], dtype: str) -> Any:
         if isinstance(self.prior, list):
@@ -240,10 +250,6 @@ class BiasPrior(Shaped):
         else:
             biases = [_logit(self.prior)]
         return ops.broadcast_to(ops.convert_to_tensor(biases, at_least_float32(dtype)), shape)
-
-
-def _is_list(value: Any) -> bool:
-    return not isinstance(value, str | bytes) and hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def _logit(probability: float) -> float:

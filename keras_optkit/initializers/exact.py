@@ -71,7 +71,8 @@ class Dirac(_Exact):
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: `gain` is neither above 0 nor an activation, `groups` is below 1, or only one of `input_axes` and
-            `output_axes` is given. When called: `groups` does not divide the last axis, the shape is a scalar's, or a
+            `output_axes` is given. When called: `groups` does not divide the last axis, or that one has the
+            inputs, as in transposed convolutions, the shape is a scalar's, or a
             vector's without axes, or the dtype is not floating point.
 
     Source: `torch.nn.init.dirac_`.
@@ -103,6 +104,9 @@ class Dirac(_Exact):
         axes = self._kernel_axes(shape)
         if self.groups is None:
             return axes
+        last = len(shape) - 1
+        if last not in axes.outputs or last in axes.inputs:
+            raise ValueError(f"groups must be None where a kernel's last axis has its inputs, got {self.groups}.")
         if shape[-1] % self.groups:
             raise ValueError(f"groups must divide the last axis of shape={shape}, got groups={self.groups}.")
         return axes._replace(groups=self.groups)

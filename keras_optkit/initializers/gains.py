@@ -48,7 +48,7 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
         TypeError: `param` is not a number.
         ValueError: The activation has no gain, or has no `param` and is given one.
 
-    Source: He et al. 2015, arXiv 1502.01852, equations 10 and 14 (ReLU, PReLU); torch for tanh.
+    Source: He et al. 2015, arXiv 1502.01852, equations 10 (ReLU) and 15 (PReLU); torch for tanh.
 
     Example:
     ```python

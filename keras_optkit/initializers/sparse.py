@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import keras
@@ -20,7 +21,7 @@ def _twin(
     inputs: int, connections: int | None = None, sparsity: float | None = None, stddev: float = 1.0, **_: Any
 ) -> tuple[int, float]:
     """How many weights of a unit are not zero, and their standard deviation."""
-    zeros = math.ceil(sparsity * inputs) if sparsity else inputs - min(connections or 15, inputs)
+    zeros = -int(-inputs * Fraction(str(sparsity)) // 1) if sparsity else inputs - min(connections or 15, inputs)
     return inputs - zeros, stddev
 
 
@@ -95,9 +96,12 @@ class Sparse(SeededOfKernel):
         self.stddev = arguments.real("stddev", stddev, 0, closed="neither")
 
     def _connected(self, inputs: int) -> int:
-        if self.sparsity is not None:
-            return inputs - math.ceil(self.sparsity * inputs)
-        return min(self.connections or _CONNECTIONS, inputs)
+        if self.sparsity is None:
+            return min(self.connections or _CONNECTIONS, inputs)
+        found = inputs - math.ceil(self.sparsity * inputs - 1e-9)  # 0.55 * 100 is a little more than 55
+        if inputs and not found:
+            raise ValueError(f"sparsity must leave a unit of {inputs} inputs a weight, got {self.sparsity}.")
+        return found
 
     def _draw(self, shape: tuple[int, ...], dtype: str, seed: Any) -> Any:
         axes = self._kernel_axes(shape)

@@ -131,7 +131,7 @@ def lsuv(
             model(batch, training=training)
         if not found:
             raise ValueError(f"model must call a layer that has a kernel and is trainable, got {model.name!r}.")
-        changed = {id(kernel) for kernel, _ in kernels}
+        changed = {id(kernel) for kernel, layer in kernels if id(layer) in found}  # others were not called
     finally:
         for variable, value in before:
             if id(variable) not in changed:

@@ -218,7 +218,8 @@ class HeUniform(_He, _Uniform, _WithSlope):
         ValueError: Only one of `input_axes` and `output_axes` is given. When called: the shape is a scalar's, or a
             vector's without axes, or the dtype is not floating point.
 
-    Source: He et al. 2015, arXiv 1502.01852, equations 10 and 14, with a uniform distribution of that variance.
+    Source: He et al. 2015, arXiv 1502.01852, equations 10 and 14, and 15 for a slope, with a uniform
+    distribution of that variance.
 
     Example:
     ```python
@@ -261,7 +262,7 @@ class HeNormal(_He, _NormalWithSlope):
         ValueError: Only one of `input_axes` and `output_axes` is given. When called: the shape is a scalar's, or a
             vector's without axes, or the dtype is not floating point.
 
-    Source: He et al. 2015, arXiv 1502.01852, equations 10 and 14.
+    Source: He et al. 2015, arXiv 1502.01852, equations 10 and 14, and 15 for a slope.
 
     Example:
     ```python

@@ -53,10 +53,14 @@ def importance(result: Result, objective: Any = None) -> dict[str, float]:
     if not wanted or min(scores) == max(scores):
         return found
     distributions = {each: _distribution(optuna, parameter) for each, parameter in wanted.items()}
+    places = {each: {v: i for i, v in enumerate(p.grid())} for each, p in wanted.items() if _is_listed(p)}
     create = optuna.trial.create_trial
     for seed in range(_FORESTS):
         rng = np.random.default_rng(seed)
-        points = [{each: _param(p, each, trial.values, rng) for each, p in wanted.items()} for trial in trials]
+        points = [
+            {each: _param(p, trial.values.get(each), places.get(each), rng) for each, p in wanted.items()}
+            for trial in trials
+        ]
         evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=_TREES, seed=seed)
         with quiet(optuna):
             study = optuna.create_study()
@@ -73,14 +77,14 @@ def _score(trial: Trial, name: str) -> float:
     return trial.metrics.get(name, math.nan) if trial.status == "completed" else math.nan
 
 
-def _param(parameter: Parameter, name: str, values: Mapping[str, Any], rng: np.random.Generator) -> float:
-    """The coordinate of a trial.
+def _param(parameter: Parameter, value: Any, places: Mapping[Any, int] | None, rng: np.random.Generator) -> float:
+    """The coordinate of a value.
 
     Where a parameter is inactive it does not matter, and any value will do. It is one at random: a fixed one would tell
     the forest whether the condition holds, and so take from its parent what that explains.
     """
-    value = values[name] if name in values else parameter.sample(rng)
-    return float(list(parameter.grid()).index(value)) if _is_listed(parameter) else _scaled(parameter, value)
+    value = parameter.sample(rng) if value is None else value
+    return _scaled(parameter, value) if places is None else float(places[value])
 
 
 def _is_listed(parameter: Parameter) -> bool:

@@ -164,8 +164,9 @@ def _label_x(axis: Any, parameter: Any) -> None:
     elif parameter.log is True:
         axis.set_xscale("log")
         if parameter.high / parameter.low < 100:  # otherwise powers of ten, of which there may be one or none
-            ticks = np.geomspace(parameter.low, parameter.high, 4)
-            axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            ticks = np.geomspace(parameter.low, parameter.high, 4).tolist()
+            ticks = sorted({round(tick) for tick in ticks}) if isinstance(parameter.low, int) else ticks
+            axis.set_xticks(ticks, [_number(tick, parameter.high - parameter.low) for tick in ticks])
             axis.minorticks_off()
     elif isinstance(parameter.low, int):
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -249,9 +250,16 @@ def _ticks(parameter: Any) -> dict[float, str]:
         return {_height(parameter, values[i]): short(values[i], 12) for i in _some(len(values))}
     low, high = parameter.low, parameter.high
     middle = math.sqrt(low * high) if parameter.log is True else (low + high) / 2
-    if parameter.size < math.inf:
-        middle = min(parameter.grid(), key=lambda value: abs(value - middle))
-    return {_height(parameter, value): f"{value:.3g}" for value in (low, middle, high)}
+    middle = round(middle) if isinstance(low, int) else middle
+    return {_height(parameter, value): _number(value, high - low) for value in (low, middle, high)}
+
+
+def _number(value: float, span: float) -> str:
+    """A number with as many figures as tell it from others in a range."""
+    if isinstance(value, int):
+        return str(value)
+    figures = 2 + math.ceil(math.log10(abs(value) / span)) if value and span else 3
+    return f"{value:.{min(max(figures, 3), 15)}g}"
 
 
 def _draw_scale(axis: Any, x: int, ticks: dict[float, str]) -> None:

@@ -174,8 +174,15 @@ class Result:
 
     @property
     def best_trial(self) -> Trial:
-        """The completed trial with the best score; the first of equals."""
-        return ranked(self.trials, self.direction)[0]
+        """The completed trial with the best score; the first of equals.
+
+        Raises:
+            ValueError: If no trial was completed.
+        """
+        order = ranked(self.trials, self.direction)
+        if not order:
+            raise ValueError(f"There is no best trial: of {len(self.trials)} trials none was completed.")
+        return order[0]
 
     @property
     def pareto(self) -> list[Trial]:
@@ -332,7 +339,8 @@ class Result:
     def plot(self) -> Any:
         """Draws the score against the number of the trial and against each hyperparameter; returns the figure.
 
-        The line is the best score so far; failed trials are crosses at the bottom.
+        The line is the best score so far; failed trials are crosses at the bottom. With several objectives the score is
+        their sum; `plot_history` and `plot_slice` draw each of them.
         """
         export.needed("matplotlib", "result.plot")
         import matplotlib.pyplot as plt
@@ -348,15 +356,17 @@ class Result:
         best = [ranked(completed[: i + 1], self.direction)[0].score for i in range(len(completed))]
         first.step([trial.number for trial in completed], best, where="post", color="grey")
         first.plot(failed, [0.02] * len(failed), "rx", transform=first.get_xaxis_transform())
-        first.set(xlabel="trial", ylabel=self.objective)
+        first.set(xlabel="trial", ylabel=plots.short(self.objective, 30))
         first.xaxis.get_major_locator().set_params(integer=True)
         for axis, (name, parameter) in zip(others, self.space.items(), strict=True):
             active = [trial for trial in completed if name in trial.values]
             values = [trial.values[name] for trial in active]
             if any(isinstance(value, bool | str) for value in values):
-                values = [str(value) for value in values]
+                values = [plots.short(value) for value in values]
             axis.plot(values, [trial.score for trial in active], "o")
-            axis.set(xlabel=name, xscale="log" if getattr(parameter, "log", False) is True else "linear")
+            axis.set(
+                xlabel=plots.short(name, 30), xscale="log" if getattr(parameter, "log", False) is True else "linear"
+            )
         return figure
 
     def plot_history(self, objective: str | None = None) -> Any:
