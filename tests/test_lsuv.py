@@ -249,3 +249,29 @@ def test_a_layer_that_is_not_called_keeps_its_kernel():
     before = np.array(model.unused.kernel)
     assert list(lsuv(model, np.random.default_rng(0).normal(size=(64, 3)).astype("float32"))) == [model.used.path]
     np.testing.assert_array_equal(model.unused.kernel, before)
+
+
+def test_a_layer_for_each_step_is_scaled_by_all_steps():
+    inner = [layers.Dense(8), layers.Conv1D(4, 2)]
+    model = keras.Sequential([keras.Input((6, 5)), layers.TimeDistributed(inner[0])])
+    images = keras.Sequential([keras.Input((6, 5, 3)), layers.TimeDistributed(inner[1])])
+    rng = np.random.default_rng(0)
+    for built, shape in ((model, (64, 6, 5)), (images, (64, 6, 5, 3))):
+        x = (rng.normal(size=shape) * 10.0 ** np.arange(-2, 4).reshape(6, *[1] * (len(shape) - 2))).astype("float32")
+        assert list(lsuv(built, x, seed=1).values()) == [pytest.approx(1, abs=0.02)]
+        assert np.var(built(x)) == pytest.approx(1, abs=0.02)
+        assert "call" not in vars(built.layers[0])
+
+
+def test_layers_of_one_path_are_both_told():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__(name="m")
+            self.one, self.two = layers.Dense(4, name="d"), layers.Dense(4, name="d")
+
+        def call(self, x):
+            return self.two(self.one(x))
+
+    model, x = Model(), np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+    model(x)
+    assert list(lsuv(model, x)) == ["m/d", "m/d (2)"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,7 +56,7 @@ def lsuv(
     make of the batch. The variance is over all elements of the output, before the activation. Layers are `Dense`,
     `EinsumDense`, so each kernel of attention, and all convolutions, at any depth; a separable convolution's pointwise
     kernel is scaled. Layers that are frozen (`trainable=False`) or recurrent, and embeddings, keep their weights. A
-    layer that is called several times is scaled by its first call.
+    layer that is called several times is scaled by its first call; one in `TimeDistributed`, by all steps together.
 
     It takes one forward pass, without compiling anything. What is not a kernel of these layers stays as it is:
     biases, optimizer, metrics, statistics of batch normalizations, random states of the model and of Keras. If
@@ -76,7 +77,8 @@ def lsuv(
             `keras.utils.set_random_seed`.
 
     Returns:
-        The variance of each layer's output, by the layer's path, in the order of the calls.
+        The variance of each layer's output, by the layer's path, in the order of the calls. Of layers with one path the
+        second is "path (2)".
 
     Raises:
         TypeError: `model` is not a Keras model, or an argument is of the wrong type.
@@ -127,7 +129,7 @@ def lsuv(
         if orthogonal:
             for index, (kernel, layer) in enumerate(kernels):
                 kernel.assign(_drawn(kernel, layer, another(seed, index)))
-        with _seen(layers.values(), scale):
+        with _seen(layers.values(), scale), _folded_steps([model, *sublayers(model)]):
             model(batch, training=training)
         if not found:
             raise ValueError(f"model must call a layer that has a kernel and is trainable, got {model.name!r}.")
@@ -137,7 +139,14 @@ def lsuv(
             if id(variable) not in changed:
                 variable.assign(value)
         set_global_seed(state)
-    return {layers[key].path: variance for key, variance in found.items()}
+    variances: dict[str, float] = {}
+    for key, variance in found.items():
+        path, number = layers[key].path, 1
+        while path in variances:  # of layers with one name
+            number += 1
+            path = f"{layers[key].path} ({number})"
+        variances[path] = variance
+    return variances
 
 
 def _drawn(kernel: Any, layer: Any, seed: int | None) -> Any:
@@ -182,6 +191,31 @@ def _seen(layers: Any, tell: Callable[[Any, Any], Any]) -> Iterator[None]:
     finally:
         for layer, activation in before:
             layer.activation = activation
+
+
+@contextlib.contextmanager
+def _folded_steps(layers: Any) -> Iterator[None]:
+    """Has `TimeDistributed` call its layer once for all steps, whose outputs together are to have the variance."""
+    wrappers = [layer for layer in layers if type(layer) is keras.layers.TimeDistributed]
+
+    def folded(wrapper: Any) -> Callable[..., Any]:
+        has_training = "training" in inspect.signature(wrapper.layer.call).parameters
+
+        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:  # noqa: ARG001  (as Keras calls it)
+            batch, steps, *rest = ops.shape(inputs)
+            given = {"training": training} if has_training else {}
+            outputs = wrapper.layer(ops.reshape(inputs, (batch * steps, *rest)), **given)
+            return ops.reshape(outputs, (batch, steps, *ops.shape(outputs)[1:]))
+
+        return call
+
+    try:
+        for wrapper in wrappers:
+            wrapper.call = folded(wrapper)
+        yield
+    finally:
+        for wrapper in wrappers:
+            vars(wrapper).pop("call", None)
 
 
 def _unit_variance(layer: Any, output: Any, tolerance: float, max_iterations: int) -> tuple[np.ndarray, float]:
