@@ -46,11 +46,17 @@ def by_shape(rank: int) -> KernelAxes:
     return KernelAxes((*window, rank - 2), (*window, rank - 1))
 
 
+def recurrent_units(layer: Any) -> int:
+    """The units, or filters, of each gate of a recurrent layer or cell; 0 for other layers."""
+    recurrent = hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size")
+    return int(getattr(layer, "units", None) or getattr(layer, "filters", None) or 0) if recurrent else 0
+
+
 def in_layer(layer: Any, shape: tuple[int, ...]) -> KernelAxes | None:
     """The axes of `layer`'s kernel of this shape, or None where there is nothing to know but the shape."""
-    units = getattr(layer, "units", None) or getattr(layer, "filters", None)
-    if units and hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size") and shape[-1] % units == 0:
-        return by_shape(len(shape))._replace(groups=shape[-1] // units)  # a recurrent cell, its gates side by side
+    units = recurrent_units(layer)
+    if units and shape[-1] % units == 0:
+        return by_shape(len(shape))._replace(groups=shape[-1] // units)  # its gates side by side
     if len(shape) < 3 or getattr(layer, "kernel_size", None) != shape[:-2]:
         return None
     layers, window, last = keras.layers, tuple(range(len(shape) - 2)), len(shape) - 1

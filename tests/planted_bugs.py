@@ -400,7 +400,7 @@ def _(right):
 
 
 def _clipped_at_once(right):
-    def of_buckets(plan, state, grads):
+    def of_buckets(plan, state, grads, *rest, **more):
         present = [g for g in grads if g is not None]
         for transform in plan.transforms:
             if isinstance(transform, ClipByGlobalNorm):
@@ -408,7 +408,7 @@ def _clipped_at_once(right):
             elif isinstance(transform, ClipByValue):
                 present = [tf.clip_by_value(g, -transform.limit, transform.limit) for g in present]
         left = iter(present)
-        return right(plan, state, [None if g is None else next(left) for g in grads])
+        return right(plan, state, [None if g is None else next(left) for g in grads], *rest, **more)
 
     return of_buckets
 
@@ -727,10 +727,10 @@ def _(right):
 
 
 def _count_frozen(right):
-    def of_buckets(plan, state, grads):
+    def of_buckets(plan, state, grads, *rest, **more):
         trained = {i for bucket in plan.buckets for i in bucket.indices}
         FROZEN[:] = [g for i, g in enumerate(grads) if i not in trained and g is not None]
-        return right(plan, state, grads)
+        return right(plan, state, grads, *rest, **more)
 
     return of_buckets
 

@@ -13,7 +13,7 @@ from keras import ops
 from keras_optkit import arguments
 from keras_optkit.initializers.asking import asking_layer
 from keras_optkit.initializers.base import Seed, Seeded, Shaped, another
-from keras_optkit.kernels import by_shape, in_equation, in_layer
+from keras_optkit.kernels import by_shape, in_equation, in_layer, recurrent_units
 from keras_optkit.precision import at_least_float32
 from keras_optkit.private import sublayers
 from keras_optkit.registry import register
@@ -89,8 +89,8 @@ def _fan_in_of(layer: Any) -> int | None:
     """The fan-in of a layer's kernel, or of what torch takes for it; None if it has none (yet)."""
     if not isinstance(layer, keras.layers.Layer):
         return None
-    if _is_recurrent(layer):
-        return int(layer.units)
+    if recurrent_units(layer) and hasattr(layer, "units"):  # torch has no convolutional ones
+        return recurrent_units(layer)
     kernel = _kernel_of(layer)
     if kernel is None or len(kernel.shape) < 2:
         return None
@@ -153,16 +153,10 @@ def torch_biases(layer: keras.layers.Layer, seed: int | None = None) -> int:
     chosen = {id(each.bias): (each, fan_in) for each, fan_in in found if fan_in is not None}
     for index, (each, fan_in) in enumerate(chosen.values()):
         bias, dtype = each.bias, at_least_float32(each.bias.dtype)
-        both = 2 if _is_recurrent(each) and len(bias.shape) == 1 else 1
+        both = 2 if recurrent_units(each) and len(bias.shape) == 1 else 1
         draws = [BiasUniform(fan_in, another(seed, 2 * index + i))(bias.shape, dtype=dtype) for i in range(both)]
         bias.assign(ops.cast(sum(draws[1:], draws[0]), bias.dtype))
     return len(chosen)
-
-
-def _is_recurrent(layer: Any) -> bool:
-    return (
-        bool(getattr(layer, "units", None)) and hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size")
-    )
 
 
 #: Their projections are layers inside.
