@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--logs", type=Path, default=Path("runs/quickstart"), help="TensorBoard's (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: shows the course, not the accuracy")
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch: shows the course, not the accuracy")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.seeds, arguments.epochs = 1, 2
+        arguments.seeds, arguments.epochs = 1, 1
 
     start = time.perf_counter()
     console = Console()
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw(results, picture)
 
     # 2. What a search over learning rate, batch size and network structure finds with all of it switched on.
-    recipe = dataclasses.replace(recipe, epochs=max(2, arguments.epochs // 4))
+    recipe = dataclasses.replace(recipe, epochs=-(-arguments.epochs // 4))
     space = ok.tuning.Space(
         learning_rate=ok.tuning.Float(1e-3, 1e-2, log=True),
         batch_size=ok.tuning.Choice([32, 64]),

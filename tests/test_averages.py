@@ -344,7 +344,7 @@ def test_checkpoints_hold_the_averaged_weights_wherever_they_are_made(make, save
         close(values(loaded.trainable_variables), values(stopped.trainable_variables), 1e-6, file.name)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "keras" not in name])
 def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(name, tmp_path):
     make = OPTIMIZERS[name]

@@ -14,20 +14,20 @@ LONG = {
 }
 #: Checks of the engine that only these show: sums over the whole model, a rule around another one.
 ENGINE = {
-    "Prodigy": {"replicas", "save_load_continue"},
-    "ScheduleFree": {"evaluation_weights", "modes_agree", "replicas", "rows", "save_load_continue"},
+    "Prodigy": {"replicas"},
+    "ScheduleFree": {"evaluation_weights", "modes_agree", "replicas", "save_load_continue"},
 }
 #: What only these show.
-ALWAYS = {("AdaHessian", "hessian_vector"), ("GSAM", "second_gradient")}
+ALWAYS = {("AdaHessian", "hessian_vector")}
 #: Optimizers of which all checks of the rule are run; of the others those in SHARE, and the rest with `--all`.
 WHOLE = {"AdamW", "Lookahead", "Prodigy", "SAM", "ScheduleFree"}
 SHARE = {"bad_arguments", "config_round_trip", "twin"}
 #: Twins that take half a minute and show little alone: `test_parity.py` runs SOAP's formula, of which KL-SOAP's differs
 #: in what it averages, and `test_averages.py` that these are Schedule-Free around a rule.
-DEAR_TWINS = {"KLSOAP", "SOAP", "ScheduleFreeAdamW", "ScheduleFreeSGD"}
+DEAR_TWINS = {"KLSOAP", "SOAP", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD"}
 #: Callbacks whose interruption is tested in their own files, too.
 INTERRUPTED = {
-    *("Checkpoint", "EarlyStopping", "NonFiniteGuard", "ReduceLROnPlateau", "TimeBudget", "Unfreeze"),
+    *("Checkpoint", "EarlyStopping", "NonFiniteGuard", "ReduceLROnPlateau", "Resume", "TimeBudget", "Unfreeze"),
 }
 #: Of each family those that ask most of the backend. The formulas of the others are those that TensorFlow runs, too.
 TWINS_ON_JAX = {
@@ -65,7 +65,7 @@ def is_long(card, check):
 def _is_long_of_callback(card, check):
     """Little of what callbacks do depends on the backend."""
     if check.name == "goes_on":
-        return card.name in INTERRUPTED or (ON_JAX and card.name not in {"AveragedWeights", "Resume"})
+        return card.name in INTERRUPTED or (ON_JAX and card.name != "AveragedWeights")
     if check.name in {"fits_twice", "leaves_no_trace", "survives_failure"}:
         return ON_JAX or card.name not in {"Checkpoint", "NonFiniteGuard"}
     return False

@@ -134,7 +134,7 @@ def test_quickstart(example, tmp_path, capsys):
     example("quickstart").main(["--quick"])
     printed = capsys.readouterr().out
     found = accuracies(printed)
-    assert found["+ optimizer"] > 80  # in two epochs
+    assert found["+ optimizer"] > 80  # in one epoch
     assert found["+ optimizer"] > found["base"]
     assert all(0 <= accuracy <= 100 for accuracy in found.values())
     for strategy in ("random", "grid"):
@@ -149,9 +149,9 @@ def test_quickstart(example, tmp_path, capsys):
     assert len(runs) == len(ROWS)
     for run in runs:
         curve = scalars(run, "epoch/val_accuracy")
-        assert len(curve) == 2
+        assert len(curve) == 1
         assert all(0 <= value <= 1 for value in curve)
-        assert len(scalars(run, "train/gradient_norm")) == 11  # 2 x 39 updates: 1, 2, 4, 8 and every 10th
+        assert len(scalars(run, "train/gradient_norm")) == 7  # of 39 updates: 1, 2, 4, 8 and every 10th
     searched = {
         strategy: [session_hparams(trial) for trial in sorted((logs / f"search-{strategy}").glob("trial_*"))]
         for strategy in ("random", "grid")

@@ -119,6 +119,7 @@ def test_a_step_is_traced_again_when_what_it_depends_on_has_changed(change, room
     np.testing.assert_allclose(model.get_weights()[0], expected[-1], rtol=1e-4)
 
 
+@pytest.mark.once
 def test_steps_that_nobody_looks_at_are_not_stale_either(tmp_path):
     """With a monitor some steps compute for it and others do not, and a hyperparameter is for all of them."""
     x, y = regression(dtype="float32")

@@ -202,6 +202,7 @@ def numpy_train(x, size, axis, epsilon, gamma, beta, mask=None):
     return y, np.average(means, axis=0, weights=counts), np.average(variances, axis=0, weights=counts)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), [((5,), -1), ((4, 5), -1), ((5, 4), 1), ((3, 4, 5), 3), ((5, 3, 4), 1)])
 @pytest.mark.parametrize(("n", "size"), [(8, 4), (8, 2), (11, 4), (7, 2), (3, 4)])

@@ -78,6 +78,7 @@ def numpy_run(x, y, rates, batch=4):
     return np.array(found)
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("execution", ["graph", "xla", "eager"])
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
@@ -201,6 +202,7 @@ def found_pairs(directory):
     return events(directory)["train/gradient_norm"]
 
 
+@pytest.mark.once
 def test_the_step_axis_goes_on(tmp_path):
     """Over fits with one callback, over a new optimizer, and with a new callback, as in a new process."""
     x, y = regression(dtype="float32")
@@ -446,6 +448,7 @@ def test_layers_on_two_replicas_are_those_of_one(room, tmp_path):
         np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6, err_msg=tag)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_the_clip_rate_under_accumulation_is_about_the_mean(room, scaled, tmp_path):
@@ -929,6 +932,7 @@ def test_what_jax_cannot_give_is_refused(asked, tmp_path):
         fit(linear_model("sgd", dtype="float32"), x, y, TrainingMonitor(tmp_path, **asked))
 
 
+@pytest.mark.once
 def test_histograms_of_weights(tmp_path):
     x, y = images(16)
     model = network(STOCK.SGD(0.01))
@@ -950,6 +954,7 @@ def test_histograms_of_weights(tmp_path):
 # -- training is not changed ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("execution", ["graph", "xla"])
 def test_training_is_bitwise_what_it_is_without(execution, tmp_path):

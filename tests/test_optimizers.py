@@ -58,6 +58,7 @@ FORMULAS = {
 }
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formula_by_default_arguments(name, mode):

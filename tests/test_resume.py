@@ -135,6 +135,7 @@ def test_goes_on_wherever_it_was_left(tmp_path, uninterrupted, every):
     assert model.seen == uninterrupted.seen[begun[0] * 10 + begun[1] :]
 
 
+@pytest.mark.long
 def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
     assert train(tmp_path, every=3, crash=17) is None
     model = train(tmp_path, every=3)
@@ -292,6 +293,7 @@ def test_one_s_own_callback_goes_on_from_its_state_wherever_it_stands(tmp_path, 
     assert fit("cut") == expected
 
 
+@pytest.mark.once
 def test_with_several_batches_in_one_call(tmp_path):
     expected = train(tmp_path / "whole", model=compiled(steps_per_execution=3))
     assert train(tmp_path / "cut", model=compiled(steps_per_execution=3), crash=6, every=2) is None
@@ -300,6 +302,7 @@ def test_with_several_batches_in_one_call(tmp_path):
     assert_same(model, expected)
 
 
+@pytest.mark.long
 @pytest.mark.only_on("tensorflow", because="tf.data")
 def test_with_a_tf_dataset_per_epoch(tmp_path):
     import tensorflow as tf
@@ -348,6 +351,7 @@ def test_a_model_that_is_not_built_goes_on(tmp_path):
     assert_same(train(tmp_path / "cut", model=model()), expected)  # a finished one
 
 
+@pytest.mark.once
 def test_random_numbers_of_python_numpy_and_keras_go_on(tmp_path):
     import random
 
@@ -391,6 +395,7 @@ def test_a_finished_training_is_not_done_again(tmp_path, uninterrupted):
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("average", [False, True])
 def test_more_epochs_go_on_from_the_end(tmp_path, average):
@@ -1045,6 +1050,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_at_the_very_end_is_not_lost(tmp_path):
     class AtEnd(keras.callbacks.Callback):

@@ -199,6 +199,7 @@ def untrainable():
     return pytest.warns(UserWarning, match="does not have any trainable weights")
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     "wrap",

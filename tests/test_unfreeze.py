@@ -80,6 +80,7 @@ def test_stages_begin_when_they_are_to(unit, stages, arguments, expected):
     assert all(moved) if "f" in expected else moved == [False] * 8 + [True] * 2
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
@@ -138,6 +139,7 @@ class Twins(keras.Model):
         return self.around(self.other(x)) + self.offset
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
