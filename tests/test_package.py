@@ -25,7 +25,7 @@ def python(code):
 
 
 def test_import_loads_nothing_that_keras_does_not_and_needs_no_optional_package():
-    """Keras itself imports some of the optional packages where they are installed, which would hide an import of ours."""
+    """Keras itself imports some of the latter where they are installed, which would hide an import of ours."""
     loaded, rooms = python(
         "import sys, json, keras\n"
         "for name in ('torch', 'jax', 'matplotlib', 'optuna', 'keras_tuner', 'sklearn', 'pandas', 'pytest'):\n"
