@@ -28,6 +28,7 @@ DEAR_TWINS = {"KLSOAP", "SOAP", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "Sched
 #: Callbacks whose interruption is tested in their own files, too.
 INTERRUPTED = {
     *("Checkpoint", "EarlyStopping", "NonFiniteGuard", "ReduceLROnPlateau", "Resume", "TimeBudget", "Unfreeze"),
+    "ValidateEvery",
 }
 #: Of each family those that ask most of the backend. The formulas of the others are those that TensorFlow runs, too.
 TWINS_ON_JAX = {
