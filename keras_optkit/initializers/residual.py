@@ -90,7 +90,7 @@ def zero_residual(model: Any, pattern: str | None = None) -> list[str]:
         )
         raise ValueError(f"Of model {model.name!r} {what}.")
     for variable in found.values():
-        variable.assign(ops.zeros_like(variable))
+        variable.assign(ops.zeros(variable.shape, variable.dtype))
     return list(found)
 
 
