@@ -180,7 +180,7 @@ class Rows(keras.utils.PyDataset):
         return VX[5 * i : 5 * i + 5], VY[5 * i : 5 * i + 5]
 
 
-@pytest.mark.once
+@pytest.mark.long
 def test_data_may_have_weights_or_come_in_batches():
     weights = np.arange(10, dtype="float32")
     losses = [by_hand(6, epochs=1)[0][1]]
