@@ -92,7 +92,7 @@ class Judge:
     def stops(self, epoch: int, value: float) -> bool:
         """Whether to stop the trial after this epoch, counted from 1."""
         with _silent(self._optuna):
-            self._trial.report(value, epoch)
+            self._trial.report(value, epoch - 1)  # as Optuna's own callback for Keras counts
             return bool(self._trial.should_prune())
 
     def end(self, score: float | None, status: str) -> None:
