@@ -17,6 +17,8 @@ import numpy as np
 
 from keras_optkit import arguments
 
+__all__ = ["ASHA", "PASHA", "Hyperband"]
+
 _ENDLESS = 2**62
 
 
