@@ -211,7 +211,7 @@ class DropBlock(_Drop):
         first = self.data_format == "channels_first"
         shape = ops.shape(inputs)
         batch, channels, sizes = shape[0], shape[1 if first else -1], shape[2:] if first else shape[1:-1]
-        blocks = [min(self.block_size, size) if isinstance(size, int) else self.block_size for size in sizes]
+        blocks = tuple(min(self.block_size, size) if isinstance(size, int) else self.block_size for size in sizes)
         places = [size - block + 1 for size, block in zip(sizes, blocks, strict=True)]
 
         # one axis after the other, since the product of all sizes may not fit into an int32
