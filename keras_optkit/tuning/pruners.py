@@ -183,7 +183,8 @@ class PASHA(ASHA):
     ```
 
     At the end, the best trial of the highest rung is trained with all epochs. Source: Bohdal et al. 2022,
-    https://arxiv.org/abs/2207.06940.
+    https://arxiv.org/abs/2207.06940, and the authors' code in syne-tune, which keeps the last epsilon where a newly
+    opened rung has no such pair yet.
 
     When not to use it: for a few trials, whose order says little.
 
