@@ -20,7 +20,7 @@ ENGINE = {
 #: What only these show.
 ALWAYS = {("AdaHessian", "hessian_vector"), ("Lookahead", "modes_agree")}
 #: Optimizers of which all checks of the rule are run; of the others those in SHARE, and the rest with `--all`.
-WHOLE = {"AdamW", "Prodigy", "SAM", "ScheduleFree"}
+WHOLE = {"AdamW", "SAM", "ScheduleFree"}
 SHARE = {"bad_arguments", "config_round_trip", "twin"}
 #: Twins that take half a minute and show little alone: `test_parity.py` runs SOAP's formula, of which KL-SOAP's differs
 #: in what it averages, and `test_averages.py` that these are Schedule-Free around a rule.
