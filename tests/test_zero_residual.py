@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import keras_optkit as ok
 from keras_optkit.initializers import zero_residual
 
 
@@ -75,7 +76,22 @@ def test_attention_and_separable_convolutions():
     assert_identity(model, (2, 5, 6))
 
 
+def test_scales_of_normalizations_and_of_layer_scale():
+    def body(x):
+        y = ok.layers.LayerScale(0.1, name="small")(layers.Dense(6)(x))
+        x = layers.Add()([x, ok.layers.DropPath(0.1)(y)])
+        x = layers.Add()([x, layers.RMSNormalization(name="rms")(layers.Dense(6)(x))])
+        return layers.Add()([x, layers.LayerNormalization(name="norm")(layers.Dense(6)(x))])
+
+    model = functional(body)
+    assert zero_residual(model) == ["small/gamma", "rms/scale", "norm/gamma", "norm/beta"]
+    assert_identity(model)
+
+
 def test_what_is_no_branch_is_left_alone():
+    def ends_with_what_is_an_identity_at_zero(x):
+        return layers.Add()([x, ok.layers.GlobalResponseNormalization()(layers.Dense(6)(x))])
+
     def equal_paths(x):
         return layers.Add()([layers.Dense(6)(x), layers.Dense(6)(x)])
 
@@ -85,7 +101,13 @@ def test_what_is_no_branch_is_left_alone():
     def activation_of_the_layer(x):
         return layers.Add()([x, layers.Dense(6, activation="relu")(x)])
 
-    for body in (equal_paths, ends_with_an_activation, activation_of_the_layer, layers.Dense(6)):
+    for body in (
+        equal_paths,
+        ends_with_an_activation,
+        activation_of_the_layer,
+        ends_with_what_is_an_identity_at_zero,
+        layers.Dense(6),
+    ):
         model = functional(body)
         before = model.get_weights()
         with pytest.raises(ValueError, match="no residual branch was found"):

@@ -26,7 +26,9 @@ _PASSED = (
     layers.Permute,
 )
 #: Of this package, whose layers may use initializers, which therefore do not import them.
-_PASSED_BY_NAME = ("DropPath", "ScheduledDropout")
+_PASSED_BY_NAME = ("DropPath", "DropBlock", "ScheduledDropout")
+#: Their gamma scales something else than the output, or an activation follows it.
+_NOT_ZERO = ("GlobalResponseNormalization", "FilterResponseNormalization")
 
 
 def zero_residual(model: Any, pattern: str | None = None) -> list[str]:
@@ -178,9 +180,11 @@ def _last_of(layer: Any) -> list[Any]:
     activation = getattr(layer, "activation", None)
     if activation not in (None, keras.activations.linear):
         return []
-    scale = getattr(layer, "gamma", None)
+    if type(layer).__name__ in _NOT_ZERO:
+        return []
+    named = {v.name: v for v in layer.weights}
+    scale = named.get("gamma", named.get("scale"))  # the latter of RMSNormalization
     if scale is not None:
-        offset = getattr(layer, "beta", None)
-        return [scale] if offset is None else [scale, offset]
+        return [scale, *([named["beta"]] if "beta" in named else [])]
     kernel = getattr(layer, "pointwise_kernel", getattr(layer, "kernel", None))  # the former of separable convolutions
     return [] if kernel is None else [v for v in (kernel, getattr(layer, "bias", None)) if v is not None]
