@@ -88,14 +88,17 @@ def path(name: str, value: Any) -> str:
     return text
 
 
-def pattern(name: str, value: Any) -> str:
-    """Returns the argument `name` if it is a regular expression."""
+def pattern(name: str, value: Any, *, optional: bool = False) -> Any:
+    """Returns `value` if it is a regular expression (or, with `optional`, None)."""
+    if value is None and optional:
+        return None
+    wanted = f"a regular expression{' or None' * optional}"
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a regular expression, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}.")
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}.") from error
+        raise ValueError(f"{name} must be {wanted}, got {value!r}: {error}.") from error
     return value
 
 

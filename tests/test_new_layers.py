@@ -137,6 +137,11 @@ def numpy_frn(x, gamma, beta, tau, mask=None, epsilon=1e-6):
     return np.maximum(gamma * x / np.sqrt(total / np.maximum(count, 1) + np.abs(epsilon)) + beta, tau)
 
 
+def test_a_scale_that_float16_cannot_hold_acts():
+    layer = LayerScale(1.7e-6, dtype="mixed_float16")  # where the next numbers are 1.67e-6 and 1.73e-6
+    np.testing.assert_allclose(np.asarray(layer(np.full((1, 2), 1000.0, "float16")), "f4"), 1.7e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 5), (2, 4, 3, 5), (2, 2, 3, 4, 5)])

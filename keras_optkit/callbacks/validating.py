@@ -209,7 +209,7 @@ class ValidateEvery(Callback):
 
     @contextlib.contextmanager
     def _metrics_kept(self, *_: Any, **__: Any) -> Iterator[None]:
-        """Puts the metrics back that `evaluate` resets, so that the epoch goes on with its own."""
+        """Puts the metrics back that `evaluate` resets, so that the epoch keeps its own."""
         model = self.model
         held = [(variable, values_of(model, variable, np.array)) for variable in model.metrics_variables]
         try:

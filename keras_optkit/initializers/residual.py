@@ -82,6 +82,7 @@ def zero_residual(model: Any, pattern: str | None = None) -> list[str]:
     unbuilt = [layer.name for layer in [model, *sublayers(model)] if not layer.built]
     if unbuilt:
         raise ValueError(f"model must be built, and {', '.join(unbuilt[:5])} of {model.name!r} is not.")
+    pattern = arguments.pattern("pattern", pattern, optional=True)
     ends = _ends(model) if pattern is None else _matching(model, pattern)
     found: dict[str, Any] = {v.path: v for layer in ends for v in _last_of(layer)}
     if not found:
@@ -97,8 +98,7 @@ def zero_residual(model: Any, pattern: str | None = None) -> list[str]:
 
 
 def _matching(model: Any, pattern: str) -> list[Any]:
-    looked_for = re.compile(arguments.pattern("pattern", pattern))
-    return [layer for layer in sublayers(model) if looked_for.search(layer.path) and _last_of(layer)]
+    return [layer for layer in sublayers(model) if re.search(pattern, layer.path) and _last_of(layer)]
 
 
 def _ends(model: Any) -> Iterator[Any]:

@@ -119,8 +119,9 @@ class LayerScale(_PerChannel):
         self.scale = self._vector("gamma", self._channels(input_shape), start)
 
     def call(self, inputs: Any) -> Any:
-        """Scales."""
-        return inputs * self._along(self.scale, inputs)
+        """Scales, in float32 at least: float16 has too few digits for a factor of 1e-6."""
+        x = self._wide(inputs)
+        return keras.ops.cast(x * self._along(self.scale, x), inputs.dtype)
 
 
 @register(
