@@ -369,8 +369,7 @@ class Result:
         export.needed("matplotlib", "result.plot")
         import matplotlib.pyplot as plt
 
-        completed = ranked(sorted(self.trials, key=lambda trial: trial.number), self.direction)
-        completed.sort(key=lambda trial: trial.number)
+        completed = sorted(ranked(self.trials, self.direction), key=lambda trial: trial.number)
         failed = [trial.number for trial in self.trials if trial.status == "failed"]
         scores = [trial.score for trial in completed]
         figure, axes = plt.subplots(
