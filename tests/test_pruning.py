@@ -481,6 +481,12 @@ def test_patience():
         ({"pruner": ASHA(5)}, ValueError, r"min_epochs must be at most epochs=4, got 5"),
         ({"pruner": Hyperband(5)}, ValueError, r"min_epochs must be at most epochs=4, got 5"),
         ({"pruner": "asha", "fit_arguments": {"initial_epoch": 1}}, ValueError, r"initial_epoch must be 0 .* got 1"),
+        ({"pruner": ASHA}, TypeError, r"call the class"),
+        (
+            {"pruner": "asha", "fit_arguments": {"validation_freq": 2}, "objective": "val_loss"},
+            ValueError,
+            r"min_epochs must be at least 2, since trials have no val_loss before .*validation_freq=2.*, got 1",
+        ),
         ({"time_limit": 0}, ValueError, r"time_limit must be a finite number in \(0, inf\) or None, got 0"),
         ({"max_epochs": 0}, ValueError, r"max_epochs must be an integer at least 1 or None, got 0"),
         ({"patience": 1.5}, TypeError, r"patience must be an integer at least 1 or None, got 1.5"),

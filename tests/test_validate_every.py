@@ -77,6 +77,9 @@ def test_the_logs_of_an_epoch_have_its_last_validation_unless_fit_validates_itse
 @pytest.mark.once
 def test_training_stops_in_the_middle_of_an_epoch_with_the_best_weights():
     stopping = EarlyStopping("val_loss", patience=2, min_delta=1e9, restore_best_weights=True)
+    short = ValidateEvery(1, (VX, VY), callbacks=[stopping])
+    fit(model_with(), X, Y, short, epochs=5)
+    assert short.history["updates"] == [1, 2, 3]  # and not once more at the end of the epoch
     validate = ValidateEvery(2, (VX, VY), callbacks=[stopping])
     model = model_with()
     history = fit(model, X, Y, validate, epochs=5)
@@ -192,6 +195,14 @@ def test_data_may_have_weights_or_come_in_batches():
     assert losses[3] != pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.only_on("tensorflow", because="tf.data")
+def test_data_without_an_end_are_refused():
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match="data must end, got a dataset without an end"):
+        ValidateEvery(4, tf.data.Dataset.from_tensor_slices((VX, VY)).batch(5).repeat())
+
+
 @pytest.mark.only_on("tensorflow", because="a strategy of TensorFlow")
 def test_two_replicas_keep_their_metrics():
     found = []
@@ -218,6 +229,7 @@ def test_it_prints_the_values(capsys):
         ({"every": 2.5}, TypeError, "every must be"),
         ({"data": None}, TypeError, "data must be"),
         ({"data": iter([(VX, VY)])}, TypeError, "data must be .* read again"),
+        ({"data": {"x": VX}}, TypeError, "data must be .* got a dict"),
         ({"data": (VX, VY, VY, VY)}, ValueError, "data must have 1 to 3 parts"),
         ({"data": Rows(), "batch_size": 4}, ValueError, "batch_size must be None"),
         ({"batch_size": 0}, ValueError, "batch_size must be"),

@@ -88,7 +88,48 @@ def test_scales_of_normalizations_and_of_layer_scale():
     assert_identity(model)
 
 
+def test_branches_that_are_models_and_ends_that_are_passed():
+    def body(x):
+        x = layers.Add()([x, functional(lambda y: layers.Dense(6, name="of_model")(layers.ReLU()(y)))(x)])
+        x = x + 0.1 * layers.Dense(6, name="scaled")(x)
+        return layers.Add()([x, layers.Activation("linear")(layers.Dense(6, name="linear")(x))])
+
+    model = functional(body)
+    found = [path.split("/")[-2] for path in zero_residual(model)]
+    assert sorted(set(found)) == ["linear", "of_model", "scaled"]
+    assert_identity(model)
+
+
+def test_only_the_output_of_attention_whatever_its_name():
+    x = keras.Input((5, 6))
+    model = keras.Model(x, layers.Add()([x, layers.MultiHeadAttention(2, 3, name="my_attention_output")(x, x)]))
+    assert [path.split("/")[-2:] for path in zero_residual(model)] == [
+        ["attention_output", "kernel"],
+        ["attention_output", "bias"],
+    ]
+    assert_identity(model, (2, 5, 6))
+
+
+def test_a_branch_that_cannot_be_zero_is_told():
+    def body(x):
+        x = layers.Add()([x, keras.Sequential([layers.Dense(6), layers.ReLU()])(x)])
+        return layers.Add()([x, layers.Dense(6, name="last")(x)])
+
+    model = functional(body)
+    with pytest.warns(UserWarning, match=r"The residual branches that add\w* of model .* adds are left as they are"):
+        assert zero_residual(model) == ["last/kernel", "last/bias"]
+
+
 def test_what_is_no_branch_is_left_alone():
+    def two_towers(x):
+        other = keras.Input((6,))
+        return other, layers.Add()([layers.Dense(6)(layers.Dense(6)(x)), layers.Dense(6)(other)])
+
+    x = keras.Input((6,))
+    other, y = two_towers(x)
+    with pytest.raises(ValueError, match="no residual branch was found"):
+        zero_residual(keras.Model([x, other], y))
+
     def ends_with_what_is_an_identity_at_zero(x):
         return layers.Add()([x, ok.layers.GlobalResponseNormalization()(layers.Dense(6)(x))])
 
@@ -136,6 +177,8 @@ def test_a_subclassed_model_takes_a_pattern():
         zero_residual(model, "other")
     assert [path.rpartition("/")[2] for path in zero_residual(model, "branch$")] == ["kernel", "bias"]
     assert_identity(model)
+    named = functional(lambda x: layers.Add()([x, layers.Dense(6, name="branch")(x)]))
+    assert zero_residual(named, "branch$") == ["branch/kernel", "branch/bias"]
 
 
 def test_bad_arguments_are_refused():

@@ -43,11 +43,14 @@ class ValidateEvery(Callback):
     validation k, counted from 0, with the values of the validation, named `"val_loss"` and so on. `EarlyStopping`
     with `patience=5` then stops after 5 validations without improvement, `ReduceLROnPlateau` counts validations as
     well, and so do Keras's callbacks and your own. What they print or name by epochs is the number of the validation;
-    `Checkpoint` names its files by the updates as well. Callbacks that look at batches or prepare `fit`, such as
+    `Checkpoint` names its files by the updates as well. One that stops training does so after the batch that follows.
+    Callbacks that look at batches or prepare `fit`, such as
     `TrainingMonitor` and `Resume`, go into the list of `fit`, and are refused here. So is a callback that is in both.
 
     The values of the last validation of an epoch are added to the logs of the epoch, for `History`, TensorBoard and
     the callbacks that come later in the list, unless `fit` has validated itself. `history` has all of them.
+
+    Validations of updates that `NonFiniteGuard` takes back stay in `history`, and have counted.
 
     With `keras_optkit.callbacks.AveragedWeights` in the list of `fit`, what is evaluated, and what `callbacks` see, are
     the averaged weights. With `keras_optkit.callbacks.Resume` a run continues after an interruption as if there had
@@ -58,7 +61,7 @@ class ValidateEvery(Callback):
     Args:
         every: Updates between two validations, at least 1.
         data: As `validation_data` of `fit`: `(x, y)` or `(x, y, sample_weight)`, a `tf.data.Dataset` or a `PyDataset`,
-            which has to end.
+            which has to end; or `x` alone, for a model whose loss needs no targets.
         callbacks: Those that go by the validations.
         batch_size: Rows of `x` in a batch; None for that of the validation in `fit`, or of its training, or 32.
         prefix: What the names of the values begin with. A second `ValidateEvery`, with other data, needs another one.
@@ -115,6 +118,7 @@ class ValidateEvery(Callback):
     def _reset(self) -> None:
         self.history: dict[str, list[Any]] = {"updates": []}
         self._latest: dict[str, float] = {}  # of this epoch
+        self._stopped = False  # by a callback in here
 
     @property
     def inside(self) -> Sequence[Any]:
@@ -153,7 +157,7 @@ class ValidateEvery(Callback):
             self._validate()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002, D102
-        if self._due.after_epoch(self._updates):
+        if not self._stopped and self._due.after_epoch(self._updates):
             self._validate()
         if logs is not None:
             logs.update({name: value for name, value in self._latest.items() if name not in logs})
@@ -184,9 +188,12 @@ class ValidateEvery(Callback):
             if self.verbose:
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
                 print(f"{type(self).__name__}: update {self.history['updates'][-1]}, {shown}")
+            before = self.model.stop_training
             for callback in self.callbacks:
                 callback.on_epoch_end(count, logs)
-        self._begin_strip()
+            self._stopped = self.model.stop_training and not before
+        if not self._stopped:
+            self._begin_strip()
 
     def _begin_strip(self) -> None:
         """Begins what the callbacks take for an epoch."""
@@ -245,11 +252,11 @@ class ValidateEvery(Callback):
 
 
 def _checked_data(data: Any) -> Any:
+    wanted = "(x, y), (x, y, sample_weight), x alone, a tf.data.Dataset or a PyDataset"
     if data is None or hasattr(data, "__next__") or isinstance(data, str | bytes | Mapping):
-        raise TypeError(
-            "data must be (x, y), (x, y, sample_weight), a tf.data.Dataset or a PyDataset, which can be read again and "
-            f"again, got {data!r} of type {type(data).__name__}."
-        )
+        raise TypeError(f"data must be {wanted}, which can be read again and again, got a {type(data).__name__}.")
+    if hasattr(data, "cardinality") and int(data.cardinality()) == -1:  # tf.data.INFINITE_CARDINALITY
+        raise ValueError("data must end, got a dataset without an end (see repeat()).")
     if isinstance(data, tuple | list) and len(data) not in (1, 2, 3):
         raise ValueError(f"data must have 1 to 3 parts, x, y and sample_weight, got {len(data)}.")
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ _PASSED = (
 )
 #: Of this package, whose layers may use initializers, which therefore do not import them.
 _PASSED_BY_NAME = ("DropPath", "DropBlock", "ScheduledDropout")
+#: Operations with a number, where they have one input.
+_FACTORS = ("Multiply", "Divide", "TrueDivide", "Negative")
 #: Their gamma scales something else than the output, or an activation follows it.
 _NOT_ZERO = ("GlobalResponseNormalization", "FilterResponseNormalization")
 
@@ -40,10 +43,11 @@ def zero_residual(model: Any, pattern: str | None = None) -> list[str]:
     rates at the start safer.
 
     Without a pattern the branches are found in functional models, also nested ones: at each `Add`, the branch is the
-    input with the most layers that have weights, back to where the inputs come from the same layer. Where two have as
-    many, as in a merge of two equal paths, nothing is taken for a branch. What stands behind the last layer with
-    weights may be dropout or a reshape; a branch that ends with an activation is left alone, since zero would cut its
-    gradient off.
+    input with the most layers that have weights, back to where all inputs come from the same layer. Where there is no
+    such layer, or two inputs have as many, as in a merge of two towers, nothing is taken for a branch. Cells that add
+    paths of different lengths, as in NASNet, look like branches: look at what is returned. What stands behind the last
+    layer with weights may be dropout, a reshape or a factor; a branch that ends with an activation, or with a
+    normalization without a scale, is left alone with a warning, since zero would cut its gradient off, or cannot be.
 
     When not to use it: on pretrained weights, which it destroys; with post-norm, `norm(x + f(x))`, where it does less;
     together with `fixup_gain`, which has its own zeros.
@@ -59,6 +63,9 @@ def zero_residual(model: Any, pattern: str | None = None) -> list[str]:
     Raises:
         TypeError: For a value of a wrong type.
         ValueError: If the model is not built, or if there is no such branch, or no such layer; nothing is changed then.
+
+    Warns:
+        UserWarning: For branches that are left as they are, where others are found.
 
     Source: Goyal et al. 2017, arXiv 1706.02677, section 5.1 (gamma of the last BatchNormalization in each block);
     Zhang, Dauphin and Ma 2019, arXiv 1901.09321, section 3 (kernels).
@@ -98,21 +105,29 @@ def zero_residual(model: Any, pattern: str | None = None) -> list[str]:
 
 
 def _matching(model: Any, pattern: str) -> list[Any]:
-    return [layer for layer in sublayers(model) if re.search(pattern, layer.path) and _last_of(layer)]
+    return [layer for layer in sublayers(model) if re.search(pattern, layer.path or "") and _last_of(layer)]
 
 
-def _ends(model: Any) -> Iterator[Any]:
+def _ends(model: Any) -> list[Any]:
     """The last layers with weights of all residual branches."""
+    found, left = [], []
     for each in [model, *sublayers(model)]:
         graph = _graph(each)
-        for name, inputs in graph.items():
-            if len(inputs) > 1 and _adds(each, name):
-                yield from _end_of_branch(each, graph, inputs)
-
-
-def _adds(model: Any, name: str) -> bool:
-    found = [operation for operation in model.operations if operation.name == name]
-    return bool(found) and type(found[0]).__name__ == "Add"
+        added = [op.name for op in each.operations if type(op).__name__ == "Add"] if graph else []
+        for name in added:
+            branch = _branch(each, graph, graph.get(name, []))
+            end = None if branch is None else _end(each, graph, branch)
+            if end is not None and _last_of(end):
+                found.append(end)
+            elif branch is not None:
+                left.append(name)
+    if found and left:
+        warnings.warn(
+            f"The residual branches that {', '.join(left)} of model {model.name!r} adds are left as they are, since no "
+            "weights of their ends make them zero.",
+            stacklevel=3,
+        )
+    return found
 
 
 def _graph(model: Any) -> Mapping[str, list[str]]:
@@ -139,7 +154,10 @@ def _sources(part: Any) -> Iterator[str]:
             yield from _sources(each)
 
 
-def _end_of_branch(model: Any, graph: Mapping[str, list[str]], inputs: list[str]) -> list[Any]:
+def _branch(model: Any, graph: Mapping[str, list[str]], inputs: list[str]) -> str | None:
+    """Which of the inputs of a sum is the residual branch; None if it is no sum of a branch and a shortcut."""
+    if len(inputs) < 2:
+        return None
     known = {layer.name: layer for layer in model.layers}
     behind = {name: _behind(graph, name) for name in inputs}
     shared = set.intersection(*behind.values())
@@ -149,13 +167,26 @@ def _end_of_branch(model: Any, graph: Mapping[str, list[str]], inputs: list[str]
     }
     longest = max(sizes.values())
     branches = [name for name, size in sizes.items() if size == longest]
-    if not longest or len(branches) > 1:
-        return []
-    name = branches[0]
-    while isinstance(known.get(name), _PASSED) or type(known.get(name)).__name__ in _PASSED_BY_NAME:
+    return branches[0] if shared and longest and len(branches) == 1 else None
+
+
+def _end(model: Any, graph: Mapping[str, list[str]], name: str) -> Any:
+    """The last layer up to a layer or operation that a branch ends with; None if that is a function of its own."""
+    named = {operation.name: operation for operation in model.operations}
+    while _passes(named[name]) and len(graph[name]) == 1:
         (name,) = graph[name]
-    layer = known.get(name)
-    return [] if layer is None or name in shared else [layer]
+    return named[name] if isinstance(named[name], keras.Layer) else None
+
+
+def _passes(operation: Any) -> bool:
+    """Whether zero stays zero behind it, and its gradient is not cut off."""
+    linear = isinstance(operation, layers.Activation) and operation.activation is keras.activations.linear
+    kind = type(operation).__name__
+    return linear or isinstance(operation, _PASSED) or kind in (*_PASSED_BY_NAME, *_FACTORS)
+
+
+def _names(part: Any) -> list[str]:
+    return [each for each in keras.tree.flatten(part) if isinstance(each, str)]
 
 
 def _behind(graph: Mapping[str, list[str]], name: str) -> set[str]:
@@ -171,12 +202,17 @@ def _behind(graph: Mapping[str, list[str]], name: str) -> set[str]:
 
 def _last_of(layer: Any) -> list[Any]:
     """The variables that make the output of a layer zero; none where that is not known."""
-    if isinstance(layer, keras.Model):
-        inside = layer.layers if isinstance(layer, keras.Sequential) else []
-        last = [each for each in inside if each.weights][-1:]
+    if isinstance(layer, keras.Sequential):
+        last = [each for each in layer.layers if not _passes(each)][-1:]
         return _last_of(last[0]) if last else []
+    if isinstance(layer, keras.Model):
+        graph, outputs = _graph(layer), _names(layer.get_config()["output_layers"]) if _graph(layer) else []
+        end = _end(layer, graph, outputs[0]) if len(outputs) == 1 else None
+        return [] if end is None else _last_of(end)
+    if isinstance(layer, layers.TimeDistributed):
+        return _last_of(layer.layer)
     if isinstance(layer, layers.MultiHeadAttention | layers.GroupQueryAttention):
-        return [v for v in layer.weights if "attention_output" in v.path]
+        return [v for v in layer.weights if v.path.split("/")[-2] == "attention_output"]
     activation = getattr(layer, "activation", None)
     if activation not in (None, keras.activations.linear):
         return []
@@ -184,6 +220,8 @@ def _last_of(layer: Any) -> list[Any]:
         return []
     named = {v.name: v for v in layer.weights}
     scale = named.get("gamma", named.get("scale"))  # the latter of RMSNormalization
+    if scale is None and isinstance(getattr(layer, "gamma", None), keras.Variable):
+        scale = layer.gamma  # of the LayerScale in keras.applications, whose variable has no name
     if scale is not None:
         return [scale, *([named["beta"]] if "beta" in named else [])]
     kernel = getattr(layer, "pointwise_kernel", getattr(layer, "kernel", None))  # the former of separable convolutions

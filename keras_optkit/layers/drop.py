@@ -128,7 +128,7 @@ def stochastic_depth_rates(rate: float, depth: int) -> list[float]:
     ```
     """
     rate, depth = arguments.real("rate", rate, 0, 1), arguments.integer("depth", depth, 1)
-    return [rate * block / depth for block in range(1, depth + 1)]
+    return [rate * (block / depth) for block in range(1, depth + 1)]
 
 
 @register(

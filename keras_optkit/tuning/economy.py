@@ -67,11 +67,12 @@ class Economy:
         if self.pruner is not None and isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
             raise ValueError("pruner must be None where the oracle promotes trials itself, as HyperbandOracle does.")
 
-    def check_fit(self, fit: Mapping[str, Any], space: Mapping[str, Any]) -> None:
+    def check_fit(self, fit: Mapping[str, Any], space: Mapping[str, Any], objective: str) -> None:
         """Raises if a pruner that pauses trials cannot be used with arguments of `fit`.
 
         Raises:
-            ValueError: If the epochs are in the space, or do not begin at 0, or if `min_epochs` are more.
+            ValueError: If the epochs are in the space, or do not begin at 0, or if `min_epochs` are more, or come
+                before the first validation.
         """
         if self.rungs is None:
             return
@@ -82,11 +83,19 @@ class Economy:
             raise ValueError(f"initial_epoch must be 0 where pruner is {kind}, got {fit['initial_epoch']!r}.")
         self._epochs = fit.get("epochs", 1)
         self.rungs.rungs(self._epochs)  # raises where there are too few epochs
+        frequency = fit.get("validation_freq") or 1
+        first = frequency if isinstance(frequency, int) else min(frequency)
+        if objective.startswith("val_") and self.rungs.min_epochs < first:
+            raise ValueError(
+                f"min_epochs must be at least {first}, since trials have no {objective} before the first validation "
+                f"(validation_freq={frequency!r}), got {self.rungs.min_epochs}."
+            )
         if not can_be_continued(fit):
+            x = type(fit.get("x")).__name__ + " with steps_per_epoch" * bool(fit.get("steps_per_epoch"))
             warnings.warn(
-                f"The order of the data after a pause may be another one, since x is {type(fit.get('x')).__name__} "
-                "whose order Keras draws. For trials that continue exactly, give arrays, or a "
-                "keras_optkit.data.Shuffled or PerEpoch.",
+                f"The order of the data after a pause may be another one, since it is not known where x is {x}. For "
+                "trials that continue exactly, give arrays without steps_per_epoch, or a keras_optkit.data.Shuffled or "
+                "PerEpoch.",
                 stacklevel=4,
             )
 

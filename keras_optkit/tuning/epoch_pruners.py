@@ -48,7 +48,8 @@ def pruner_of(pruner: Any) -> Any:
 def _refuse_unless_of_optuna(pruner: Any) -> None:
     """A class of one's own may be below Optuna's."""
     if not any(kind.__module__.startswith("optuna.pruners") for kind in type(pruner).__mro__):
-        raise TypeError(f"pruner must be a name, a pruner of keras_optkit or of Optuna, or None, got {pruner!r}.")
+        hint = " Make one: call the class." if isinstance(pruner, type) else ""
+        raise TypeError(f"pruner must be a name, a pruner of keras_optkit or of Optuna, or None, got {pruner!r}.{hint}")
 
 
 @contextmanager

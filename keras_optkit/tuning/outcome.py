@@ -120,7 +120,12 @@ class Outcome:
         order = ranked(trials, objective.direction)
         if not order:
             first = f"; the first: {trials[0].reason}" if trials else ""
-            raise RuntimeError(f"All {len(trials)} trials failed{first}") from self.first_error
+            what = (
+                f"All {len(trials)} trials failed"
+                if all(t.status == "failed" for t in trials)
+                else "No trial has a score"
+            )
+            raise RuntimeError(f"{what}{first}") from self.first_error
         best = self.oracle.trials[self.oracle.start_order[order[0].number]]
         return Result(
             trials,

@@ -151,7 +151,8 @@ def search(
         time_limit: Seconds for the whole search, also in earlier processes where it is continued. The trial that is
             running is stopped at the end of its epoch. None: no limit.
         max_epochs: Epochs for the whole search, over all trials. None: no limit.
-        patience: The search ends when so many trials in a row have ended without a new best score. None: it does not.
+        patience: The search ends when so many trials in a row have ended without a new best score; one that is paused
+            has not ended. None: it does not.
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
             changes the global seeds). When left out it is drawn with Python's `random`; see `Result.seed`.
         directory: Where state and the best model are kept. If a search is there it is continued: finished trials are

@@ -232,7 +232,7 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             raise ValueError("batch_size must be left out of the space where x is a dataset, which has its own.")
         check_ends(kwargs, {"x": "x", "validation_data": "validation_data"})
         of_search(kwargs.get("callbacks"))  # raises now rather than in the first trial
-        self.economy.check_fit(kwargs, space)
+        self.economy.check_fit(kwargs, space, self.oracle.objective.name)
         kwargs.setdefault("verbose", 1 if self.verbose == 2 else 0)
         with books.locked(Path(self.project_dir)):
             if Path(self._get_tuner_fname()).exists():  # another search may have run since this object was made
