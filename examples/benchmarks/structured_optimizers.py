@@ -2,6 +2,7 @@
 
     python examples/benchmarks/structured_optimizers.py --only LAMB Adafactor Prodigy Muon SOAP
     python examples/benchmarks/structured_optimizers.py --model resnet50 --only all
+    python examples/benchmarks/structured_optimizers.py --model vector --only elementwise
     python examples/benchmarks/structured_optimizers.py --model bert --layers 2 --only "Keras Muon" Muon
     KERAS_BACKEND=jax python examples/benchmarks/structured_optimizers.py --width 768 --layers 12
 
@@ -12,6 +13,7 @@ What is updated are the weights of a model, float32, with gradients that are nor
 - `bert`: those of BERT-base: three embeddings, `--layers` of its 12 blocks, and the pooler. As in its first
   implementation, the kernels of attention are matrices of 768 x 768, so that Keras's Muon takes them, too.
 - `resnet50`: those of `keras.applications.ResNet50`; nothing is downloaded.
+- `vector`: one vector of four million elements.
 
 Each optimizer has its defaults and a weight decay of 0.01, is compiled (TensorFlow: a graph in which the optimizer
 chooses; JAX: `jax.jit` with donated buffers) and called `--warm-up` times before it is timed. Then it and `--yardstick`
@@ -42,10 +44,23 @@ from keras_optkit.testing.memory import bytes_of
 FREQUENCY = 10
 
 
+def elementwise() -> list[str]:
+    """Those that look at elements, and at sums of them at most, and that a gradient is enough for."""
+    traits = {card.name: ok.testing.traits(card) for card in ok.cards("optimizer")}
+    return [name for name, has in traits.items() if not has & {"whole", "second_gradient", "hessian_vector"}]
+
+
+GROUPS = {"all": lambda: [card.name for card in ok.cards("optimizer")], "elementwise": elementwise}
+
+
 def model_of(name: str, width: int, depth: int) -> keras.Model:
     """Its layers alone; nothing is called."""
     if name == "resnet50":
         return keras.applications.ResNet50(weights=None)
+    if name == "vector":
+        scale = layers.LayerNormalization(center=False)
+        scale.build((None, 4_000_000))
+        return keras.Sequential([scale])
     blocks: list[keras.Layer] = []
     if name == "bert":
         width = 768
@@ -128,7 +143,7 @@ def _on_jax(optimizer: Any, weights: list[Any], grads: list[Any]) -> Callable[[i
 def main(arguments: list[str] | None = None) -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("blocks", "bert", "resnet50"), default="blocks")
+    parser.add_argument("--model", choices=("blocks", "bert", "resnet50", "vector"), default="blocks")
     parser.add_argument("--width", type=int, default=256, help="of `blocks`")
     parser.add_argument("--layers", type=int, default=4, help="of `blocks` and `bert`")
     parser.add_argument("--repeats", type=int, default=7)
@@ -136,9 +151,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--least", type=int, default=FREQUENCY, help="updates in a sample")
     parser.add_argument("--warm-up", type=int, default=FREQUENCY, help="updates before")
     parser.add_argument("--yardstick", default="AdamW")
-    parser.add_argument("--only", nargs="*", default=["LAMB", "Adafactor", "Prodigy", "Muon", "SOAP"], help="or all")
+    parser.add_argument(
+        "--only", nargs="*", default=["LAMB", "Adafactor", "Prodigy", "Muon", "SOAP"], help="or a group"
+    )
     given = parser.parse_args(arguments)
-    names = [card.name for card in ok.cards("optimizer")] if given.only == ["all"] else given.only
+    names = GROUPS[given.only[0]]() if given.only[0] in GROUPS else given.only
     model = model_of(given.model, given.width, given.layers)
     size = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     print(f"{keras.config.backend()}, {given.model}, {size:,} elements, beside {given.yardstick}", flush=True)

@@ -11,6 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, is_dynamic, number
+from keras_optkit.optimizers.rules.roots import power
 from keras_optkit.optimizers.slots import Initial, moment
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
@@ -189,10 +190,10 @@ class FtrlRule(Rule):
     def update(self, u: Tensor, slots: Slots, p: Tensor, h: Hyper) -> tuple[Tensor, Slots]:
         moves = h.learning_rate > 0
         rate = ops.where(moves, h.learning_rate, ops.ones_like(h.learning_rate))
-        l_1, power = h(self.l1_regularization_strength), -h(self.learning_rate_power)
+        l_1, exponent = h(self.l1_regularization_strength), -h(self.learning_rate_power)
         decayed = (1 - rate * h.weight_decay) * p
         n = slots["n"] + u * u
-        root, before = n**power, slots["n"] ** power
+        root, before = power(n, exponent), power(slots["n"], exponent)
         shrunk = u + 2 * h(self.l2_shrinkage_regularization_strength) * decayed
         z = slots["z"] + shrunk - (root - before) / rate * decayed
         size = (root + h(self.beta)) / rate + 2 * h(self.l2_regularization_strength)

@@ -13,6 +13,7 @@ from keras_optkit.kernels import KernelAxes
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.random_numbers import DISTRIBUTIONS, RandomVector
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, choice, count, flag, number
+from keras_optkit.optimizers.rules.roots import power
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
 
@@ -189,7 +190,7 @@ class AdaHessianRule(Rule):
         m = beta_1 * slots["m"] + (1 - beta_1) * u
         s = h.with_product(squares, lambda: slots["s"])
         mean = s / h.bias_correction(self.beta_2, products=True)
-        size = ops.where(mean > 0, ops.power(ops.where(mean > 0, mean, 1.0), 0.5 * h(self.hessian_power)), 0.0)
+        size = ops.where(mean > 0, power(ops.where(mean > 0, mean, 1.0), 0.5 * h(self.hessian_power)), 0.0)
         step = h.learning_rate / h.bias_correction(self.beta_1) * ops.divide_no_nan(m, size + h(self.epsilon))
         if self.update_period > 1:  # parameters that have joined wait for their first product
             step = ops.where(h.products > 0, step, ops.zeros_like(step))

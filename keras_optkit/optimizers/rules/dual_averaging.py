@@ -10,6 +10,7 @@ from keras.optimizers.schedules import LearningRateSchedule as Schedule
 
 from keras_optkit.optimizers.optimizer import Optimizer
 from keras_optkit.optimizers.rule import Hyper, Rule, Slots, Tensor, Value, Weight, number
+from keras_optkit.optimizers.rules.roots import cube_root
 from keras_optkit.optimizers.slots import weights_copy
 from keras_optkit.registry import register
 from keras_optkit.space import Choice, Float
@@ -32,7 +33,7 @@ class MADGRADRule(Rule):
         rate = h.learning_rate * ops.cast(ops.sqrt(h.step), u.dtype)
         s = slots["s"] + rate * g
         nu = slots["nu"] + rate * g * g
-        z = slots["start"] - ops.divide_no_nan(s, nu ** (1 / 3) + h(self.epsilon))
+        z = slots["start"] - ops.divide_no_nan(s, cube_root(nu) + h(self.epsilon))
         return (1 - h(self.momentum)) * (p - z), {"start": slots["start"], "s": s, "nu": nu}
 
 

@@ -204,12 +204,16 @@ class ADOPTRule(Rule):
         if self.clip_exponent is not None:
             limit = ops.cast(ops.maximum(h.step - 1, 1) ** h.exact(self.clip_exponent), u.dtype)
             scaled = ops.clip(scaled, -limit, limit)
-        m = beta_1 * slots["m"] + (1 - beta_1) * scaled
-        v = beta_2 * slots["v"] + (1 - beta_2) * u * u
-        step = h.learning_rate * (m + h.weight_decay * p)
-        at_first = {"m": slots["m"], "v": u * u}
-        new = {name: ops.where(h.first, at_first[name], value) for name, value in (("m", m), ("v", v))}
-        return ops.where(h.first, ops.zeros_like(step), step), new
+
+        def unless_first(value: Any, first: float) -> Tensor:
+            of_first, value = (ops.convert_to_tensor(x, dtype=u.dtype) for x in (first, value))
+            return ops.where(h.first, of_first, value)
+
+        # at a parameter's first update there is no v yet: it becomes g², and all else stays
+        m = unless_first(beta_1, 1.0) * slots["m"] + unless_first(1 - beta_1, 0.0) * scaled
+        v = unless_first(beta_2, 0.0) * slots["v"] + unless_first(1 - beta_2, 1.0) * u * u
+        rate = unless_first(h.learning_rate, 0.0)
+        return rate * (m + h.weight_decay * p), {"m": m, "v": v}
 
 
 @register(
