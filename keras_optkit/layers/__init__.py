@@ -1,8 +1,9 @@
-"""Layers that regularise or normalise."""
+"""Layers that regularise or normalise, and wrappers that train kernels in another form."""
 
 from keras_optkit.layers.drop import DropBlock, DropPath, stochastic_depth_rates
 from keras_optkit.layers.noise import ScheduledDropout
 from keras_optkit.layers.normalization import GhostBatchNormalization
+from keras_optkit.layers.reparametrization import SpectralNormalization, WeightNormalization, WeightStandardization
 from keras_optkit.layers.response import FilterResponseNormalization, GlobalResponseNormalization, LayerScale
 
 __all__ = [
@@ -13,5 +14,8 @@ __all__ = [
     "GlobalResponseNormalization",
     "LayerScale",
     "ScheduledDropout",
+    "SpectralNormalization",
+    "WeightNormalization",
+    "WeightStandardization",
     "stochastic_depth_rates",
 ]
