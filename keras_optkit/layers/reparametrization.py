@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_optkit import arguments
 from keras_optkit.kernels import KERNEL, TABLE, KernelAxes, as_matrices, by_shape, from_matrices, matrix_shape, role
-from keras_optkit.precision import at_least_float32
+from keras_optkit.precision import at_least_float32, mean
 from keras_optkit.private import sublayers, without_autocast
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
@@ -36,11 +36,39 @@ class _Part:
     extra: tuple[Any, ...] = ()
 
 
+class _Scope(keras.StatelessScope):
+    """A scope in which some variables have other values, and that keeps what is assigned to others.
+
+    Variables that are not given, such as the states of a recurrent layer, have the values that they have outside of it.
+    (The values are not given to Keras's constructor, which casts them to the dtype of autocasting.)
+    """
+
+    def __init__(self, given: list[tuple[Any, Any]]) -> None:
+        super().__init__(collect_losses=True, initialize_variables=False)
+        self.given = {id(variable) for variable, _ in given}
+        self.updates: dict[int, tuple[Any, Any]] = {}
+        for update in given:
+            super().add_update(update)
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        """Keeps the new value of a variable."""
+        variable, _ = update
+        if id(variable) in self.given:
+            raise ValueError(f"layer must not assign its kernels when it is called, but it did so with {variable.path!r}.")
+        self.updates[id(variable)] = update
+        super().add_update(update)
+
+    def get_current_value(self, variable: Any) -> Any:
+        """The value in here, or that of the scope around."""
+        value = super().get_current_value(variable)
+        outer = self.original_scope
+        return outer.get_current_value(variable) if value is None and outer is not None else value
+
+
 class KernelWrapper(FromSignature, keras.layers.Wrapper):
     """A layer that is called with kernels that are functions of its kernel variables.
 
-    The wrapped layer is called in a scope in which its kernels have other values; what it does to its other variables
-    in there, and its losses, are taken over.
+    The wrapped layer is called in a scope in which its kernels have other values.
     """
 
     #: Whether the rows of embeddings are brought into the form, too.
@@ -81,7 +109,6 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
     def _found(self, layer: Any) -> list[_Part]:
         """The kernels of a layer itself."""
         below = {id(variable) for child in sublayers(layer) for variable in child.variables}
-        below |= {id(state) for state in keras.tree.flatten(getattr(layer, "states", None))}  # of recurrent layers
         found = []
         for variable in layer.weights:
             kind, axes = role(variable, layer)
@@ -109,33 +136,22 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
 
     def call(self, inputs: Any, *args: Any, training: bool = False, **kwargs: Any) -> Any:
         """Calls the layer with the kernels in the other form."""
-        variables = self.layer.variables
-        known = {id(variable) for variable in variables}
+        known = {id(variable) for variable in self.layer.variables}
         if not all(id(part.kernel) in known for part in self._parts):
             raise ValueError(f"The kernels of {self.layer!r} have been replaced, by `quantize` perhaps: fold() it first.")
         with without_autocast():  # in float32 whatever the layer computes in
-            values = {id(variable): variable.value for variable in variables}
-            for part in self._parts:
-                values[id(part.kernel)] = self._plain(part, part.kernel.value, bool(training) and self.trainable)
-        with keras.StatelessScope(collect_losses=True, initialize_variables=False) as scope:
-            for variable in variables:  # given to the constructor, they would be cast to the dtype of autocasting
-                scope.add_update((variable, values[id(variable)]))
+            training = bool(training) and self.trainable
+            kernels = [(part.kernel, self._plain(part, part.kernel.value, training)) for part in self._parts]
+        with _Scope(kernels) as scope:
             outputs = self.layer(inputs, *args, **kwargs)
-        for variable in variables:
-            value = scope.get_current_value(variable)
-            if value is not values[id(variable)]:
-                variable.assign(value)
-        self._take_over(scope)
-        return outputs
-
-    def _take_over(self, scope: Any) -> None:
-        """Takes over the losses of activities; the penalties of weights Keras reads off the variables."""
-        outer = scope.original_scope
-        for loss in scope.losses:
-            if outer is None:
+        for variable, value in scope.updates.values():
+            variable.assign(value)
+        for loss in scope.losses:  # those of activities; the penalties of weights Keras reads off the variables
+            if scope.original_scope is None:
                 self.add_loss(loss)
-            elif outer.collect_losses:  # the layers know their losses in there by identity
-                outer.add_loss(loss)
+            elif scope.original_scope.collect_losses:  # the layers know their losses in there by identity
+                scope.original_scope.add_loss(loss)
+        return outputs
 
     def fold(self) -> Any:
         """The layer with plain kernels, for inference: a new one of the wrapped layer's class, config and name.
@@ -151,7 +167,7 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
         plain = type(self.layer).from_config(self.layer.get_config())
         plain.build_from_config(self.layer.get_build_config() or self.get_build_config())
         formed = {id(part.kernel): self._plain(part, part.kernel.value, False) for part in self._parts}
-        for new, old in zip(plain.variables, self.layer.variables, strict=True):
+        for new, old in zip(_all_variables(plain), _all_variables(self.layer), strict=True):
             new.assign(formed.get(id(old), old.value))
         return plain
 
@@ -171,6 +187,12 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
     def _formed(self, part: _Part, v: Any, training: bool) -> Any:
         """The form of a kernel variable's value `v`, which is in float32 at least."""
         raise NotImplementedError
+
+
+def _all_variables(layer: Any) -> list[Any]:
+    """The variables of a layer, and the states of those that are recurrent, which Keras does not count among them."""
+    states = [getattr(inside, "states", None) for inside in (layer, *sublayers(layer))]
+    return [*layer.variables, *(state for state in keras.tree.flatten(states) if isinstance(state, keras.Variable))]
 
 
 class _OfForm(keras.regularizers.Regularizer):
@@ -317,8 +339,8 @@ class WeightStandardization(KernelWrapper):
 
     def _formed(self, part: _Part, v: Any, training: bool) -> Any:  # noqa: ARG002
         axes = part.axes.inputs
-        centred = v - ops.mean(v, axes, keepdims=True)
-        formed = centred / ops.sqrt(ops.mean(ops.square(centred), axes, keepdims=True) + self.epsilon)
+        centred = v - mean(v, axes, keepdims=True)
+        formed = centred / ops.sqrt(mean(ops.square(centred), axes, keepdims=True) + self.epsilon)
         if not self.scaled:
             return formed
         (g,) = part.extra
