@@ -1298,7 +1298,7 @@ def _(right):
     return lambda self, x: self.l2 * ops.square(x)
 
 
-@bug("summed in half precision", "L2", "half_precision", regularizers, "at_least_float32", kind="regularizer")
+@bug("summed in half precision", "L2", "half_precision", regularizers.base, "at_least_float32", kind="regularizer")
 def _(right):
     return keras.backend.standardize_dtype
 
@@ -1321,6 +1321,28 @@ def _(right):
 @bug("a config is not read", "L2", "config_round_trip saving", regularizers.L2, "from_config", kind="regularizer")
 def _(right):
     return classmethod(lambda cls, config: cls())
+
+
+@bug("no gradient of the root at zero", "GroupLasso", "gradient_at_zero", regularizers.matrices, "root", kind="regularizer")
+def _(right):
+    return ops.sqrt
+
+
+@bug(
+    "what XLA compiles has the gradient of another matrix",
+    "NuclearNorm",
+    "compiled_is_eager",
+    regularizers.NuclearNorm,
+    "_penalty",
+    kind="regularizer",
+)
+def _(right):
+    return lambda self, kernel, axes: right(self, kernel if tf.executing_eagerly() else kernel + 1.0, axes)
+
+
+@bug("the mean over the batch", "KLSparsity", "batch_size", regularizers.KLSparsity, "_penalty", kind="regularizer")
+def _(right):
+    return lambda self, x: right(self, x) / ops.cast(ops.shape(x)[0], x.dtype)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
