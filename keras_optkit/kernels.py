@@ -47,7 +47,7 @@ def by_shape(rank: int) -> KernelAxes:
 
 
 def of_layout(layout: str, rank: int) -> KernelAxes:
-    """The axes of a convolution's kernel: "standard", "transposed" (*window, out, in), "depthwise" (*window, in, out)."""
+    """The axes of a kernel of layout "standard", "transposed" (*window, out, in) or "depthwise" (*window, in, out)."""
     window, last = tuple(range(rank - 2)), rank - 1
     if layout == "transposed":
         return KernelAxes((*window, last), (*window, last - 1))

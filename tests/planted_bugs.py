@@ -1323,7 +1323,14 @@ def _(right):
     return classmethod(lambda cls, config: cls())
 
 
-@bug("no gradient of the root at zero", "GroupLasso", "gradient_at_zero", regularizers.matrices, "root", kind="regularizer")
+@bug(
+    "no gradient of the root at zero",
+    "GroupLasso",
+    "gradient_at_zero",
+    regularizers.matrices,
+    "root",
+    kind="regularizer",
+)
 def _(right):
     return ops.sqrt
 

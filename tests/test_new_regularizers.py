@@ -118,6 +118,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.once  # on JAX each operation is compiled by itself
 @pytest.mark.parametrize("name", LAYOUTS)
 @float64()
 def test_axes_are_those_of_the_layer(name):

@@ -54,7 +54,7 @@ class _Scope(keras.StatelessScope):
         """Keeps the new value of a variable."""
         variable, _ = update
         if id(variable) in self.given:
-            raise ValueError(f"layer must not assign its kernels when it is called, but it did so with {variable.path!r}.")
+            raise ValueError(f"layer must not assign its kernels in its call, but it did so with {variable.path!r}.")
         self.updates[id(variable)] = update
         super().add_update(update)
 
@@ -138,7 +138,7 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
         """Calls the layer with the kernels in the other form."""
         known = {id(variable) for variable in self.layer.variables}
         if not all(id(part.kernel) in known for part in self._parts):
-            raise ValueError(f"The kernels of {self.layer!r} have been replaced, by `quantize` perhaps: fold() it first.")
+            raise ValueError(f"The kernels of {self.layer!r} have been replaced, by `quantize` perhaps; fold() first.")
         with without_autocast():  # in float32 whatever the layer computes in
             training = bool(training) and self.trainable
             kernels = [(part.kernel, self._plain(part, part.kernel.value, training)) for part in self._parts]
@@ -297,8 +297,8 @@ class WeightStandardization(KernelWrapper):
 
     Raises:
         TypeError: `layer` is not a layer, or is a model or wrapped in this way already; an argument is of another type.
-        ValueError: `layer` has no kernels, one with a single input for each unit, or a constraint or LoRA on one; `gain`
-            or `epsilon` is not above 0, or there is a gain without `scaled`; `dtype` is not that of the layer.
+        ValueError: `layer` has no kernels, one with a single input for each unit, or a constraint or LoRA on one;
+            `gain` or `epsilon` is not above 0, or there is a gain without `scaled`; `dtype` is not that of the layer.
 
     Source: Qiao et al. 2019, arXiv 1903.10520; scaled: Brock, De and Smith 2021, arXiv 2101.08692. ε is under the root,
     as in timm.
@@ -332,7 +332,7 @@ class WeightStandardization(KernelWrapper):
     def _extra(self, part: _Part, suffix: str) -> tuple[Any, ...]:
         if self._fan_in(part) < 2:
             raise ValueError(
-                f"layer must have kernels with more than one input for each unit, since the standardised kernel is zero "
+                f"layer must have kernels with more than one input for each unit, since standardised ones are zero "
                 f"otherwise, got {part.kernel.path!r} of shape {tuple(part.kernel.shape)}."
             )
         return (self._per_unit(part, f"gamma{suffix}", "ones"),) if self.scaled else ()
@@ -360,8 +360,8 @@ class SpectralNormalization(KernelWrapper):
     With W the transposed kernel as a matrix (outputs by inputs, with the window), each call in training does, n times,
     b ← Wᵀ a / ‖Wᵀ a‖ and a ← W b / ‖W b‖, and uses W / σ with σ = aᵀ W b. Gradients pass through σ, and not through a
     and b (equation 12). Inference uses σ with the a and b of the last call in training; they start random, with 15
-    iterations. Each map of a grouped or depthwise kernel, each gate of a recurrent one, is a matrix of its own. A kernel
-    of zeros is left as it is. It is computed in float32 at least.
+    iterations. Each map of a grouped or depthwise kernel, each gate of a recurrent one, is a matrix of its own. A
+    kernel of zeros is left as it is. It is computed in float32 at least. (a and b are the paper's ũ and ṽ.)
 
     The wrapped layer's kernel variable holds W and is trained as it is, whereas `keras.layers.SpectralNormalization`
     overwrites it in each step with W / σ, so that it is not W that the optimizer trains.
@@ -410,7 +410,7 @@ class SpectralNormalization(KernelWrapper):
             return _matrices(ops.cast(part.kernel.value, part.dtype), part.axes)
 
         def first(shape: Any, dtype: Any) -> Any:
-            """a after 15 iterations from a random vector."""
+            """A after 15 iterations from a random vector."""
             with without_autocast():
                 a = keras.random.normal(shape, dtype=part.dtype, seed=self.seed)
                 a, _ = _iterate(matrices(), a, ops.zeros((count, rows, 1), part.dtype), 15)

@@ -50,7 +50,9 @@ class OfKernel(FromSignature, keras.regularizers.Regularizer):
         if "->" in self.layout:
             letters = self.layout.replace("...", "").replace(" ", "").partition("->")[0].partition(",")[2]
             if len(letters) != len(shape):
-                raise ValueError(f"layout must be the equation of the layer, got {self.layout!r}, the kernel is {shape}.")
+                raise ValueError(
+                    f"layout must be the equation of the layer, whose kernel is {shape}, got {self.layout!r}."
+                )
             return in_equation(self.layout)
         least = 3 if self.layout == "depthwise" else 2
         if len(shape) < least:
@@ -59,7 +61,7 @@ class OfKernel(FromSignature, keras.regularizers.Regularizer):
                 f"regularizer on kernels only."
             )
         if shape[-1] % self.groups:
-            raise ValueError(f"groups must divide the last axis of the kernel, got {self.groups}, the kernel is {shape}.")
+            raise ValueError(f"groups must divide the last axis of the kernel, {shape}, got {self.groups}.")
         return of_layout(self.layout, len(shape))._replace(groups=self.groups)
 
     def _penalty(self, kernel: Any, axes: KernelAxes) -> Any:

@@ -91,13 +91,7 @@ def _value_and_gradient(regularizer: Any, weights: np.ndarray, *, compiled: bool
     return tuple(map(numbers, run(weights)))
 
 
-_GRADIENTS = {
-    "only_on": ("tensorflow", "jax"),
-    "because": "the other backends of Keras do not compile with XLA",
-}
-
-
-@check("regularizer", **_GRADIENTS)
+@check("regularizer", only_on=("tensorflow", "jax"), because="gradients are taken with what TensorFlow and JAX have")
 def check_gradient_at_zero(card: Card) -> None:
     """On weights that are all zero, as at the start of many a layer, value and gradient are finite."""
     for case, regularizer in _built(card):
@@ -107,7 +101,7 @@ def check_gradient_at_zero(card: Card) -> None:
             assert np.isfinite(gradient).all(), f"{case}: the gradient is {gradient}"
 
 
-@check("regularizer", **_GRADIENTS)
+@check("regularizer", only_on=("tensorflow", "jax"), because="the other backends of Keras do not compile with XLA")
 def check_compiled_is_eager(card: Card) -> None:
     """With XLA, value and gradient are those of the eager call."""
     for case, regularizer in _built(card):
@@ -120,7 +114,7 @@ def check_compiled_is_eager(card: Card) -> None:
 
 @check("regularizer", requires=["activity"])
 def check_batch_size(card: Card) -> None:
-    """As an `activity_regularizer` it does not depend on how many examples there are: each of them twice is the same."""
+    """As an `activity_regularizer` it does not depend on how many examples there are: each twice is the same."""
     for case, regularizer in _built(card):
         layer = layers.Activation("sigmoid", activity_regularizer=regularizer)
         losses = []
