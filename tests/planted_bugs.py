@@ -1355,6 +1355,7 @@ def _(right):
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 Ghost, Dropout = layers.GhostBatchNormalization, layers.ScheduledDropout
+Normed, Spectral = layers.WeightNormalization, layers.SpectralNormalization
 
 
 @bug(
@@ -1431,6 +1432,28 @@ def _(right):
         return outputs
 
     return call
+
+
+@bug("the kernel that is trained is folded", "WeightNormalization", "fold", Normed, "fold", kind="layer")
+def _(right):
+    def fold(self):
+        plain = right(self)
+        plain.set_weights([keras.ops.convert_to_numpy(v) for v in self.layer.weights])
+        return plain
+
+    return fold
+
+
+@bug(
+    "the power iteration is run at inference, too",
+    "SpectralNormalization",
+    "inference",
+    Spectral,
+    "_formed",
+    kind="layer",
+)
+def _(right):
+    return lambda self, part, v, training: right(self, part, v, True)
 
 
 # -- callbacks --------------------------------------------------------------------------------------------------------

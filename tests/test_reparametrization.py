@@ -63,9 +63,10 @@ def built(make, name, **more):
 @float64()
 def test_forms_are_the_formula_and_fold_bit_for_bit(make, name):
     more = {
+        WeightNormalization: {},
         WeightStandardization: {"scaled": True, "gain": 1.7},
         SpectralNormalization: {"seed": 1, "power_iterations": 60},
-    }.get(make, {})
+    }[make]
     wrapper, x, inputs = built(make, name, **more)
     start = array(wrapper(x))
     if make is WeightNormalization:  # which changes nothing at first

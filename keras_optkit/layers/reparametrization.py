@@ -211,7 +211,9 @@ def _cases(*more: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple({"layer": keras.layers.Dense(4, **_INNER), **case} for case in more)
 
 
-@register("layer", paper="1602.07868", parity="torch.nn.utils.parametrizations.weight_norm", cases=_cases({}))
+@register(
+    "layer", paper="1602.07868", parity="torch.nn.utils.parametrizations.weight_norm", tags=("folds",), cases=_cases({})
+)
 class WeightNormalization(KernelWrapper):
     """Trains the direction and the length of each unit's weights separately.
 
@@ -271,6 +273,7 @@ def _norm(v: Any, axes: KernelAxes) -> Any:
     "layer",
     paper="1903.10520; 2101.08692",
     parity="torch.nn.functional.batch_norm of the weights, as in timm.layers.StdConv2d and ScaledStdConv2d",
+    tags=("folds",),
     cases=_cases({}, {"scaled": True, "gain": 1.7}),
     space={"gain": Float(1.0, 2.0)},
 )
@@ -351,6 +354,7 @@ class WeightStandardization(KernelWrapper):
     "layer",
     paper="1802.05957",
     parity="torch.nn.utils.parametrizations.spectral_norm",
+    tags=("folds",),
     cases=_cases({"seed": 1}, {"seed": 1, "power_iterations": 2}),
     space={"power_iterations": Int(1, 3)},
 )
@@ -381,8 +385,8 @@ class SpectralNormalization(KernelWrapper):
 
     Raises:
         TypeError: `layer` is not a layer, or is a model or wrapped in this way already; an argument is of another type.
-        ValueError: `layer` has no kernels, or has a constraint or LoRA on one; `power_iterations` is below 1; `dtype` is
-            not that of the layer.
+        ValueError: `layer` has no kernels, or has a constraint or LoRA on one; `power_iterations` is below 1; `dtype`
+            is not that of the layer.
 
     Source: Miyato et al. 2018, arXiv 1802.05957, algorithm 1.
 

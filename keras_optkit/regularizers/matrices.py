@@ -25,10 +25,10 @@ _LAYOUTS = ("standard", "transposed", "depthwise")
 class OfKernel(FromSignature, keras.regularizers.Regularizer):
     """A penalty on a kernel whose axes are known: Keras gives a regularizer the variable, and not the layer.
 
-    With `layout` "standard" a kernel is (*window, inputs, units), as of dense layers, convolutions, recurrent layers and
-    embeddings (whose rows are the inputs), with "transposed" (*window, units, inputs), and with "depthwise" (*window,
-    channels, multiplier), a map for each channel. Of an `EinsumDense` the layout is its equation. `groups` are as many
-    maps side by side in the last axis: of a convolution with `groups`, or the gates of a recurrent layer.
+    With `layout` "standard" a kernel is (*window, inputs, units), as of dense layers, convolutions, recurrent layers
+    and embeddings (whose rows are the inputs), with "transposed" (*window, units, inputs), and with "depthwise"
+    (*window, channels, multiplier), a map for each channel. Of an `EinsumDense` the layout is its equation. `groups`
+    are as many maps side by side in the last axis: of a convolution with `groups`, or the gates of a recurrent layer.
     """
 
     def __init__(self, factor: float = 0.01, layout: str = "standard", groups: int = 1) -> None:

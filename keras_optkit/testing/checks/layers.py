@@ -1,7 +1,8 @@
 """Checks for layers.
 
 A card of kind "layer" builds a `keras.Layer` that takes one floating-point input of rank 3, here of shape (8, 6, 4).
-The tag "random" says that it draws random numbers in training, which XLA draws differently from the same seed.
+The tag "random" says that it draws random numbers in training, which XLA draws differently from the same seed; "folds"
+that it wraps a layer, and that `fold()` returns a plain one.
 """
 
 from __future__ import annotations
@@ -90,6 +91,18 @@ def check_inference(card: Card) -> None:
         np.testing.assert_array_equal(_array(layer(_INPUTS)), first, err_msg=f"{case}")
         np.testing.assert_array_equal(_array(layer(_INPUTS[:3])), first[:3], err_msg=f"{case}: depends on the batch")
         _assert_state(layer, before, f"{case}: inference changed the state")
+
+
+@check("layer", requires=["folds"])
+def check_fold(card: Card) -> None:
+    """After training, the layer that it folds to has a plain class, and the outputs of inference, bit for bit."""
+    for case, layer in _built(card):
+        model = keras.Sequential([keras.Input(SHAPE[1:]), layer])
+        model.compile(keras.optimizers.SGD(0.02), "mse")
+        model.train_on_batch(_INPUTS, _INPUTS)
+        plain = layer.fold()
+        assert type(plain) is type(case["layer"]), f"{case}: {type(plain)}"
+        np.testing.assert_array_equal(_array(plain(_INPUTS)), _array(layer(_INPUTS)), err_msg=f"{case}")
 
 
 @check("layer")
