@@ -17,12 +17,11 @@ def at_least_float32(dtype: Any) -> str:
 
 
 def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    """`keras.ops.mean` in the dtype of `x`, float32 or float64, over axes of known size.
-
-    Keras's computes in float32 on JAX, also of float64.
-    """
+    """`keras.ops.mean` in the dtype of `x`, float32 or float64. (Keras's is in float32 on JAX, also of float64.)"""
     axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
-    return keras.ops.sum(x, axis, keepdims=keepdims) / math.prod(x.shape[each] for each in axes)
+    shape = keras.ops.shape(x)
+    count = math.prod(shape[each] for each in axes)  # ints, but for sizes that are not known in a graph
+    return keras.ops.sum(x, axis, keepdims=keepdims) / keras.ops.cast(count, x.dtype)
 
 
 def scalar_dtype() -> str:

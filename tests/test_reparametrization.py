@@ -323,3 +323,23 @@ def test_bad_arguments_are_refused(make, words):
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.only_on("tensorflow", because="elsewhere no step is begun without a batch")
+def test_state_moves_once_for_each_batch():
+    """Also where the data end, and TensorFlow runs a step up to what needs the batch that is missing."""
+    import tensorflow as tf
+
+    model = keras.Sequential([keras.Input((4,)), SpectralNormalization(layers.Dense(3), seed=1)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    part = model.layers[0]._parts[0]
+    part.extra[0].assign(np.ones((1, 3, 1)) / 3**0.5)
+    w, u = array(part.kernel).T, np.ones(3) / 3**0.5
+    data = tf.data.Dataset.from_generator(
+        lambda: iter([(np.ones((2, 4), "float32"), np.ones((2, 3), "float32"))] * 2),
+        output_signature=(tf.TensorSpec((2, 4)), tf.TensorSpec((2, 3))),
+    )
+    model.fit(data, epochs=2, verbose=0)
+    for _ in range(4):
+        u = w @ w.T @ u / np.linalg.norm(w @ w.T @ u)
+    np.testing.assert_allclose(array(part.extra[0])[0, :, 0], u, 1e-4, 1e-5)

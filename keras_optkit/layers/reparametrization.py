@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_optkit import arguments
+from keras_optkit import arguments, backend
 from keras_optkit.kernels import KERNEL, TABLE, KernelAxes, as_matrices, by_shape, from_matrices, matrix_shape, role
 from keras_optkit.precision import at_least_float32, mean
 from keras_optkit.private import sublayers, without_autocast
@@ -20,7 +20,7 @@ __all__ = ["SpectralNormalization", "WeightNormalization", "WeightStandardizatio
 
 #: The first of the cases that the conformance suite wraps. Its name takes none of those that Keras counts up, and its
 #: kernel is the same in every precision.
-_INNER = {"name": "inner", "kernel_initializer": keras.initializers.Identity(gain=2.0)}
+INNER = {"name": "inner", "kernel_initializer": keras.initializers.Identity(gain=2.0)}
 
 #: Of an embedding each row is a unit.
 _ROWS = KernelAxes((1,), (0,))
@@ -139,9 +139,9 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
         known = {id(variable) for variable in self.layer.variables}
         if not all(id(part.kernel) in known for part in self._parts):
             raise ValueError(f"The kernels of {self.layer!r} have been replaced, by `quantize` perhaps; fold() first.")
-        with without_autocast():  # in float32 whatever the layer computes in
-            training = bool(training) and self.trainable
-            kernels = [(part.kernel, self._plain(part, part.kernel.value, training)) for part in self._parts]
+        # in float32 whatever the layer computes in, and with state that moves only once there is a batch
+        with without_autocast(), backend.after(keras.tree.flatten(inputs)[0]):
+            kernels = [(part.kernel, self._plain(part, part.kernel.value, bool(training))) for part in self._parts]
         with _Scope(kernels) as scope:
             outputs = self.layer(inputs, *args, **kwargs)
         for variable, value in scope.updates.values():
@@ -208,7 +208,7 @@ class _OfForm(keras.regularizers.Regularizer):
 
 
 def _cases(*more: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    return tuple({"layer": keras.layers.Dense(4, **_INNER), **case} for case in more)
+    return tuple({"layer": keras.layers.Dense(4, **INNER), **case} for case in more)
 
 
 @register(
@@ -434,7 +434,7 @@ class SpectralNormalization(KernelWrapper):
     def _formed(self, part: _Part, v: Any, training: bool) -> Any:
         matrices = _matrices(v, part.axes)
         a, b = (ops.cast(vector.value, part.dtype) for vector in part.extra)
-        if training:
+        if training and self.trainable:
             a, b = _iterate(ops.stop_gradient(matrices), a, b, self.power_iterations)
             for variable, value in zip(part.extra, (a, b), strict=True):
                 variable.assign(value)

@@ -210,6 +210,7 @@ def _point(start: Any) -> Any:
     """An array of at least float32, or a number."""
     if isinstance(start, keras.Variable) or keras.ops.is_tensor(start):
         start = keras.ops.convert_to_numpy(wide(start))
+    array: Any
     try:
         array = np.array(start)
         if array.dtype.kind not in "iuf":

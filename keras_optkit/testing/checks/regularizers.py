@@ -78,7 +78,8 @@ def _value_and_gradient(regularizer: Any, weights: np.ndarray, *, compiled: bool
         import jax
 
         both = jax.value_and_grad(regularizer)
-        return tuple(map(numbers, (jax.jit(both) if compiled else both)(weights)))
+        value, gradient = (jax.jit(both) if compiled else both)(weights)
+        return numbers(value), numbers(gradient)
     import tensorflow as tf
 
     def traced(w: Any) -> Any:
@@ -88,7 +89,8 @@ def _value_and_gradient(regularizer: Any, weights: np.ndarray, *, compiled: bool
         return penalty, tape.gradient(penalty, w)
 
     run = tf.function(traced, jit_compile=True, autograph=False) if compiled else traced
-    return tuple(map(numbers, run(weights)))
+    value, gradient = run(weights)
+    return numbers(value), numbers(gradient)
 
 
 @check("regularizer", only_on=("tensorflow", "jax"), because="gradients are taken with what TensorFlow and JAX have")
