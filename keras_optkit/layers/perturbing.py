@@ -94,8 +94,8 @@ class ShakeDrop(OwnStep, FromSignature, keras.layers.Layer):
     In training, y = (b + a - b a) x, and the gradient for x is (b + c - b c) times that for y. b ~ Bernoulli(1 - p) is
     drawn once for each call: with b = 1 nothing changes. a is uniform in [-alpha, alpha] and c in [0, beta], for each
     example or each element. At inference y = (1 - p) x, the expectation. Put it at the end of a residual branch, before
-    the addition, after a batch normalisation, with rates that grow with depth (`stochastic_depth_rates`). Half precision
-    draws in float32.
+    the addition, after a batch normalisation, with rates that grow with depth (`stochastic_depth_rates`). In half
+    precision it draws in float32.
 
     Shapes: the first axis of the input has the examples; the output has the shape, dtype and mask of the input.
 
@@ -103,8 +103,8 @@ class ShakeDrop(OwnStep, FromSignature, keras.layers.Layer):
     normalisation in the branch, where training may diverge.
 
     Args:
-        rate: The probability p with which the branch is perturbed, in [0, 1], or a `LearningRateSchedule` of the layer's
-            own step that gives it (what is outside is taken as the nearer end). The paper ends with 0.5.
+        rate: The probability p with which the branch is perturbed, in [0, 1], or a `LearningRateSchedule` of the
+            layer's own step that gives it (what is outside is taken as the nearer end). The paper ends with 0.5.
         alpha: The largest size of the factor a, 0 or more.
         beta: The largest factor c, 0 or more.
         per: "example", or "element", for which a and c are drawn.
