@@ -14,7 +14,7 @@ from keras_optkit.precision import at_least_float32, mean
 from keras_optkit.private import sublayers, without_autocast
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
-from keras_optkit.space import Float, Int
+from keras_optkit.space import Int
 
 __all__ = ["SpectralNormalization", "WeightNormalization", "WeightStandardization"]
 
@@ -275,7 +275,6 @@ def _norm(v: Any, axes: KernelAxes) -> Any:
     parity="torch.nn.functional.batch_norm of the weights, as in timm.layers.StdConv2d and ScaledStdConv2d",
     tags=("folds",),
     cases=_cases({}, {"scaled": True, "gain": 1.7}),
-    space={"gain": Float(1.0, 2.0)},
 )
 class WeightStandardization(KernelWrapper):
     """Standardises the weights of each unit to mean 0 and variance 1, or 1 / fan-in.

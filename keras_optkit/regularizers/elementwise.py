@@ -153,7 +153,7 @@ class L1L2(FromSignature, keras.regularizers.Regularizer):
     "regularizer",
     paper="1802.01483",
     parity="the formula is the reference",
-    tags=("nonnegative",),
+    tags=("anchored", "nonnegative"),
     cases=({"start": 0.5}, {"start": -0.25, "l2": 0.5}),
     space={"l2": Float(1e-6, 1e-2, log=True)},
 )

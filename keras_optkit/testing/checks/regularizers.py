@@ -2,7 +2,7 @@
 
 A card of kind "regularizer" builds a `keras.regularizers.Regularizer`. Its tags are its claims: "nonnegative" and
 "zero_at_zero" (no penalty on weights that are all zero). "activity" says that it is an `activity_regularizer`, whose
-value Keras divides by the size of the batch.
+value Keras divides by the size of the batch, "anchored" that it needs a point to start from.
 """
 
 from __future__ import annotations
