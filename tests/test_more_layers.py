@@ -51,6 +51,7 @@ def test_drop_connect_trains_what_is_kept():
     moved = before - array(layer.layer.kernel)
     assert 0.3 < (moved == 0).mean() < 0.7
     np.testing.assert_allclose(moved[moved != 0], 2.0, rtol=1e-5)
+    model = keras.Sequential([keras.Input((10,)), layer])
     again = roundtrip.through_file(model)
     x = normal(3, 10).astype("float32")
     np.testing.assert_array_equal(array(again(x, training=True)), array(model(x, training=True)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import arguments, backend
 from keras_optkit.layers.own_step import OwnStep, rate_or_schedule
@@ -157,7 +158,9 @@ class ShakeDrop(OwnStep, FromSignature, keras.layers.Layer):
         dtype = at_least_float32(inputs.dtype)
         x = ops.cast(inputs, dtype)
         if not training:
-            return ops.cast(x * (1.0 - ops.cast(self.current_rate, dtype)), inputs.dtype)
+            scheduled = isinstance(self.rate, LearningRateSchedule)
+            rate = ops.cast(self.current_rate, dtype) if scheduled else self.rate
+            return ops.cast(x * (1.0 - rate), inputs.dtype)
         with backend.after(inputs):
             rate = self.next_rate(dtype)
             shape = ops.shape(x) if self.per == "element" else (ops.shape(x)[0], *[1] * (len(x.shape) - 1))

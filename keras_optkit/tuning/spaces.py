@@ -183,8 +183,8 @@ def regularization(names: Sequence[str] | str | None = None, *, name: str = "reg
     """Which penalty on the weights, and how strong. `make(values)` builds it; None for `"none"`.
 
     Args:
-        names: Regularizers of this package and `"none"`, or `"all"`, which are those for kernels. None: none, L1, L2 and
-            L1L2.
+        names: Regularizers of this package and `"none"`, or `"all"`, which are those for kernels. None: none, L1,
+            L2 and L1L2.
         name: Name of the choice; the others are `name/Class/argument`.
 
     Raises:
