@@ -108,9 +108,9 @@ class EvoNormS0(_EvoNorm):
         rank, shape = len(x.shape), ops.shape(x)
         axis = self.axis % rank
         split = (*shape[:axis], self.groups, shape[axis] // self.groups, *shape[axis + 1 :])
-        parts = [ops.reshape(part, split) for part in (x, self._seen(x, mask))]
-        variance = _variance(*parts, [each for each in range(1, rank + 1) if each != axis])
-        normed = ops.reshape(parts[0] / ops.sqrt(variance + self.epsilon), shape)
+        parted, seen = (ops.reshape(part, split) for part in (x, self._seen(x, mask)))
+        variance = _variance(parted, seen, [each for each in range(1, rank + 1) if each != axis])
+        normed = ops.reshape(parted / ops.sqrt(variance + self.epsilon), shape)
         return ops.cast(self._affine(normed * ops.sigmoid(self._along(self.v, x) * x)), inputs.dtype)
 
 
