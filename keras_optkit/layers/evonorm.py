@@ -131,9 +131,9 @@ class EvoNormB0(_EvoNorm):
 
     Shapes: `(batch, ..., channels)`, the channels along `axis`; the output has the shape, dtype and mask of the input.
 
-    When not to use it: followed by another activation; with small batches (`EvoNormS0`); with averaged weights, since the
-    pass over data that renews the statistics of batch normalisation does not know its moving variance. Replicas of a
-    distribution strategy each normalise with their own part of the batch.
+    When not to use it: followed by another activation; with small batches (`EvoNormS0`); with averaged weights, since
+    the pass over data that renews the statistics of batch normalisation does not know its moving variance. Replicas of
+    a distribution strategy each normalise with their own part of the batch.
 
     Args:
         axis: The axis of the channels, not the batch: -1, or 1 for channels first.
