@@ -89,7 +89,10 @@ def check_inference(card: Card) -> None:
         before = _state(layer)
         first = _array(layer(_INPUTS, training=False))
         np.testing.assert_array_equal(_array(layer(_INPUTS)), first, err_msg=f"{case}")
-        np.testing.assert_array_equal(_array(layer(_INPUTS[:3])), first[:3], err_msg=f"{case}: depends on the batch")
+        # products of matrices, as in the layers that are wrapped, are rounded in another way if there are fewer rows
+        rounding = 1e-5 if "folds" in card.tags else 0.0
+        few, message = _array(layer(_INPUTS[:3])), f"{case}: depends on the batch"
+        np.testing.assert_allclose(few, first[:3], rounding, rounding, err_msg=message)
         _assert_state(layer, before, f"{case}: inference changed the state")
 
 
