@@ -46,6 +46,14 @@ def by_shape(rank: int) -> KernelAxes:
     return KernelAxes((*window, rank - 2), (*window, rank - 1))
 
 
+def of_layout(layout: str, rank: int) -> KernelAxes:
+    """The axes of a kernel of layout "standard", "transposed" (*window, out, in) or "depthwise" (*window, in, out)."""
+    window, last = tuple(range(rank - 2)), rank - 1
+    if layout == "transposed":
+        return KernelAxes((*window, last), (*window, last - 1))
+    return KernelAxes(window, (*window, last)) if layout == "depthwise" else by_shape(rank)
+
+
 def recurrent_units(layer: Any) -> int:
     """The units, or filters, of each gate of a recurrent layer or cell; 0 for other layers."""
     recurrent = hasattr(layer, "recurrent_initializer") and hasattr(layer, "state_size")
@@ -59,7 +67,7 @@ def in_layer(layer: Any, shape: tuple[int, ...]) -> KernelAxes | None:
         return by_shape(len(shape))._replace(groups=shape[-1] // units)  # its gates side by side
     if len(shape) < 3 or getattr(layer, "kernel_size", None) != shape[:-2]:
         return None
-    layers, window, last = keras.layers, tuple(range(len(shape) - 2)), len(shape) - 1
+    layers = keras.layers
     depthwise = isinstance(layer, layers.DepthwiseConv1D | layers.DepthwiseConv2D)
     # The pointwise kernel of a separable convolution has a window of 1, so the depthwise one is known by a larger one,
     # or by how many channels it makes of each.
@@ -67,9 +75,9 @@ def in_layer(layer: Any, shape: tuple[int, ...]) -> KernelAxes | None:
         max(layer.kernel_size) > 1 or layer.filters != shape[-1] == layer.depth_multiplier
     )
     if depthwise or separable:
-        return KernelAxes(window, (*window, last))
+        return of_layout("depthwise", len(shape))
     if isinstance(layer, layers.Conv1DTranspose | layers.Conv2DTranspose | layers.Conv3DTranspose):
-        return KernelAxes((*window, last), (*window, last - 1))
+        return of_layout("transposed", len(shape))
     if isinstance(layer, layers.Conv1D | layers.Conv2D | layers.Conv3D):
         return by_shape(len(shape))._replace(groups=layer.groups)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -13,6 +14,14 @@ def at_least_float32(dtype: Any) -> str:
     """The dtype to compute in. (`keras.backend.result_type` makes float32 of float64 on some backends.)"""
     dtype = keras.backend.standardize_dtype(dtype)
     return "float32" if dtype in HALF else dtype
+
+
+def mean(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """`keras.ops.mean` in the dtype of `x`, float32 or float64. (Keras's is in float32 on JAX, also of float64.)"""
+    axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
+    shape = keras.ops.shape(x)
+    count = math.prod(shape[each] for each in axes)  # ints, but for sizes that are not known in a graph
+    return keras.ops.sum(x, axis, keepdims=keepdims) / keras.ops.cast(count, x.dtype)
 
 
 def scalar_dtype() -> str:

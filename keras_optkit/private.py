@@ -55,6 +55,19 @@ def in_stateless_scope() -> bool:
     return _global_attribute("stateless_scope") is not None
 
 
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """A scope in which the `value` of a variable is in its own dtype, though a layer computes in another.
+
+    (Its `dtype` is `keras.config.floatx()` in there, whatever it is.) Fall-back: none, and a kernel is rounded to half
+    precision before it is brought into another form.
+    """
+    try:
+        from keras.src.backend.common.variables import AutocastScope
+    except ImportError:
+        return contextlib.nullcontext()
+    return AutocastScope(None)
+
+
 def variable_to_initialize() -> Any:
     """The variable that is given its first value after the layers of a model were called for shapes, or None.
 

@@ -1298,7 +1298,7 @@ def _(right):
     return lambda self, x: self.l2 * ops.square(x)
 
 
-@bug("summed in half precision", "L2", "half_precision", regularizers, "at_least_float32", kind="regularizer")
+@bug("summed in half precision", "L2", "half_precision", regularizers.base, "at_least_float32", kind="regularizer")
 def _(right):
     return keras.backend.standardize_dtype
 
@@ -1323,9 +1323,39 @@ def _(right):
     return classmethod(lambda cls, config: cls())
 
 
+@bug(
+    "no gradient of the root at zero",
+    "GroupLasso",
+    "gradient_at_zero",
+    regularizers.matrices,
+    "root",
+    kind="regularizer",
+)
+def _(right):
+    return ops.sqrt
+
+
+@bug(
+    "what XLA compiles has the gradient of another matrix",
+    "NuclearNorm",
+    "compiled_is_eager",
+    regularizers.NuclearNorm,
+    "_penalty",
+    kind="regularizer",
+)
+def _(right):
+    return lambda self, kernel, axes: right(self, kernel if tf.executing_eagerly() else kernel + 1.0, axes)
+
+
+@bug("the mean over the batch", "KLSparsity", "batch_size", regularizers.KLSparsity, "_penalty", kind="regularizer")
+def _(right):
+    return lambda self, x: right(self, x) / ops.cast(ops.shape(x)[0], x.dtype)
+
+
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 Ghost, Dropout = layers.GhostBatchNormalization, layers.ScheduledDropout
+Normed, Spectral = layers.WeightNormalization, layers.SpectralNormalization
 
 
 @bug(
@@ -1402,6 +1432,28 @@ def _(right):
         return outputs
 
     return call
+
+
+@bug("the kernel that is trained is folded", "WeightNormalization", "fold", Normed, "fold", kind="layer")
+def _(right):
+    def fold(self):
+        plain = right(self)
+        plain.set_weights([keras.ops.convert_to_numpy(v) for v in self.layer.weights])
+        return plain
+
+    return fold
+
+
+@bug(
+    "the power iteration is run at inference, too",
+    "SpectralNormalization",
+    "inference",
+    Spectral,
+    "_formed",
+    kind="layer",
+)
+def _(right):
+    return lambda self, part, v, training: right(self, part, v, True)
 
 
 # -- callbacks --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from keras_optkit.private import (
     sublayers,
     variable_to_initialize,
     with_trials_saved_by,
+    without_autocast,
 )
 
 
@@ -46,6 +47,22 @@ def test_the_layer_at_work_is_known():
     layer.build((None, 3))
     assert seen == [layer]
     assert current_layer() is None
+
+
+def test_variables_are_read_in_their_own_dtype():
+    seen = []
+
+    class Spy(layers.Layer):
+        def call(self, inputs):
+            with without_autocast():
+                seen.append(keras.backend.standardize_dtype(self.weight.value.dtype))
+            seen.append(keras.backend.standardize_dtype(self.weight.value.dtype))
+            return inputs
+
+    spy = Spy(dtype="mixed_bfloat16")
+    spy.weight = spy.add_weight(shape=(2,))
+    spy(keras.ops.ones((1,)))
+    assert seen == ["float32", "bfloat16"]
 
 
 def test_the_variable_that_is_given_its_value_is_known_in_a_subclassed_model():

@@ -203,3 +203,37 @@ def biases(made: dict[str, tuple[str, dict[str, Any], str]]) -> dict[str, np.nda
         name: getattr(getattr(torch.nn, cls)(**arguments), bias).detach().numpy()
         for name, (cls, arguments, bias) in made.items()
     }
+
+
+def parametrized_run(
+    name: str, arguments: dict[str, Any], start: dict[str, np.ndarray], inputs: Arrays, targets: Arrays, rate: float
+) -> list[dict[str, np.ndarray]]:
+    """Linear or Conv2d layers with a parametrization: parameters and buffers after each step of SGD on the squares.
+
+    `start` has the weight, in torch's layout, and buffers of the parametrization; all is in float64. The last entry has
+    the outputs on the first inputs, of inference.
+    """
+    import torch
+
+    weight = torch.tensor(start["weight"])
+    shape = tuple(weight.shape)
+    layer = (
+        torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+        if len(shape) == 2
+        else torch.nn.Conv2d(shape[1], shape[0], shape[2:], bias=False, dtype=torch.float64)
+    )
+    layer.weight.data.copy_(weight)
+    layer = getattr(torch.nn.utils.parametrizations, name)(layer, **arguments)
+    buffers = dict(layer.named_buffers())
+    for key, value in buffers.items():
+        value.copy_(torch.tensor(start[key.rpartition(".")[2]]))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=rate)
+    found = []
+    for x, y in zip(inputs, targets, strict=True):
+        optimizer.zero_grad()
+        torch.mean((layer(torch.tensor(x)) - torch.tensor(y)) ** 2).backward()
+        optimizer.step()
+        state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        found.append({key.rpartition(".")[2]: value.detach().numpy().copy() for key, value in state.items()})
+    layer.eval()
+    return [*found, {"outputs": layer(torch.tensor(inputs[0])).detach().numpy()}]

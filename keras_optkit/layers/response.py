@@ -8,6 +8,7 @@ import keras
 
 from keras_optkit import arguments
 from keras_optkit.precision import at_least_float32
+from keras_optkit.precision import mean as mean_of
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
 from keras_optkit.space import Float
@@ -15,7 +16,7 @@ from keras_optkit.space import Float
 __all__ = ["FilterResponseNormalization", "GlobalResponseNormalization", "LayerScale"]
 
 
-class _PerChannel(FromSignature, keras.layers.Layer):
+class PerChannel(FromSignature, keras.layers.Layer):
     """A layer with vectors along one axis of its input, which computes in float32 at least."""
 
     def __init__(self, axis: int = -1, **kwargs: Any) -> None:
@@ -66,7 +67,7 @@ class _PerChannel(FromSignature, keras.layers.Layer):
         if not mean:
             return ops.sum(squares, positions, keepdims=True)
         if mask is None:
-            return ops.mean(squares, positions, keepdims=True)
+            return mean_of(squares, positions, keepdims=True)
         return ops.sum(squares, positions, keepdims=True) / ops.maximum(count, 1.0)
 
 
@@ -77,7 +78,7 @@ class _PerChannel(FromSignature, keras.layers.Layer):
     cases=({}, {"initial_value": 0.5, "axis": 1}),
     space={"initial_value": Float(1e-6, 1.0, log=True)},
 )
-class LayerScale(_PerChannel):
+class LayerScale(PerChannel):
     """Multiplies each channel by a learned factor that starts small.
 
     y = λ x, with a vector λ along `axis`. Put it at the end of a residual branch, before `DropPath` and the addition:
@@ -130,7 +131,7 @@ class LayerScale(_PerChannel):
     parity="the formula of timm.layers.GlobalResponseNorm, in NumPy",
     cases=({}, {"axis": 1}),
 )
-class GlobalResponseNormalization(_PerChannel):
+class GlobalResponseNormalization(PerChannel):
     """Lets the channels of each example compete by their norms, as in ConvNeXt V2.
 
     y = x + γ x n + β, with n = g / (mean of g over the channels + ε) and g the L2 norm of each channel over all
@@ -180,7 +181,7 @@ class GlobalResponseNormalization(_PerChannel):
         squares = self._squares(x, mask, mean=False)
         some = squares > 0  # the root has no gradient at 0
         norm = ops.where(some, ops.sqrt(ops.where(some, squares, ops.ones_like(squares))), ops.zeros_like(squares))
-        share = norm / (ops.mean(norm, self.axis, keepdims=True) + self.epsilon)
+        share = norm / (mean_of(norm, self.axis, keepdims=True) + self.epsilon)
         outputs = x + self._along(self.gamma, x) * (x * share) + self._along(self.beta, x)
         return ops.cast(outputs, inputs.dtype)
 
@@ -191,7 +192,7 @@ class GlobalResponseNormalization(_PerChannel):
     parity="the formula of timm.layers.FilterResponseNormTlu2d, in NumPy",
     cases=({}, {"axis": 1, "threshold": False, "learn_epsilon": True, "epsilon": 1e-4}),
 )
-class FilterResponseNormalization(_PerChannel):
+class FilterResponseNormalization(PerChannel):
     """Normalises each channel of each example by its mean square, and cuts off below a learned threshold.
 
     ν² = mean of x² over all positions of the example, x̂ = x / sqrt(ν² + |ε|), y = max(γ x̂ + β, τ). No mean is taken

@@ -102,8 +102,8 @@ def _chosen(names: Any, default: tuple[str, ...], known: Sequence[str]) -> tuple
 def _of_cards(kind: str, names: Any, default: tuple[str, ...], name: str, none: bool = False) -> ReadySpace:
     found: dict[str, Card] = {card.name: card for card in cards(kind)}
     every = [*(["none"] if none else []), *found]
-    if names == "all":  # the space is for kernels; biases must be named
-        names = [each for each in every if each == "none" or "bias" not in found[each].tags]
+    if names == "all":  # the space is for kernels: what is for biases, activations or pretrained weights must be named
+        names = [each for each in every if each == "none" or not {"bias", "activity", "anchored"} & found[each].tags]
     chosen = _chosen(names, default, every)
     parameters: dict[str, Parameter] = {name: Choice(list(chosen))}
     for which in chosen:
@@ -183,7 +183,8 @@ def regularization(names: Sequence[str] | str | None = None, *, name: str = "reg
     """Which penalty on the weights, and how strong. `make(values)` builds it; None for `"none"`.
 
     Args:
-        names: Regularizers of this package and `"none"`, or `"all"`. None: all.
+        names: Regularizers of this package and `"none"`, or `"all"`, which are those for kernels. None: none, L1,
+            L2 and L1L2.
         name: Name of the choice; the others are `name/Class/argument`.
 
     Raises:

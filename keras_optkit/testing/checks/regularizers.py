@@ -1,7 +1,8 @@
 """Checks for regularizers.
 
 A card of kind "regularizer" builds a `keras.regularizers.Regularizer`. Its tags are its claims: "nonnegative" and
-"zero_at_zero" (no penalty on weights that are all zero).
+"zero_at_zero" (no penalty on weights that are all zero). "activity" says that it is an `activity_regularizer`, whose
+value Keras divides by the size of the batch, "anchored" that it needs a point to start from.
 """
 
 from __future__ import annotations
@@ -69,6 +70,60 @@ def check_gradient(card: Card) -> None:
         gradient = before - ops.convert_to_numpy(layer.kernel)
         assert np.isfinite(gradient).all(), f"{case}: {gradient}"
         assert np.any(gradient), f"{case}: the gradient is zero"
+
+
+def _value_and_gradient(regularizer: Any, weights: np.ndarray, *, compiled: bool = False) -> tuple[Any, Any]:
+    weights = ops.convert_to_tensor(weights)
+    if keras.config.backend() == "jax":
+        import jax
+
+        both = jax.value_and_grad(regularizer)
+        value, gradient = (jax.jit(both) if compiled else both)(weights)
+        return numbers(value), numbers(gradient)
+    import tensorflow as tf
+
+    def traced(w: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(w)
+            penalty = regularizer(w)
+        return penalty, tape.gradient(penalty, w)
+
+    run = tf.function(traced, jit_compile=True, autograph=False) if compiled else traced
+    value, gradient = run(weights)
+    return numbers(value), numbers(gradient)
+
+
+@check("regularizer", only_on=("tensorflow", "jax"), because="gradients are taken with what TensorFlow and JAX have")
+def check_gradient_at_zero(card: Card) -> None:
+    """On weights that are all zero, as at the start of many a layer, value and gradient are finite."""
+    for case, regularizer in _built(card):
+        for weights in (np.zeros((6, 5), "float32"), np.concatenate([np.zeros((6, 4)), _WEIGHTS[:, :1]], 1)):
+            value, gradient = _value_and_gradient(regularizer, weights.astype("float32"))
+            assert np.isfinite(value), f"{case}: the penalty is {value}"
+            assert np.isfinite(gradient).all(), f"{case}: the gradient is {gradient}"
+
+
+@check("regularizer", only_on=("tensorflow", "jax"), because="the other backends of Keras do not compile with XLA")
+def check_compiled_is_eager(card: Card) -> None:
+    """With XLA, value and gradient are those of the eager call."""
+    for case, regularizer in _built(card):
+        weights = _WEIGHTS.astype("float32")
+        expected = _value_and_gradient(regularizer, weights)
+        actual = _value_and_gradient(regularizer, weights, compiled=True)
+        for name, one, other in zip(("value", "gradient"), actual, expected, strict=True):
+            np.testing.assert_allclose(one, other, 1e-4, 1e-5, err_msg=f"{case}, {name}")
+
+
+@check("regularizer", requires=["activity"])
+def check_batch_size(card: Card) -> None:
+    """As an `activity_regularizer` it does not depend on how many examples there are: each twice is the same."""
+    for case, regularizer in _built(card):
+        layer = layers.Activation("sigmoid", activity_regularizer=regularizer)
+        losses = []
+        for outputs in (_WEIGHTS, np.concatenate([_WEIGHTS, _WEIGHTS])):
+            layer(outputs.astype("float32"))
+            losses.append(float(numbers(layer.losses[0])))
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, err_msg=f"{case}")
 
 
 @check("regularizer", requires=["nonnegative"])

@@ -1,4 +1,4 @@
-"""Penalties on weights, exact in every precision."""
+"""Penalties on single weights: on their sizes, or on their distances from a point."""
 
 from __future__ import annotations
 
@@ -6,32 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
-from keras_optkit import arguments
-from keras_optkit.precision import HALF, at_least_float32
 from keras_optkit.registry import register
+from keras_optkit.regularizers.base import as_loss, checked_factor, wide
 from keras_optkit.saving import FromSignature
 from keras_optkit.space import Float
 
-__all__ = ["L1", "L1L2", "L2"]
+__all__ = ["L1", "L1L2", "L2", "L2SP"]
 
 _TAGS = ("nonnegative", "zero_at_zero")
 
 
-def _factor(name: str, value: Any) -> Any:
-    return arguments.real(name, value, 0, closed="left")
-
-
 def _penalty(weights: Any, *terms: tuple[float, Callable[[Any], Any]]) -> Any:
-    """Σ factor Σ function(weights), in float32 at least: float16 overflows at 65,504, bfloat16 cannot count past 256.
-
-    Keras can add only losses of one dtype, and computes its own in floatx.
-    """
-    weights = keras.ops.convert_to_tensor(weights)
-    wide = keras.ops.cast(weights, at_least_float32(weights.dtype))
-    total = sum(factor * keras.ops.sum(function(wide)) for factor, function in terms)
-    half = keras.backend.standardize_dtype(weights.dtype) in HALF
-    return keras.ops.cast(total, keras.config.floatx()) if half else total
+    """Σ factor Σ function(weights), in float32 at least."""
+    values = wide(weights)
+    return as_loss(sum(factor * keras.ops.sum(function(values)) for factor, function in terms), weights)
 
 
 @register(
@@ -68,7 +58,7 @@ class L1(FromSignature, keras.regularizers.Regularizer):
     """
 
     def __init__(self, l1: float = 0.01) -> None:
-        self.l1 = _factor("l1", l1)
+        self.l1 = checked_factor("l1", l1)
 
     def __call__(self, x: Any) -> Any:
         """The penalty on the tensor or variable `x`."""
@@ -110,7 +100,7 @@ class L2(FromSignature, keras.regularizers.Regularizer):
     """
 
     def __init__(self, l2: float = 0.01) -> None:
-        self.l2 = _factor("l2", l2)
+        self.l2 = checked_factor("l2", l2)
 
     def __call__(self, x: Any) -> Any:
         """The penalty on the tensor or variable `x`."""
@@ -151,9 +141,86 @@ class L1L2(FromSignature, keras.regularizers.Regularizer):
 
     def __init__(self, l1: float | None = None, l2: float | None = None) -> None:
         missing = 0.01 if l1 is None and l2 is None else 0.0
-        self.l1 = _factor("l1", missing if l1 is None else l1)
-        self.l2 = _factor("l2", missing if l2 is None else l2)
+        self.l1 = checked_factor("l1", missing if l1 is None else l1)
+        self.l2 = checked_factor("l2", missing if l2 is None else l2)
 
     def __call__(self, x: Any) -> Any:
         """The penalty on the tensor or variable `x`."""
         return _penalty(x, (self.l1, keras.ops.abs), (self.l2, keras.ops.square))
+
+
+@register(
+    "regularizer",
+    paper="1802.01483",
+    parity="the formula is the reference",
+    tags=("anchored", "nonnegative"),
+    cases=({"start": 0.5}, {"start": -0.25, "l2": 0.5}),
+    space={"l2": Float(1e-6, 1e-2, log=True)},
+)
+class L2SP(FromSignature, keras.regularizers.Regularizer):
+    """The sum of squared distances from a starting point, which keeps fine-tuned weights near the pretrained ones.
+
+    Ω(w) = l2 Σ (w - w⁰)², without a factor 1/2, a scalar of the weights' dtype, with the pretrained weights w⁰. Half
+    precision is computed in float32. The new layers of the model have `L2`, as in the paper.
+
+    w⁰ is in the config, so that a saved model has it, as text: some 20 bytes for each weight. It is set on layers that
+    have their pretrained weights, before `compile`; see the example.
+
+    When not to use it: without pretrained weights (`L2`); on layers of many millions of weights, since w⁰ is a constant
+    of the compiled step; with Adam and other adaptive optimizers, which rescale its gradient like that of `L2`.
+
+    Args:
+        start: w⁰, an array or variable in the shape of the weights, which is copied, or one number for all.
+        l2: The factor λ, 0 or more. The paper's α is 2 l2.
+
+    Raises:
+        TypeError: `start` is not numeric, or `l2` is not a number.
+        ValueError: `start` is not finite, or `l2` is negative, infinite or NaN; when called, the weights are not of the
+            shape of `start`.
+
+    Source: Li, Grandvalet and Davoine 2018, arXiv 1802.01483, equation 2.
+
+    Example:
+    ```python
+    import keras
+    import keras_optkit as ok
+
+    layer = keras.layers.Dense(8)
+    layer.build((None, 4))  # and load pretrained weights
+    layer.kernel_regularizer = layer.kernel.regularizer = ok.regularizers.L2SP(layer.kernel, l2=0.01)
+    assert float(layer.losses[0]) == 0.0
+    ```
+    """
+
+    def __init__(self, start: Any, l2: float = 0.01) -> None:
+        self.start = _point(start)
+        self.l2 = checked_factor("l2", l2)
+
+    def __call__(self, x: Any) -> Any:
+        """The penalty on the tensor or variable `x`."""
+        values = wide(x)
+        shape = np.shape(self.start)
+        if shape not in ((), tuple(values.shape)):
+            raise ValueError(f"start must have the shape of the weights, {tuple(values.shape)}, got {shape}.")
+        point = keras.ops.cast(keras.ops.convert_to_tensor(self.start, values.dtype), values.dtype)
+        return as_loss(self.l2 * keras.ops.sum(keras.ops.square(values - point)), x)
+
+
+def _point(start: Any) -> Any:
+    """An array of at least float32, or a number."""
+    if isinstance(start, keras.Variable) or keras.ops.is_tensor(start):
+        start = keras.ops.convert_to_numpy(wide(start))
+    array: Any
+    try:
+        array = np.array(start)
+        if array.dtype.kind not in "iuf":
+            array = np.array(start, "float32") if array.dtype.name == "bfloat16" else None
+    except ValueError:  # rows of different lengths
+        array = None
+    if array is None:
+        raise TypeError(f"start must be a numeric array or a number, got {start!r} of type {type(start).__name__}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"start must be finite, got {start!r}.")
+    if not array.shape:
+        return array.item()
+    return array if array.dtype in ("float32", "float64") else array.astype("float32")
