@@ -18,7 +18,7 @@ FLOORS = [
     {"fit"},
     {"averaging", "data"},
     {"callbacks"},
-    {"finding"},
+    {"finding", "inspection"},
     {"tuning"},
     {"testing"},
 ]
