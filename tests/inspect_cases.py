@@ -95,7 +95,7 @@ def build(kind, how=None, seed=0):
     model.compile(keras.optimizers.Adam(rate), loss)
     scale = 255.0 if how == "unscaled inputs" else 1.0
     batch = (scale * rng.normal(size=(32, *inputs.shape[1:]))).astype("float32")
-    return model, batch, rng.integers(0, CLASSES, 32)
+    return model, batch, rng.integers(0, CLASSES, 32).astype("int32")
 
 
 def first(kind, how=None, seed=0):

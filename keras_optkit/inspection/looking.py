@@ -82,8 +82,9 @@ def _passes(model: Any, x: Any, y: Any, loss: Any) -> tuple[dict[int, Any], Any,
         return total, (found, outputs)
 
     values = [tensor(v) for v in model.trainable_variables]
+    gradients: list[Any] = []
     if y is None:
-        (_, (found, outputs)), total, gradients = forward(values), None, []
+        (_, (found, outputs)), total = forward(values), None
     else:
         total, (found, outputs), gradients = _differentiated(forward, values)
     seen = {key: (numbers, follows) for (key, follows), numbers in zip(order, found, strict=True)}
