@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 from collections.abc import Collection, Iterable
 from datetime import timedelta
 from numbers import Integral, Real
@@ -85,6 +86,20 @@ def path(name: str, value: Any) -> str:
     if not text or "\0" in text:
         raise ValueError(f"{name} must be a path, which is not empty and has no null character, got {value!r}.")
     return text
+
+
+def pattern(name: str, value: Any, *, optional: bool = False) -> Any:
+    """Returns `value` if it is a regular expression (or, with `optional`, None)."""
+    if value is None and optional:
+        return None
+    wanted = f"a regular expression{' or None' * optional}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}.")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}: {error}.") from error
+    return value
 
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:

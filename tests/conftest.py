@@ -22,15 +22,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what their parent ha
         flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
-import keras
 import pytest
 from hypothesis import HealthCheck, settings
 
-import keras_optkit as ok
-from keras_optkit.testing import tools
-
-ok.testing.prepare()
-keras.config.disable_traceback_filtering()  # whose wrappers take a twentieth of the time that tracing takes
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, and a shell has what it runs behind ignore it
 
 
@@ -52,8 +46,19 @@ def _without_tuning():
     tf.data.Dataset.__iter__ = lambda dataset: iterate(dataset.with_options(options))
 
 
-if keras.config.backend() == "tensorflow":
-    _without_tuning()
+def pytest_configure(config):
+    """Imports Keras, which takes ten seconds, but not where tests are only handed out to workers."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses"):
+        return
+    import keras
+
+    import keras_optkit as ok
+
+    ok.testing.prepare()
+    keras.config.disable_traceback_filtering()  # whose wrappers take a twentieth of the time that tracing takes
+    if keras.config.backend() == "tensorflow":
+        _without_tuning()
+
 
 # examples take as long as tracing takes, and no database: what fails is printed as a blob to reproduce it with
 _common = {
@@ -81,6 +86,8 @@ def pytest_collection_modifyitems(config, items):
     one that is marked `few(n)` the first n. What is marked `long` shows at length what others show as well; what is
     marked `once` runs on TensorFlow.
     """
+    import keras
+
     kept = [item for item in items if _is_for(item, keras.config.backend())]
     if not config.getoption("all"):
         left_out = {"long"} if keras.config.backend() == "tensorflow" else {"long", "once"}
@@ -172,6 +179,8 @@ def temporary_files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def clean_keras():
     """Every test starts with float32 and a fixed seed."""
+    import keras
+
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_floatx("float32")
@@ -181,12 +190,14 @@ def clean_keras():
 @pytest.fixture
 def x64():
     """JAX has to be asked for float64."""
+    from keras_optkit.testing import tools
+
     with tools.float64():
         yield
 
 
 @pytest.fixture
-def float64():
-    with tools.float64():
-        keras.config.set_floatx("float64")  # Keras's learning rate variable has this dtype
-        yield
+def float64(x64):  # noqa: ARG001 (in which the test runs)
+    import keras
+
+    keras.config.set_floatx("float64")  # Keras's learning rate variable has this dtype

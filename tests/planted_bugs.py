@@ -1485,6 +1485,35 @@ def _(right):
     return lambda self: right(self) | {"best_weights": None}
 
 
+@bug(
+    "a validation resets the metrics of the epoch",
+    "ValidateEvery",
+    "is_passive",
+    callbacks.ValidateEvery,
+    "_metrics_kept",
+    kind="callback",
+)
+def _(right):
+    return lambda self, *args, **kwargs: contextlib.nullcontext()
+
+
+@bug(
+    "when the next validation is due is not part of the state",
+    "ValidateEvery",
+    "goes_on",
+    callbacks.ValidateEvery,
+    "load_state_dict",
+    kind="callback",
+)
+def _(right):
+    def load(self, state):
+        due = self._due.state_dict()
+        right(self, state)
+        self._due.load_state_dict(due)
+
+    return load
+
+
 @bug("the generators of dropout restart", "Resume", "goes_on", TrainingState, "into", kind="callback")
 def _(right):
     def into(self, model, *, metrics=True):

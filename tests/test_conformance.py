@@ -18,9 +18,9 @@ ENGINE = {
     "ScheduleFree": {"evaluation_weights", "modes_agree", "replicas", "save_load_continue"},
 }
 #: What only these show.
-ALWAYS = {("AdaHessian", "hessian_vector")}
+ALWAYS = {("AdaHessian", "hessian_vector"), ("Lookahead", "modes_agree")}
 #: Optimizers of which all checks of the rule are run; of the others those in SHARE, and the rest with `--all`.
-WHOLE = {"AdamW", "Lookahead", "Prodigy", "SAM", "ScheduleFree"}
+WHOLE = {"AdamW", "SAM", "ScheduleFree"}
 SHARE = {"bad_arguments", "config_round_trip", "twin"}
 #: Twins that take half a minute and show little alone: `test_parity.py` runs SOAP's formula, of which KL-SOAP's differs
 #: in what it averages, and `test_averages.py` that these are Schedule-Free around a rule.
@@ -28,6 +28,7 @@ DEAR_TWINS = {"KLSOAP", "SOAP", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "Sched
 #: Callbacks whose interruption is tested in their own files, too.
 INTERRUPTED = {
     *("Checkpoint", "EarlyStopping", "NonFiniteGuard", "ReduceLROnPlateau", "Resume", "TimeBudget", "Unfreeze"),
+    "ValidateEvery",
 }
 #: Of each family those that ask most of the backend. The formulas of the others are those that TensorFlow runs, too.
 TWINS_ON_JAX = {
@@ -51,6 +52,8 @@ def is_long(card, check):
         return _is_long_of_callback(card, check)
     if ON_JAX and card.kind == "transform":
         return check.name != "config_round_trip" and (card.name, check.name) != ("Hyperball", "twin")
+    if card.kind == "transform" and check.name in {"accumulation", "dtypes", "hyperparameters", "modes_agree", "rows"}:
+        return card.name not in {"AdaptiveClip", "Hyperball"}
     if card.kind != "optimizer":
         return False
     if check.name == "twin" and (card.name in DEAR_TWINS or (ON_JAX and card.name not in TWINS_ON_JAX)):
@@ -67,7 +70,7 @@ def _is_long_of_callback(card, check):
     if check.name == "goes_on":
         return card.name in INTERRUPTED or (ON_JAX and card.name != "AveragedWeights")
     if check.name in {"fits_twice", "leaves_no_trace", "survives_failure"}:
-        return ON_JAX or card.name not in {"Checkpoint", "NonFiniteGuard"}
+        return ON_JAX or card.name != {"fits_twice": "Checkpoint"}.get(check.name, "NonFiniteGuard")
     return False
 
 

@@ -391,6 +391,7 @@ def refit(model, *, one, two):
     return model
 
 
+@pytest.mark.once
 @pytest.mark.few(1)
 @pytest.mark.parametrize("packed", [False, True])
 def test_state_reaches_its_weights_where_they_joined_in_another_order(packed, tmp_path):

@@ -382,3 +382,20 @@ def test_it_goes_on_after_an_interruption(where, tmp_path):
 
 
 PUBLIC = ("best", "best_epoch", "stopped_epoch", "stop_reason", "wait")
+
+
+@pytest.mark.usefixtures("x64")
+def test_it_goes_by_an_average():
+    """s ← β s + (1 - β) v over the finite values, without the bias of its start, as a loop computes it."""
+    curve = [1.0, 0.2, 0.9, NAN, 0.8, 0.7, 0.9, 1.2]
+    weights = 0.75 ** np.arange(7, -1, -1)
+    finite = np.isfinite(curve)
+    means = [
+        np.average(np.array(curve)[:n][finite[:n]], weights=weights[-int(finite[:n].sum()) :]) for n in range(1, 9)
+    ]
+    stopping = EarlyStopping("val_loss", patience=3, smoothing=0.75)
+    assert walk(stopping, [*curve[:4], INF, *curve[4:]]) == 5  # after 0.2 nothing is better, on average
+    assert stopping.best == pytest.approx(means[1], rel=1e-12)
+    assert stopping.stop_reason.startswith("The average of val_loss was 0.54")
+    target = EarlyStopping("val_loss", patience=9, smoothing=0.75, target=0.71)
+    assert walk(target, curve) == 1 + int(np.argmax(np.array(means) <= 0.71))

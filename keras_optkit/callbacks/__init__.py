@@ -10,6 +10,7 @@ from keras_optkit.callbacks.plateau import ReduceLROnPlateau
 from keras_optkit.callbacks.resume import Resume
 from keras_optkit.callbacks.stopping import EarlyStopping
 from keras_optkit.callbacks.unfreeze import Unfreeze
+from keras_optkit.callbacks.validating import ValidateEvery
 
 __all__ = [
     "AveragedWeights",
@@ -25,6 +26,7 @@ __all__ = [
     "TrainingDivergedError",
     "TrainingMonitor",
     "Unfreeze",
+    "ValidateEvery",
     "plot_monitor",
     "read_monitor",
 ]

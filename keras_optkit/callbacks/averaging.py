@@ -151,7 +151,7 @@ class AveragedWeights(Callback):
         if self.by == "update":
             self._passed = self._points(self._updates())
             self._one_a_batch = others.updates_at_most_once_a_batch(model)
-        self._detach = [around(model, name, self._shown) for name in _SHOWING if hasattr(model, name)]
+        self._detach = [around(model, name, self.shown) for name in _SHOWING if hasattr(model, name)]
         run = running_fit(model)
         listed = (run.arguments.get("callbacks") if run else None) or [self]
         callbacks = listed.callbacks if isinstance(listed, keras.callbacks.CallbackList) else tree.flatten(listed)
@@ -342,7 +342,8 @@ class AveragedWeights(Callback):
     # -- the exchange -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _shown(self, *_: Any, callbacks: Any = None, **__: Any) -> Iterator[None]:
+    def shown(self, *_: Any, callbacks: Any = None, **__: Any) -> Iterator[None]:
+        """Has the model hold the averaged weights inside of the block, during `fit`."""
         if isinstance(callbacks, keras.callbacks.CallbackList) and self in callbacks.callbacks:
             self._average_if_due()  # this is the validation, and the epoch is over
         entered = self._enter()

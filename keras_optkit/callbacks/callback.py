@@ -6,7 +6,7 @@ Keras calls `on_train_end` only when `fit` comes to its end; callbacks are not t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -32,10 +32,17 @@ class Callback(FromSignature, keras.callbacks.Callback):
         stateless: Whether it keeps nothing that training depends on from one epoch to the next, so that `Resume` has
             nothing to save. Callbacks with `state_dict` need not set it.
         sees_training_weights: Whether `AveragedWeights` leaves the training weights in the model for it.
+        validates: Whether it adds values of a validation to the logs.
     """
 
     stateless: ClassVar[bool] = False
     sees_training_weights: ClassVar[bool] = False
+    validates: ClassVar[bool] = False
+
+    @property
+    def inside(self) -> Sequence[Any]:
+        """The callbacks that it calls, and `fit` does not."""
+        return ()
 
     def prepare_fit(self, run: Run) -> None:
         """Called before `fit` itself, with its arguments, which may be changed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -35,14 +36,19 @@ def _is_keras(model: Any, *methods: str) -> bool:
     return all(getattr(type(model), name) is getattr(keras.Model, name) for name in methods)
 
 
+def hooks_of_batches(callback: Any) -> bool:
+    """Whether a callback has something to do at each batch of training."""
+    return _has(callback, _BATCH_HOOKS)
+
+
 def _have(fit: Run, *hooks: str) -> bool:
     """Whether a callback that is neither Keras's own nor ours has one of these hooks."""
-    foreign = [callback for callback in fit.listed() if not _is_known(callback)]
-    return any(
-        hook in vars(callback) or getattr(type(callback), hook, None) is not getattr(keras.callbacks.Callback, hook)
-        for callback in foreign
-        for hook in hooks
-    )
+    return any(_has(callback, hooks) for callback in fit.listed() if not _is_known(callback))
+
+
+def _has(callback: Any, hooks: Iterable[str]) -> bool:
+    base = keras.callbacks.Callback
+    return any(h in vars(callback) or getattr(type(callback), h, None) is not getattr(base, h) for h in hooks)
 
 
 def _is_known(callback: Any) -> bool:

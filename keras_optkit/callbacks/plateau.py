@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
-from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
+from keras_optkit.callbacks.watching import MODES, Smoothed, Watched, checked_monitor
 from keras_optkit.fit.hooks import around
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.of_model import named_optimizers_of, paths_of, used_optimizers_of
@@ -135,7 +135,7 @@ class ReduceLROnPlateau(Callback):
         self.best: float | None = None
         self.wait = 0
         self.cooldown_counter = 0
-        self._smoothed = _Smoothed(self.smoothing)
+        self._smoothed = Smoothed(self.smoothing)
         self._losses: _Losses | None = None  # while training, by updates
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
@@ -243,20 +243,6 @@ class ReduceLROnPlateau(Callback):
         if self._losses is not None and state["losses"] is not None:
             self._losses.set_state(state["losses"])
         self._seen_updates = state["updates"]
-
-
-class _Smoothed:
-    """An exponential average without bias."""
-
-    def __init__(self, decay: float):
-        self.decay, self.sum, self.weight = decay, 0.0, 0.0
-
-    def add(self, value: float, count: int) -> float:
-        """Adds a value that stands for `count` of them, and returns the average."""
-        kept = self.decay**count
-        self.sum = kept * self.sum + (1 - kept) * value
-        self.weight = kept * self.weight + (1 - kept)
-        return self.sum / self.weight
 
 
 class _Losses:

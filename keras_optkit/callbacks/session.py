@@ -24,6 +24,7 @@ import numpy as np
 
 from keras_optkit import arguments
 from keras_optkit.callbacks import bundle
+from keras_optkit.callbacks.callback import Callback
 from keras_optkit.callbacks.identity import SECTIONS, differences, identity, variables, versions
 from keras_optkit.callbacks.state import Copies, TrainingState
 from keras_optkit.callbacks.stock import has_state, is_known, set_state_of, state_of
@@ -145,7 +146,8 @@ class Session:
         )
 
     def _look_at_callbacks(self) -> None:
-        unknown = sorted({type(c).__name__ for c in self._callbacks if not is_known(c)})
+        inside = [inner for c in self._callbacks if isinstance(c, Callback) for inner in c.inside]
+        unknown = sorted({type(c).__name__ for c in [*self._callbacks, *inside] if not is_known(c)})
         if unknown:
             self._complain(
                 f"callbacks must have state_dict and load_state_dict in order to resume from their state, and "

@@ -74,8 +74,8 @@ class TrainingState:
         own = own_variables(model)
         places = {id(variable): i for i, variable in enumerate(own)}
         return cls(
-            [_values(model, v, copy) for v in own],
-            [_values(model, v, copy) for v in model.metrics_variables],
+            [values_of(model, v, copy) for v in own],
+            [values_of(model, v, copy) for v in model.metrics_variables],
             [_optimizer_state(model, optimizer, places, copy) for optimizer in optimizers_of(model)],
             generators_now(),
             adapted(model),
@@ -138,7 +138,7 @@ class TrainingState:
             for variable, values in zip(
                 [*own, *theirs], [*self.variables, *(self.metrics if metrics else [])], strict=True
             ):
-                _assign(model, variable, values)
+                assign(model, variable, values)
         for optimizer, state in zip(optimizers, self.optimizer, strict=True):
             if not _was_built(optimizer, state):  # its state may begin as the weights, which have to be set before
                 _reset(model, optimizer)
@@ -176,14 +176,15 @@ def is_built(model: Any) -> bool:
     return all(layer.built for layer in [model, *sublayers(model)])
 
 
-def _values(model: Any, variable: Any, copy: Copy) -> list[np.ndarray]:
+def values_of(model: Any, variable: Any, copy: Copy) -> list[np.ndarray]:
     """Copies of what a variable holds: one, or one for each replica if they differ."""
     values = [on_host(part) for part in _parts(model, variable)]
     same = all(values[0].tobytes() == value.tobytes() for value in values[1:])
     return [copy(value) for value in (values[:1] if same else values)]
 
 
-def _assign(model: Any, variable: Any, values: Sequence[np.ndarray]) -> None:
+def assign(model: Any, variable: Any, values: Sequence[np.ndarray]) -> None:
+    """Sets what `values_of` returned."""
     parts = _parts(model, variable)
     if len(parts) == 1:
         variable.assign(values[0])
@@ -249,7 +250,7 @@ def _optimizer_state(model: Any, optimizer: Any, places: Mapping[int, int], copy
         optimizer.save_own_variables(store)
         return state | {"ours": {name: copy(value) for name, value in store.items()}}
     return state | {
-        "variables": [_values(model, v, copy) for v in _without(optimizer.variables, inside)],
+        "variables": [values_of(model, v, copy) for v in _without(optimizer.variables, inside)],
         "inside": [_optimizer_state(model, inner, places, copy) for inner in inside],
     }
 
@@ -319,7 +320,7 @@ def _set_optimizer_state(model: Any, optimizer: Any, state: Mapping[str, Any]) -
     inside = directly_inside(optimizer)
     # of one that was not built when the state was taken, those that it has had since it was made
     for variable, values in zip(_without(optimizer.variables, inside), state["variables"], strict=False):
-        _assign(model, variable, values)
+        assign(model, variable, values)
     for inner, of in zip(inside, state["inside"], strict=False):  # a MultiOptimizer may get its own when it is built
         _set_optimizer_state(model, inner, of)
 

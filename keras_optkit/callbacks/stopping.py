@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from keras_optkit import arguments
 from keras_optkit.callbacks import bundle
 from keras_optkit.callbacks.callback import Callback
-from keras_optkit.callbacks.watching import MODES, Watched, checked_monitor
+from keras_optkit.callbacks.watching import MODES, Smoothed, Watched, checked_monitor
 from keras_optkit.registry import register
 
 
@@ -20,7 +21,7 @@ from keras_optkit.registry import register
     "callback",
     paper="Prechelt 1998, Early stopping, but when?, criterion UP",
     parity="keras.callbacks.EarlyStopping, where every value is finite",
-    cases=({"monitor": "loss"}, {"monitor": "val_loss", "patience": 1, "restore_best_weights": True}),
+    cases=({"monitor": "loss"}, {"monitor": "val_loss", "patience": 1, "restore_best_weights": True, "smoothing": 0.5}),
 )
 class EarlyStopping(Callback):
     """Stops training when a monitored value has not improved for `patience` epochs in a row.
@@ -51,6 +52,9 @@ class EarlyStopping(Callback):
       that averages weights (`use_ema=True`) the weights that were measured are restored, not the average. They are
       kept in memory or, with a path, in a file, which is always whole and stays after `fit`.
     - `target` and `divergence` end a run that is good enough, or that diverges.
+    - With `smoothing` β it goes by an average of the values v, `s ← β s + (1 - β) v`, `value = s / (1 - β^t)`, over
+      about 1 / (1 - β) of them, so that one lucky epoch neither is the best nor ends the wait. What is not finite is
+      left out of it.
     - With `keras_optkit.callbacks.Resume` it continues after an interruption as if there had been none.
 
     `mode="auto"` asks Keras, which knows its own losses and metrics; for another name its words decide ("loss",
@@ -74,9 +78,10 @@ class EarlyStopping(Callback):
             whose value is NaN or infinite in the wrong direction. With a very large number it is these alone. None:
             nothing is taken as diverged.
         divergence_patience: Epochs in a row that have to diverge, at least 1.
+        smoothing: In [0, 1): β, the decay of the average that it goes by; 0 for the values themselves.
 
     Attributes:
-        best: The best value, or None.
+        best: The best value, or None; with `smoothing` the best average.
         best_epoch: Its epoch, counted from 0, or None.
         stopped_epoch: The epoch at whose end training was stopped, or 0; `stop_reason` says whether it was.
         stop_reason: Why training ended, in words, epochs counted from 1 as in the progress bar; None while it runs.
@@ -114,6 +119,7 @@ class EarlyStopping(Callback):
         target: float | None = None,
         divergence: float | None = None,
         divergence_patience: int = 1,
+        smoothing: float = 0.0,
     ):
         super().__init__()
         self.monitor = checked_monitor(monitor)
@@ -127,6 +133,7 @@ class EarlyStopping(Callback):
         self.target = arguments.real("target", target, optional=True)
         self.divergence = arguments.real("divergence", divergence, 0, closed="neither", optional=True)
         self.divergence_patience = arguments.integer("divergence_patience", divergence_patience, 1)
+        self.smoothing = arguments.real("smoothing", smoothing, 0, 1, closed="left")
         self._reset()
 
     def _reset(self) -> None:
@@ -136,6 +143,7 @@ class EarlyStopping(Callback):
         self.stop_reason: str | None = None
         self.wait = 0
         self._diverged_for = 0
+        self._smoothed = Smoothed(self.smoothing)
         self._best_weights = _best_weights(self.restore_best_weights)
         self._watched: Watched | None = None
 
@@ -160,6 +168,8 @@ class EarlyStopping(Callback):
     def _look_at(self, watched: Watched, epoch: int, value: float) -> str | None:
         """Takes notice of a value, and returns why training is to stop, if it is."""
         self.wait += 1
+        if self.smoothing and math.isfinite(value):
+            value = self._smoothed.add(value, 1)
         improved = watched.improves(value, self.best)
         diverged = self._diverges(watched, value)
         self._diverged_for = self._diverged_for + 1 if diverged else 0
@@ -170,12 +180,12 @@ class EarlyStopping(Callback):
             if self.baseline is None or watched.improves(value, self.baseline):
                 self.wait = 0
         if self.target is not None and watched.is_usable(value) and not watched.is_worse(value, self.target, 0.0):
-            return f"{self.monitor} was {value:g} in epoch {epoch + 1} and has reached the target {self.target:g}."
+            return f"{self._what()} was {value:g} in epoch {epoch + 1} and has reached the target {self.target:g}."
         if diverged and self._diverged_for >= self.divergence_patience:
-            return f"{self.monitor} has diverged: it was {value:g} in epoch {epoch + 1}, and {self._best_in_words()}."
+            return f"{self._what()} has diverged: it was {value:g} in epoch {epoch + 1}, and {self._best_in_words()}."
         first = self.best is None and self.wait == 1
         if not improved and self.wait >= self.patience and not first:
-            return f"{self.monitor} {self._best_in_words()} and has not improved for {self.wait} epochs."
+            return f"{self._what()} {self._best_in_words()} and has not improved for {self.wait} epochs."
         return None
 
     def _diverges(self, watched: Watched, value: float) -> bool:
@@ -184,6 +194,9 @@ class EarlyStopping(Callback):
         if not watched.is_usable(value):
             return True
         return self.best is not None and watched.is_worse(value, self.best, self.divergence)
+
+    def _what(self) -> str:
+        return f"The average of {self.monitor}" if self.smoothing else self.monitor
 
     def _best_in_words(self) -> str:
         return "was never finite" if self.best is None else f"was {self.best:g} in {self._best_epoch_in_words()}"
@@ -215,7 +228,10 @@ class EarlyStopping(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, with the best weights."""
         seen = self._watched is not None and self._watched.seen
-        return {name: getattr(self, name) for name in _STATE} | {"best_weights": self._kept(), "seen": seen}
+        return {
+            **{name: getattr(self, name) for name in _STATE},
+            **{"smoothed": vars(self._smoothed), "best_weights": self._kept(), "seen": seen},
+        }
 
     def _kept(self) -> list[np.ndarray] | None:
         return None if self._best_weights is None or self.best_epoch is None else self._best_weights.get()
@@ -228,6 +244,7 @@ class EarlyStopping(Callback):
         """
         for name in _STATE:
             setattr(self, name, state[name])
+        vars(self._smoothed).update(state["smoothed"])
         if self._watched is not None:
             self._watched.seen = state["seen"]
         if state["best_weights"] is not None and self._best_weights is not None:

@@ -13,7 +13,7 @@ from keras_optkit.callbacks.callback import Callback, number
 from keras_optkit.fit.optimizers import build_optimizer, make_room
 from keras_optkit.fit.run import Run
 from keras_optkit.fit.steps import compile_anew
-from keras_optkit.optimizers.groups import checked_pattern, near_misses
+from keras_optkit.optimizers.groups import near_misses
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, optimizers_of, ours, update_counter
 from keras_optkit.private import known_variables
@@ -284,7 +284,7 @@ def _checked_stages(stages: Any) -> dict[int, list[str]]:
         if when in found:
             raise ValueError(f"stages must begin at different times, got {when} twice.")
         given = which if isinstance(which, list | tuple) else [which]
-        found[int(when)] = [checked_pattern(f"stages[{when}]", pattern) for pattern in given]
+        found[int(when)] = [arguments.pattern(f"stages[{when}]", pattern) for pattern in given]
         if not given:
             raise ValueError(f"stages[{when}] must have a pattern, got {which!r}.")
     if 0 not in found:

@@ -1,4 +1,4 @@
-"""The value in the logs that a callback goes by: whether it is there, and which of two is the better one."""
+"""The value in the logs that a callback goes by: whether it is there, smoothed, and which of two is the better one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def direction(model: Any, monitor: str) -> str:
 
 
 def _validates(fit: Run) -> bool:
-    return fit.arguments.get("validation_data") is not None or bool(fit.arguments.get("validation_split"))
+    own = fit.arguments.get("validation_data") is not None or bool(fit.arguments.get("validation_split"))
+    return own or any(getattr(callback, "validates", False) for callback in fit.listed())
 
 
 class Watched:
@@ -188,3 +189,17 @@ class Watched:
     @staticmethod
     def _is_beyond(value: float, reference: float, by: float, *, down: bool) -> bool:
         return value + by < reference if down else value - by > reference
+
+
+class Smoothed:
+    """An exponential average without bias."""
+
+    def __init__(self, decay: float):
+        self.decay, self.sum, self.weight = decay, 0.0, 0.0
+
+    def add(self, value: float, count: int) -> float:
+        """Adds a value that stands for `count` of them, and returns the average."""
+        kept = self.decay**count
+        self.sum = kept * self.sum + (1 - kept) * value
+        self.weight = kept * self.weight + (1 - kept)
+        return self.sum / self.weight

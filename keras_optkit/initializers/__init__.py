@@ -6,6 +6,7 @@ from keras_optkit.initializers.distributions import RandomNormal, RandomTruncate
 from keras_optkit.initializers.exact import Dirac, ZerO
 from keras_optkit.initializers.gains import calculate_gain
 from keras_optkit.initializers.orthogonal import DeltaOrthogonal, Orthogonal
+from keras_optkit.initializers.residual import zero_residual
 from keras_optkit.initializers.siren import SIREN
 from keras_optkit.initializers.sparse import Sparse
 from keras_optkit.initializers.unit_variance import lsuv
@@ -43,4 +44,5 @@ __all__ = [
     "lsuv",
     "t_fixup_gain",
     "torch_biases",
+    "zero_residual",
 ]

@@ -9,6 +9,7 @@ import keras
 from keras.optimizers.schedules import LearningRateSchedule, PolynomialDecay
 
 from keras_optkit import arguments, backend
+from keras_optkit.layers.own_step import OwnStep
 from keras_optkit.precision import at_least_float32
 from keras_optkit.registry import register
 from keras_optkit.saving import FromSignature
@@ -29,7 +30,7 @@ __all__ = ["ScheduledDropout"]
     ),
     space={"rate": Float(0.0, 0.7)},
 )
-class ScheduledDropout(FromSignature, keras.layers.Dropout):
+class ScheduledDropout(OwnStep, FromSignature, keras.layers.Dropout):
     """Dropout whose rate may follow a schedule.
 
     y = x r / (1 - p) with r ~ Bernoulli(1 - p) in training, y = x at inference. A number p is `keras.layers.Dropout`,
@@ -83,56 +84,21 @@ class ScheduledDropout(FromSignature, keras.layers.Dropout):
         seed = arguments.seed("seed", seed)
         super().__init__(0.5 if scheduled else rate, noise_shape, seed, **kwargs)  # any rate but 0 makes a generator
         self.rate = rate
-        self.step: Any = None
 
     def _inherited_config(self) -> dict[str, Any]:
         config = super()._inherited_config()
         del config["rate"]  # where Keras would put the schedule object itself
         return config
 
-    def build(self, input_shape: Any) -> None:  # noqa: ARG002  (Keras's signature)
-        """Makes the step counter of a schedule; with a number the layer has no weights, as Keras's."""
-        if isinstance(self.rate, LearningRateSchedule):
-            self.step = self.add_weight(
-                name="step",
-                shape=(),
-                dtype="int",  # the backend's own: int64, on JAX int32
-                initializer="zeros",
-                trainable=False,
-                aggregation="only_first_replica",
-            )
-
-    @property
-    def current_rate(self) -> Any:
-        """The rate of the next training call."""
-        if not isinstance(self.rate, LearningRateSchedule):
-            return self.rate
-        return keras.ops.clip(self.rate(0 if self.step is None else self.step), 0.0, 1.0)
-
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Drops in training, and advances the step."""
         if not training or not isinstance(self.rate, LearningRateSchedule):
             return super().call(inputs, training=training)
         ops, dtype = keras.ops, at_least_float32(inputs.dtype)
-        rate = ops.cast(self.current_rate, dtype)
         sizes = ops.shape(inputs)
         shape = [sizes[i] if n is None else n for i, n in enumerate(self.noise_shape or (None,) * len(sizes))]
         with backend.after(inputs):
-            self.step.assign_add(1)
+            rate = self.next_rate(dtype)
             keep = keras.random.uniform(shape, dtype=dtype, seed=self.seed_generator) >= rate
         scale = ops.cast(ops.divide_no_nan(1.0, 1.0 - rate), inputs.dtype)  # at rate 1 nothing is kept
         return ops.where(keep, inputs * scale, ops.zeros_like(inputs))
-
-    def save_own_variables(self, store: Any) -> None:
-        """Saves the step and, which Keras does not, the state of the random generator."""
-        super().save_own_variables(store)
-        if hasattr(self, "seed_generator"):
-            store["seed"] = self.seed_generator.state
-
-    def load_own_variables(self, store: Any) -> None:
-        """Loads the step and the state of the random generator, if the file has one (a `Dropout`'s has none)."""
-        state = {key: store[key] for key in store.keys()}  # noqa: SIM118  (an HDF5 store is no dict)
-        seed = state.pop("seed", None)
-        super().load_own_variables(state)
-        if seed is not None and hasattr(self, "seed_generator"):
-            self.seed_generator.state.assign(seed)

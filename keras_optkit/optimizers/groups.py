@@ -108,7 +108,7 @@ class Group(FromSignature):
         rule: Inner = None,
         required: bool = True,
     ):
-        self.match = checked_pattern("match", match)
+        self.match = arguments.pattern("match", match)
         self.lr_scale = arguments.real("lr_scale", lr_scale, 0)
         self.weight_decay = arguments.real("weight_decay", weight_decay, 0, optional=True)
         self.trainable = arguments.boolean("trainable", trainable)
@@ -145,17 +145,6 @@ def _described_and_rule(inner: Inner) -> tuple[dict[str, Any], Rule]:
     return description, plain("rule", optimizer.rule)
 
 
-def checked_pattern(name: str, pattern: Any) -> str:
-    """Returns the argument `name` if it is a regular expression."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"{name} must be a regular expression, got {pattern!r} of type {type(pattern).__name__}.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}.") from error
-    return pattern
-
-
 def checked_blocks(blocks: Any, layer_decay: float | None) -> int | str | None:
     """Returns the argument `layer_blocks` if it is a number of blocks or a pattern, and there is something to decay."""
     if blocks is None:
@@ -163,7 +152,7 @@ def checked_blocks(blocks: Any, layer_decay: float | None) -> int | str | None:
     if layer_decay is None:
         raise ValueError(f"layer_blocks says what layer_decay counts, and must be None without it, got {blocks!r}.")
     if isinstance(blocks, str):
-        return checked_pattern("layer_blocks", blocks)
+        return arguments.pattern("layer_blocks", blocks)
     try:
         return arguments.integer("layer_blocks", blocks, 1)
     except TypeError:

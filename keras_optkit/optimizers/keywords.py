@@ -9,7 +9,6 @@ import keras
 
 from keras_optkit import arguments
 from keras_optkit.optimizers.engine.files import is_opening
-from keras_optkit.optimizers.groups import checked_pattern
 from keras_optkit.optimizers.rule import Value, is_dynamic
 from keras_optkit.registry import cards
 from keras_optkit.saving import constructor_parameters
@@ -29,7 +28,7 @@ def checked_patterns(name: str, value: Any) -> list[str] | None:
         return None
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a list of regular expressions or None, got {value!r}.")
-    return [checked_pattern(name, pattern) for pattern in value]
+    return [arguments.pattern(name, pattern) for pattern in value]
 
 
 def _checked_slot_dtype(name: str, value: Any) -> str | None:

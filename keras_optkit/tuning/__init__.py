@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from keras_optkit.space import Bool, Choice, Float, Int, Space, Values
 
 if TYPE_CHECKING:
-    from keras_optkit.tuning import spaces
+    from keras_optkit.tuning import pruners, spaces
     from keras_optkit.tuning.hypermodel import HyperModel
     from keras_optkit.tuning.optuna_oracle import OptunaOracle
     from keras_optkit.tuning.result import Result, Trial
@@ -27,6 +27,7 @@ __all__ = [
     "Trial",
     "Tuner",
     "Values",
+    "pruners",
     "search",
     "spaces",
 ]
@@ -43,7 +44,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "spaces":
+    if name in ("pruners", "spaces"):
         return importlib.import_module(f"{__name__}.spaces")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -60,6 +60,8 @@ class BestEpoch(keras.callbacks.Callback):
             that puts it into the logs.
     """
 
+    stateless = True  # for `Resume`: the search keeps what is known of a run that is paused
+
     def __init__(
         self,
         objective: keras_tuner.Objective,
@@ -128,6 +130,17 @@ class BestEpoch(keras.callbacks.Callback):
             self.metrics, self.best_epoch = metrics, epoch + 1
             if self.to_beat is None or self.objective.better_than(score, self.to_beat):
                 self.save(self.model)
+
+    def get_state(self) -> dict[str, Any]:
+        """What a run that is paused is continued with, as JSON holds it."""
+        return {"history": self.history, "metrics": self.metrics, "best_epoch": self.best_epoch}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues a run."""
+        self.history = [(epoch, dict(metrics)) for epoch, metrics in state["history"]]
+        self.epochs = len(self.history)
+        self.metrics, self.best_epoch = dict(state["metrics"]), state["best_epoch"]
+        self._seen = {name: None for _, metrics in self.history for name in metrics}
 
     def missing(self) -> str:
         """What to say where no epoch had the objective, with the names that there were."""

@@ -29,7 +29,8 @@ class OptunaOracle(keras_tuner.Oracle):
     proposed. So a search that is continued proposes what it would have proposed without the interruption (a sampler of
     your own that keeps more than its random generators is asked for all its proposals again). No point is proposed
     twice, points that violate a constraint are not proposed, and a finite space is exhausted exactly once. Trials that
-    fail, or whose objective is not finite, are told as failed, and do not end a search.
+    fail, or whose objective is not finite, are told as failed, and do not end a search; those that a pruner of `Tuner`
+    has stopped or paused are told as pruned, with the objective of each epoch.
 
     Args:
         objective: As for every oracle: a name, a `keras_tuner.Objective`, or a list of them for `"nsga2"`, `"tpe"`,
@@ -165,6 +166,9 @@ class OptunaOracle(keras_tuner.Oracle):
 
     def _caught_up(self, space: Space) -> Study | GaussianProcess:
         """The study, which knows what has ended."""
+        partial = {trial_id: found for trial_id in self.start_order if (found := self._intermediate(trial_id))}
+        if partial and isinstance(self._study, Study) and self._study.is_stateless:
+            self._study = None  # of a trial that is paused Optuna can be told only when its study is made
         if self._study is None:
             directions = [f"{direction}imize" for direction in self._directions().values()]
             sampler = sampler_of(self.strategy, self.seed, len(directions))
@@ -172,6 +176,10 @@ class OptunaOracle(keras_tuner.Oracle):
             self._told, self._numbers = 0, {}
             for number, trial_id in enumerate(self.start_order):
                 if trial_id not in self.proposals:  # it ran before the tuner had found a space
+                    continue
+                if trial_id in partial and isinstance(self._study, Study) and self._study.is_stateless:
+                    params = {k: v for k, v in self.proposals[trial_id]["params"].items() if k in space}
+                    self._study.add(space, params, pruned=partial[trial_id])
                     continue
                 self._tell(self.proposals[trial_id]["told"])
                 self._numbers[trial_id] = self._again(space, self._study, number, **self.proposals[trial_id])
@@ -200,8 +208,20 @@ class OptunaOracle(keras_tuner.Oracle):
         for trial_id in self.end_order[self._told : count]:
             if trial_id not in self._numbers:
                 continue
-            self._study.tell(self._numbers[trial_id], self._values(self.trials[trial_id]))
+            values, epochs = self._values(self.trials[trial_id]), self._intermediate(trial_id)
+            self._study.tell(self._numbers[trial_id], values, pruned=epochs)
         self._told = max(self._told, count)
+
+    def _intermediate(self, trial_id: str) -> dict[int, float]:
+        """The objective by epoch of a trial that was stopped or is paused; nothing of others."""
+        trial = self.trials[trial_id]
+        ongoing = any(each.trial_id == trial_id for each in self.ongoing_trials.values())
+        if trial.status not in (TrialStatus.STOPPED, TrialStatus.RUNNING) or ongoing:
+            return {}
+        if len(self._directions()) > 1 or not trial.metrics.exists(self.objective.name):
+            return {}
+        history = trial.metrics.get_history(self.objective.name)
+        return {int(observation.step): float(observation.mean()) for observation in history}
 
     def _values(self, trial: Any) -> list[float] | None:
         """The objectives of a trial; None if it has failed."""

@@ -17,7 +17,7 @@ from keras_optkit.tuning.importance import importance, objective_of
 if TYPE_CHECKING:
     from keras_optkit.tuning.result import Result, Trial
 
-BEST, OTHERS, FAILED = "tab:orange", "tab:blue", "tab:red"
+BEST, OTHERS, FAILED, PRUNED = "tab:orange", "tab:blue", "tab:red", "tab:grey"
 _COLUMNS = 3
 _WIDE = 1000  # scores are on a logarithmic axis if the largest is so many times the smallest
 _LEGIBLE = 10  # names on an axis; of more categories, some
@@ -46,7 +46,9 @@ def short(text: Any, length: int = 18) -> str:
 
 
 def _completed(result: Result) -> list[Trial]:
-    return [trial for trial in result.trials if trial.score is not None]
+    """The trials whose scores can be compared; those that were pruned, if there are no others."""
+    completed = [trial for trial in result.trials if trial.status == "completed"]
+    return completed or [trial for trial in result.trials if trial.score is not None]
 
 
 def _score(trial: Trial, name: str) -> float:
@@ -83,7 +85,9 @@ def history(result: Result, objective: Any = None) -> Any:
     names = _objectives(result, objective)
     figure, axes = _axes("plot_history", len(names), 5.5, 3.2)
     trials = _completed(result)
-    failed = [trial.number for trial in result.trials if trial.score is None]
+    failed = [trial.number for trial in result.trials if trial.status == "failed"]
+    pruned = [trial for trial in result.trials if trial.status == "pruned" and trial.score is not None]
+    pruned = [trial for trial in pruned if trial not in trials]
     for axis, name in zip(axes, names, strict=True):
         numbers, scores = [trial.number for trial in trials], [_score(trial, name) for trial in trials]
         better = np.maximum if result.objectives[name] == "max" else np.minimum
@@ -93,11 +97,14 @@ def history(result: Result, objective: Any = None) -> Any:
             axis.plot(
                 failed, [0.03] * len(failed), "x", color=FAILED, transform=axis.get_xaxis_transform(), label="failed"
             )
+        if pruned:
+            places = [trial.number for trial in pruned], [_score(trial, name) for trial in pruned]
+            axis.plot(*places, "v", color=PRUNED, markersize=4, label="pruned")
         axis.set(xlabel="trial", ylabel=short(name, 30), yscale=_scale(scores))
         axis.margins(y=0.1)
         axis.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small", frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     return figure
 
 
@@ -192,7 +199,7 @@ def parallel(result: Result, objective: Any = None) -> Any:
     def height(trial: Trial, name: str) -> float:
         return _share(_score(trial, name), *ends[name], scales[name] == "log")
 
-    for trial in (trial for trial in result.trials if trial.score is None):
+    for trial in (trial for trial in result.trials if trial.status == "failed"):
         axis.plot([_height(result.space[each], trial.values.get(each)) for each in from_space], ":", color=FAILED, lw=1)
     for i, trial in enumerate(order):
         points = [_height(result.space[each], trial.values.get(each)) for each in from_space]
@@ -322,7 +329,9 @@ def learning_curves(result: Result, metric: Any = None) -> Any:
                 look: dict[str, Any] = {"color": OTHERS, "alpha": 0.45, "lw": 1, "zorder": 2, "label": "completed"}
                 if trial is best:
                     look = {"color": BEST, "lw": 2.2, "zorder": 3, "label": f"best, trial {trial.number}"}
-                elif trial.score is None:
+                elif trial.status == "pruned":
+                    look |= {"color": PRUNED, "label": "pruned"}
+                elif trial.status == "failed":
                     look |= {"color": FAILED, "ls": ":", "label": "failed"}
                 marker = {"marker": "o", "markersize": 3} if len(points) <= 30 else {}
                 axis.plot(*zip(*points, strict=True), **look, **marker)

@@ -119,6 +119,7 @@ def _picture(figure: Any, text: str) -> str:
 def _summary(result: Result) -> str:
     best, trials = result.best_trial, result.trials
     failed = sum(trial.status == "failed" for trial in trials)
+    pruned = sum(trial.status == "pruned" for trial in trials)
     objectives = ", ".join(f"{name} ({direction})" for name, direction in result.objectives.items())
     scores = ", ".join(f"{name} = {best.metrics.get(name, result.best_score):.6g}" for name in result.objectives)
     again = (
@@ -129,7 +130,7 @@ def _summary(result: Result) -> str:
     facts = {
         "best": f"{scores} in epoch {best.best_epoch} of trial {best.number}",
         "objective": objectives,
-        "trials": f"{len(trials)}, of which {failed} failed",
+        "trials": f"{len(trials)}, of which {failed} failed" + (f" and {pruned} were pruned" if pruned else ""),
         "epochs": f"{sum(trial.epochs for trial in trials)} in {sum(trial.seconds for trial in trials):.1f} s",
         "seed": result.seed,
         "directory": result.directory,

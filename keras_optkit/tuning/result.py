@@ -26,13 +26,15 @@ class Trial:
     Attributes:
         number: 0, 1, 2, ... in the order in which the trials were started; also in the names of their directories.
         values: The active hyperparameters.
-        score: The objective at its best epoch (the mean over executions, if there were several), or None if it failed.
+        score: The objective at its best epoch (the mean over executions, if there were several), or None if it failed,
+            or was pruned before it had one.
         metrics: All metrics at that epoch.
         epochs: Epochs trained, over all executions.
         best_epoch: The epoch with the best objective, counted from 1 (of the best execution), or None.
         seconds: Duration.
-        status: `"completed"` or `"failed"`.
-        message: Why it failed, or "".
+        status: `"completed"`, `"pruned"` or `"failed"`. A trial that was pruned has the score of the epochs that it was
+            trained; it is the best only where no trial was completed.
+        message: Why it failed or was pruned, or "".
         history: For each execution the epochs that were trained, also by a trial that failed: a dict with the numbers
             of the `epochs`, counted from 1, and the `metrics`, a list for each name with None where an epoch did not
             have it. Empty if the trial is one of a version that kept no history.
@@ -51,15 +53,27 @@ class Trial:
 
     @property
     def reason(self) -> str:
-        """Why it failed and with which hyperparameters, or ""."""
+        """Why it failed or was pruned, and with which hyperparameters, or ""."""
         return f"{self.message} ({listed(self.values)})" if self.message else ""
 
 
 def ranked(trials: Sequence[Trial], direction: str) -> list[Trial]:
-    """The completed trials, best first; of equal ones the earlier first."""
+    """The completed trials, best first, of equal ones the earlier first; the pruned ones, if none was completed.
+
+    After fewer epochs a score is another one: a trial that a pruner has stopped is not compared with complete ones.
+    """
     sign = -1 if direction == "max" else 1
-    completed = [trial for trial in trials if trial.score is not None]
+    scored = [trial for trial in trials if trial.score is not None and trial.status != "failed"]
+    completed = [trial for trial in scored if trial.status == "completed"] or scored
     return sorted(completed, key=lambda trial: (sign * trial.score, trial.number))  # type: ignore[operator]
+
+
+def by_score(trials: Sequence[Trial], direction: str) -> list[Trial]:
+    """All trials, best first; those without a score last, the failed ones at the end."""
+    sign = -1 if direction == "max" else 1
+    scored = sorted((t for t in trials if t.score is not None), key=lambda t: (sign * t.score, t.number))  # type: ignore[operator]
+    rest = [trial for trial in trials if trial.score is None]
+    return scored + sorted(rest, key=lambda trial: (trial.status == "failed", trial.number))
 
 
 def pareto(trials: Sequence[Trial], objectives: Mapping[str, str]) -> list[Trial]:
@@ -89,20 +103,27 @@ def shown(value: Any) -> str:
 
 
 def cells_of(result: Result) -> tuple[list[str], list[list[str]]]:
-    """The header and the lines of the table: best first, then what failed."""
+    """The header and the lines of the table: best first, then what was pruned, then what failed."""
     own = ["trial", *result.objectives, "best epoch", "epochs trained", "seconds"]
     names = [f"values.{name}" if name in own else name for name in result.space]
     order = ranked(result.trials, result.direction)
-    order += [trial for trial in result.trials if trial.score is None]
+    order += [trial for trial in by_score(result.trials, result.direction) if trial not in order]
     lines = []
     for trial in order:
         scores = [shown(trial.metrics.get(name)) for name in result.objectives]
         if trial.score is None:
             scores[0] = trial.status
+        elif trial.status == "pruned":
+            scores[0] += " (pruned)"
         values = [shown(trial.values.get(name)) for name in result.space]
         ends = [shown(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
         lines.append([str(trial.number), *scores, *values, *ends])
     return [*own[:-3], *names, *own[-3:]], lines
+
+
+def _style(i: int, score: str) -> str | None:
+    """How a line of the table looks."""
+    return "bold green" if i == 0 else "red" if score == "failed" else "dim" if "pruned" in score else None
 
 
 class Result:
@@ -176,8 +197,11 @@ class Result:
     def best_trial(self) -> Trial:
         """The completed trial with the best score; the first of equals.
 
+        A trial that was pruned is the best only where none was completed, since a budget had ended the search: scores
+        after fewer epochs cannot be compared with those of complete trials.
+
         Raises:
-            ValueError: If no trial was completed.
+            ValueError: If no trial has a score.
         """
         order = ranked(self.trials, self.direction)
         if not order:
@@ -281,7 +305,7 @@ class Result:
         head, lines = cells_of(self)
         table = Table(*(Column(Text(name), overflow="fold") for name in head))
         for i, line in enumerate(lines):
-            table.add_row(*map(Text, line), style="bold green" if i == 0 else "red" if line[1] == "failed" else None)
+            table.add_row(*map(Text, line), style=_style(i, line[1]))
         return Group(table, *map(Text, self._failures()))
 
     def __repr__(self) -> str:
@@ -339,14 +363,14 @@ class Result:
     def plot(self) -> Any:
         """Draws the score against the number of the trial and against each hyperparameter; returns the figure.
 
-        The line is the best score so far; failed trials are crosses at the bottom. With several objectives the score is
-        their sum; `plot_history` and `plot_slice` draw each of them.
+        The line is the best score so far; failed trials are crosses at the bottom, and pruned ones are left out. With
+        several objectives the score is their sum; `plot_history` and `plot_slice` draw each of them.
         """
         export.needed("matplotlib", "result.plot")
         import matplotlib.pyplot as plt
 
-        completed = [trial for trial in self.trials if trial.score is not None]
-        failed = [trial.number for trial in self.trials if trial.score is None]
+        completed = sorted(ranked(self.trials, self.direction), key=lambda trial: trial.number)
+        failed = [trial.number for trial in self.trials if trial.status == "failed"]
         scores = [trial.score for trial in completed]
         figure, axes = plt.subplots(
             1, 1 + len(self.space), figsize=(3.2 * (1 + len(self.space)), 3.2), sharey=True, layout="constrained"
@@ -372,8 +396,9 @@ class Result:
     def plot_history(self, objective: str | None = None) -> Any:
         """Draws the score of each trial in the order in which they were started, and the best so far.
 
-        Failed trials are crosses at the bottom. Scores of which the largest is a thousand times the smallest are on a
-        logarithmic axis, here and in the other figures.
+        Failed trials are crosses at the bottom, pruned ones triangles, which the best so far does not
+        count. Scores of which the largest is a thousand times the smallest are on a logarithmic axis, here and in the
+        other figures.
 
         Args:
             objective: One of `objectives`. None: all, beside each other.

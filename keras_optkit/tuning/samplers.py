@@ -208,6 +208,7 @@ class Study:
         #: Random points that it begins with.
         self.startup: Any = getattr(sampler, "population_size", None) or getattr(sampler, "_n_startup_trials", 0)
         self.attempts = 10
+        self._asked: dict[int, Any] = {}  # trials, by number
 
     def ask(self, space: Space, sequence: np.random.SeedSequence, fixed: Params | None = None) -> tuple[int, Params]:
         """A new trial: its number in this study and its parameters, which are `fixed` where these are given."""
@@ -216,6 +217,7 @@ class Study:
             if fixed is not None:
                 self._study.enqueue_trial(fixed)
             trial = self._study.ask()
+            self._asked[trial.number] = trial
             _ = getattr(trial, "relative_params", None)  # samples now, even where all is fixed: CMA-ES counts that
             params: Params = {}
             values: dict[str, Any] = {}
@@ -230,19 +232,25 @@ class Study:
                 values[name] = decoded(parameter, params[name]) if parameter.size > 1 else parameter.grid()[0]
             return trial.number, params
 
-    def add(self, space: Space, params: Params) -> int:
-        """A trial that was proposed before, without asking the sampler again."""
+    def add(self, space: Space, params: Params, pruned: Mapping[int, float] | None = None) -> int:
+        """A trial that was proposed before, without asking the sampler again; if it was pruned, with its epochs."""
         create = self._optuna.trial.create_trial
         distributions = {name: distribution(space[name]) for name in params}
-        state = self._optuna.trial.TrialState.RUNNING
-        self._study.add_trial(create(state=state, params=params, distributions=distributions))
+        states = self._optuna.trial.TrialState
+        state = states.PRUNED if pruned else states.RUNNING
+        about = {"params": params, "distributions": distributions, "intermediate_values": dict(pruned or {})}
+        self._study.add_trial(create(state=state, **about))
         return len(self._study.get_trials(deepcopy=False)) - 1
 
-    def tell(self, number: int, values: Sequence[float] | None) -> None:
-        """How a trial has ended; None if it has failed or was not run."""
+    def tell(self, number: int, values: Sequence[float] | None, pruned: Mapping[int, float] | None = None) -> None:
+        """How a trial has ended; None if it has failed or was not run, or was pruned, with the value of each epoch."""
         with quiet(self._optuna):
-            failed = self._optuna.trial.TrialState.FAIL
-            self._study.tell(number, values, state=failed if values is None else None)
+            states = self._optuna.trial.TrialState
+            for step, value in (pruned or {}).items():
+                self._asked[number].report(value, step)
+            state = states.PRUNED if pruned else states.FAIL if values is None else None
+            self._study.tell(number, None if pruned else values, state=state)
+            self._asked.pop(number, None)
 
     @property
     def completed(self) -> int:
@@ -294,7 +302,12 @@ class GaussianProcess:
         self._trials.append({"params": params, "values": None, "ended": False})
         return len(self._trials) - 1
 
-    def tell(self, number: int, values: Sequence[float] | None) -> None:
+    def tell(
+        self,
+        number: int,
+        values: Sequence[float] | None,
+        pruned: Mapping[int, float] | None = None,  # noqa: ARG002  (of `Study`; the process leaves those out)
+    ) -> None:
         """As `Study.tell`."""
         self._trials[number] |= {"values": None if values is None else list(values), "ended": True}
 

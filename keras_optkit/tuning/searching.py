@@ -100,6 +100,10 @@ def search(
     executions_per_trial: int = 1,
     max_model_size: int | None = None,
     callbacks: Callbacks | None = None,
+    pruner: Any = None,
+    time_limit: float | None = None,
+    max_epochs: int | None = None,
+    patience: int | None = None,
     seed: int | None = None,
     directory: str | Path | None = None,
     log_dir: str | Path | None = None,
@@ -140,6 +144,15 @@ def search(
             limit.
         callbacks: A function that returns the list of callbacks of one run, new ones each time. It may take the
             trial's values, or the values and the run's log directory (None without `log_dir`).
+        pruner: Stops trials that are worse than others. `"asha"`, `"pasha"` and `"hyperband"`, or an object of
+            `pruners`, train all trials for a few epochs and promote the best, which continue the very run. `"median"`
+            and `"wilcoxon"`, or a pruner of Optuna, stop a trial after an epoch, for good. None: every trial has all
+            epochs.
+        time_limit: Seconds for the whole search, also in earlier processes where it is continued. The trial that is
+            running is stopped at the end of its epoch. None: no limit.
+        max_epochs: Epochs for the whole search, over all trials. None: no limit.
+        patience: The search ends when so many trials in a row have ended without a new best score; one that is paused
+            has not ended. None: it does not.
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
             changes the global seeds). When left out it is drawn with Python's `random`; see `Result.seed`.
         directory: Where state and the best model are kept. If a search is there it is continued: finished trials are
@@ -156,8 +169,10 @@ def search(
 
     Raises:
         TypeError: If an argument has a wrong type, or `build` returns no compiled model.
+        ImportError: If a strategy or a pruner needs Optuna, and it is not installed.
         ValueError: If an argument has a wrong value, if a grid has infinitely many points, if training has no
-            metric named like the objective, or if `directory` holds another search.
+            metric named like the objective, if there is a pruner and several objectives, or if `directory` holds
+            another search.
         RuntimeError: If all trials failed, from the first error; if another search runs in `directory`, or a file in it
             is damaged.
         OSError: If the disk does not take what is to be kept; what is in `directory` can be continued.
@@ -246,6 +261,10 @@ def search(
             definition=definition,
             keep_models=1,
             max_model_size=max_model_size,
+            pruner=pruner,
+            time_limit=time_limit,
+            max_epochs=max_epochs,
+            patience=patience,
         )
         fit = fit_data(data, validation, oracle.seed, others.pop("sample_weight", None))
         given = {name: size for name, size in sizes.items() if name not in space and size is not None}

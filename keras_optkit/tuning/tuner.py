@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from keras_optkit.tuning.best_epoch import BestEpoch, forget_frames, names_of, t
 from keras_optkit.tuning.books import AtomicBooks, OtherSearchError, damaged, path_of
 from keras_optkit.tuning.callbacks import Callbacks, Copies, Factory, of_search
 from keras_optkit.tuning.data import check_ends, is_dataset
+from keras_optkit.tuning.economy import RUNG, Economy
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
-from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.oracle import TRAINING, stream
-from keras_optkit.tuning.result import Result, Trial, listed, ranked, shown
+from keras_optkit.tuning.outcome import Outcome
+from keras_optkit.tuning.paused import Stopper, in_known_order, quiet_about_order
+from keras_optkit.tuning.result import Trial, listed, ranked, shown
 
 _PRINTING = threading.Lock()  # sys.stdout is one for all threads
 
@@ -40,7 +42,7 @@ _PRINTING = threading.Lock()  # sys.stdout is one for all threads
 EPOCHS, INITIAL_EPOCH, PARENT = "tuner/epochs", "tuner/initial_epoch", "tuner/trial_id"
 
 
-class Tuner(keras_tuner.Tuner, AtomicBooks):
+class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
     """Runs the trials that an oracle of KerasTuner proposes. `search` makes one; use it directly for other oracles.
 
     Different from KerasTuner's: every trial is seeded by the oracle's seed and its number; a run whose loss is no
@@ -62,6 +64,10 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             JSON-ready values.
         max_model_size: The most elements that the weights of a model may have; a trial with more has failed.
         keep_models: Of how many of the best trials the model is kept, for `get_best_models`; None: of all.
+        pruner: As in `search`; not with KerasTuner's `HyperbandOracle`, which promotes trials itself.
+        time_limit: As in `search`.
+        max_epochs: As in `search`.
+        patience: As in `search`.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -111,6 +117,10 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         definition: Mapping[str, Any] | None = None,
         keep_models: int | None = None,
         max_model_size: int | None = None,
+        pruner: Any = None,
+        time_limit: float | None = None,
+        max_epochs: int | None = None,
+        patience: int | None = None,
     ) -> None:
         if not isinstance(hypermodel, HyperModel):
             raise TypeError(f"hypermodel must be a keras_optkit.tuning.HyperModel, got {hypermodel!r}.")
@@ -122,7 +132,10 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         path = path_of("directory", directory).absolute()
         self.log_dir = None if log_dir is None else path_of("log_dir", log_dir)
         self.verbose = arguments.choice("verbose", verbose, (0, 1, 2))
-        self.definition = json.loads(json.dumps({"space": hypermodel.space.get_config(), **(definition or {})}))
+        self.economy = Economy(pruner, time_limit, max_epochs, patience)
+        self.economy.check(oracle)
+        told = {"space": hypermodel.space.get_config(), **(definition or {}), "pruner": self.economy.described}
+        self.definition = json.loads(json.dumps(told))
         self.records: dict[str, dict[str, Any]] = {}  # what KerasTuner's trials have no place for, by trial
         self._runs: list[list[tuple[int, dict[str, float]]]] = []  # the epochs of this trial's executions
         self.first_error: Exception | None = None
@@ -139,26 +152,14 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             place = {"directory": str(path.parent), "project_name": path.name}
             super().__init__(oracle, **place, executions_per_trial=executions_per_trial, max_model_size=max_model_size)
         self.hypermodel = hypermodel
-        self._claim_log_dir(overwrite)
-
-    def _claim_log_dir(self, overwrite: bool) -> None:
-        """A new search must not write into the runs of an old one."""
-        if self.log_dir is None or self.oracle.trials:
-            return
-        old = [path for path in self.log_dir.glob("trial_*") if any(path.rglob(logs.EVENTS))]
-        if old and not overwrite:
-            raise ValueError(
-                f"log_dir must hold no trials of another search, got {str(self.log_dir)!r} with {len(old)} of them. "
-                "Choose another directory, or pass overwrite=True to delete their logs."
-            )
-        for path in old:
-            logs.clear(path)
+        if self.log_dir is not None and not self.oracle.trials:
+            logs.claim(self.log_dir, overwrite)
 
     # What is saved in the directory besides the oracle's own state
 
     def get_state(self) -> dict[str, Any]:
         """KerasTuner's hook for saving."""
-        return {"definition": self.definition, "records": self.records}
+        return {"definition": self.definition, "records": self.records, "economy": self.economy.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """KerasTuner's hook for continuing a search.
@@ -172,6 +173,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             raise OtherSearchError(self.project_dir, f"where {'; '.join(changes)}")
         self.definition = state["definition"]
         self.records = state["records"]
+        self.economy.set_state(state.get("economy", self.economy.get_state()))
 
     def reload(self) -> None:  # type: ignore[override]  # without a name, as KerasTuner has it
         """Reads the state of the search in the directory.
@@ -191,6 +193,13 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         # A trial that KerasTuner had saved, but not yet noted as started, when the process ended.
         for trial_id in self.oracle.trials.keys() - set(self.oracle.start_order):
             del self.oracle.trials[trial_id]
+        # One that was paused, which the oracle had not yet noted.
+        interrupted = self.oracle.get_state()["retry_queue"]
+        interrupted[:] = [trial_id for trial_id in interrupted if not self._is_paused(trial_id)]
+
+    def _is_paused(self, trial_id: str) -> bool:
+        record = self.records.get(trial_id, {})
+        return bool(record.get("paused")) and not record["running"]
 
     # The course of a search
 
@@ -223,6 +232,7 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             raise ValueError("batch_size must be left out of the space where x is a dataset, which has its own.")
         check_ends(kwargs, {"x": "x", "validation_data": "validation_data"})
         of_search(kwargs.get("callbacks"))  # raises now rather than in the first trial
+        self.economy.check_fit(kwargs, space, self.oracle.objective.name)
         kwargs.setdefault("verbose", 1 if self.verbose == 2 else 0)
         with books.locked(Path(self.project_dir)):
             if Path(self._get_tuner_fname()).exists():  # another search may have run since this object was made
@@ -230,7 +240,17 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             self.save()
             if self.records and self.verbose:
                 print(f"Continuing the search in {self.project_dir}: {len(self.oracle.end_order)} trials are finished.")
-            super().search(*args, **kwargs)
+            if not self.economy.is_active:
+                super().search(*args, **kwargs)
+                return
+            self.economy.begin()
+            self.on_search_begin()
+            while (trial := self.economy.next_trial(self)) is not None:
+                self.on_trial_begin(trial)
+                self._try_run_and_update_trial(trial, *args, **kwargs)
+                self.on_trial_end(trial)
+            self.on_search_end()
+            self.save()
 
     def on_search_begin(self) -> None:
         """KerasTuner's hook before the first trial."""
@@ -243,10 +263,6 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         for trial_id in self.oracle.start_order:
             self._forget_end(trial_id)
 
-    def number(self, trial: keras_tuner.engine.trial.Trial) -> int:
-        """The number of a trial: 0 for the first that was started."""
-        return self.oracle.start_order.index(trial.trial_id)
-
     def on_trial_begin(self, trial: keras_tuner.engine.trial.Trial) -> None:
         """KerasTuner's hook before a trial."""
         super().on_trial_begin(trial)
@@ -254,23 +270,33 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         trial.metrics = type(trial.metrics)()  # without those of an attempt that was interrupted
         trial.message = None
         self._runs = []
-        self.records[trial.trial_id] = {"epochs": 0, "best_epoch": None, "metrics": {}}
+        record = self.records[trial.trial_id] = self.economy.prepare(self, trial)
         self.save()
         if self.verbose:
             number, total = self.number(trial), self.oracle.max_trials or "?"
             values = self.hypermodel.point(trial.hyperparameters)
-            print(f"[{number + 1}/{total}] trial {number}: {listed(values)}", flush=True)
+            after = f" from epoch {record['rung_epochs'][-1] + 1}" if record.get("paused") else ""
+            print(f"[{number + 1}/{total}] trial {number}{after}: {listed(values)}", flush=True)
 
     def on_trial_end(self, trial: keras_tuner.engine.trial.Trial) -> None:
         """KerasTuner's hook after a trial."""
         record = self.records[trial.trial_id]
-        record["seconds"] = time.perf_counter() - self._started
+        record["seconds"] = record.get("seconds", 0.0) + time.perf_counter() - self._started
+        record["running"] = False
         trial.status = record.get("status", trial.status)  # a subclass may run its trials in its own way
         if trial.status != TrialStatus.COMPLETED:
             trial.metrics = type(trial.metrics)()  # without the placeholder that run_trial returned
+        if trial.status in (TrialStatus.STOPPED, TrialStatus.RUNNING):
+            self._note_epochs(trial)
         books.write_history(Path(self.get_trial_dir(trial.trial_id)), self._runs)
         self.save()  # before the oracle notes that the trial has ended, which must not be without its record
-        super().on_trial_end(trial)
+        if trial.status == TrialStatus.RUNNING:
+            self._pause(trial)
+        else:
+            super().on_trial_end(trial)
+        if trial.status != TrialStatus.RUNNING and self.economy.rungs is not None:
+            self.economy.forget(self, trial.trial_id)
+        self.economy.settle(self)
         trials = self._trials(history=False)
         order = ranked(trials, self.oracle.objective.direction)
         kept = [self.oracle.start_order[found.number] for found in order[: self.keep_models]]
@@ -281,31 +307,63 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         if parent is not None and trial.trial_id in self.oracle.end_order:
             self._forget_end(parent)  # nothing else continues it
         this = next((found for found in trials if found.number == self.number(trial)), None)
-        if self.verbose and this is not None:
-            epoch = f"{shown(this.score)} in epoch {this.best_epoch}"
-            outcome = f"failed: {this.message}" if this.score is None else epoch
-            best = f"; best so far {shown(order[0].score)} (trial {order[0].number})" if order else ""
-            print(f"    {self.oracle.objective.name} {outcome}, {this.seconds:.1f} s{best}", flush=True)
+        if this is not None:
+            self._report(this, order[0] if order else None, paused=trial.status == TrialStatus.RUNNING)
+
+    def _report(self, this: Trial, best: Trial | None, *, paused: bool) -> None:
+        """Tells the pruner's study and the reader how a trial has ended."""
+        self.economy.tell_judges(this.score, this.status)
+        if not self.verbose:
+            return
+        outcome = f"failed: {this.message}"
+        if this.status != "failed":
+            outcome = f"{shown(this.score)} in epoch {this.best_epoch}" if this.score is not None else "has no value"
+        if this.status == "pruned":
+            outcome += f", paused after {this.epochs} epochs" if paused else f", pruned: {this.message}"
+        best_so_far = f"; best so far {shown(best.score)} (trial {best.number})" if best else ""
+        print(f"    {self.oracle.objective.name} {outcome}, {this.seconds:.1f} s{best_so_far}", flush=True)
+
+    def _pause(self, trial: keras_tuner.engine.trial.Trial) -> None:
+        """Has the oracle know that a trial is neither running nor over."""
+        ongoing = self.oracle.ongoing_trials
+        for tuner_id in [tuner_id for tuner_id, each in ongoing.items() if each.trial_id == trial.trial_id]:
+            del ongoing[tuner_id]
+        self.oracle.save()
+
+    def _note_epochs(self, trial: keras_tuner.engine.trial.Trial) -> None:
+        """Has the oracle know the objective of each epoch of a trial that was not trained to its end."""
+        name = self.oracle.objective.name
+        found = [{epoch: metrics[name] for epoch, metrics in run if name in metrics} for run in self._runs]
+        epochs = sorted(set.intersection(*map(set, found))) if found else []
+        trial.metrics.register(name, self.oracle.objective.direction)
+        for epoch in epochs:
+            trial.metrics.update(name, float(np.mean([run[epoch] for run in found])), step=epoch)
+        if epochs:  # once more, since this saves the trial
+            value = trial.metrics.get_history(name)[-1].mean()
+            self.oracle.update_trial(trial.trial_id, {name: value}, step=epochs[-1])
 
     def run_trial(self, trial: keras_tuner.engine.trial.Trial, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Builds and trains the model of a trial, `executions_per_trial` times; returns the mean score."""
         record = self.records[trial.trial_id]
-        record["status"] = TrialStatus.COMPLETED
+        record["status"], record["epochs"] = TrialStatus.COMPLETED, 0
         objective = self.oracle.objective
         also = of_search(kwargs.pop("callbacks", None))
-        best: float | None = None
-        found = []
+        found: list[dict[str, float]] = []
+        reasons: list[str] = []
         try:
             for execution in range(self.executions_per_trial):
+                best = self._best_of_others(record, execution, found)
                 watch = BestEpoch(objective, lambda model: self._keep(trial, model), best, self.max_model_size)
                 try:
-                    self._train(trial, execution, watch, also, args, dict(kwargs))
+                    reasons.append(self._train(trial, execution, watch, also, args, dict(kwargs)))
                 finally:
                     record["epochs"] += watch.epochs
                     self._runs.append(watch.history)
-                if best is None or objective.better_than(watch.score, best):
-                    best, record["best_epoch"] = watch.score, watch.best_epoch
+                if watch.score is not None and (best is None or objective.better_than(watch.score, best)):
+                    record["best_epoch"] = watch.best_epoch
                 found.append(watch.metrics)
+                if reasons[-1] not in ("", RUNG):
+                    break
         except FatalError:
             raise
         except Exception as error:
@@ -320,8 +378,28 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             return worst_of(objective)
         common = set.intersection(*map(set, found))
         means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0] if name in common}
-        record["metrics"] = means
+        record["metrics"], record["score"] = means, means.get(objective.name)
+        if any(reasons):
+            self._stopped(trial, [reason for reason in reasons if reason][-1])
+            return worst_of(objective)
         return {name: means[name] for name in {objective.name, *names_of(objective)}}
+
+    def _best_of_others(self, record: dict[str, Any], execution: int, found: list[dict[str, float]]) -> float | None:
+        """The best score of the other runs of a trial so far, one of which the kept model is from."""
+        name, objective = self.oracle.objective.name, self.oracle.objective
+        later = [run.get("watch", {"metrics": {}})["metrics"] for run in record.get("runs", [])[execution + 1 :]]
+        scores = [metrics[name] for metrics in [*found, *later] if name in metrics]
+        return (max if objective.direction == "max" else min)(scores, default=None)
+
+    def _stopped(self, trial: keras_tuner.engine.trial.Trial, reason: str) -> None:
+        """Notes that a trial was paused, or stopped for good."""
+        record = self.records[trial.trial_id]
+        if reason == RUNG:
+            record["status"], record["paused"] = TrialStatus.RUNNING, True
+            record["rungs"].append(record["score"])
+            record["rung_epochs"].append(max(run["watch"]["history"][-1][0] for run in record["runs"]))
+        else:
+            record["status"], record["message"] = TrialStatus.STOPPED, reason
 
     def _keep(self, trial: keras_tuner.engine.trial.Trial, model: keras.Model) -> None:
         """Keeps the model of a trial; says once if it is none for a `.keras` file."""
@@ -339,15 +417,23 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         also: Copies | Factory,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> None:
+    ) -> str:
+        """Trains a model; returns why the run was stopped, or "" if it ended by itself."""
+        saved: dict[str, Any] = {}
+        if self.economy.rungs is not None:
+            saved = self.records[trial.trial_id]["runs"][execution]
+            if "watch" in saved:
+                watch.set_state(saved["watch"])
+            if saved.get("over"):  # it has stopped by itself, and another run of the trial has not
+                return ""
         clear_session()  # frees the last model, too: it collects garbage
-        seed = stream(self.oracle.seed, TRAINING, self.number(trial), execution)
-        keras.utils.set_random_seed(int(seed.generate_state(1)[0]))
+        seed = stream(self.oracle.seed, TRAINING, self.number(trial), execution).generate_state(2)
+        keras.utils.set_random_seed(int(seed[0]))
         values, rounds = self.hypermodel.point(trial.hyperparameters), trial.hyperparameters.values
-        with self._session(trial, execution, values) as (directory, metric):
+        with self._session(trial, execution, values, continued="bundle" in saved) as (directory, session):
             model = self.hypermodel.build(trial.hyperparameters)
             watch.check_size(model)
-            run = self._run_name(trial, execution)
+            run = self.run_name(trial, execution)
             callbacks = self._new([*self.callbacks(values, directory, run), *also(values, directory, run)])
             watch.patient = bool(callbacks)
             if directory is not None:
@@ -359,13 +445,31 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
             if PARENT in rounds:
                 self._end(rounds[PARENT], execution).load_into(model)
             watch.set_model(model)
-            returned = self.hypermodel.fit(trial.hyperparameters, model, *args, **kwargs, callbacks=[*callbacks, watch])
-            take(returned, watch, any(record["metrics"] for record in self.records.values()))
+            callbacks.append(watch)
+            stopper = Stopper([])
+            if self.economy.is_active:
+                stopper.rules = self.economy.rules(self, trial, execution, watch)
+                callbacks.append(stopper)
+            if self.economy.rungs is not None:
+                kwargs = in_known_order(kwargs, values.get("batch_size", kwargs.get("batch_size")), int(seed[1]))
+                pausable = self.economy.pausable(self, trial.trial_id, execution)
+                callbacks.append(pausable.callback(saved.get("bundle"), kwargs))
+            with quiet_about_order() if self.economy.rungs is not None else contextlib.nullcontext():
+                returned = self.hypermodel.fit(trial.hyperparameters, model, *args, **kwargs, callbacks=callbacks)
+            if not stopper.reason:
+                take(returned, watch, any(record["metrics"] for record in self.records.values()))
             if EPOCHS in rounds:
                 self._end(trial.trial_id, execution).save_weights(model)
-            assert watch.best_epoch is not None
-            for name in names_of(watch.objective):
-                metric(f"best_{name}", watch.metrics[name], watch.best_epoch - 1)
+            if stopper.reason == RUNG:
+                saved["bundle"] = pausable.pause()
+            if self.economy.rungs is not None:
+                saved.update(watch=watch.get_state(), over=not stopper.reason)
+            if session is not None and stopper.reason == RUNG:
+                session.is_open = True
+            elif session is not None and watch.best_epoch is not None:
+                for name in names_of(watch.objective):
+                    session.metric(f"best_{name}", watch.metrics[name], watch.best_epoch - 1)
+        return stopper.reason
 
     def _new(self, callbacks: list[Any]) -> list[Any]:
         """Raises if one of the callbacks was in another run."""
@@ -375,122 +479,21 @@ class Tuner(keras_tuner.Tuner, AtomicBooks):
         self._used.update(callbacks)
         return callbacks
 
-    def _run_name(self, trial: keras_tuner.engine.trial.Trial, execution: int) -> Path:
+    def run_name(self, trial: keras_tuner.engine.trial.Trial, execution: int) -> Path:
         """The directory of one run, below that of all logs."""
         name = Path(f"trial_{trial.trial_id}")
         return name / f"execution_{execution}" if self.executions_per_trial > 1 else name
 
     @contextlib.contextmanager
     def _session(
-        self, trial: keras_tuner.engine.trial.Trial, execution: int, values: Values
-    ) -> Iterator[tuple[Path | None, Callable[[str, Any, int], None]]]:
-        """The log directory of one training and a function for the metrics of its HParams."""
+        self, trial: keras_tuner.engine.trial.Trial, execution: int, values: Values, *, continued: bool
+    ) -> Iterator[tuple[Path | None, logs.Session | None]]:
+        """The log directory of one run and what takes the metrics of its HParams."""
         if self.log_dir is None:
-            yield None, lambda *_: None
+            yield None, None
             return
-        directory = self.log_dir / self._run_name(trial, execution)
+        directory = self.log_dir / self.run_name(trial, execution)
         # TensorBoard merges equal names, so those of two searches must differ; and it cuts off long ones at the end.
         group = f"trial_{trial.trial_id} ({self.log_dir.name} in {self.log_dir.parent})"
-        with logs.hparams_session(directory, group, values) as metric:
-            yield directory, metric
-
-    # The results
-
-    def kept_model(self, trial_id: str) -> KeptModel:
-        """The model of a trial, as far as it is kept."""
-        return KeptModel(Path(self.get_trial_dir(trial_id)))
-
-    def model_path(self, trial_id: str) -> Path:
-        """The file with the model of a trial, if it is kept."""
-        return self.kept_model(trial_id).path
-
-    def _end(self, trial_id: str, execution: int) -> KeptModel:
-        """The state in which a run of a trial ended, for one that continues it."""
-        return KeptModel(Path(self.get_trial_dir(trial_id)), f"end_{execution}")
-
-    def _forget_end(self, trial_id: str) -> None:
-        for execution in range(self.executions_per_trial):
-            self._end(trial_id, execution).remove()
-
-    def load_model(self, trial: keras_tuner.engine.trial.Trial) -> keras.Model:
-        """The trained model of a trial, as it was at its best epoch.
-
-        Raises:
-            FileNotFoundError: If it is not kept; see `keep_models`.
-            RuntimeError: If it cannot be loaded.
-        """
-        return self._loader(trial)()
-
-    def _loader(self, trial: keras_tuner.engine.trial.Trial) -> Callable[[], keras.Model]:
-        """`load_model` of a trial, without this object, which may hold much more."""
-        hypermodel, hp, kept = self.hypermodel, trial.hyperparameters, self.kept_model(trial.trial_id)
-        why_not = self.records.get(trial.trial_id, {}).get("why_not_keras", "")
-        message = f"No model is kept of trial {self.number(trial)}; keep_models={self.keep_models}. {why_not}".rstrip()
-
-        def load() -> keras.Model:
-            if not kept.path.exists():
-                raise FileNotFoundError(message)
-            return kept.load(lambda: hypermodel.build(hp))
-
-        return load
-
-    def get_best_models(self, num_models: int = 1) -> list[keras.Model]:
-        """The trained models of the best trials, best first; fewer, if fewer trials were completed.
-
-        Raises:
-            FileNotFoundError: If one of them is not kept; see `keep_models`.
-        """
-        best = self.oracle.get_best_trials(arguments.integer("num_models", num_models, 1))
-        return [self.load_model(trial) for trial in best if trial.status == TrialStatus.COMPLETED]
-
-    def trials(self) -> list[Trial]:
-        """The finished trials in the order in which they were started."""
-        return self._trials()
-
-    def _trials(self, *, history: bool = True) -> list[Trial]:
-        finished, order = set(self.oracle.end_order), enumerate(self.oracle.start_order)
-        return [self._trial(number, trial_id, history) for number, trial_id in order if trial_id in finished]
-
-    def _trial(self, number: int, trial_id: str, history: bool) -> Trial:
-        trial, record = self.oracle.trials[trial_id], self.records[trial_id]
-        completed = trial.status == TrialStatus.COMPLETED
-        return Trial(
-            number=number,
-            values=self.hypermodel.point(trial.hyperparameters),
-            score=float(trial.score) if completed else None,
-            metrics=record["metrics"] if completed else {},
-            epochs=record["epochs"],
-            best_epoch=record["best_epoch"] if completed else None,
-            seconds=record["seconds"],
-            status="completed" if completed else "failed",
-            message=record.get("message", ""),
-            history=books.read_history(Path(self.get_trial_dir(trial_id))) if history else [],
-        )
-
-    def result(self, *, temporary: bool = False) -> Result:
-        """The result.
-
-        Args:
-            temporary: Whether the directory is deleted with the result.
-
-        Raises:
-            RuntimeError: If all trials failed.
-        """
-        trials, objective = self.trials(), self.oracle.objective
-        order = ranked(trials, objective.direction)
-        if not order:
-            first = f"; the first: {trials[0].reason}" if trials else ""
-            raise RuntimeError(f"All {len(trials)} trials failed{first}") from self.first_error
-        best = self.oracle.trials[self.oracle.start_order[order[0].number]]
-        return Result(
-            trials,
-            self.hypermodel.space,
-            objective.name,
-            objective.direction,
-            self.oracle.seed,
-            Path(self.project_dir),
-            self.model_path(best.trial_id),
-            objectives=getattr(objective, "name_to_direction", None),
-            load=self._loader(best),
-            temporary=temporary,
-        )
+        with logs.hparams_session(directory, group, values, continued=continued) as session:
+            yield directory, session

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -154,7 +153,7 @@ class TrainingMonitor(Callback):
         super().__init__()
         self.log_dir = os.fspath(log_dir)
         self.every = arguments.integer("every", every, 1)
-        self.activations = _checked_pattern(activations)
+        self.activations = arguments.pattern("activations", activations, optional=True)
         self.histograms = arguments.integer("histograms", histograms, 1, optional=True)
         self.noise_scale = arguments.boolean("noise_scale", noise_scale)
         self.hparams = _checked_hparams(hparams)
@@ -467,19 +466,6 @@ def _ratio(column: np.ndarray) -> float:
     if column[CHANGE] == 0:
         return 0.0
     return math.sqrt(column[CHANGE] / column[WEIGHT]) if column[WEIGHT] else math.inf
-
-
-def _checked_pattern(pattern: Any) -> str | None:
-    if pattern is None:
-        return None
-    wanted = "a regular expression for paths of layers, or None"
-    if not isinstance(pattern, str):
-        raise TypeError(f"activations must be {wanted}, got {pattern!r} of type {type(pattern).__name__}.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"activations must be {wanted}, got {pattern!r}: {error}.") from error
-    return pattern
 
 
 def _checked_hparams(hparams: Any) -> Any:

@@ -129,12 +129,12 @@ def check_survives_failure(card: Card) -> None:
 
 @check("callback", requires={"passive"})
 def check_is_passive(card: Card) -> None:
-    """The weights after training are bitwise those without it."""
+    """The weights after training, and its losses, are bitwise those without it."""
     with _each_case(card) as cases:
         for case, callback in cases:
             model, plain = _model(card), _model(card)
-            _fit(model, callback)
-            _fit(plain)
+            losses, expected = (_fit(m, *more).history["loss"] for m, more in ((model, [callback]), (plain, [])))
+            assert losses == expected, f"{card.name}({case}): {losses} and not {expected}"
             for mine, other in zip(model.get_weights(), plain.get_weights(), strict=True):
                 np.testing.assert_array_equal(mine, other, err_msg=f"{card.name}({case})")
 

@@ -89,7 +89,7 @@ def check_trains(card: Card) -> None:
     for case in card.cases:
         dense = layers.Dense(SHAPE[-1])
         model = keras.Sequential([keras.Input(SHAPE[1:]), dense, card.make(**case), layers.Dense(1)])
-        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.compile(keras.optimizers.SGD(0.02), "mse")
         before = _array(dense.kernel).copy()
         model.fit(_INPUTS, _INPUTS[..., :1], batch_size=5, epochs=2, verbose=0)
         assert all(np.isfinite(value).all() for value in _state(model)), f"{case}: not finite"
@@ -178,9 +178,11 @@ def _compiled(layer: Any, training: bool) -> dict[str, Callable[[Any], Any]]:
     if keras.config.backend() == "jax":
         import jax
 
+        takes = "training" in inspect.signature(layer.call).parameters  # which `stateless_call` does not look at
+
         def pure(variables: Any, x: Any) -> Any:
             trainable, rest = variables
-            return layer.stateless_call(trainable, rest, x, training=training)
+            return layer.stateless_call(trainable, rest, x, **({"training": training} if takes else {}))
 
         compiled = jax.jit(pure)
 
