@@ -1,289 +1,305 @@
-"""One forward and backward pass, whose state is thrown away."""
+"""`inspect`: a look at a model on one batch."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_optkit.backend import tensor
-from keras_optkit.fit.optimizers import build_optimizer
+from keras_optkit import backend
+from keras_optkit.inspection.outputs import output_reports
+from keras_optkit.inspection.passes import Passed, Passes, array, as_before, as_tensors
 from keras_optkit.inspection.report import LayerReport, ModelReport, Report
 from keras_optkit.inspection.rules import findings
-from keras_optkit.kernels import KERNEL, role
-from keras_optkit.precision import at_least_float32
-from keras_optkit.private import global_seed, set_global_seed, sublayers
+from keras_optkit.inspection.scales import kernel_reports
+from keras_optkit.inspection.updating import updated
+from keras_optkit.inspection.watching import Seen, Watch, activation_of
+from keras_optkit.kernels import KERNEL, VECTOR, role
+from keras_optkit.optimizers.layer_paths import LayerTree, Node
 
-_FLAT = {"tanh": (-0.99, 0.99), "sigmoid": (0.01, 0.99), "hard_sigmoid": (0.01, 0.99)}
-_PREPROCESSING = (keras.layers.Rescaling, keras.layers.Normalization)
+#: How far trained weights are moved to see what depends on them, in their root mean squares.
+_MOVED = 0.1
+_ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.Softmax)
 
 
 def inspect(model: keras.Model, batch: Any, y: Any = None, loss: Any = None) -> Report:
-    """Looks at a built model on one batch; weights, optimizer, metrics and random state are afterwards as before.
+    """Looks at a model on one batch, and reports what is likely to be wrong with it before it is trained.
 
-    Args:
-        model: A built model, compiled or not.
-        batch: One batch of inputs, as the model is called with.
-        y: Its labels; None: only the forward pass.
-        loss: A Keras loss or its name, for a model that is not compiled with one.
-
-    Raises:
-        TypeError: `model` is not a Keras model.
-        ValueError: The model is not built, or `y` is given and there is no loss.
+    TODO
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {model!r} of type {type(model).__name__}.")
     if not model.built:
         raise ValueError(f"model must be built, got {model.name!r}, which is not. Call it on a batch, or build(shape).")
-    has_loss = model.compiled and getattr(model, "loss", None) is not None
-    if y is not None and loss is None and not has_loss:
+    compiled = getattr(model, "compiled", False)
+    custom = type(model).compute_loss is not keras.Model.compute_loss
+    if y is not None and loss is None and not custom and not (compiled and getattr(model, "loss", None) is not None):
         raise ValueError(f"loss must be given for a model that is not compiled with one, got None for {model.name!r}.")
-    loss = keras.losses.get(loss)
-    seed = global_seed()
-    try:
-        seen, outputs, value, gradients = _passes(model, batch, y, loss)
-        ratios = _update_ratios(model, gradients)
-    finally:
-        set_global_seed(seed)
-    layers = _layer_reports(model, seen, gradients, ratios)
-    report = _model_report(model, layers, batch, y, loss or getattr(model, "loss", None), outputs, value, bool(ratios))
-    return Report(report, findings(report))
+    if any(not np.size(part) for part in tree.flatten(batch)):
+        raise ValueError(f"batch must hold at least one example, got arrays of {_shapes(batch)}.")
+    x, labels = as_tensors(batch), None if y is None else as_tensors(y)
+    with as_before(model):
+        return _Look(model, x, labels, loss).report()
 
 
-# -- passes -----------------------------------------------------------------------------------------------------------
+def _shapes(data: Any) -> str:
+    return ", ".join(str(np.shape(part)) for part in tree.flatten(data))
 
 
-def _passes(model: Any, x: Any, y: Any, loss: Any) -> tuple[dict[int, Any], Any, Any, dict[int, Any]]:
-    """What is seen of each layer, the output, the loss, and the gradients by the identity of their variables."""
-    x = tree.map_structure(ops.convert_to_tensor, x)
-    y = None if y is None else tree.map_structure(ops.convert_to_tensor, y)
-    order: list[tuple[int, bool]] = []  # layers as they are called, and whether a batch normalization follows
-    metrics = list(model.metrics_variables)
-    others = list({id(v): v for v in [*model.non_trainable_variables, *metrics]}.values())
+class _Look:
+    """A model, a batch, and what was seen."""
 
-    def forward(values: Any) -> tuple[Any, Any]:
-        order.clear()
-        found: list[Any] = []
-        mapping = list(zip(model.trainable_variables, values, strict=True))
-        mapping += [(v, tensor(v)) for v in others]
-        with keras.StatelessScope(state_mapping=mapping), _watched(model, order, found):
-            outputs = model(x, training=True)
-            total = ops.zeros(())
-            if y is not None and loss is not None:
-                total = ops.mean(loss(y, outputs)) + sum(ops.cast(each, "float32") for each in model.losses)
-            elif y is not None:
-                total = model.compute_loss(x=x, y=y, y_pred=outputs, training=True)
-        return total, (found, outputs)
+    def __init__(self, model: Any, x: Any, y: Any, loss: Any):
+        self.model, self.x, self.y = model, x, y
+        self.given_loss = loss if loss is not None else getattr(model, "loss", None)
+        self.tree, self.watch = LayerTree.of(model), Watch(model)
+        self._by_id = {id(node.layer): node.layer for node in self.tree.nodes}
+        self.unmeasured: list[str] = []
+        self.passes = Passes(model, x, y, loss)
 
-    values = [tensor(v) for v in model.trainable_variables]
-    gradients: list[Any] = []
-    if y is None:
-        (_, (found, outputs)), total = forward(values), None
-    else:
-        total, (found, outputs), gradients = _differentiated(forward, values)
-    seen = {key: (numbers, follows) for (key, follows), numbers in zip(order, found, strict=True)}
-    by_variable = {id(v): g for v, g in zip(model.trainable_variables, gradients, strict=False)}
-    return seen, outputs, total, by_variable
+    def report(self) -> Report:
+        """The report."""
+        optimizer = getattr(self.model, "optimizer", None)
+        scale = 1.0 if optimizer is None else float(array(optimizer.scale_loss(ops.ones((), "float32"))))
+        found = self.passes.run(self.watch, scale)
+        self._say_what_was_not_seen(found)
+        update, norms = updated(self.passes, found, self.tree, self.unmeasured)
+        outputs = self._output_layers(found)
+        reports = () if self.y is None else self._outputs(found, outputs)
+        self.watch.release()
+        behind = self._behind_trained()
+        layers = self._layers(found, norms, {layer for _, layer in outputs.values()}, behind)
+        measured = ModelReport(
+            layers=layers,
+            outputs=reports,
+            examples=self._examples(),
+            input_rms=max((rms for rms, _ in self._inputs()), default=None),
+            loss_value=found.value,
+            problem=found.problem,
+            update=update,
+            penalized=tuple(self._path(v) for v in self.model.trainable_variables if _has_l2(v)),
+            zero_factors=tuple(self._zero_factors(found)),
+        )
+        warned = findings(measured)
+        return Report(
+            measured,
+            tuple(each for each in warned if not each.is_hint),
+            tuple(each for each in warned if each.is_hint),
+            tuple(self.unmeasured),
+        )
 
+    # -- the model ----------------------------------------------------------------------------------------------------
 
-def _differentiated(forward: Callable[[Any], Any], values: list[Any]) -> tuple[Any, Any, list[Any]]:
-    if keras.config.backend() == "jax":
-        import jax
+    def _path(self, variable: Any) -> str:
+        return next(iter(self.tree.paths_of(variable)), variable.path)
 
-        (total, found), gradients = jax.value_and_grad(forward, has_aux=True)(values)
-        return total, found, gradients
-    import tensorflow as tf
+    def _examples(self) -> int | None:
+        first = next(iter(tree.flatten(self.x)), None)
+        return int(first.shape[0]) if first is not None and len(first.shape) else None
 
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(values)
-        total, found = forward(values)
-    gradients = tape.gradient(total, values)
-    return total, found, [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+    def _inputs(self) -> list[tuple[float, int]]:
+        """The root mean square and the size of each input of numbers."""
+        found = []
+        for part in tree.flatten(self.x):
+            if any(kind in keras.backend.standardize_dtype(part.dtype) for kind in ("float", "int")):
+                values = np.asarray(ops.convert_to_numpy(ops.cast(part, "float32"))).astype("float64")
+                found.append((float(np.sqrt(np.mean(values**2))), values.size))
+        return found
 
+    def _say_what_was_not_seen(self, found: Passed) -> None:
+        if self.y is None:
+            self.unmeasured.append("Loss and gradients: there are no labels (y).")
+        elif found.problem is not None:
+            self.unmeasured.append(f"Gradients: the loss cannot be computed, {found.problem.rstrip('.')}.")
+        hidden = [node.path for key, node in self.watch.nodes.items() if self._is_hidden(key)]
+        if hidden:
+            self.unmeasured.append(
+                f"Activations: {', '.join(hidden)} are called in a loop or a compiled function, where nothing can be "
+                "read."
+            )
 
-@contextlib.contextmanager
-def _watched(model: Any, order: list[Any], found: list[Any]) -> Iterator[None]:
-    """Has the first call of each layer without layers inside noted, with numbers of its output."""
-    layers = [layer for layer in sublayers(model) if not sublayers(layer)]
-    before: dict[int, int] = {}
-    kept: list[Any] = []  # an identity is that of an output only while the output is there
+    def _is_hidden(self, key: int) -> bool:
+        seen = self.watch.seen.get(key)
+        return seen is not None and seen.unreadable
 
-    def noted(layer: Any, call: Any) -> Any:
-        def watching(*args: Any, **kwargs: Any) -> Any:
-            output = call(*args, **kwargs)
-            if isinstance(layer, keras.layers.BatchNormalization) and args and id(args[0]) in before:
-                place = before[id(args[0])]
-                order[place] = (order[place][0], True)
-            if ops.is_tensor(output) and keras.backend.is_float_dtype(keras.backend.standardize_dtype(output.dtype)):
-                kept.append(output)
-                if all(key != id(layer) for key, _ in order):
-                    before[id(output)] = len(order)
-                    order.append((id(layer), False))
-                    found.append(_numbers(layer, output))
-            return output
+    # -- outputs ------------------------------------------------------------------------------------------------------
 
-        return watching
+    def _output_layers(self, found: Passed) -> dict[int, tuple[Any, int]]:
+        """By the id of an output, the activation that it has been through, and the layer that has made it, by its id.
 
-    try:
-        for layer in layers:
-            layer.call = noted(layer, layer.call)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("call", None)
-
-
-def _numbers(layer: Any, output: Any) -> dict[str, Any]:
-    """Mean, deviation, dead units and saturation of an output, as tensors."""
-    y = ops.cast(output, at_least_float32(output.dtype))
-    mean = ops.mean(y)
-    numbers = {"mean": mean, "std": ops.sqrt(ops.mean(ops.square(y - mean)))}
-    activation = _activation(layer)
-    if activation == "relu" and len(y.shape) > 1:
-        channels = 1 if getattr(layer, "data_format", None) == "channels_first" else len(y.shape) - 1
-        largest = ops.max(y, axis=[axis for axis in range(len(y.shape)) if axis != channels])
-        numbers["dead"] = ops.mean(ops.cast(largest <= 0, y.dtype))
-    if activation in _FLAT:
-        low, high = _FLAT[activation]
-        numbers["saturated"] = ops.mean(ops.cast(ops.logical_or(y < low, y > high), y.dtype))
-    return numbers
-
-
-def _activation(layer: Any) -> str | None:
-    """The name of a layer's activation."""
-    if isinstance(layer, keras.layers.ReLU):
-        return "relu"
-    if isinstance(layer, keras.layers.Softmax):
-        return "softmax"
-    activation = getattr(layer, "activation", None)
-    return getattr(activation, "__name__", None) if activation is not None else None
-
-
-# -- one update -------------------------------------------------------------------------------------------------------
-
-
-def _update_ratios(model: Any, gradients: dict[int, Any]) -> dict[int, tuple[float, float]]:
-    """Squared norms of change and weight after one update, which is undone, by the identity of the variable."""
-    optimizer = getattr(model, "optimizer", None)
-    pairs = [(gradients.get(id(v)), v) for v in model.trainable_variables]
-    if optimizer is None or all(g is None for g, _ in pairs):
-        return {}
-    if not optimizer.built:  # an equal one, so that this one stays without state
-        optimizer = type(optimizer).from_config(optimizer.get_config())
-        optimizer.build(model.trainable_variables)
-    else:
-        build_optimizer(model)
-    state = [*model.variables, *optimizer.variables]
-    before = [(v, ops.copy(ops.convert_to_tensor(v))) for v in {id(v): v for v in state}.values()]
-    weights = {id(v): _array(v) for v in model.trainable_variables}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Gradients do not exist")  # which a rule reports
-            optimizer.apply([None if g is None else optimizer.scale_loss(g) for g, _ in pairs], [v for _, v in pairs])
-        after = {id(v): _array(v) for v in model.trainable_variables}
-    finally:
-        for variable, value in before:
-            variable.assign(value)
-    return {key: (float(((after[key] - w) ** 2).sum()), float((w**2).sum())) for key, w in weights.items()}
-
-
-# -- reports ----------------------------------------------------------------------------------------------------------
-
-
-def _layer_reports(
-    model: Any, seen: dict[int, Any], gradients: dict[int, Any], ratios: dict[int, tuple[float, float]]
-) -> tuple[LayerReport, ...]:
-    layers = {id(layer): layer for layer in sublayers(model) if not sublayers(layer)}
-    called = [layers[key] for key in seen] + [layer for key, layer in layers.items() if key not in seen]
-    used = [layer for layer in called if layer.weights or _activation(layer)]
-    last = max((place for place, layer in enumerate(used) if id(layer) in seen), default=None)
-    return tuple(
-        _layer_report(layer, place == last, seen.get(id(layer)), gradients, ratios) for place, layer in enumerate(used)
-    )
-
-
-def _layer_report(layer: Any, is_output: bool, seen: Any, gradients: dict[int, Any], ratios: Any) -> LayerReport:
-    numbers, follows = seen or ({}, False)
-    found: dict[str, Any] = {name: float(_array(value)) for name, value in numbers.items()}
-    kernel, axes = next(((v, a) for v in layer.weights for r, a in [role(v, layer)] if r == KERNEL and a), (None, None))
-    if kernel is not None and axes is not None:
-        value = _array(kernel)
-        found["fan_in"], found["fan_out"] = axes.fans(value.shape)
-        found["kernel_std"] = float(value.std())
-        found["kernel_key"] = hashlib.sha256(repr(value.shape).encode() + value.tobytes()).hexdigest()
-    trained = [v for v in layer.trainable_variables if id(v) in gradients]
-    if trained:
-        each = [gradients[id(v)] for v in trained]
-        squares = [np.nan if g is None else float((_array(g) ** 2).sum()) for g in each]
-        found["gradient_norm"] = float(np.sqrt(sum(squares)))
-    changed = [ratios[id(v)] for v in trained if id(v) in ratios and len(v.shape) > 1]  # biases begin at 0
-    if changed and (norm := sum(w for _, w in changed)) > 0:
-        found["update_ratio"] = float(np.sqrt(sum(d for d, _ in changed) / norm))
-    return LayerReport(
-        path=layer.path,
-        kind=type(layer).__name__,
-        activation=_activation(layer),
-        trainable=bool(layer.trainable_variables) or not layer.weights,
-        is_output=is_output,
-        feeds_batch_norm=follows,
-        has_bias=getattr(layer, "bias", None) is not None,
-        **found,
-    )
-
-
-def _model_report(
-    model: Any, layers: Any, batch: Any, y: Any, loss: Any, outputs: Any, value: Any, has_update: bool
-) -> ModelReport:
-    output = next((layer for layer in layers if layer.is_output), None)
-    found: dict[str, Any] = {}
-    if isinstance(loss, str):
-        loss = keras.losses.get(loss)
-    if loss is not None and not isinstance(loss, dict | list):
-        found["loss"] = getattr(loss, "name", None) or getattr(loss, "__name__", None)
-        given = getattr(loss, "_fn_kwargs", None) or getattr(loss, "fn_kwargs", None) or {}
-        found["from_logits"] = bool(getattr(loss, "from_logits", given.get("from_logits", False)))
-    if output is not None:
-        found["output_activation"] = output.activation or ("linear" if output.kernel_std is not None else None)
-    if y is not None and ops.is_tensor(outputs) and not isinstance(y, dict | list | tuple):
-        found |= _of_labels(_array(y), _array(outputs), found)
-    floats = [np.asarray(part, "float64") for part in tree.flatten(batch) if "float" in str(part.dtype)]
-    if floats and not any(isinstance(layer, _PREPROCESSING) for layer in sublayers(model)):
-        found["input_scale"] = max(float(np.sqrt(np.mean(part**2))) for part in floats)
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and has_update:
-        found["optimizer"] = type(getattr(optimizer, "inner_optimizer", optimizer)).__name__
-    regularized = [getattr(v, "regularizer", None) for v in model.trainable_variables]
-    found["has_l2"] = any(
-        float(ops.convert_to_numpy(getattr(each, "l2", 0.0))) > 0 for each in regularized if each is not None
-    )
-    return ModelReport(layers, loss_value=None if value is None else float(_array(value)), **found)
-
-
-def _of_labels(y: np.ndarray, outputs: np.ndarray, found: dict[str, Any]) -> dict[str, Any]:
-    """Range and frequencies of labels, and the mean prediction."""
-    name, classes = found.get("loss"), outputs.shape[-1]
-    result: dict[str, Any] = {"classes": classes, "label_range": (float(y.min()), float(y.max()))}
-    if name not in ("sparse_categorical_crossentropy", "categorical_crossentropy"):
+        That is the layer before an activation layer.
+        """
+        result: dict[int, tuple[Any, int]] = {}
+        for output in tree.flatten(found.outputs):
+            key = self.watch.made.get(id(output))
+            if key is None:
+                continue
+            activation, layer = None, self._layer(key)
+            while isinstance(layer, _ACTIVATIONS) or not layer.weights:
+                activation = activation if activation not in (None, "linear") else activation_of(layer)
+                before = self.watch.seen[key].source
+                if before is None:
+                    break
+                key = before
+                layer = self._layer(key)
+            if activation in (None, "linear"):
+                activation = activation_of(layer) or activation
+            result[id(output)] = (activation, key)
         return result
-    if name.startswith("sparse"):
-        counts = np.bincount(np.clip(y, 0, classes - 1).astype(int).ravel(), minlength=classes)
-    else:
-        counts = y.reshape(-1, classes).sum(axis=0)
-    if found.get("output_activation") == "linear" and found.get("from_logits"):
-        outputs = np.exp(outputs - outputs.max(-1, keepdims=True))
-        outputs = outputs / outputs.sum(-1, keepdims=True)
-    mean = outputs.reshape(-1, classes).mean(axis=0)
-    return result | {
-        "frequencies": tuple(float(c) for c in counts / counts.sum()),
-        "predicted": tuple(float(p) for p in mean),
-    }
+
+    def _layer(self, key: int) -> Any:
+        return self._by_id[key]
+
+    def _outputs(self, found: Passed, layers: dict[int, tuple[Any, int]]) -> Any:
+        known = {}
+        for output, (activation, key) in layers.items():
+            bias = getattr(self._layer(key), "bias", None)
+            known[output] = activation, None if bias is None else array(bias)
+        names = getattr(self.model, "output_names", None)
+        return output_reports(found, self.y, names, known, self.given_loss)
+
+    # -- layers -------------------------------------------------------------------------------------------------------
+
+    def _behind_trained(self) -> dict[int, bool]:
+        """Of frozen layers with a kernel, whether their inputs change with the weights that are trained."""
+        frozen = [
+            key
+            for key, node in self.watch.nodes.items()
+            if not node.layer.trainable_variables and _kernels(node.layer) and key in self.watch.seen
+        ]
+        if not frozen or not self.model.trainable_variables:
+            return {}
+        rng, moved = np.random.default_rng(0), []
+        for variable in self.model.trainable_variables:
+            value = array(variable)
+            step = _MOVED * (np.sqrt(np.mean(value**2)) or 1.0) * rng.normal(size=value.shape)
+            moved.append(ops.convert_to_tensor((value + step).astype("float32")))
+        values = [ops.cast(value, v.dtype) for value, v in zip(moved, self.model.trainable_variables, strict=True)]
+        again = Watch(self.model)
+        with again.on():
+            self.passes.forward(values)
+        again.release()
+        found = {}
+        for key in frozen:
+            before, after = self.watch.seen[key].input, again.seen[key].input
+            if before and after:
+                found[key] = not np.isclose(before["rms"], after["rms"], rtol=1e-5, atol=0)
+        return found
+
+    def _layers(
+        self, found: Passed, norms: dict[int, tuple[float, float]], outputs: set[int], behind: dict[int, bool]
+    ) -> tuple[LayerReport, ...]:
+        nodes, inputs = self.watch.nodes, self._inputs()
+        called = [key for key in self.watch.seen if key in nodes]
+        first = next((key for key in called if _kernels(nodes[key].layer)), None)
+        result = []
+        absent = [key for key, node in nodes.items() if key not in self.watch.seen and node.layer.weights]
+        for key in [*called, *absent]:
+            seen = self.watch.seen.get(key)
+            fed = seen is not None and any(
+                bool(seen.input) and seen.input["size"] == size and np.isclose(seen.input["rms"], rms, rtol=1e-5)
+                for rms, size in inputs
+            )
+            more: dict[str, Any] = {"sees_input": key == first or fed, "is_output": key in outputs}
+            if key in behind:
+                more["behind_trained"] = behind[key]
+            if seen is not None:
+                more |= self._of_call(seen)
+            more |= _of_gradients(nodes[key], found) | _of_update(nodes[key], norms)
+            result.append(self._layer_report(nodes[key], seen, more))
+        return tuple(result)
+
+    def _of_call(self, seen: Seen) -> dict[str, Any]:
+        feeds = None if seen.feeds is None else self._layer(seen.feeds)
+        found: dict[str, Any] = dict(seen.output)
+        found |= {f"input_{name}": seen.input[name] for name in ("rms", "mean", "differs") if name in seen.input}
+        if feeds is not None:
+            found["feeds_norm"] = is_normalization(feeds)
+            found["feeds_batch_norm"] = isinstance(feeds, keras.layers.BatchNormalization)
+        return found
+
+    def _layer_report(self, node: Node, seen: Seen | None, more: dict[str, Any]) -> LayerReport:
+        layer = node.layer
+        activation = activation_of(layer)
+        if activation == "linear" and seen is not None and seen.feeds is not None:
+            behind = self._layer(seen.feeds)
+            if isinstance(behind, _ACTIVATIONS):
+                activation = activation_of(behind)
+        cells = getattr(layer, "cell", None) if isinstance(layer, keras.layers.RNN) else None
+        return LayerReport(
+            path=node.path,
+            kind=type(layer).__name__,
+            activation=activation,
+            trainable=bool(layer.trainable_variables) or not layer.weights,
+            was_called=seen is not None,
+            has_bias=getattr(cells or layer, "bias", None) is not None,
+            kernels=kernel_reports(layer, _own_weights(node), activation, array),
+            **more,
+        )
+
+    def _zero_factors(self, found: Passed) -> list[str]:
+        """Kernels and scales that are all 0, behind which nothing has a gradient until they are trained."""
+        zeros = []
+        for variable in self.model.trainable_variables:
+            node = self.tree.layer_of(variable)
+            gradient = found.gradients.get(id(variable))
+            is_bias = role(variable, None if node is None else node.layer)[0] == VECTOR and _names_a_shift(variable)
+            if not is_bias and gradient is not None and not np.any(array(variable)) and np.any(array(gradient)):
+                zeros.append(self._path(variable))
+        return zeros
 
 
-def _array(x: Any) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(ops.cast(x, at_least_float32(x.dtype))), "float64")
+def is_normalization(layer: Any) -> bool:
+    """Whether a layer gives its output a scale that does not depend on that of its input."""
+    return "Normalization" in type(layer).__name__ and not isinstance(layer, keras.layers.Normalization)
+
+
+def _names_a_shift(variable: Any) -> bool:
+    name = str(variable.name).rsplit("/", 1)[-1]
+    return "bias" in name or name.startswith("beta")
+
+
+def _kernels(layer: Any) -> bool:
+    return any(role(v, layer)[0] == KERNEL for v in layer.weights)
+
+
+def _own_weights(node: Node) -> list[Any]:
+    """The weights of a layer itself; those of a recurrent one are in its cells."""
+    layer = node.layer
+    if isinstance(layer, keras.layers.RNN):
+        return list(layer.weights)
+    return [v for v in layer.weights if backend.key(v) in set(node.own.values())]
+
+
+def _has_l2(variable: Any) -> bool:
+    factor = getattr(getattr(variable, "regularizer", None), "l2", 0.0)
+    return float(ops.convert_to_numpy(factor)) > 0
+
+
+def _of_gradients(node: Node, found: Passed) -> dict[str, Any]:
+    trained = [v for v in _own_weights(node) if id(v) in found.gradients]
+    if not trained:
+        return {}
+    total, has, zero = 0.0, True, True
+    for variable in trained:
+        gradient = found.gradients[id(variable)]
+        if gradient is None:
+            has = False
+            continue
+        value = array(gradient)
+        total += float((value**2).sum())
+        penalty = found.penalties.get(id(variable))
+        rest = value if penalty is None else value - penalty
+        size = 0.0 if penalty is None else float(np.abs(penalty).max(initial=0.0))
+        if penalty is not None and np.abs(rest).max(initial=0.0) <= 1e-5 * size:
+            rest = np.zeros(())
+        zero = zero and not np.any(rest)
+    return {"gradient_norm": float(np.sqrt(total)), "has_gradient": has, "has_zero_gradient": zero}
+
+
+def _of_update(node: Node, norms: dict[int, tuple[float, float]]) -> dict[str, Any]:
+    changed = [norms[id(v)] for v in _own_weights(node) if id(v) in norms]
+    size = sum(weight for _, weight in changed)
+    return {"update_ratio": float(np.sqrt(sum(change for change, _ in changed) / size))} if size > 0 else {}

@@ -7,137 +7,274 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from keras_optkit.inspection.report import Finding, LayerReport, ModelReport
+from keras_optkit.inspection.outputs import BINARY, CATEGORICAL, SPARSE
+from keras_optkit.inspection.report import Finding, KernelReport, LayerReport, ModelReport, OutputReport
 
-#: Inputs are asked to have a root mean square of about 1 (LeCun et al. 1998, Efficient BackProp, 4.3); pixels up to 255
-#: have more than 100, and a feature in one-hot form less than 1.
-LARGEST_INPUT = 10.0
-#: How often a kernel may be larger than He's, or smaller than Glorot's: the two themselves are up to 2 apart
-#: (He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010).
-KERNEL_FACTOR = 4.0
-#: Shares of dead units and of saturated outputs; half are expected to be negative, but not on the whole batch.
+#: Inputs are asked to have a root mean square of about 1 (LeCun et al. 1998, Efficient BackProp, 4.3). Pixels up to 255
+#: have 100 or more, up to 16 about 8; standardized features have 1, in one-hot form less.
+LARGEST_INPUT, SMALLEST_INPUT = 5.0, 1e-3
+#: How many times a kernel may be larger than the usual initializers make it, and smaller.
+LARGE_KERNEL, SMALL_KERNEL = 3.0, 16.0
+#: The same for a kernel unlike the others: initializers that depend on depth make a third of them smaller.
+UNLIKE_OTHERS, FEW = 6.0, 0.25
+#: Kernels whose scale a normalization removes may be still smaller.
+SMALL_NORMALIZED = 64.0
+#: Of fewer elements the deviation says nothing.
+FEWEST_ELEMENTS = 8
+#: Shares of dead units, and of saturated outputs.
 DEAD, SATURATED = 0.5, 0.5
-#: A training step usually changes weights by about 1e-3 of their norm.
-LARGEST_UPDATE, SMALLEST_UPDATE = 0.1, 1e-6
-#: How much more the outputs of one layer may vary than those of another before.
-GROWTH = 1e3
-#: Nats from the frequencies of the labels to the mean prediction.
+#: A training step usually changes weights by about 1e-3 of their norm. The smallest is for steps whose size does not
+#: depend on the gradient's, as Adam's; the other for steps in proportion to it.
+LARGEST_UPDATE, SMALLEST_UPDATE, SMALLEST_PROPORTIONAL = 0.1, 2e-4, 1e-6
+#: Sizes of a step over the rate that do not depend on that of the gradient.
+NORMALIZED_STEP = (0.05, 20.0)
+#: How many times the outputs of a layer may be larger than the input and the first layer's.
+GROWTH = 100.0
+#: Nats from the frequencies of the labels to a prediction.
 DIVERGENCE = 0.5
 
-_NORMALIZED = {
-    "categorical_crossentropy": ("softmax",),
-    "sparse_categorical_crossentropy": ("softmax",),
-    "binary_crossentropy": ("sigmoid", "softmax"),
-}
-_GAIN = {"relu": math.sqrt(2), "leaky_relu": math.sqrt(2), "gelu": math.sqrt(2), "silu": math.sqrt(2), "tanh": 5 / 3}
-_ADAPTIVE = ("adam", "nadam", "adamax", "rmsprop", "adagrad", "adadelta", "lion")
+_ADAPTIVE = (
+    *("adam", "nadam", "rmsprop", "adagrad", "adadelta", "lion", "adan", "yogi", "adabelief", "laprop", "adopt"),
+    *("radam", "adafactor", "came", "sm3", "novograd", "lamb", "sophia", "adahessian", "prodigy", "soap", "shampoo"),
+    *("adema", "mars", "stableadam", "signum", "rprop", "apollo", "klsoap", "ademamix", "schedulefreeadam"),
+)
 
 
 def output_and_loss(model: ModelReport) -> Iterator[Finding]:
-    """Whether the loss expects probabilities or logits, and the output is that."""
-    normalized = _NORMALIZED.get(model.loss or "")
-    if not normalized or model.from_logits is None or model.output_activation is None:
-        return
-    is_normalized = model.output_activation in normalized
-    if is_normalized and model.from_logits:
-        yield Finding(
-            "output_and_loss",
-            10,
-            "loss",
-            f"{model.loss} has from_logits=True, but the output has been through {model.output_activation}.",
-            "Set from_logits=False, or remove the activation.",
+    """Whether a cross-entropy expects probabilities or logits, and the output is that."""
+    for output in model.outputs:
+        crossentropy = output.loss in (*CATEGORICAL, *SPARSE, *BINARY)
+        if crossentropy and output.from_logits is not None and output.range is not None:
+            found = _of_output(output)
+            if found:
+                yield Finding("output_and_loss", 10, _loss_of(output), *found)
+
+
+def _of_output(output: OutputReport) -> tuple[str, str] | None:
+    """What is wrong, and what to do."""
+    binary = output.loss in BINARY
+    wanted = "sigmoid" if binary else "softmax"
+    assert output.range is not None
+    low, high = output.range
+    turned = output.activation in ("sigmoid", "softmax") or (not binary and output.is_distribution)
+    if output.from_logits and turned:
+        by = output.activation if output.activation in ("sigmoid", "softmax") else "softmax"
+        return (
+            f"{output.loss} has from_logits=True, but the output has been through {by}.",
+            f"Set from_logits=False, or remove the {by}.",
         )
-    if model.output_activation == "linear" and not model.from_logits:
-        yield Finding(
-            "output_and_loss",
-            10,
-            "loss",
-            f"{model.loss} has from_logits=False, but the output is linear.",
-            f"Set from_logits=True, or end with {normalized[0]}.",
+    if output.from_logits and output.activation in ("relu", "tanh"):
+        return (
+            f"{output.loss} has from_logits=True, but the output has been through {output.activation}, which limits "
+            "the logits.",
+            "End with a linear layer.",
         )
+    if not output.from_logits and (low < 0 or high > 1 or output.activation == "linear"):
+        return (
+            f"{output.loss} has from_logits=False, but the output is no probability: it is from {low:.3g} to "
+            f"{high:.3g}.",
+            f"Set from_logits=True, or end with {wanted}.",
+        )
+    if output.units == 1 and output.activation == "softmax":
+        return "A softmax over one unit is always 1.", "Use sigmoid for one unit."
+    if output.units == 1 and not binary:
+        return (f"{output.loss} is over classes, but the output has one unit.", "Use binary_crossentropy, or a unit each.")
+    if not binary and not output.from_logits and output.is_distribution is False:
+        return (
+            f"{output.loss} is over classes, but the outputs of an example do not add up to 1.",
+            "End with softmax, or use binary_crossentropy for labels that do not exclude each other.",
+        )
+    return None
 
 
 def labels(model: ModelReport) -> Iterator[Finding]:
-    """Whether labels are in the range that a cross-entropy is defined for."""
-    if model.label_range is None or model.loss not in _NORMALIZED:
-        return
-    low, high = model.label_range
-    allowed = (model.classes or 1) - 1 if model.loss == "sparse_categorical_crossentropy" else 1
-    if low < 0 or high > allowed:
-        reason = f"{model.loss} needs labels from 0 to {allowed}, these are from {low:g} to {high:g}."
-        yield Finding("labels", 11, "y", reason, "Map the labels, or choose the loss for them.")
+    """Whether labels are what the loss, or the activation of the output, is defined for."""
+    said = False
+    for output in model.outputs:
+        found = _of_labels(output)
+        if found:
+            said = True
+            yield Finding("labels", 11, "y", *found)
+    if model.problem is not None and not said:
+        yield Finding("labels", 11, "y", f"The loss cannot be computed: {model.problem}.", "Match labels and loss.")
+
+
+def _of_labels(output: OutputReport) -> tuple[str, str] | None:
+    if output.label_range is None:
+        return None
+    low, high = output.label_range
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"Labels are from {low:g} to {high:g}, which is not finite.", "Remove or replace these examples."
+    if output.loss in SPARSE:
+        last = (output.units or 1) - 1
+        if low < 0 or high > last or not output.labels_are_whole:
+            return (
+                f"{output.loss} needs whole labels from 0 to {last} for {last + 1} units, these are from {low:g} to "
+                f"{high:g}.",
+                "Map the labels to 0, 1, 2 and so on, or set the number of units.",
+            )
+    elif output.loss in CATEGORICAL:
+        if low < 0 or high > 1 or output.labels_add_up is False:
+            return (
+                f"{output.loss} needs labels that add up to 1 for each example, these are from {low:g} to {high:g}.",
+                "Use keras.utils.to_categorical, or a sparse loss for numbers of classes.",
+            )
+    elif output.loss in BINARY:
+        if low < 0 or high > 1:
+            return (
+                f"{output.loss} needs labels from 0 to 1, these are from {low:g} to {high:g}.",
+                "Map the labels, or choose another loss.",
+            )
+    elif output.activation in ("sigmoid", "softmax", "tanh", "relu") and "error" in (output.loss or ""):
+        least, most = {"tanh": (-1, 1), "relu": (0, math.inf)}.get(output.activation, (0, 1))
+        if low < least or high > most:
+            return (
+                f"The output has been through {output.activation}, which is from {least} to {most}, but labels are "
+                f"from {low:g} to {high:g}.",
+                "End with a linear layer, or scale the labels.",
+            )
+    return None
+
+
+def _loss_of(output: OutputReport) -> str:
+    return f"loss of {output.name}" if output.name else "loss"
 
 
 def unscaled_inputs(model: ModelReport) -> Iterator[Finding]:
-    """Whether inputs are far larger than 1."""
-    if model.input_scale is not None and not model.input_scale <= LARGEST_INPUT:
-        reason = f"The root mean square of the inputs is {model.input_scale:.3g}."
-        yield Finding("unscaled_inputs", 20, "x", reason, "Scale them to a mean of 0 and a variance of 1.")
+    """Whether layers are given inputs far from 1 in size."""
+    fix = "Scale them to a mean of 0 and a variance of 1, for example with keras.layers.Normalization or Rescaling."
+    for layer in model.layers:
+        rms, mean = layer.input_rms, layer.input_mean or 0.0
+        if not layer.sees_input or rms is None:
+            continue
+        # what is centred may be large where a normalization follows at once
+        removed = layer.feeds_norm and abs(mean) < rms / 2
+        if not math.isfinite(rms):
+            yield Finding("unscaled_inputs", 20, "x", "Some inputs are NaN or infinite.", "Remove or replace them.")
+            return
+        if (rms > LARGEST_INPUT and not removed) or 0 < rms < SMALLEST_INPUT:
+            reason = f"The root mean square of the inputs of {layer.path} is {rms:.3g}, it should be about 1."
+            yield Finding("unscaled_inputs", 20, "x", reason, fix)
+            return
 
 
 def identical_layers(model: ModelReport) -> Iterator[Finding]:
     """Whether several layers begin with the same kernel."""
     found = defaultdict(list)
     for layer in model.layers:
-        if layer.kernel_key and layer.kernel_std:
-            found[layer.kernel_key].append(layer.path)
+        for kernel in layer.kernels if layer.trainable else ():
+            if kernel.key and kernel.std and math.prod(kernel.shape) >= FEWEST_ELEMENTS:
+                found[kernel.key].append(layer.path)
     for paths in found.values():
         if len(paths) > 1:
             reason = f"The kernels of {len(paths)} layers are equal: {', '.join(paths)}."
-            yield Finding("identical_layers", 30, paths[0], reason, "Give each layer an initializer with its own seed.")
+            fix = "Give each layer an initializer of its own, with another seed or none."
+            yield Finding("identical_layers", 30, paths[0], reason, fix)
 
 
 def frozen(model: ModelReport) -> Iterator[Finding]:
-    """Whether a layer is frozen behind one that is trained."""
-    trained_before = False
-    for layer in model.layers:
-        if layer.kernel_std is None:
+    """Whether a layer is frozen between layers that are trained, or the last one behind them.
+
+    A frozen beginning is usual, and so is a frozen model behind a trained one.
+    """
+    known = [layer for layer in model.layers if layer.kernels and layer.was_called]
+    if known and not any(layer.trainable for layer in model.layers if layer.kernels):
+        yield Finding("frozen", 31, known[0].path, "No kernel of the model is trained.", "Set trainable=True.")
+        return
+    for place, layer in enumerate(known):
+        if layer.trainable or not layer.behind_trained:
             continue
-        if not layer.trainable and trained_before:
-            reason = "Its kernel is frozen, but a layer before it is trained."
-            yield Finding(
-                "frozen", 31, layer.path, reason, "Set trainable=True and compile again, if it is by mistake."
-            )
-        trained_before |= layer.trainable
+        if place == len(known) - 1 or any(later.trainable for later in known[place + 1 :]):
+            reason = "It is frozen, but layers before it are trained."
+            fix = "If that is a mistake, set trainable=True and compile again."
+            yield Finding("frozen", 31, layer.path, reason, fix)
 
 
 def kernel_scale(model: ModelReport) -> Iterator[Finding]:
-    """Whether kernels have the size that their fans and activation ask for."""
-    for layer in model.layers:
-        if layer.kernel_std is None or not layer.fan_in or not layer.fan_out:
+    """Whether kernels have about the size that their fans and activations ask for."""
+    judged = [(layer, kernel) for layer in model.layers for kernel in layer.kernels if _is_judged(kernel)]
+    sizes = [math.log(kernel.std / kernel.low) for _, kernel in judged if kernel.std > 0 and kernel.low]
+    middle = math.exp(median(sizes)) if sizes else 1.0
+    # of an initializer that depends on depth, many
+    low = [kernel for _, kernel in judged if kernel.low and _is_unlike(kernel, middle)]
+    few = len(low) <= max(1, FEW * len(judged))
+    dead_behind = [place for place, layer in enumerate(model.layers) if layer.input_differs is False]
+    for layer, kernel in judged:
+        place = model.layers.index(layer)
+        assert kernel.low is not None
+        assert kernel.high is not None
+        if kernel.std == 0:
+            if layer.is_output or not any(later > place for later in dead_behind):
+                continue  # such as the end of a residual branch, which begins as zero on purpose
+            wrong = "All of its elements are equal, and behind it all examples are"
+        elif kernel.std > LARGE_KERNEL * kernel.high:
+            wrong = f"It is {kernel.std / kernel.high:.3g} times as large as the largest usual one"
+        elif not layer.is_output and _is_too_small(layer, kernel, unlike=few and _is_unlike(kernel, middle)):
+            wrong = f"It is {kernel.low / kernel.std:.3g} times smaller than the smallest usual one"
+        else:
             continue
-        low, high = kernel_limits(layer)
-        if layer.kernel_std < low or layer.kernel_std > high:
-            reason = (
-                f"The standard deviation of the kernel is {layer.kernel_std:.3g}; with fans of {layer.fan_in} and "
-                f"{layer.fan_out} it should be from {low:.3g} to {high:.3g}."
-            )
-            yield Finding("kernel_scale", 40, layer.path, reason, "Use HeNormal for ReLU, else GlorotUniform.")
+        follows = ""
+        if layer.saturated is not None and layer.saturated >= SATURATED:
+            follows = f" {layer.saturated:.0%} of the outputs of the layer are where {layer.activation} is flat."
+        reason = (
+            f"The standard deviation of {kernel.name} is {kernel.std:.3g}; with fans of {kernel.fan_in} and "
+            f"{kernel.fan_out}, {layer.activation or 'linear'} asks for {kernel.asked:.3g}. {wrong}.{follows}"
+        )
+        fix = "Use HeNormal for ReLU and its relatives, GlorotUniform for others."
+        yield Finding("kernel_scale", 40, layer.path, reason, fix)
 
 
-def kernel_limits(layer: LayerReport) -> tuple[float, float]:
-    """The smallest and largest standard deviation of a kernel that is not reported."""
-    fan_in, fan_out = layer.fan_in or 1, layer.fan_out or 1
-    he = _GAIN.get(layer.activation or "linear", 1.0) / math.sqrt(fan_in)
-    glorot = math.sqrt(2 / (fan_in + fan_out))
-    return min(he, glorot) / KERNEL_FACTOR, max(he, glorot) * KERNEL_FACTOR
+def _is_judged(kernel: KernelReport) -> bool:
+    return kernel.low is not None and math.prod(kernel.shape) >= FEWEST_ELEMENTS
+
+
+def _is_unlike(kernel: KernelReport, middle: float) -> bool:
+    """Whether a kernel is much smaller than usual, and than the others of the model."""
+    return 0 < kernel.std * UNLIKE_OTHERS < (kernel.low or 0.0) * min(middle, 1.0)
+
+
+def _is_too_small(layer: LayerReport, kernel: KernelReport, *, unlike: bool) -> bool:
+    assert kernel.low is not None
+    if layer.feeds_norm:
+        return kernel.std * SMALL_NORMALIZED < kernel.low
+    return unlike or kernel.std * SMALL_KERNEL < kernel.low
 
 
 def update_size(model: ModelReport) -> Iterator[Finding]:
     """Whether an update changes the weights by a usual share."""
+    update = model.update
     ratios = [layer.update_ratio for layer in model.layers if layer.update_ratio]
-    if ratios and not SMALLEST_UPDATE <= (middle := median(ratios)) <= LARGEST_UPDATE:
-        reason = f"An update changes the weights by {middle:.3g} of their norm (median of layers)."
-        fix = f"{'Lower' if middle > LARGEST_UPDATE else 'Raise'} the learning rate; see find_learning_rate."
+    if update is None or not ratios:
+        return
+    middle = median(ratios)
+    # a schedule that begins low, and momentum, make later updates larger
+    later = middle * max(update.rate_ahead, 1.0) / (1 - min(update.momentum, 0.999))
+    normalized = update.size is not None and NORMALIZED_STEP[0] <= update.size <= NORMALIZED_STEP[1]
+    least = SMALLEST_UPDATE if normalized else SMALLEST_PROPORTIONAL
+    rises = update.loss_after is not None and model.loss_value is not None
+    rises = rises and not update.loss_after <= 2 * max(model.loss_value or 0.0, 1e-3)  # type: ignore[operator]
+    rate = "" if update.rate is None else f" at a learning rate of {update.rate:.3g}"
+    if middle > LARGEST_UPDATE or (rises and middle > LARGEST_UPDATE / 5):
+        after = "" if update.loss_after is None else f", and the loss goes from {model.loss_value:.3g} to {update.loss_after:.3g}"
+        reason = f"An update changes the weights by {middle:.2g} of their norm{rate} (median of the layers){after}."
+        fix = "Lower the learning rate; find_learning_rate suggests one."
+        yield Finding("update_size", 45, "optimizer", reason, fix)
+    elif later < least and not update.finds_rate:
+        reason = f"An update changes the weights by {middle:.2g} of their norm{rate} (median of the layers)."
+        fix = "Raise the learning rate; find_learning_rate suggests one."
         yield Finding("update_size", 45, "optimizer", reason, fix)
 
 
 def dead_units(model: ModelReport) -> Iterator[Finding]:
-    """Whether many units are 0 on the whole batch."""
+    """Whether many units are 0 on the whole batch.
+
+    In a deep network all examples become alike, and half of the units are 0 for all; the others are then above 0.
+    """
     for layer in model.layers:
-        if layer.dead is not None and layer.dead >= DEAD:
+        if layer.dead is not None and layer.dead >= DEAD and layer.dead > (layer.always_active or 0.0) + 0.25:
             reason = f"{layer.dead:.0%} of its units are 0 on the whole batch."
-            yield Finding("dead_units", 50, layer.path, reason, "Check its bias and kernel, or use a leaky ReLU.")
+            fix = "Check its bias and the kernel before it, or use leaky_relu."
+            yield Finding("dead_units", 50, layer.path, reason, fix)
 
 
 def saturation(model: ModelReport) -> Iterator[Finding]:
@@ -145,55 +282,111 @@ def saturation(model: ModelReport) -> Iterator[Finding]:
     for layer in model.layers:
         if layer.saturated is not None and layer.saturated >= SATURATED and not layer.is_output:
             reason = f"{layer.saturated:.0%} of its outputs are where {layer.activation} is flat."
-            yield Finding("saturation", 51, layer.path, reason, "Use smaller weights, or normalize before it.")
+            fix = "Use smaller weights and biases before it, or normalize its input."
+            yield Finding("saturation", 51, layer.path, reason, fix)
 
 
 def growth(model: ModelReport) -> Iterator[Finding]:
     """Whether outputs get much larger from layer to layer."""
-    smallest = math.inf
-    for layer in model.layers:
-        if layer.std is None:
-            continue
-        if layer.std > GROWTH * smallest or not math.isfinite(layer.std):
-            reason = f"Its outputs have a standard deviation of {layer.std:.3g}, a layer before it {smallest:.3g}."
-            yield Finding("growth", 55, layer.path, reason, "Use smaller kernels, or normalize between layers.")
+    known = [layer for layer in model.layers if layer.std is not None]
+    if not known:
+        return
+    start = max(model.input_rms or 0.0, known[0].std or 0.0, 1e-3)
+    large = sum(
+        kernel.std > LARGE_KERNEL * kernel.high
+        for layer in model.layers
+        for kernel in layer.kernels
+        if _is_judged(kernel) and kernel.high
+    )
+    for layer in known:
+        assert layer.std is not None
+        if not layer.std <= GROWTH * start:
+            reason = f"Its outputs have a standard deviation of {layer.std:.3g}, those of the beginning {start:.3g}."
+            if large:
+                reason += f" {large} kernels are larger than usual."
+            fix = "Use smaller kernels, normalize between layers, or begin residual branches as zero."
+            # the cause, unless one or two kernels are
+            yield Finding("growth", 55 if 0 < large < 3 else 39, layer.path, reason, fix)
             return
-        smallest = min(smallest, layer.std or math.inf)
-
-
-def missing_gradient(model: ModelReport) -> Iterator[Finding]:
-    """Whether weights that are trained have no gradient, or one of 0."""
-    for layer in model.layers:
-        if layer.gradient_norm is not None and (layer.gradient_norm == 0 or math.isnan(layer.gradient_norm)):
-            reason = "A weight has no gradient, or a gradient of 0 or NaN."
-            fix = "Check that the loss depends on the layer, by functions with a derivative."
-            yield Finding("missing_gradient", 60, layer.path, reason, fix)
 
 
 def output_bias(model: ModelReport) -> Iterator[Finding]:
     """Whether predictions begin near the frequencies of the classes."""
-    if not model.frequencies or not model.predicted or len(model.frequencies) != len(model.predicted):
-        return
-    pairs = zip(model.frequencies, model.predicted, strict=True)
-    divergence = sum(f * math.log(f / max(p, 1e-12)) for f, p in pairs if f > 0)
-    if divergence > DIVERGENCE:
-        reason = f"The mean prediction is {divergence:.2f} nats from the frequencies of the labels."
-        yield Finding("output_bias", 70, "output", reason, "Start the output bias at the log of the frequencies.")
+    for output in model.outputs:
+        if not (output.frequencies and output.predicted and output.by_bias):
+            continue
+        binary = output.loss in BINARY
+        by_bias = _divergence(output.frequencies, output.by_bias, binary=binary)
+        # weights may make up for the bias, in a trained model
+        found = min(by_bias, _divergence(output.frequencies, output.predicted, binary=binary))
+        if found > DIVERGENCE:
+            of = f" of {output.name}" if output.name else ""
+            reason = f"The predictions begin {found:.2f} nats from the frequencies of the labels{of}, by its bias."
+            start = "log(p / (1 - p)) of their frequency p" if binary else "the logarithms of the frequencies"
+            fix = f"Start the output bias at {start}, or at 0 if they are about equal."
+            yield Finding("output_bias", 58, "output", reason, fix)
+
+
+def _divergence(frequencies: tuple[float, ...], predicted: tuple[float, ...], *, binary: bool) -> float:
+    """The Kullback-Leibler divergence; for binary labels the mean over the units."""
+
+    def term(f: float, p: float) -> float:
+        return f * math.log(f / min(max(p, 1e-12), 1.0)) if f > 0 else 0.0
+
+    pairs = list(zip(frequencies, predicted, strict=True))
+    if binary:
+        return sum(term(f, p) + term(1 - f, 1 - p) for f, p in pairs) / len(pairs)
+    return sum(term(f, p) for f, p in pairs)
+
+
+def missing_gradient(model: ModelReport) -> Iterator[Finding]:
+    """Whether weights that are trained have no gradient, or one of 0 that no zero behind them explains."""
+    for layer in model.layers:
+        if layer.has_gradient is None:
+            continue
+        zero = layer.has_zero_gradient and not model.zero_factors
+        fix = "Check that the loss depends on the layer, by functions with a derivative."
+        if not layer.was_called:
+            reason, fix = "It is trained, but the model does not call it.", "Call it, or set trainable=False."
+        elif not layer.has_gradient:
+            reason = "A weight that is trained has no gradient."
+        elif layer.gradient_norm is not None and not math.isfinite(layer.gradient_norm):
+            reason, fix = "Its gradient is NaN or infinite.", "Look for a log, root or division of 0 behind it."
+        elif zero:
+            reason = "The gradient of all of its weights is 0."
+        else:
+            continue
+        yield Finding("missing_gradient", 60, layer.path, reason, fix)
 
 
 def l2_and_adaptive(model: ModelReport) -> Iterator[Finding]:
-    """Whether an L2 penalty goes through an optimizer that divides it away (Loshchilov and Hutter 2019)."""
-    if model.has_l2 and (model.optimizer or "").lower().startswith(_ADAPTIVE):
-        reason = f"{model.optimizer} divides the gradient of the L2 penalty by that of the loss."
-        yield Finding("l2_and_adaptive", 80, "optimizer", reason, "Use AdamW's weight_decay instead.")
+    """Whether an L2 penalty goes through an optimizer that divides it away (Loshchilov and Hutter 2019, 1711.05101)."""
+    names = () if model.update is None else model.update.optimizer
+    adaptive = [name for name in names if name.lower().removesuffix("rule").startswith(_ADAPTIVE)]
+    if model.penalized and adaptive:
+        reason = (
+            f"{len(model.penalized)} weights have an L2 penalty ({model.penalized[0]}), whose gradient {adaptive[0]} "
+            "rescales with that of the loss, so that it is no weight decay."
+        )
+        fix = "Use the optimizer's weight_decay, as of AdamW, instead of the regularizers."
+        yield Finding("l2_and_adaptive", 80, "optimizer", reason, fix)
+
+
+def decay_on_vectors(model: ModelReport) -> Iterator[Finding]:
+    """Whether weight decay applies to biases and scales."""
+    vectors = () if model.update is None else model.update.decayed_vectors
+    if vectors:
+        reason = f"Weight decay applies to {len(vectors)} biases and scales ({vectors[0]})."
+        fix = "Spare them: decay_mask='auto' here, exclude_from_weight_decay of Keras's optimizers."
+        yield Finding("decay_on_vectors", 85, "optimizer", reason, fix, is_hint=True)
 
 
 def bias_before_batch_norm(model: ModelReport) -> Iterator[Finding]:
-    """Whether a bias is added that the batch normalization behind it removes."""
-    for layer in model.layers:
-        if layer.feeds_batch_norm and layer.has_bias and layer.activation in (None, "linear"):
-            reason = "Its bias is removed by the batch normalization behind it."
-            yield Finding("bias_before_batch_norm", 90, layer.path, reason, "Set use_bias=False.")
+    """Whether biases are added that the batch normalization behind them removes."""
+    found = [each.path for each in model.layers if each.feeds_batch_norm and each.has_bias and each.kernels]
+    if found:
+        reason = f"The biases of {len(found)} layers are removed by a BatchNormalization: {', '.join(found[:3])}."
+        yield Finding("bias_before_batch_norm", 90, found[0], reason, "Set use_bias=False.", is_hint=True)
 
 
 RULES: tuple[Callable[[ModelReport], Iterator[Finding]], ...] = (
@@ -207,9 +400,10 @@ RULES: tuple[Callable[[ModelReport], Iterator[Finding]], ...] = (
     dead_units,
     saturation,
     growth,
-    missing_gradient,
     output_bias,
+    missing_gradient,
     l2_and_adaptive,
+    decay_on_vectors,
     bias_before_batch_norm,
 )
 
