@@ -11,7 +11,19 @@ PACKAGE = Path(keras_optkit.__file__).parent
 
 #: From the ground up.
 FLOORS = [
-    {"arguments", "calls", "direction", "files", "kernels", "meaning", "precision", "private", "registry", "saving", "tables"},
+    {
+        "arguments",
+        "calls",
+        "direction",
+        "files",
+        "kernels",
+        "meaning",
+        "precision",
+        "private",
+        "registry",
+        "saving",
+        "tables",
+    },
     {"backend", "space"},
     {"initializers", "layers", "regularizers", "schedules"},
     {"optimizers"},

@@ -1,6 +1,23 @@
-"""Looking at a model on one batch before it is trained. Work in progress: not public yet."""
+"""A look at a model on one batch: what is measured, and rules of advice as pure functions of it."""
 
 from keras_optkit.inspection.looking import inspect
-from keras_optkit.inspection.report import Finding, LayerReport, ModelReport, Report
+from keras_optkit.inspection.report import (
+    Finding,
+    KernelReport,
+    LayerReport,
+    ModelReport,
+    OutputReport,
+    Report,
+    UpdateReport,
+)
 
-__all__ = ["Finding", "LayerReport", "ModelReport", "Report", "inspect"]
+__all__ = [
+    "Finding",
+    "KernelReport",
+    "LayerReport",
+    "ModelReport",
+    "OutputReport",
+    "Report",
+    "UpdateReport",
+    "inspect",
+]

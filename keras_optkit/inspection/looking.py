@@ -25,9 +25,72 @@ _ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, keras.layers.LeakyRe
 
 
 def inspect(model: keras.Model, batch: Any, y: Any = None, loss: Any = None) -> Report:
-    """Looks at a model on one batch, and reports what is likely to be wrong with it before it is trained.
+    """Looks at a model on one batch, and reports what is likely to be wrong with it, before it is trained.
 
-    TODO
+    One forward and one backward pass in training mode, and one update by a copy of the compiled optimizer, which is
+    undone. Of each layer it measures
+
+    ```text
+    kernel std     σ(W), next to gain / sqrt(fan_in), which the activation asks for (gain: see `calculate_gain`)
+    mean, std      of the output, over the batch and all units
+    saturated      share of outputs where the activation is flat: |tanh| > 0.99, sigmoid < 0.01 or > 0.99
+    dead           share of units of a ReLU, GELU or SiLU with |output| <= 1e-5 on the whole batch
+    gradient       |∂L/∂θ|, over the weights of the layer; L is the mean loss of the batch with all penalties
+    update         |ΔW| / |W| in one update, over its kernels and embeddings
+    ```
+
+    and tells what does not fit: losses and outputs, labels, unscaled inputs, identical or frozen layers, kernels of a
+    wrong size, a learning rate far too low or high, dead and saturated units, exploding outputs, missing gradients, an
+    output bias far from the frequencies of the classes, L2 penalties with an adaptive optimizer. `warnings` has causes
+    before their consequences, each with a reason and a fix; `hints` has what is of no use, but does little harm.
+
+    Sequential, functional, nested and subclassed models, several inputs and outputs and mixed precision are looked at
+    alike. Weights, statistics, optimizer, metrics and the random states of Keras, Python and NumPy are afterwards
+    exactly as before, also if something fails.
+
+    Beside the passes it takes a forward pass for the loss after the update, another one if kernels are frozen, and on
+    JAX, where nothing can be read inside the gradient, one more. An optimizer with several calls of `apply` for an
+    update is given the same gradient several times. `SAM` computes its second gradient. A copy of the optimizer is held
+    meanwhile.
+
+    When not to use it: as a proof that a model is healthy, since it sees one batch and one update; on a batch of fewer
+    than about eight examples, in which many units are 0 by chance.
+
+    Args:
+        model: A built model, compiled or not.
+        batch: One batch of inputs, as the model is called with, preprocessed as for training: an array, or a list or
+            dict of arrays.
+        y: The labels of the batch, as for `fit`. None: only the forward pass, without loss, gradients and update.
+        loss: A Keras loss, its name, or a function of labels and outputs, instead of the compiled loss. None: the
+            compiled one.
+
+    Returns:
+        A `Report`, which prints as a table with the warnings below; `report.warnings`, `report.hints`,
+        `report.unmeasured` (what could not be measured, and why), `report.to_dict()`, `report.plot()` and
+        `report.to_tensorboard(log_dir)`.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: The model is not built, the batch is empty, or `y` is given and there is no loss.
+
+    Sources: He et al. 2015, arXiv 1502.01852, and Glorot and Bengio 2010 (kernels); LeCun et al. 1998, Efficient
+    BackProp, 4.3 (inputs); Loshchilov and Hutter 2019, arXiv 1711.05101 (L2).
+
+    Example:
+    ```python
+    import keras
+    import numpy as np
+
+    import keras_optkit as ok
+
+    x = np.random.default_rng(0).integers(0, 256, (32, 20))  # not scaled
+    y = np.arange(32) % 3
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(3)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    report = ok.inspect(model, x, y)
+    print(report)
+    assert report.warnings[0].rule == "unscaled_inputs"
+    ```
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {model!r} of type {type(model).__name__}.")
@@ -56,6 +119,7 @@ class _Look:
         self.given_loss = loss if loss is not None else getattr(model, "loss", None)
         self.tree, self.watch = LayerTree.of(model), Watch(model)
         self._by_id = {id(node.layer): node.layer for node in self.tree.nodes}
+        self._trained = {id(v) for v in model.trainable_variables}
         self.unmeasured: list[str] = []
         self.passes = Passes(model, x, y, loss)
 
@@ -124,6 +188,10 @@ class _Look:
         seen = self.watch.seen.get(key)
         return seen is not None and seen.unreadable
 
+    def _is_trained(self, node: Node) -> bool:
+        """Whether weights of a layer are trained; one inside a frozen layer does not know that they are not."""
+        return any(id(v) in self._trained for v in _own_weights(node))
+
     # -- outputs ------------------------------------------------------------------------------------------------------
 
     def _output_layers(self, found: Passed) -> dict[int, tuple[Any, int]]:
@@ -167,7 +235,7 @@ class _Look:
         frozen = [
             key
             for key, node in self.watch.nodes.items()
-            if not node.layer.trainable_variables and _kernels(node.layer) and key in self.watch.seen
+            if not self._is_trained(node) and _kernels(node.layer) and key in self.watch.seen
         ]
         if not frozen or not self.model.trainable_variables:
             return {}
@@ -232,7 +300,7 @@ class _Look:
             path=node.path,
             kind=type(layer).__name__,
             activation=activation,
-            trainable=bool(layer.trainable_variables) or not layer.weights,
+            trainable=self._is_trained(node) or not layer.weights,
             was_called=seen is not None,
             has_bias=getattr(cells or layer, "bias", None) is not None,
             kernels=kernel_reports(layer, _own_weights(node), activation, array),
@@ -252,8 +320,12 @@ class _Look:
 
 
 def is_normalization(layer: Any) -> bool:
-    """Whether a layer gives its output a scale that does not depend on that of its input."""
-    return "Normalization" in type(layer).__name__ and not isinstance(layer, keras.layers.Normalization)
+    """Whether a layer removes the scale of its input, which goes nowhere else.
+
+    What goes into a layer normalization or RMS normalization often goes around it, too.
+    """
+    others = (keras.layers.Normalization, keras.layers.LayerNormalization, keras.layers.RMSNormalization)
+    return "Normalization" in type(layer).__name__ and not isinstance(layer, others)
 
 
 def _names_a_shift(variable: Any) -> bool:

@@ -50,16 +50,15 @@ def _by_place(losses: Any, outputs: Any) -> list[tuple[Any, Any, str]]:
 def _at(path: tuple[Any, ...], data: Any, names: Sequence[str] | None) -> Any:
     """The part of outputs or labels, which may be a dict or a list of the same."""
     for part in path:
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif isinstance(data, dict) and names is not None and isinstance(part, int) and names[part] in data:
-            data = data[names[part]]
-        elif isinstance(data, list | tuple) and names is not None and part in names and len(data) == len(names):
-            data = data[list(names).index(part)]
-        elif tree.is_nested(data):
+        if not tree.is_nested(data):
+            break
+        keys = data if isinstance(data, dict) else range(len(data))
+        if part not in keys and names is not None:
+            known = list(names)
+            part = known[part] if isinstance(part, int) else known.index(part) if part in known else None
+        if part not in keys:
             return None
+        data = data[part]
     return None if tree.is_nested(data) else data
 
 

@@ -50,7 +50,7 @@ class LayerReport:
         trainable: Whether some of its weights are trained, or it has none.
         is_output: Whether its output is an output of the model, or is so after an activation layer.
         was_called: Whether the model has called it.
-        feeds_norm: Whether its output goes into a normalization and nowhere before.
+        feeds_norm: Whether its output goes into a normalization that removes its scale.
         feeds_batch_norm: Whether that is a `BatchNormalization`.
         has_bias: Whether it has a bias.
         behind_trained: Of a frozen layer, whether its input depends on weights that are trained.
@@ -144,8 +144,9 @@ class UpdateReport:
         optimizer: The names of the classes of the optimizer, of those in it, and of their rules.
         rate: Its learning rate.
         rate_ahead: The highest rate that its schedule has in the next 100,000 updates, over `rate`.
-        size: The root mean square of the change of kernels and tables, over the rate: about 1 in the first step of
-            Adam.
+        size: The root mean square of the change of a kernel or table, over the rate; the median of all. It is about 1
+            in the first step of Adam.
+        spread: The third quartile of it over the first.
         momentum: Its momentum, if the change of the first step grows by 1 / (1 - momentum).
         finds_rate: Whether it finds its learning rate by itself.
         loss_after: The loss after the update, on the same batch with the same random numbers.
@@ -156,6 +157,7 @@ class UpdateReport:
     rate: float | None = None
     rate_ahead: float = 1.0
     size: float | None = None
+    spread: float | None = None
     momentum: float = 0.0
     finds_rate: bool = False
     loss_after: float | None = None

@@ -14,7 +14,7 @@ from keras_optkit.inspection.report import Finding, KernelReport, LayerReport, M
 #: have 100 or more, up to 16 about 8; standardized features have 1, in one-hot form less.
 LARGEST_INPUT, SMALLEST_INPUT = 5.0, 1e-3
 #: How many times a kernel may be larger than the usual initializers make it, and smaller.
-LARGE_KERNEL, SMALL_KERNEL = 3.0, 16.0
+LARGE_KERNEL, SMALL_KERNEL = 2.5, 16.0
 #: The same for a kernel unlike the others: initializers that depend on depth make a third of them smaller.
 UNLIKE_OTHERS, FEW = 6.0, 0.25
 #: Kernels whose scale a normalization removes may be still smaller.
@@ -23,11 +23,19 @@ SMALL_NORMALIZED = 64.0
 FEWEST_ELEMENTS = 8
 #: Shares of dead units, and of saturated outputs.
 DEAD, SATURATED = 0.5, 0.5
-#: A training step usually changes weights by about 1e-3 of their norm. The smallest is for steps whose size does not
-#: depend on the gradient's, as Adam's; the other for steps in proportion to it.
-LARGEST_UPDATE, SMALLEST_UPDATE, SMALLEST_PROPORTIONAL = 0.1, 2e-4, 1e-6
-#: Sizes of a step over the rate that do not depend on that of the gradient.
-NORMALIZED_STEP = (0.05, 20.0)
+#: A training step usually changes weights by about 1e-3 of their norm. The first two are for steps whose size does not
+#: depend on the gradient's, as Adam's; the others for steps in proportion to it, which may be large where
+#: normalizations remove the scale of the weights.
+LARGEST_UPDATE, SMALLEST_UPDATE = 0.1, 2e-4
+LARGEST_PROPORTIONAL, SMALLEST_PROPORTIONAL = 3.0, 5e-5
+#: Steps in proportion to the gradient that are small do if the loss falls by this share of itself.
+FALL = 1e-3
+#: Of the sign of a mean, which does not become smaller when gradients change their signs.
+LARGEST_SIGN, _SIGN = 0.02, ("lion", "signum")
+#: The loss rises by so much in an update that is too large, if that is not usual for weights to change by.
+RISE, LARGE_IF_IT_RISES = 2.0, 0.02
+#: Sizes of a step over the rate that do not depend on that of the gradient, which are about the same in all layers.
+NORMALIZED_STEP, NORMALIZED_SPREAD = (0.05, 20.0), 2.0
 #: How many times the outputs of a layer may be larger than the input and the first layer's.
 GROWTH = 100.0
 #: Nats from the frequencies of the labels to a prediction.
@@ -78,7 +86,10 @@ def _of_output(output: OutputReport) -> tuple[str, str] | None:
     if output.units == 1 and output.activation == "softmax":
         return "A softmax over one unit is always 1.", "Use sigmoid for one unit."
     if output.units == 1 and not binary:
-        return (f"{output.loss} is over classes, but the output has one unit.", "Use binary_crossentropy, or a unit each.")
+        return (
+            f"{output.loss} is over classes, but the output has one unit.",
+            "Use binary_crossentropy, or a unit each.",
+        )
     if not binary and not output.from_logits and output.is_distribution is False:
         return (
             f"{output.loss} is over classes, but the outputs of an example do not add up to 1.",
@@ -184,7 +195,8 @@ def frozen(model: ModelReport) -> Iterator[Finding]:
     for place, layer in enumerate(known):
         if layer.trainable or not layer.behind_trained:
             continue
-        if place == len(known) - 1 or any(later.trainable for later in known[place + 1 :]):
+        is_last = place == len(known) - 1 and known[place - 1].trainable
+        if is_last or any(later.trainable for later in known[place + 1 :]):
             reason = "It is frozen, but layers before it are trained."
             fix = "If that is a mistake, set trainable=True and compile again."
             yield Finding("frozen", 31, layer.path, reason, fix)
@@ -250,19 +262,31 @@ def update_size(model: ModelReport) -> Iterator[Finding]:
     # a schedule that begins low, and momentum, make later updates larger
     later = middle * max(update.rate_ahead, 1.0) / (1 - min(update.momentum, 0.999))
     normalized = update.size is not None and NORMALIZED_STEP[0] <= update.size <= NORMALIZED_STEP[1]
-    least = SMALLEST_UPDATE if normalized else SMALLEST_PROPORTIONAL
+    normalized = normalized and (update.spread or 1.0) <= NORMALIZED_SPREAD
+    least, most = (SMALLEST_UPDATE, LARGEST_UPDATE) if normalized else (SMALLEST_PROPORTIONAL, LARGEST_PROPORTIONAL)
+    if normalized and any(name.lower().startswith(_SIGN) for name in update.optimizer):
+        most = LARGEST_SIGN
     rises = update.loss_after is not None and model.loss_value is not None
-    rises = rises and not update.loss_after <= 2 * max(model.loss_value or 0.0, 1e-3)  # type: ignore[operator]
+    rises = rises and not update.loss_after <= RISE * max(model.loss_value or 0.0, 1e-3)  # type: ignore[operator]
     rate = "" if update.rate is None else f" at a learning rate of {update.rate:.3g}"
-    if middle > LARGEST_UPDATE or (rises and middle > LARGEST_UPDATE / 5):
-        after = "" if update.loss_after is None else f", and the loss goes from {model.loss_value:.3g} to {update.loss_after:.3g}"
+    if middle > most or (rises and middle > LARGE_IF_IT_RISES):
+        after = ""
+        if update.loss_after is not None and model.loss_value is not None:
+            after = f", and the loss goes from {model.loss_value:.3g} to {update.loss_after:.3g}"
         reason = f"An update changes the weights by {middle:.2g} of their norm{rate} (median of the layers){after}."
         fix = "Lower the learning rate; find_learning_rate suggests one."
         yield Finding("update_size", 45, "optimizer", reason, fix)
-    elif later < least and not update.finds_rate:
+    elif later < least and not update.finds_rate and (normalized or not _falls(model, later / middle)):
         reason = f"An update changes the weights by {middle:.2g} of their norm{rate} (median of the layers)."
         fix = "Raise the learning rate; find_learning_rate suggests one."
         yield Finding("update_size", 45, "optimizer", reason, fix)
+
+
+def _falls(model: ModelReport, factor: float) -> bool:
+    """Whether the loss falls clearly in an update, or in one so many times as large."""
+    if model.loss_value is None or model.update is None or model.update.loss_after is None:
+        return False
+    return (model.loss_value - model.update.loss_after) * factor > FALL * abs(model.loss_value)
 
 
 def dead_units(model: ModelReport) -> Iterator[Finding]:

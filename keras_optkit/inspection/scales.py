@@ -71,14 +71,14 @@ def usual_deviations(
     """The smallest and the largest standard deviation that a usual initializer gives a kernel of this shape.
 
     He (gain / sqrt(fan_in)), LeCun (1 / sqrt(fan_in)) and Glorot (sqrt(2 / (fan_in + fan_out))), each with the true
-    fans and with those that Keras reads off the shape; for convolutions He's with the fan-out, too. The kernel of an
-    `EinsumDense` (`by_equation`) has only true fans.
+    fans and with those that Keras reads off the shape; with the fan-out, He's for convolutions, and for others the
+    1 / sqrt(3 fan_out) of stock models' last layers. The kernel of an `EinsumDense` (`by_equation`) has true fans only.
     """
     fans = {axes.fans(shape)} if by_equation else {axes.fans(shape), by_shape(len(shape)).fans(shape)}
     found = []
     for each in fans:
         fan_in, fan_out = max(each[0], 1), max(each[1], 1)
         found += [gain / math.sqrt(fan_in), 1 / math.sqrt(fan_in), math.sqrt(2 / (fan_in + fan_out))]
-        if len(shape) > 2 and not by_equation:
-            found.append(gain / math.sqrt(fan_out))
+        if not by_equation:
+            found.append(gain / math.sqrt(fan_out) if len(shape) > 2 else 1 / math.sqrt(3 * fan_out))
     return min(found), max(found)

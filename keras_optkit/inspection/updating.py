@@ -24,7 +24,7 @@ from keras_optkit.private import is_decayed, schedule_of
 _AHEAD = (0, *(round(10 ** (place / 4)) for place in range(21)))
 
 
-class Unmeasured(Exception):
+class UnmeasuredError(Exception):
     """Why there is no update."""
 
 
@@ -50,11 +50,11 @@ def updated(
     report = _described(optimizer, model, paths)
     try:
         if not variables or all(found.gradients.get(id(v)) is None for v in variables):
-            raise Unmeasured("no weight has a gradient")
+            raise UnmeasuredError("no weight has a gradient")
         if not all(g is None or np.all(np.isfinite(array(g))) for g in found.gradients.values()):
-            raise Unmeasured("the gradients are not finite")
+            raise UnmeasuredError("the gradients are not finite")
         return _measured(passes, found, optimizer, variables, report, paths)
-    except Unmeasured as reason:
+    except UnmeasuredError as reason:
         unmeasured.append(f"Updates: {reason}.")
         return UpdateReport(**report), {}
 
@@ -121,9 +121,9 @@ def _measured(
 ) -> tuple[UpdateReport, dict[int, tuple[float, float]]]:
     model = passes.model
     if any(each.needs_hessian_vector for each in ours(optimizer)):
-        raise Unmeasured(f"{type(optimizer).__name__} needs products with the Hessian, which only `fit` computes")
+        raise UnmeasuredError(f"{type(optimizer).__name__} needs products with the Hessian, which only `fit` computes")
     if report.get("rate") == 0:
-        raise Unmeasured("the learning rate is 0 in this step")
+        raise UnmeasuredError("the learning rate is 0 in this step")
     held = [(v, ops.copy(backend.tensor(v))) for v in variables]
     try:
         copy = _copied(optimizer, model, variables)
@@ -133,10 +133,10 @@ def _measured(
         _apply(copy, passes, found, variables)
         after = {id(v): array(v) for v in variables}
         report["loss_after"] = passes.loss_now()
-    except Unmeasured:
+    except UnmeasuredError:
         raise
-    except Exception as error:  # noqa: BLE001  (whatever an optimizer of somebody's raises is said in the report)
-        raise Unmeasured(
+    except Exception as error:
+        raise UnmeasuredError(
             f"{type(optimizer).__name__} cannot be copied and run: {type(error).__name__}: "
             f"{str(error).partition(chr(10))[0].rstrip('.')}"
         ) from error
@@ -144,16 +144,16 @@ def _measured(
         for variable, value in held:
             variable.assign(value)
     if all(np.array_equal(after[key], weight) for key, weight in weights.items()):
-        raise Unmeasured("the optimizer has changed no weight in one update, for example since it skips it")
+        raise UnmeasuredError("the optimizer has changed no weight in one update, for example since it skips it")
     norms = {
         id(v): (float(((after[id(v)] - weights[id(v)]) ** 2).sum()), float((weights[id(v)] ** 2).sum()))
         for v in variables
         if not _is_vector(v, paths)
     }
-    if report.get("rate"):
-        count = sum(math.prod(v.shape) for v in variables if norms.get(id(v), (0.0,))[0] > 0)
-        change = sum(change for change, _ in norms.values())
-        report["size"] = math.sqrt(change / count) / report["rate"] if count else None
+    changed = [math.sqrt(norms[id(v)][0] / math.prod(v.shape)) for v in variables if norms.get(id(v), (0.0,))[0] > 0]
+    if report.get("rate") and changed:
+        first, report["size"], third = (float(q) / report["rate"] for q in np.quantile(changed, (0.25, 0.5, 0.75)))
+        report["spread"] = third / first
     return UpdateReport(**report), norms
 
 
@@ -175,7 +175,7 @@ def _apply(copy: Any, passes: Passes, found: Passed, variables: list[Any]) -> No
     gradients = [found.gradients[id(v)] for v in variables]
     second = next((each for each in ours(copy) if each.needs_second_gradient), None)
     if second is not None and unscaled(copy) is not second:
-        raise Unmeasured(f"{type(second).__name__} inside another optimizer needs a step of `fit`")
+        raise UnmeasuredError(f"{type(second).__name__} inside another optimizer needs a step of `fit`")
     calls = max([getattr(each, "gradient_accumulation_steps", None) or 1 for each in innermost(copy)])
     before = [array(v) for v in variables]
     with warnings.catch_warnings():

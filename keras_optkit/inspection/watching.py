@@ -111,7 +111,7 @@ class Watch:
             return
         try:
             y, x = _floats(first), _floats(given)
-        except Exception:  # noqa: BLE001  (each backend has errors of its own for what has no value yet)
+        except Exception:
             seen.unreadable = True
             return
         if y is not None:
