@@ -168,11 +168,14 @@ class Noisy(layers.Layer):
 
     def __init__(self):
         super().__init__()
+        self.seed = keras.random.SeedGenerator(1)
         self.count = self.add_weight(initializer="zeros", trainable=False, name="count")
 
     def call(self, x):
         self.count.assign_add(1.0)
-        return x + 1e-3 * (keras.random.normal(ops.shape(x)) + random.random() + np.random.normal())
+        # JAX refuses to draw without a seed while shapes are inferred
+        drawn = keras.random.normal(ops.shape(x), seed=self.seed if ON_JAX else None)
+        return x + 1e-3 * (drawn + random.random() + np.random.normal())
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -247,7 +250,9 @@ def test_numbers_are_those_of_numpy():
 
 def two_outputs():
     numbers, words = keras.Input((6,), name="numbers"), keras.Input((4,), name="words")
-    body = keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu", kernel_regularizer="l2")], name="body")
+    body = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(8, "relu", kernel_regularizer="l2", name="dense")], name="body"
+    )
     x = layers.Concatenate()([body(numbers), layers.Flatten()(layers.Embedding(10, 4)(words))])
     outputs = [layers.Dense(3, "softmax", name="kind")(x), layers.Dense(1, name="size")(x)]
     model = keras.Model({"numbers": numbers, "words": words}, outputs)

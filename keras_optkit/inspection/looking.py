@@ -253,7 +253,8 @@ class _Look:
         for key in frozen:
             before, after = self.watch.seen[key].input, again.seen[key].input
             if before and after:
-                found[key] = not np.isclose(before["rms"], after["rms"], rtol=1e-5, atol=0)
+                rounding = 1e-5 * before["rms"] * before["size"] ** 0.5
+                found[key] = abs(before["mark"] - after["mark"]) > rounding
         return found
 
     def _layers(

@@ -364,23 +364,32 @@ def _divergence(frequencies: tuple[float, ...], predicted: tuple[float, ...], *,
 
 
 def missing_gradient(model: ModelReport) -> Iterator[Finding]:
-    """Whether weights that are trained have no gradient, or one of 0 that no zero behind them explains."""
+    """Whether weights that are trained have no gradient, or one of 0 that no zero behind them explains.
+
+    The finding names the last of the layers, behind which the gradient ends.
+    """
+    depends = "Check that the loss depends on them, by functions with a derivative."
+    found = defaultdict(list)
     for layer in model.layers:
         if layer.has_gradient is None:
             continue
-        zero = layer.has_zero_gradient and not model.zero_factors
-        fix = "Check that the loss depends on the layer, by functions with a derivative."
         if not layer.was_called:
-            reason, fix = "It is trained, but the model does not call it.", "Call it, or set trainable=False."
+            found["The model does not call {}.", "Call it, or set trainable=False."].append(layer.path)
         elif not layer.has_gradient:
-            reason = "A weight that is trained has no gradient."
+            found["Weights that are trained have no gradient, in {}.", depends].append(layer.path)
         elif layer.gradient_norm is not None and not math.isfinite(layer.gradient_norm):
-            reason, fix = "Its gradient is NaN or infinite.", "Look for a log, root or division of 0 behind it."
-        elif zero:
-            reason = "The gradient of all of its weights is 0."
-        else:
-            continue
-        yield Finding("missing_gradient", 60, layer.path, reason, fix)
+            fix = "Look for a log, root or division of 0 behind it."
+            found["The gradient is NaN or infinite, in {}.", fix].append(layer.path)
+        elif layer.has_zero_gradient and not model.zero_factors:
+            found["The gradient of all weights is 0, in {}.", depends].append(layer.path)
+    for (reason, fix), paths in found.items():
+        yield Finding("missing_gradient", 60, paths[-1], reason.format(_some(paths)), fix)
+
+
+def _some(paths: list[str], most: int = 4) -> str:
+    """Paths as text, the last ones of many."""
+    others = f"{len(paths) - most} layers before and " if len(paths) > most else ""
+    return others + ", ".join(paths[-most:])
 
 
 def l2_and_adaptive(model: ModelReport) -> Iterator[Finding]:

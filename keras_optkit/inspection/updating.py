@@ -186,9 +186,20 @@ def _apply(copy: Any, passes: Passes, found: Passed, variables: list[Any]) -> No
                 with second.perturbed(_cast(gradients, variables), variables):
                     moved = passes.gradients([backend.tensor(v) for v in variables], found.scale)
                 given = [moved[id(v)] for v in variables]
-            copy.apply([None if g is None else copy.scale_loss(g) for g in _cast(given, variables)], variables)
+            _call(copy, [None if g is None else copy.scale_loss(g) for g in _cast(given, variables)], variables)
             if any(not np.array_equal(array(v), value) for v, value in zip(variables, before, strict=True)):
                 return
+
+
+def _call(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
+    if backend.TENSORFLOW or unscaled(optimizer) is optimizer:
+        optimizer.apply(gradients, variables)
+        return
+    # on JAX, the condition of loss scaling works without side effects only
+    state = [backend.tensor(v) for v in optimizer.variables]
+    weights, state = optimizer.stateless_apply(state, gradients, [backend.tensor(v) for v in variables])
+    for variable, value in zip([*variables, *optimizer.variables], [*weights, *state], strict=True):
+        variable.assign(value)
 
 
 def _cast(gradients: list[Any], variables: list[Any]) -> list[Any]:

@@ -31,7 +31,8 @@ class Seen:
 
     Attributes:
         output: Measurements of the output.
-        input: Root mean square, mean and size of the first input, and whether its examples differ.
+        input: Root mean square, mean and size of the first input, a mark of its elements, and whether its examples
+            differ.
         source: The layer that has made the first input, by its id.
         feeds: The layer that was given the output and nothing in between, by its id; the first such.
         unreadable: Whether the layer was called in a loop or a compiled function, where nothing can be read.
@@ -174,5 +175,7 @@ def _of_input(x: np.ndarray) -> dict[str, Any]:
         "rms": float(np.sqrt(np.mean(np.square(x)))),
         "mean": float(x.mean()),
         "size": x.size,
+        # a number that differs where the elements do, though a normalization gives them the same mean and size
+        "mark": float(x.ravel() @ np.cos(np.arange(x.size))),
         "differs": bool(len(x) < 2 or np.any(x[1:] != x[:1])) if x.ndim else True,
     }
