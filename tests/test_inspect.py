@@ -50,6 +50,7 @@ def updated(ratio, **given):
         ("output_and_loss", output(**{**SPARSE, "from_logits": False})),
         ("output_and_loss", output(**{**SPARSE, "activation": "relu"})),
         ("output_and_loss", output(**{**BINARY, "from_logits": True})),
+        ("output_and_loss", output(**{**BINARY, "from_logits": True, "activation": None})),
         ("output_and_loss", output(**{**BINARY, "activation": "softmax"})),
         ("output_and_loss", output(**{**BINARY, "loss": "categorical_crossentropy"})),
         ("labels", output(**SPARSE, label_range=(1.0, 3.0), labels_are_whole=True)),
@@ -80,6 +81,7 @@ def updated(ratio, **given):
         ("saturation", model_of(layer(activation="tanh", saturated=0.6))),
         ("growth", model_of(HEALTHY, layer("b", std=2e2, kernels=()))),
         ("growth", model_of(HEALTHY, layer("b", std=float("inf"), kernels=()))),
+        ("vanishing", model_of(HEALTHY, layer("b", std=1e-5, kernels=(kernel(key="2"),)))),
         ("missing_gradient", model_of(layer(has_gradient=False, gradient_norm=1.0))),
         ("missing_gradient", model_of(layer(has_gradient=True, has_zero_gradient=True, gradient_norm=0.0))),
         ("missing_gradient", model_of(layer(has_gradient=True, gradient_norm=float("nan")))),
@@ -123,6 +125,7 @@ def test_rule_names_its_cause(rule, model):
             layer("b", kernels=(), input_differs=True),
             zero_factors=("a/kernel",),
         ),
+        model_of(HEALTHY, layer("scale", std=1e-6, kernels=()), layer("b", is_output=True, std=1e-5, kernels=())),
         # alike examples in a deep network, centred pixels before a normalization, identities, a small last kernel
         model_of(layer(dead=0.55, always_active=0.45)),
         model_of(layer(sees_input=True, input_rms=70.0, input_mean=5.0, feeds_norm=True)),
@@ -433,6 +436,16 @@ def test_labels_that_do_not_fit_are_told(units, loss, y, said):
     report = ok.inspect(model, np.random.default_rng(0).normal(size=(8, 4)), y)
     assert report.warnings[0].rule == "labels"
     assert said in report.warnings[0].reason
+
+
+def test_labels_of_an_ignored_class_do_not_count():
+    model = keras.Sequential([keras.Input((4, 4, 2)), layers.Conv2D(3, 1)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255))
+    y = np.arange(8 * 16).reshape(8, 4, 4) % 3
+    y[:, 0] = 255
+    report = ok.inspect(model, np.random.default_rng(0).normal(size=(8, 4, 4, 2)), y)
+    assert report.warnings == ()
+    assert report.model.outputs[0].label_range == (0, 2)
 
 
 def test_weight_decay_on_biases_and_bias_before_batch_normalization_are_hints():

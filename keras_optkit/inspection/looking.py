@@ -34,7 +34,7 @@ def inspect(model: keras.Model, batch: Any, y: Any = None, loss: Any = None) -> 
     kernel std     σ(W), next to gain / sqrt(fan_in), which the activation asks for (gain: see `calculate_gain`)
     mean, std      of the output, over the batch and all units
     saturated      share of outputs where the activation is flat: |tanh| > 0.99, sigmoid < 0.01 or > 0.99
-    dead           share of units of a ReLU, GELU or SiLU with |output| <= 1e-5 on the whole batch
+    dead           share of units of a ReLU, GELU or SiLU with outputs from -1e-5 to 0 on the whole batch
     gradient       |∂L/∂θ|, over the weights of the layer; L is the mean loss of the batch with all penalties
     update         |ΔW| / |W| in one update, over its kernels and embeddings
     ```

@@ -75,6 +75,11 @@ def _from_logits(loss: Any, name: str | None) -> bool | None:
     return False if name in (*CATEGORICAL, *SPARSE, *BINARY) else None
 
 
+def _ignored(loss: Any) -> Any:
+    """The class that the loss leaves out."""
+    return loss.get_config().get("ignore_class") if isinstance(loss, keras.losses.Loss) else None
+
+
 def _report(name: str, loss: Any, output: np.ndarray, labels: Any, activation: Any, bias: Any) -> OutputReport:
     kind = _name(loss)
     from_logits = _from_logits(loss, kind)
@@ -88,7 +93,12 @@ def _report(name: str, loss: Any, output: np.ndarray, labels: Any, activation: A
         found["is_distribution"] = bool(np.all(adds_up) and output.min() >= 0)
     if labels is None:
         return OutputReport(**found)
-    y = array(labels)
+    y, ignored = array(labels), _ignored(loss)
+    if ignored is not None and y.size == output.size // units:  # labels of what does not count
+        counts = y.reshape(-1) != ignored
+        y, output = y.reshape(-1)[counts], output.reshape(-1, units)[counts]
+        if not y.size:
+            return OutputReport(**found)
     found["label_range"] = (float(y.min()), float(y.max()))
     found["labels_are_whole"] = bool(np.all(y == np.round(y)))
     if y.shape == output.shape:
@@ -106,6 +116,8 @@ def _frequencies(kind: str | None, from_logits: bool | None, output: np.ndarray,
         counts = y.reshape(-1, units).sum(0)
     else:
         return {}
+    if len(flat) > 1 and y.size and np.all(y.reshape(len(flat), -1) == y.reshape(len(flat), -1)[0]):
+        return {}  # one class alone, as in a GAN or in data that are not shuffled, says nothing of frequencies
     binary = kind in BINARY
     turned = _sigmoid if binary else _softmax
     # one more of each class, so that the frequencies of a small batch are not taken for those of the data

@@ -38,6 +38,8 @@ RISE, LARGE_IF_IT_RISES = 2.0, 0.02
 NORMALIZED_STEP, NORMALIZED_SPREAD = (0.05, 20.0), 2.0
 #: How many times the outputs of a layer may be larger than the input and the first layer's.
 GROWTH = 100.0
+#: How many times those of a layer with a kernel may be smaller than the first layer's.
+SHRINKING = 1e4
 #: Nats from the frequencies of the labels to a prediction.
 DIVERGENCE = 0.5
 
@@ -64,9 +66,11 @@ def _of_output(output: OutputReport) -> tuple[str, str] | None:
     wanted = "sigmoid" if binary else "softmax"
     assert output.range is not None
     low, high = output.range
-    turned = output.activation in ("sigmoid", "softmax") or (not binary and output.is_distribution)
+    # behind an operation that is no layer, only the numbers tell
+    inside = binary and output.activation is None and low > 0 and high < 1
+    turned = output.activation in ("sigmoid", "softmax") or (not binary and output.is_distribution) or inside
     if output.from_logits and turned:
-        by = output.activation if output.activation in ("sigmoid", "softmax") else "softmax"
+        by = output.activation if output.activation in ("sigmoid", "softmax") else wanted
         return (
             f"{output.loss} has from_logits=True, but the output has been through {by}.",
             f"Set from_logits=False, or remove the {by}.",
@@ -315,7 +319,8 @@ def growth(model: ModelReport) -> Iterator[Finding]:
     known = [layer for layer in model.layers if layer.std is not None]
     if not known:
         return
-    start = max(model.input_rms or 0.0, known[0].std or 0.0, 1e-3)
+    inputs = [layer.input_rms for layer in known if layer.sees_input and layer.input_rms is not None]
+    start = max(known[0].std or 0.0, 1e-3, *inputs)
     large = sum(
         kernel.std > LARGE_KERNEL * kernel.high
         for layer in model.layers
@@ -331,6 +336,19 @@ def growth(model: ModelReport) -> Iterator[Finding]:
             fix = "Use smaller kernels, normalize between layers, or begin residual branches as zero."
             # the cause, unless one or two kernels are
             yield Finding("growth", 55 if 0 < large < 3 else 39, layer.path, reason, fix)
+            return
+
+
+def vanishing(model: ModelReport) -> Iterator[Finding]:
+    """Whether outputs get much smaller from layer to layer, though they are not 0."""
+    known = [layer for layer in model.layers if layer.std is not None]
+    for layer in known:
+        # of a layer without kernels, such as a scale that begins small, it is on purpose
+        if layer.kernels and not layer.is_output and 0 < (layer.std or 0.0) * SHRINKING < (known[0].std or 0.0):
+            first = known[0].std
+            reason = f"Its outputs have a standard deviation of {layer.std:.3g}, those of the first layer {first:.3g}."
+            fix = "Use HeNormal for ReLU and its relatives, GlorotUniform for others, or normalize between layers."
+            yield Finding("vanishing", 42, layer.path, reason, fix)
             return
 
 
@@ -433,6 +451,7 @@ RULES: tuple[Callable[[ModelReport], Iterator[Finding]], ...] = (
     dead_units,
     saturation,
     growth,
+    vanishing,
     output_bias,
     missing_gradient,
     l2_and_adaptive,

@@ -89,7 +89,10 @@ def _rules(optimizer: Optimizer) -> list[Any]:
 
 def _rate(optimizer: Any) -> dict[str, float]:
     """The rate, and how much higher the schedule makes it later."""
-    rate = float(array(ops.convert_to_tensor(optimizer.learning_rate)))
+    try:
+        rate = float(array(ops.convert_to_tensor(optimizer.learning_rate)))
+    except AttributeError:  # of a MultiOptimizer that is not built
+        return {}
     schedule = optimizer._schedule if isinstance(optimizer, Optimizer) else schedule_of(optimizer)
     if not isinstance(schedule, LearningRateSchedule):
         return {"rate": rate}

@@ -22,6 +22,7 @@ from keras_optkit.private import sublayers
 _FLAT = {"tanh": (-0.99, 0.99), "sigmoid": (0.01, 0.99), "hard_sigmoid": (0.01, 0.99)}
 #: Activations whose units can be 0 for all inputs, with a gradient of 0.
 _CAN_DIE = ("relu", "relu6", "gelu", "silu", "swish")
+#: Those of GELU and SiLU are a little below 0 there.
 _DEAD = 1e-5
 
 
@@ -160,8 +161,9 @@ def _of_output(layer: Any, y: np.ndarray) -> dict[str, float]:
     if activation in _CAN_DIE and y.ndim > 1:
         channels = 1 if getattr(layer, "data_format", None) == "channels_first" else y.ndim - 1
         others = tuple(axis for axis in range(y.ndim) if axis != channels)
-        found["dead"] = float(np.mean(np.abs(y).max(axis=others) <= _DEAD))
-        found["always_active"] = float(np.mean(y.min(axis=others) > _DEAD))
+        high, low = y.max(axis=others), y.min(axis=others)
+        found["dead"] = float(np.mean((high <= 0) & (low >= -_DEAD)))
+        found["always_active"] = float(np.mean(low > 0))
     if activation in _FLAT:
         low, high = _FLAT[activation]
         found["saturated"] = float(np.mean((y < low) | (y > high)))
