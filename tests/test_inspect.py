@@ -72,6 +72,7 @@ def updated(ratio, **given):
         ("kernel_scale", model_of(layer(kernels=(kernel(std=0.6),)))),
         ("kernel_scale", model_of(layer(kernels=(kernel(std=0.008),)))),
         ("kernel_scale", model_of(layer(kernels=(kernel(std=0.0),)), layer("b", kernels=(), input_differs=False))),
+        ("kernel_scale", model_of(layer(kernels=(kernel(std=0.0, mean=0.1),)))),
         ("update_size", updated(0.5)),
         ("update_size", updated(1e-4)),
         ("update_size", updated(0.05, loss_after=50.0)),

@@ -21,6 +21,7 @@ class KernelReport:
         fan_in: Inputs of a unit.
         fan_out: Outputs of an input.
         std: The standard deviation of its elements.
+        mean: Their mean.
         asked: gain / sqrt(fan_in), the standard deviation that the activation asks for; None for an activation without
             a known gain.
         low: The smallest standard deviation of usual initializers; None like `asked`.
@@ -33,6 +34,7 @@ class KernelReport:
     fan_in: int
     fan_out: int
     std: float
+    mean: float = 0.0
     asked: float | None = None
     low: float | None = None
     high: float | None = None

@@ -219,10 +219,12 @@ def kernel_scale(model: ModelReport) -> Iterator[Finding]:
         place = model.layers.index(layer)
         assert kernel.low is not None
         assert kernel.high is not None
-        if kernel.std == 0:
+        if kernel.std == 0 and kernel.mean != 0 and layer.trainable and kernel.fan_out > 1:
+            wrong = "All of its elements are equal, so that all of its units stay alike"
+        elif kernel.std == 0:
             if layer.is_output or not any(later > place for later in dead_behind):
                 continue  # such as the end of a residual branch, which begins as zero on purpose
-            wrong = "All of its elements are equal, and behind it all examples are"
+            wrong = "All of its elements are 0, and behind it all examples are alike"
         elif kernel.std > LARGE_KERNEL * kernel.high:
             wrong = f"It is {kernel.std / kernel.high:.3g} times as large as the largest usual one"
         elif not layer.is_output and _is_too_small(layer, kernel, unlike=few and _is_unlike(kernel, middle)):
