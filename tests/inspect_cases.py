@@ -2,7 +2,7 @@
 
 Of a broken model the first warning must be the one for what was done to it; a healthy one must have no warning. Each
 fault is planted in several ways: `main` counts the first way of each, all others, and those of `HELD_OUT`, which were
-written after the rules and did not change them.
+written after the rules and did not change them. With the argument "broken", "healthy" or "held out", it counts these.
 """
 
 import sys
@@ -134,8 +134,8 @@ def orthogonal(gain):
     return lambda seed: initializers.Orthogonal(gain, seed=seed)
 
 
-#: Written when the rules were final, and counted with another seed.
-HELD_OUT = {
+#: Written after the rules, which made 96 of 106 right; `vanishing` and `update_size` were changed after that count.
+OTHERS = {
     "wrong init": [
         {"kernel": orthogonal(6.0), "at": (1,), "task": "categorical"},
         {"kernel": lambda _: initializers.Constant(0.3), "at": (2,)},
@@ -203,6 +203,42 @@ HELD_OUT = {
         {"from_logits": False, "task": "categorical"},
         {"softmax": True, "task": "binary", "activation": "tanh"},
     ],
+}
+
+
+#: Written when the rules were final, and counted with another seed.
+HELD_OUT = {
+    "wrong init": [
+        {"kernel": normal(3.0), "at": (3,), "activation": "silu"},
+        {"kernel": normal(5e-4), "at": PLACES, "task": "binary"},
+    ],
+    "dead ReLUs": [
+        {"bias": -60.0, "at": (1,), "task": "categorical"},
+        {"bias": -25.0, "at": (4,), "activation": "gelu"},
+    ],
+    "missing gradient": [{"cut": keras.ops.sign, "at": (3,), "optimizer": lambda: optimizers.RMSprop(1e-3)}],
+    "exploding depth": [{"kernel": orthogonal(2.8), "at": range(1, 21), "depth": 20, "unnormalized": True}],
+    "saturated tanh": [
+        {"bias": -6.0, "at": (1, 2), "activation": "tanh", "task": "binary"},
+        {"kernel": times(8.0), "at": (4,), "activation": "tanh"},
+    ],
+    "frozen by mistake": [{"frozen": True, "at": (2, 4), "activation": "gelu"}],
+    "identical layers": [{"seeds": lambda place: min(place, 3), "task": "categorical"}],
+    "L2 and Adam": [{"penalty": 3e-4, "optimizer": lambda: ok.optimizers.SAM("Adam", learning_rate=1e-3)}],
+    "wrong output bias": [
+        {"output_bias": [5.0, -5.0, 0.0, 5.0]},
+        {"output_bias": [-7.0], "task": "binary", "optimizer": lambda: optimizers.SGD(0.01)},
+    ],
+    "rate 100 times off": [
+        {"optimizer": lambda: ok.optimizers.AdamW(0.1), "task": "categorical"},
+        {"optimizer": lambda: optimizers.RMSprop(1e-5), "activation": "gelu"},
+        {"optimizer": lambda: optimizers.SGD(2e-6, momentum=0.9)},
+    ],
+    "unscaled inputs": [
+        {"inputs": lambda rng, shape: pixels(rng, shape, "int16"), "activation": "silu"},
+        {"inputs": lambda rng, shape: rng.exponential(40.0, shape), "task": "categorical"},
+    ],
+    "softmax as logits": [{"softmax": True, "activation": "gelu"}, {"softmax": True, "task": "binary"}],
 }
 
 
@@ -474,7 +510,7 @@ HEALTHY = {
 }
 
 
-def count(ways, held_out=False):
+def count(ways, seed=0):
     """Prints what is found first for each way to plant each fault, and how often that is right."""
     right = total = 0
     for how, each in ways.items():
@@ -482,7 +518,7 @@ def count(ways, held_out=False):
             for kind in KINDS:
                 if not applies(kind, way):
                     continue
-                found, _ = first(kind, way, seed=int(held_out))
+                found, _ = first(kind, way, seed)
                 total += 1
                 right += found in BROKEN[how]
                 mark = "right" if found in BROKEN[how] else "WRONG"
@@ -512,13 +548,13 @@ def healthy(seeds):
 def main():
     """Prints what is found in each case, and the counts."""
     if "held out" in sys.argv:
-        held_out = count(HELD_OUT, held_out=True)
+        held_out = count(HELD_OUT, seed=2)
         print(f"held out: {held_out[0]} of {held_out[1]}")
         return 0
     if "healthy" not in sys.argv:
         firsts = count({how: ways[:1] for how, ways in WAYS.items()})
-        others = count({how: ways[1:] for how, ways in WAYS.items()})
-        held_out = count(HELD_OUT, held_out=True)
+        others = count({how: ways[1:] + OTHERS[how] for how, ways in WAYS.items()}, seed=1)
+        held_out = count(HELD_OUT, seed=2)
         print(f"named first with the right cause: {firsts[0]} of {firsts[1]}")
         print(f"planted in other ways: {others[0]} of {others[1]}")
         print(f"held out: {held_out[0]} of {held_out[1]}")

@@ -265,10 +265,11 @@ def update_size(model: ModelReport) -> Iterator[Finding]:
     if update is None or not ratios:
         return
     middle = median(ratios)
-    # a schedule that begins low, and momentum, make later updates larger
+    # a schedule that begins low, and momentum, make later updates larger; RMSprop's first is larger than those later
     later = middle * max(update.rate_ahead, 1.0) / (1 - min(update.momentum, 0.999))
     normalized = update.size is not None and NORMALIZED_STEP[0] <= update.size <= NORMALIZED_STEP[1]
     normalized = normalized and (update.spread or 1.0) <= NORMALIZED_SPREAD
+    later /= max(update.size or 1.0, 1.0) if normalized else 1.0
     least, most = (SMALLEST_UPDATE, LARGEST_UPDATE) if normalized else (SMALLEST_PROPORTIONAL, LARGEST_PROPORTIONAL)
     if normalized and any(name.lower().startswith(_SIGN) for name in update.optimizer):
         most = LARGEST_SIGN
@@ -343,15 +344,20 @@ def growth(model: ModelReport) -> Iterator[Finding]:
 
 def vanishing(model: ModelReport) -> Iterator[Finding]:
     """Whether outputs get much smaller from layer to layer, though they are not 0."""
-    known = [layer for layer in model.layers if layer.std is not None]
-    for layer in known:
-        # of a layer without kernels, such as a scale that begins small, it is on purpose
-        if layer.kernels and not layer.is_output and 0 < (layer.std or 0.0) * SHRINKING < (known[0].std or 0.0):
-            first = known[0].std
-            reason = f"Its outputs have a standard deviation of {layer.std:.3g}, those of the first layer {first:.3g}."
+    known = [(layer, _size(layer)) for layer in model.layers if layer.std is not None]
+    for layer, size in known:
+        # dead units are their own cause; of a layer without kernels, such as a scale that begins small, it is on purpose
+        on_purpose = not layer.kernels or layer.is_output or (layer.dead or 0.0) >= DEAD
+        if not on_purpose and 0 < size * SHRINKING < known[0][1]:
+            reason = f"The size of its outputs is {size:.3g}, that of the first layer's {known[0][1]:.3g}."
             fix = "Use HeNormal for ReLU and its relatives, GlorotUniform for others, or normalize between layers."
             yield Finding("vanishing", 42, layer.path, reason, fix)
             return
+
+
+def _size(layer: LayerReport) -> float:
+    """The root mean square of a layer's outputs."""
+    return math.hypot(layer.mean or 0.0, layer.std or 0.0)
 
 
 def output_bias(model: ModelReport) -> Iterator[Finding]:
