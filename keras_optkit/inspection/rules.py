@@ -346,9 +346,9 @@ def vanishing(model: ModelReport) -> Iterator[Finding]:
     """Whether outputs get much smaller from layer to layer, though they are not 0."""
     known = [(layer, _size(layer)) for layer in model.layers if layer.std is not None]
     for layer, size in known:
-        # dead units are their own cause; of a layer without kernels, such as a scale that begins small, it is on purpose
-        on_purpose = not layer.kernels or layer.is_output or (layer.dead or 0.0) >= DEAD
-        if not on_purpose and 0 < size * SHRINKING < known[0][1]:
+        # dead units are their own cause; of a layer without kernels, such as a scale that begins small, it is meant
+        meant = not layer.kernels or layer.is_output or (layer.dead or 0.0) >= DEAD
+        if not meant and 0 < size * SHRINKING < known[0][1]:
             reason = f"The size of its outputs is {size:.3g}, that of the first layer's {known[0][1]:.3g}."
             fix = "Use HeNormal for ReLU and its relatives, GlorotUniform for others, or normalize between layers."
             yield Finding("vanishing", 42, layer.path, reason, fix)
