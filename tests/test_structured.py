@@ -7,7 +7,7 @@ from every_optimizer import continued, network, recurrent, transformer
 from keras import layers, ops
 
 import keras_optkit as ok
-from keras_optkit.optimizers.rules import kron
+from keras_optkit.optimizers.rules import kron, muon
 from keras_optkit.testing import problems
 from keras_optkit.testing.parity.problem import Parts
 
@@ -255,3 +255,29 @@ MADE = {
 def test_it_trains_and_continues_bitwise_from_a_file(name, make, jit_compile):
     first, last = continued(MADE[name](), make, jit_compile, 96, 10)
     assert last[-1] < 0.8 * first[0]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 24), (40, 9), (8, 10), (1, 5)])
+@pytest.mark.parametrize("name", ["keller_jordan", "polar_express"])
+def test_orthogonalized_is_its_formula_whatever_the_shape(rows, columns, name):
+    """Where there are many columns to a row, iterations are multiplied before they meet the matrix."""
+    rng = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(rng.normal(size=(3, rows, columns)), full_matrices=False)
+    x = u * np.logspace(0, -4, u.shape[2]) @ v
+    polynomials = muon.polynomials(name, 5)
+    expected = x / np.linalg.norm(x, axis=(1, 2), keepdims=True)
+    for a, b, c in polynomials:
+        gram = expected @ np.swapaxes(expected, 1, 2)
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-4)):
+        got = muon.orthogonalized(ops.convert_to_tensor(x, dtype), polynomials, 1e-20)
+        np.testing.assert_allclose(ops.convert_to_numpy(got), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "lengths"), [(1, [1]), (2, [2]), (3, [2, 1]), (5, [2, 3]), (9, [2, 3, 3, 1])])
+def test_blocks_of_iterations(steps, lengths):
+    coefficients = muon.polynomials("polar_express", steps)
+    blocks = muon._blocks(coefficients, 2.0)
+    assert [len(block) for block in blocks] == lengths
+    assert [each for block in blocks for each in block] == list(coefficients)
+    assert [len(block) for block in muon._blocks(coefficients, 1.5)] == [1] * steps

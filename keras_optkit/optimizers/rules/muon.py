@@ -71,10 +71,42 @@ def orthogonalized(x: Tensor, coefficients: Sequence[Polynomial], epsilon: Any, 
     if tall:
         x = ops.transpose(x, (0, 2, 1))
     x = x / ops.maximum(margin * ops.sqrt(ops.sum(x * x, axis=(1, 2), keepdims=True)), epsilon)
-    for a, b, c in coefficients:
-        gram = ops.matmul(x, ops.transpose(x, (0, 2, 1)))
-        x = a * x + ops.matmul(b * gram + c * ops.matmul(gram, gram), x)
+    for block in _blocks(coefficients, x.shape[2] / max(x.shape[1], 1)):
+        x = _iterated(x, block)
     return ops.transpose(x, (0, 2, 1)) if tall else x
+
+
+def _blocks(coefficients: Sequence[Polynomial], ratio: float) -> list[Sequence[Polynomial]]:
+    """The iterations in blocks that take the fewest products, for matrices with so many columns to a row.
+
+    With n rows and r n columns, a block of k iterations takes 4 r + 8 k - 6 products of n x n matrices (see
+    `_iterated`), so that blocks of two or three are cheaper than single iterations where r > 3/2. Since rounding errors
+    of `x xᵀ` grow within a block, it is computed again after the second iteration, which has amplified the small
+    singular values most, and from there after every third.
+    """
+    if ratio <= 1.5:
+        return [[each] for each in coefficients]
+    starts = [0, *range(2, len(coefficients), 3)]
+    return [coefficients[i:j] for i, j in zip(starts, [*starts[1:], len(coefficients)], strict=True)]
+
+
+def _iterated(x: Tensor, block: Sequence[Polynomial]) -> Tensor:
+    """Iterations that multiply `x` once, at the end (Gram Newton-Schulz, Dao AI Lab 2026).
+
+    With `g = x xᵀ`, an iteration is `x ← p x`, where `p = a I + b g + c g²` commutes with g: so the next g is `p g p`.
+    """
+    gram = ops.matmul(x, ops.transpose(x, (0, 2, 1)))
+    if len(block) == 1:
+        ((a, b, c),) = block
+        return a * x + ops.matmul(b * gram + c * ops.matmul(gram, gram), x)
+    identity = ops.eye(x.shape[1], dtype=x.dtype)
+    product = None
+    for place, (a, b, c) in enumerate(block, 1):
+        p = a * identity + b * gram + c * ops.matmul(gram, gram)
+        product = p if product is None else ops.matmul(p, product)
+        if place < len(block):
+            gram = ops.matmul(ops.matmul(p, gram), p)
+    return ops.matmul(product, x)
 
 
 def warn_of_unknown_output(rule: Rule, treated: str, option: str) -> None:
@@ -190,8 +222,9 @@ class Muon(Optimizer):
                               s = √max(1, columns / rows)  ("keller_jordan")
     ```
 
-    O is computed by a few iterations of `X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X`, after X has been divided by its norm. m
-    has the shape of θ and starts at 0: half of the state of Adam.
+    O is computed by a few iterations of `X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X`, after X has been divided by its norm;
+    long or wide matrices go through the same iterations on `X Xᵀ`, which take fewer products. m has the shape of θ and
+    starts at 0: half of the state of Adam.
 
     **Which parameters.** Kernels are orthogonalized as the matrices from inputs to outputs that they are for their
     layers: those of convolutions with the window in the rows, those of attention with all heads in one axis, and
