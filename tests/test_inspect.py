@@ -79,6 +79,12 @@ def updated(ratio, **given):
         ("update_size", updated(1e-5, size=1e-3, loss_after=0.9999)),
         ("update_size", updated(0.05, optimizer=("Lion",))),
         ("dead_units", model_of(layer(dead=0.6, always_active=0.1))),
+        (
+            "dead_units",
+            model_of(
+                HEALTHY, layer("b", dead=1.0, std=0.0, kernels=()), layer("c", std=1e-9, kernels=(kernel(key="2"),))
+            ),
+        ),
         ("saturation", model_of(layer(activation="tanh", saturated=0.6))),
         ("growth", model_of(HEALTHY, layer("b", std=2e2, kernels=()))),
         ("growth", model_of(HEALTHY, layer("b", std=float("inf"), kernels=()))),

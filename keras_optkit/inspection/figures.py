@@ -35,8 +35,10 @@ def draw(report: Report) -> Any:
     _points(axes[2], places, [layer.gradient_norm for layer in layers], "gradient norm", "o")
     _points(axes[3], places, [layer.update_ratio for layer in layers], "update-to-weight ratio", "o")
     warned = {each.where for each in report.warnings}
-    for axis in axes:
+    for axis, title in zip(axes, ("kernels", "activations", "gradient norm", "update-to-weight ratio"), strict=True):
+        axis.set_title(title, fontsize="small")
         axis.set_xscale("log")
+        axis.tick_params(labelsize="x-small", which="both")
         axis.grid(axis="x", alpha=0.3)
         for place, layer in enumerate(layers):
             if layer.path in warned:

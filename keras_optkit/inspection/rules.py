@@ -33,7 +33,7 @@ FALL = 1e-3
 #: Of the sign of a mean, which does not become smaller when gradients change their signs.
 LARGEST_SIGN, _SIGN = 0.02, ("lion", "signum")
 #: The loss rises by so much in an update that is too large, if that is not usual for weights to change by.
-RISE, LARGE_IF_IT_RISES = 2.0, 0.02
+RISE, LARGE_IF_IT_RISES = 3.0, 0.02
 #: Sizes of a step over the rate that do not depend on that of the gradient, which are about the same in all layers.
 NORMALIZED_STEP, NORMALIZED_SPREAD = (0.05, 20.0), 2.0
 #: How many times the outputs of a layer may be larger than the input and the first layer's.
@@ -346,9 +346,10 @@ def vanishing(model: ModelReport) -> Iterator[Finding]:
     """Whether outputs get much smaller from layer to layer, though they are not 0."""
     known = [(layer, _size(layer)) for layer in model.layers if layer.std is not None]
     for layer, size in known:
-        # dead units are their own cause; of a layer without kernels, such as a scale that begins small, it is meant
-        meant = not layer.kernels or layer.is_output or (layer.dead or 0.0) >= DEAD
-        if not meant and 0 < size * SHRINKING < known[0][1]:
+        if (layer.dead or 0.0) >= DEAD:  # which what follows is a consequence of
+            return
+        # of a layer without kernels, such as a scale that begins small, it is meant
+        if layer.kernels and not layer.is_output and 0 < size * SHRINKING < known[0][1]:
             reason = f"The size of its outputs is {size:.3g}, that of the first layer's {known[0][1]:.3g}."
             fix = "Use HeNormal for ReLU and its relatives, GlorotUniform for others, or normalize between layers."
             yield Finding("vanishing", 42, layer.path, reason, fix)
