@@ -323,7 +323,7 @@ def growth(model: ModelReport) -> Iterator[Finding]:
     if not known:
         return
     inputs = [layer.input_rms for layer in known if layer.sees_input and layer.input_rms is not None]
-    start = max(known[0].std or 0.0, 1e-3, *inputs)
+    start = max(known[0].std or 0.0, 1.0, *inputs)  # what grows to a usual size does no harm
     large = sum(
         kernel.std > LARGE_KERNEL * kernel.high
         for layer in model.layers
