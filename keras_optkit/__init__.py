@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_optkit import callbacks, data, finding, initializers, layers, optimizers, regularizers, schedules
+from keras_optkit import callbacks, data, finding, initializers, inspection, layers, optimizers, regularizers, schedules
 from keras_optkit.averaging import recalibrate_batch_norm
 from keras_optkit.finding import find_batch_size, find_learning_rate
 from keras_optkit.fit.wrapping import wrap_keras
+from keras_optkit.inspection import inspect
 from keras_optkit.optimizers import Group
 from keras_optkit.registry import Card, cards, register
 
@@ -28,6 +29,8 @@ __all__ = [
     "find_learning_rate",
     "finding",
     "initializers",
+    "inspect",
+    "inspection",
     "layers",
     "optimizers",
     "recalibrate_batch_norm",

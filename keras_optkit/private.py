@@ -240,3 +240,32 @@ def with_trials_saved_by(oracle: Any, save: Callable[[str, Any], Any]) -> None:
 
     if hasattr(oracle, "_save_trial") and hasattr(oracle, "_get_trial_dir"):
         oracle._save_trial = save_trial
+
+
+def compiled_loss(loss: Any, loss_weights: Any = None, output_names: Any = None) -> Callable[[Any, Any], Any]:
+    """A function of labels and outputs that computes a loss as a model would that is compiled with it.
+
+    The one of a model has metrics that count what it computes. Fall-back: the loss of a single output.
+    """
+    try:
+        from keras.src.trainers.compile_utils import CompileLoss
+    except ImportError:
+        return lambda y, outputs: keras.ops.mean(keras.losses.get(loss)(y, outputs))
+    return CompileLoss(loss, loss_weights, output_names=output_names)
+
+
+def losses_inside(compiled: Any) -> list[tuple[tuple[Any, ...], Any, str]]:
+    """Of a `compiled_loss` that was called, where the output of each loss is, the loss itself, and its name.
+
+    Fall-back: none, and `inspect` says nothing of labels.
+    """
+    return [(path, loss, name) for path, loss, _, name in getattr(compiled, "_flat_losses", None) or ()]
+
+
+def is_decayed(optimizer: Any, variable: Any) -> bool:
+    """Whether one of Keras's optimizers with `weight_decay` applies it to a variable.
+
+    Fall-back: True, as without `exclude_from_weight_decay`.
+    """
+    asked = getattr(optimizer, "_use_weight_decay", None)
+    return True if asked is None else bool(asked(variable))

@@ -11,14 +11,26 @@ PACKAGE = Path(keras_optkit.__file__).parent
 
 #: From the ground up.
 FLOORS = [
-    {"arguments", "direction", "files", "kernels", "meaning", "precision", "private", "registry", "saving", "tables"},
+    {
+        "arguments",
+        "calls",
+        "direction",
+        "files",
+        "kernels",
+        "meaning",
+        "precision",
+        "private",
+        "registry",
+        "saving",
+        "tables",
+    },
     {"backend", "space"},
     {"initializers", "layers", "regularizers", "schedules"},
     {"optimizers"},
     {"fit"},
     {"averaging", "data"},
     {"callbacks"},
-    {"finding"},
+    {"finding", "inspection"},
     {"tuning"},
     {"testing"},
 ]
@@ -26,6 +38,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 #: Of the ground floor, what others of it stand on, the lowest first.
 GROUND = [
+    "calls",
     "direction",
     "kernels",
     "tables",

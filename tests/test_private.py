@@ -11,12 +11,15 @@ from keras_optkit.private import (
     accumulated_gradients,
     clear_session,
     compile_arguments,
+    compiled_loss,
     current_layer,
     directory_of,
     forget_trace,
     global_seed,
     in_stateless_scope,
+    is_decayed,
     known_variables,
+    losses_inside,
     op_determinism,
     schedule_of,
     set_global_seed,
@@ -240,3 +243,25 @@ def test_an_oracle_has_its_trials_saved_by_another(tmp_path):
     assert saved == [(str(path), status) for status in ("RUNNING", "RUNNING", "COMPLETED")]
     assert not path.exists()
     assert directory_of(oracle) == str(tmp_path / "p")
+
+
+def test_a_loss_is_computed_as_in_a_compiled_model_and_tells_its_parts():
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, [layers.Dense(1, name="a")(inputs), layers.Dense(3, name="b")(inputs)])
+    losses, weights = {"a": "mse", "b": "sparse_categorical_crossentropy"}, {"a": 2.0, "b": 0.5}
+    model.compile("sgd", losses, loss_weights=weights)
+    x, y = keras.ops.ones((4, 2)), {"a": keras.ops.ones((4, 1)), "b": keras.ops.convert_to_tensor([0, 1, 2, 0])}
+    compiled = compiled_loss(losses, weights, model.output_names)
+    assert losses_inside(compiled) == []  # before the first call
+    value = float(compiled(y, model(x)))
+    assert value == float(model.compute_loss(x=x, y=y, y_pred=model(x)))
+    assert hasattr(compiled, "_flat_losses")
+    assert {name for _, _, name in losses_inside(compiled)} == {"a", "b"}
+
+
+def test_what_a_stock_optimizer_decays_is_known():
+    optimizer, layer = keras.optimizers.AdamW(), layers.Dense(2)
+    layer.build((None, 3))
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    assert hasattr(optimizer, "_use_weight_decay")
+    assert [is_decayed(optimizer, v) for v in layer.weights] == [True, False]

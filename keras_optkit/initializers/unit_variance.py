@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_optkit import arguments
+from keras_optkit.calls import folded_steps, replaced
 from keras_optkit.initializers.base import another
 from keras_optkit.initializers.orthogonal import orthogonal as orthogonal_kernel
 from keras_optkit.kernels import by_shape, role
@@ -129,7 +129,7 @@ def lsuv(
         if orthogonal:
             for index, (kernel, layer) in enumerate(kernels):
                 kernel.assign(_drawn(kernel, layer, another(seed, index)))
-        with _seen(layers.values(), scale), _folded_steps([model, *sublayers(model)]):
+        with _seen(layers.values(), scale), folded_steps([model, *sublayers(model)]):
             model(batch, training=training)
         if not found:
             raise ValueError(f"model must call a layer that has a kernel and is trainable, got {model.name!r}.")
@@ -172,10 +172,8 @@ def _can_be_scaled(layer: Any) -> bool:
     return isinstance(kernel, keras.Variable) and keras.backend.is_float_dtype(kernel.dtype)
 
 
-@contextlib.contextmanager
-def _seen(layers: Any, tell: Callable[[Any, Any], Any]) -> Iterator[None]:
+def _seen(layers: Any, tell: Callable[[Any, Any], Any]) -> contextlib.AbstractContextManager[None]:
     """Has the layers' outputs before the activation go through a function, in their place."""
-    before = [(layer, layer.activation) for layer in layers]
 
     def through(layer: Any, activation: Any) -> Callable[[Any], Any]:
         def activated(x: Any) -> Any:
@@ -184,38 +182,7 @@ def _seen(layers: Any, tell: Callable[[Any, Any], Any]) -> Iterator[None]:
 
         return activated
 
-    try:
-        for layer, activation in before:
-            layer.activation = through(layer, activation)
-        yield
-    finally:
-        for layer, activation in before:
-            layer.activation = activation
-
-
-@contextlib.contextmanager
-def _folded_steps(layers: Any) -> Iterator[None]:
-    """Has `TimeDistributed` call its layer once for all steps, whose outputs together are to have the variance."""
-    wrappers = [layer for layer in layers if type(layer) is keras.layers.TimeDistributed]
-
-    def folded(wrapper: Any) -> Callable[..., Any]:
-        has_training = "training" in inspect.signature(wrapper.layer.call).parameters
-
-        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:  # noqa: ARG001  (as Keras calls it)
-            batch, steps, *rest = ops.shape(inputs)
-            given = {"training": training} if has_training else {}
-            outputs = wrapper.layer(ops.reshape(inputs, (batch * steps, *rest)), **given)
-            return ops.reshape(outputs, (batch, steps, *ops.shape(outputs)[1:]))
-
-        return call
-
-    try:
-        for wrapper in wrappers:
-            wrapper.call = folded(wrapper)
-        yield
-    finally:
-        for wrapper in wrappers:
-            vars(wrapper).pop("call", None)
+    return replaced(layers, "activation", through)
 
 
 def _unit_variance(layer: Any, output: Any, tolerance: float, max_iterations: int) -> tuple[np.ndarray, float]:
