@@ -74,8 +74,8 @@ def write(directory: Path, training: Training, argument: str) -> Payload:
     """
     for old in directory.glob(PAYLOADS):
         old.unlink()
-    pickler, buffers = cloudpickle(argument), []
-    content = BytesIO()
+    pickler, content = cloudpickle(argument), BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
     try:
         pickler.Pickler(content, protocol=5, buffer_callback=buffers.append).dump((_settings(), training))
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import os
 import pickle
@@ -27,7 +26,6 @@ def main(number: int, parent: int) -> None:
         parent: The process of the search.
     """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    faulthandler.enable()
     connection = Connection(number)
     try:
         training = payload.read(connection.recv())
