@@ -26,10 +26,15 @@ X = RNG.normal(size=(48, 2)).astype("float32")
 DATA = X, (X[:, 0] > X[:, 1]).astype("float32")
 
 
+class UnpicklableError(ValueError):
+    def __init__(self, message, number):
+        super().__init__(f"{message} {number}")
+
+
 def fails(kind, here):
     """What a trial does that does not train; `here` is the process of the search."""
     if kind == "raises":
-        raise ValueError("no such layer")
+        raise UnpicklableError("no such layer", 3)
     if kind == "crashes" and os.getpid() != here:
         os.abort()
     if kind == "is killed" and os.getpid() != here:
@@ -179,6 +184,24 @@ def test_the_settings_of_the_process_are_those_of_the_search(tmp_path):
     payload.read(given)
     assert keras.config.floatx() == "float16"
     assert keras.config.dtype_policy().name == "mixed_bfloat16"
+
+
+def test_what_is_registered_is_so_in_a_worker(tmp_path):
+    @keras.saving.register_keras_serializable("workers")
+    class Registered(keras.layers.Layer):
+        pass
+
+    keras.saving.get_custom_objects()["workers plain"] = Registered
+    try:
+        given = payload.write(tmp_path, training(tmp_path / "search"), "workers=2")
+        for name in ("workers>Registered", "workers plain"):
+            del keras.saving.get_custom_objects()[name]
+        payload.read(given)
+        assert keras.saving.get_registered_object("workers>Registered") is Registered
+        assert keras.saving.get_custom_objects()["workers plain"] is Registered
+    finally:
+        for name in ("workers>Registered", "workers plain"):
+            keras.saving.get_custom_objects().pop(name, None)
 
 
 # Decisions while other trials run

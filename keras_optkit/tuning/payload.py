@@ -7,6 +7,7 @@ it when it ends.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -77,7 +78,7 @@ def write(directory: Path, training: Training, argument: str) -> Payload:
     pickler, content = cloudpickle(argument), BytesIO()
     buffers: list[pickle.PickleBuffer] = []
     try:
-        pickler.Pickler(content, protocol=5, buffer_callback=buffers.append).dump((_settings(), training))
+        pickler.Pickler(content, protocol=5, buffer_callback=buffers.append).dump((_settings(pickler), training))
     except Exception as error:
         raise _refused(training, argument, error) from error
     pickled = content.getvalue()
@@ -144,19 +145,32 @@ def read(payload: Payload) -> Training:
 # What is set for a whole process
 
 
-def _settings() -> dict[str, Any]:
-    settings = {
+def _settings(pickler: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
         "floatx": keras.config.floatx(),
         "epsilon": keras.config.epsilon(),
         "image_data_format": keras.config.image_data_format(),
         "dtype_policy": keras.dtype_policies.serialize(keras.config.dtype_policy()),
-        "custom_objects": dict(keras.saving.get_custom_objects()),
+        "registered": _registered(pickler),
     }
     if keras.config.backend() == "jax":
         import jax
 
         settings["x64"] = jax.config.jax_enable_x64
     return settings
+
+
+def _registered(pickler: Any) -> list[tuple[str, bytes]]:
+    """What the search has registered with Keras, and importing the package does not.
+
+    What cannot be pickled is left out: if the build function needs it, that cannot be pickled either.
+    """
+    found = []
+    for name, value in keras.saving.get_custom_objects().items():
+        if not str(getattr(value, "__module__", "")).startswith("keras_optkit."):
+            with contextlib.suppress(Exception):
+                found.append((name, pickler.dumps(value)))
+    return found
 
 
 def _set(settings: Mapping[str, Any]) -> None:
@@ -169,11 +183,12 @@ def _set(settings: Mapping[str, Any]) -> None:
 
         jax.config.update("jax_enable_x64", settings["x64"])
     known = keras.saving.get_custom_objects()
-    for name, kind in settings["custom_objects"].items():
+    for name, pickled in settings["registered"]:
+        value = pickle.loads(pickled)  # a class is the one that the build function uses
         package, _, short = name.rpartition(">")
-        if known.get(name) is kind:
+        if known.get(name) is value:
             continue
         if package:
-            keras.saving.register_keras_serializable(package, short)(kind)
+            keras.saving.register_keras_serializable(package, short)(value)
         else:
-            known[name] = kind
+            known[name] = value

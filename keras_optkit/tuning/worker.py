@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import signal
@@ -86,10 +85,9 @@ def outcome(training: Training, job: Job, line: Line) -> tuple[str, Ended | Exce
 def _portable(error: Exception) -> Exception:
     """An error that can be pickled, with its traceback as a note."""
     told = "".join(traceback.format_exception(error)).rstrip()
-    cloudpickle = importlib.import_module("cloudpickle")
     try:
-        copied = pickle.loads(cloudpickle.dumps(error))
-    except Exception:
+        copied = pickle.loads(pickle.dumps(error))
+    except Exception:  # a class of a script, or one whose arguments are not what it keeps
         copied = None
     if type(copied) is not type(error):
         copied = RuntimeError(f"{type(error).__name__}: {error}")
