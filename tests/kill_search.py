@@ -87,8 +87,11 @@ class Search:
         while self.workers():
             assert time.monotonic() < until, "workers are left behind"
             time.sleep(0.05)
-        self.errors.seek(0)
-        return self.errors.read()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        with self.errors as file:
+            file.seek(0)
+            return file.read()
 
 
 def killed(directory: Path, pruner: str | None, kinds: list[str], rng: random.Random) -> list[str]:
