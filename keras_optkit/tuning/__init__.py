@@ -45,7 +45,7 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name in ("pruners", "spaces"):
-        return importlib.import_module(f"{__name__}.spaces")
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tune
 
 
 HISTORY = "history.json"  # of a trial
+PAYLOADS = "payload-*.pickle"  # what workers are given
 
 _OF_A_TRIAL = ("trial.json", HISTORY, "model.keras", "*.weights.h5", "*.built.json")
 _NAMES = re.compile(
-    r"(oracle|trial|history|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)"
+    r"(oracle|trial|history|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)|"
+    r"payload-[0-9a-f]{8}\.pickle"
 )
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
 _IN_TRIAL = ("trial_id", "hyperparameters", "metrics", "status")
@@ -228,10 +231,38 @@ def locked(directory: Path) -> Iterator[None]:
         release()
 
 
+@contextlib.contextmanager
+def alone(trial: Path, patience: float) -> Iterator[None]:
+    """Keeps the directory of a trial for the training in the block.
+
+    The process that trained it before may not know yet that the search has given it up.
+
+    Args:
+        trial: The directory.
+        patience: How many seconds to wait for it.
+
+    Raises:
+        RuntimeError: If it is in use for longer.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            release = lock(trial, _NAMES, user="trial")
+            break
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        release()
+
+
 def delete_search(directory: Path) -> None:
     """Deletes what KerasTuner and `Tuner` wrote into a directory, and nothing else."""
     for trial in directory.glob("trial_*"):
         if any(path for name in _OF_A_TRIAL for path in trial.glob(name)):
             shutil.rmtree(trial)
-    for state in (*directory.glob("oracle.json"), *directory.glob("tuner*.json")):
+    for state in (*directory.glob("oracle.json"), *directory.glob("tuner*.json"), *directory.glob(PAYLOADS)):
         state.unlink()

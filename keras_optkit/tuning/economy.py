@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,15 @@ from keras_tuner.engine.trial import TrialStatus
 
 from keras_optkit import arguments
 from keras_optkit.tuning import books, logs
-from keras_optkit.tuning.best_epoch import BestEpoch
 from keras_optkit.tuning.epoch_pruners import Judge, pruner_of
-from keras_optkit.tuning.paused import Pausable, can_be_continued
+from keras_optkit.tuning.paused import can_be_continued
 from keras_optkit.tuning.pruners import RungPruner, Standing
+from keras_optkit.tuning.training import Job, pausable, run_name
 
 if TYPE_CHECKING:
     from keras_optkit.tuning.tuner import Tuner
 
-RUNG = "a rung"  # the reason of a pause
+WAIT = "wait"  # instead of a trial: there is none before one of those that are running has ended
 
 
 class Economy:
@@ -45,6 +45,7 @@ class Economy:
         self._seconds = 0.0  # of earlier processes
         self._began: float | None = None
         self._exhausted = False
+        self._said = False
         self._top = 1
         self._epochs = 1
         self._judges: dict[int, Judge] = {}
@@ -118,13 +119,14 @@ class Economy:
 
     def begin(self) -> None:
         """The search begins, or is continued."""
-        self._began, self._exhausted = time.perf_counter(), False
+        self._began, self._exhausted, self._said = time.perf_counter(), False, False
 
     # Budgets
 
-    def _used(self, tuner: Tuner, trial_id: str | None = None) -> int:
-        """The epochs of all trials but one."""
-        return sum(record["epochs"] for each, record in tuner.records.items() if each != trial_id)
+    def _used(self, tuner: Tuner) -> int:
+        """The epochs of all trials, including those that are running."""
+        live = tuner.live
+        return sum(sum(live[each].values()) if each in live else r["epochs"] for each, r in tuner.records.items())
 
     def spent(self, epochs: int) -> str:
         """Which budget is used up after so many epochs, or ""."""
@@ -155,30 +157,43 @@ class Economy:
 
     # The next trial
 
-    def next_trial(self, tuner: Tuner) -> Any:
-        """The trial to run now; None if the search ends."""
+    def next_trial(self, tuner: Tuner, tuner_id: str, running: Collection[str] = ()) -> Any:
+        """The trial to run now; None if the search ends; `WAIT`.
+
+        Args:
+            tuner: Of the search.
+            tuner_id: Who asks.
+            running: The trials that others are running.
+        """
         oracle = tuner.oracle
         while True:
             if reason := self.ends(tuner):
-                if tuner.verbose:
+                if tuner.verbose and not self._said:
                     print(f"The search ends: {reason}.", flush=True)
+                self._said = True
                 return None
             interrupted = oracle.get_state()["retry_queue"]
             if self.rungs is not None and not interrupted:
                 number = self.rungs.promoted(self._standings(tuner), self._epochs, self._top, self._left(oracle))
                 if number is not None:
                     trial = oracle.trials[oracle.start_order[number]]
-                    oracle.ongoing_trials[tuner.tuner_id] = trial
+                    oracle.ongoing_trials[tuner_id] = trial
                     oracle.save()
                     return trial
-            trial = oracle.create_trial(tuner.tuner_id)
+            trial = oracle.create_trial(tuner_id)
             if trial.status == TrialStatus.STOPPED:
-                if self.rungs is None or self._exhausted:
+                if self.rungs is not None and not self._exhausted:
+                    self._exhausted = True
+                    continue
+                if running:
+                    return WAIT
+                if self.rungs is not None:
                     self._end(tuner, [i for i, s in enumerate(self._standings(tuner)) if s.paused])
-                    return None
-                self._exhausted = True
-            elif trial.status != TrialStatus.IDLE:
+                return None
+            if trial.status != TrialStatus.IDLE:
                 return trial
+            if running:
+                return WAIT
 
     def _left(self, oracle: keras_tuner.Oracle) -> int | None:
         return 0 if self._exhausted else oracle.remaining_trials()
@@ -213,7 +228,8 @@ class Economy:
                 values = [cost(each[epoch]) for each in found]
                 if all(map(math.isfinite, values)):
                     curve[epoch] = sum(values) / len(values)
-        return Standing(tuple(costs), not ended and bool(record.get("paused")), curve)
+        is_paused = not ended and bool(record.get("paused")) and not record["running"]
+        return Standing(tuple(costs), is_paused, curve, running=not ended and not is_paused)
 
     def settle(self, tuner: Tuner) -> None:
         """After a trial has ended or was paused: ends those that cannot be promoted any more."""
@@ -250,53 +266,52 @@ class Economy:
         record["running"] = True
         return record
 
-    def pausable(self, tuner: Tuner, trial_id: str, execution: int) -> Pausable:
-        """The run of a trial that can be paused."""
-        return Pausable(Path(tuner.get_trial_dir(trial_id)) / f"run_{execution}")
-
     def forget(self, tuner: Tuner, trial_id: str) -> None:
         """Deletes the bundles of a trial that has ended."""
         for execution in range(tuner.executions_per_trial):
-            self.pausable(tuner, trial_id, execution).forget()
+            pausable(Path(tuner.project_dir), trial_id, execution).forget()
         tuner.records[trial_id].pop("runs", None)  # which are large
 
     def end_logs(self, tuner: Tuner, trial_id: str) -> None:
         """Notes in the logs that the runs of a paused trial have ended."""
         if tuner.log_dir is None:
             return
-        trial = tuner.oracle.trials[trial_id]
         name = tuner.oracle.objective.name
         for execution, run in enumerate(tuner.records[trial_id]["runs"]):
             watched = run["watch"]
-            with logs.ending(tuner.log_dir / tuner.run_name(trial, execution)) as metric:
+            with logs.ending(tuner.log_dir / run_name(trial_id, execution, tuner.executions_per_trial)) as metric:
                 if watched["best_epoch"] is not None:
                     metric(f"best_{name}", watched["metrics"][name], watched["best_epoch"] - 1)
 
-    def rules(self, tuner: Tuner, trial: Any, execution: int, watch: BestEpoch) -> list[Callable[[int], str]]:
-        """What may end the run of a trial after an epoch."""
-        name, record = tuner.oracle.objective.name, tuner.records[trial.trial_id]
-        before = self._used(tuner, trial.trial_id) + record["epochs"]
+    def target(self, tuner: Tuner, trial: Any) -> int | None:
+        """The epoch after which a trial that begins now, or is continued, is paused; None: it is not."""
+        if self.rungs is None:
+            return None
+        reached = tuner.records[trial.trial_id]["rungs"]
+        return self.rungs.rungs(self._epochs, tuner.number(trial))[len(reached)]
 
-        def budget(epoch: int) -> str:
-            spent = self.spent(before + watch.epochs)
-            return f"{spent} after epoch {epoch}" if spent else ""
+    def limit(self, tuner: Tuner, job: Job) -> None:
+        """Writes what is left of the budgets into a job that cannot ask for it while it runs."""
+        if self.time_limit is not None:
+            job.deadline = time.time() + self.time_limit - self.seconds
+        if self.max_epochs is not None:
+            own = sum(tuner.live.get(job.trial_id, {}).values())
+            job.epochs_left = self.max_epochs - self._used(tuner) + own
 
-        found: list[Callable[[int], str]] = [budget]
-        if self.rungs is not None:
-            target = self.rungs.rungs(self._epochs, tuner.number(trial))[len(record["rungs"])]
-            found.insert(0, lambda epoch: RUNG if epoch >= target else "")
-        elif self.pruner is not None:
-            judge = self._judge(tuner, execution)
-            judge.begin()
-            record["judged"] = execution + 1
+    def begin_run(self, tuner: Tuner, number: int, execution: int) -> None:
+        """A run of a trial begins, which Optuna's pruner will judge."""
+        if self.pruner is not None and self.rungs is None:
+            self._judge(tuner, execution).begin(number)
+            tuner.records[tuner.oracle.start_order[number]]["judged"] = execution + 1
 
-            def judged(epoch: int) -> str:
-                value = watch.history[-1][1].get(name)
-                stops = value is not None and judge.stops(epoch, value)
-                return f"stopped by {type(self.pruner).__name__} after epoch {epoch}" if stops else ""
-
-            found.insert(0, judged)
-        return found
+    def verdict(self, tuner: Tuner, number: int, execution: int, epoch: int, metrics: Mapping[str, float]) -> str:
+        """Why the run of a trial is to be ended after an epoch, or ""."""
+        value: Any = metrics.get(tuner.oracle.objective.name)
+        judged = self.pruner is not None and self.rungs is None and value is not None
+        if judged and self._judge(tuner, execution).stops(number, epoch, value):
+            return f"stopped by {type(self.pruner).__name__} after epoch {epoch}"
+        spent = self.spent(self._used(tuner))
+        return f"{spent} after epoch {epoch}" if spent else ""
 
     def _judge(self, tuner: Tuner, execution: int) -> Judge:
         """The judge of runs with this number, which knows all that have ended."""
@@ -315,8 +330,8 @@ class Economy:
         """How many runs of a trial were judged."""
         return int(tuner.records[tuner.oracle.start_order[number]].get("judged", 0))
 
-    def tell_judges(self, score: float | None, status: str) -> None:
+    def tell_judges(self, number: int, score: float | None, status: str) -> None:
         """How the trial has ended whose runs were judged."""
         for judge in self._judges.values():
-            if judge.is_judging:
-                judge.end(score, status)
+            if judge.is_judging(number):
+                judge.end(number, score, status)

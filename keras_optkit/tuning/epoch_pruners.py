@@ -15,6 +15,8 @@ from keras_optkit.tuning.samplers import optuna_for, quiet
 
 NAMES = ("median", "wilcoxon")
 
+_REPLAYED = -1  # instead of a number
+
 
 def pruner_of(pruner: Any) -> Any:
     """The argument `pruner`: a `RungPruner`, one of Optuna's, or None.
@@ -78,38 +80,38 @@ class Judge:
                 pruner=pruner,
                 direction=f"{direction}imize",
             )
-        self._trial: Any = None
+        self._running: dict[int, Any] = {}  # Optuna's trials, by the numbers of ours
 
-    @property
-    def is_judging(self) -> bool:
+    def is_judging(self, number: int) -> bool:
         """Whether a trial has begun and not ended."""
-        return self._trial is not None
+        return number in self._running
 
-    def begin(self) -> None:
-        """A new trial."""
+    def begin(self, number: int) -> None:
+        """A new trial, or one whose process was killed, which begins again."""
+        if number in self._running:
+            self.end(number, None, "failed")
         with _silent(self._optuna):
-            self._trial = self._study.ask()
+            self._running[number] = self._study.ask()
 
-    def stops(self, epoch: int, value: float) -> bool:
+    def stops(self, number: int, epoch: int, value: float) -> bool:
         """Whether to stop the trial after this epoch, counted from 1."""
         with _silent(self._optuna):
-            self._trial.report(value, epoch - 1)  # as Optuna's own callback for Keras counts
-            return bool(self._trial.should_prune())
+            self._running[number].report(value, epoch - 1)  # as Optuna's own callback for Keras counts
+            return bool(self._running[number].should_prune())
 
-    def end(self, score: float | None, status: str) -> None:
+    def end(self, number: int, score: float | None, status: str) -> None:
         """How the trial has ended, with its score if it was completed."""
         states = self._optuna.trial.TrialState
         state = {"completed": states.COMPLETE, "pruned": states.PRUNED}.get(status, states.FAIL)
         with _silent(self._optuna):
-            self._study.tell(self._trial, score if status == "completed" else None, state=state)
-        self._trial = None
+            self._study.tell(self._running.pop(number), score if status == "completed" else None, state=state)
 
     def replay(self, trials: Iterable[tuple[Mapping[str, Any] | None, float | None, str]], objective: str) -> None:
         """Trials of an earlier process: the history of their run, their score and their status."""
         for run, score, status in trials:
-            self.begin()
+            self.begin(_REPLAYED)
             values = [] if run is None else run["metrics"].get(objective, [])
             for epoch, value in zip([] if run is None else run["epochs"], values, strict=False):
                 if value is not None and math.isfinite(value):  # a run ends where it is not
-                    self.stops(epoch, value)
-            self.end(score, status)
+                    self.stops(_REPLAYED, epoch, value)
+            self.end(_REPLAYED, score, status)

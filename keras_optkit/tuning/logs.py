@@ -102,6 +102,17 @@ def ending(directory: Path) -> Iterator[Callable[[str, float, int], None]]:
     writer.close()
 
 
+def failed(directory: Path) -> None:
+    """Notes that a run has failed whose process has ended without saying so."""
+    import tensorflow as tf
+    from tensorboard.plugins.hparams import api_pb2
+
+    if any(directory.glob(EVENTS)):
+        writer = tf.summary.create_file_writer(str(directory))
+        _end(writer, api_pb2.STATUS_FAILURE)
+        writer.close()
+
+
 def _end(writer: Any, status: Any) -> None:
     import tensorflow as tf
     from tensorboard.plugins.hparams import summary

@@ -14,6 +14,7 @@ from keras_optkit import arguments
 from keras_optkit.tuning import books
 from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.result import Result, Trial, ranked
+from keras_optkit.tuning.training import end_of
 
 
 class Outcome:
@@ -40,13 +41,9 @@ class Outcome:
         """The file with the model of a trial, if it is kept."""
         return self.kept_model(trial_id).path
 
-    def _end(self, trial_id: str, execution: int) -> KeptModel:
-        """The state in which a run of a trial ended, for one that continues it."""
-        return KeptModel(Path(self.get_trial_dir(trial_id)), f"end_{execution}")
-
     def _forget_end(self, trial_id: str) -> None:
         for execution in range(self.executions_per_trial):
-            self._end(trial_id, execution).remove()
+            end_of(Path(self.project_dir), trial_id, execution).remove()
 
     def load_model(self, trial: keras_tuner.engine.trial.Trial) -> keras.Model:
         """The trained model of a trial, as it was at its best epoch.

@@ -24,6 +24,7 @@ class Stopper(keras.callbacks.Callback):
 
     Args:
         rules: Functions of the epoch, counted from 1, each of which returns a reason or "".
+        tell: Called with each epoch before the rules are asked.
 
     Attributes:
         reason: Why the run was ended, or "" if it ended by itself.
@@ -31,13 +32,16 @@ class Stopper(keras.callbacks.Callback):
 
     stateless = True
 
-    def __init__(self, rules: list[Callable[[int], str]]) -> None:
+    def __init__(self, rules: list[Callable[[int], str]], tell: Callable[[int], None] | None = None) -> None:
         super().__init__()
         self.rules = rules
+        self.tell = tell
         self.reason = ""
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
         """Asks the rules, unless something else has ended the run."""
+        if self.tell is not None:
+            self.tell(epoch + 1)
         if self.model.stop_training or epoch + 1 >= self.params["epochs"]:
             return
         self.reason = next((reason for rule in self.rules if (reason := rule(epoch + 1))), "")

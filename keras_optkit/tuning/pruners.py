@@ -31,11 +31,13 @@ class Standing:
             the trial has failed or had no objective.
         paused: Whether the trial can be trained further.
         curve: The objective of each epoch, likewise.
+        running: Whether it is trained at this moment, or was when the search was interrupted.
     """
 
     costs: tuple[float, ...]
     paused: bool
     curve: Mapping[int, float] = field(default_factory=dict)
+    running: bool = False
 
 
 def _ranking(trials: Sequence[Standing], rung: int, among: Sequence[int]) -> list[int]:
@@ -137,7 +139,7 @@ class ASHA(RungPruner):
             for i in order[: len(order) // self.reduction_factor]:
                 if _waits(trials[i], rung):
                     return i
-        if left == 0 and not _completed(trials, last):
+        if left == 0 and not _completed(trials, last) and not any(trial.running for trial in trials):
             return _best_of_highest(trials, last)
         return None
 
@@ -300,6 +302,8 @@ class Hyperband(RungPruner):
             if len(members) < size and left != 0:
                 return None  # the bracket is filled first
             for rung in range(len(rungs) - 1):
+                if any(trials[i].running and len(trials[i].costs) <= rung for i in members):
+                    break
                 members = self._survivors(trials, members, rung, min(size, len(trials) - first))
                 waiting = [i for i in members if _waits(trials[i], rung)]
                 if waiting:

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,10 @@ def search(
     time_limit: float | None = None,
     max_epochs: int | None = None,
     patience: int | None = None,
+    workers: int = 1,
+    executor: futures.Executor | None = None,
+    trial_time_limit: float | None = None,
+    trial_memory_limit: int | None = None,
     seed: int | None = None,
     directory: str | Path | None = None,
     log_dir: str | Path | None = None,
@@ -153,6 +158,14 @@ def search(
         max_epochs: Epochs for the whole search, over all trials. None: no limit.
         patience: The search ends when so many trials in a row have ended without a new best score; one that is paused
             has not ended. None: it does not.
+        workers: How many trials run at a time, each in a process of its own; see
+            [Several trials at once](../guide/tuning.md#several-trials-at-once). 1, the default: in this process, unless
+            one of the next three is given.
+        executor: A `concurrent.futures.Executor` whose processes train the trials, `workers` at a time, e.g. that of a
+            Dask cluster. `directory` must be on a disk that they see. None: processes on this machine.
+        trial_time_limit: Seconds after which the process of a trial is ended; the trial has failed. None: no limit.
+        trial_memory_limit: Bytes that the process of a trial may have in memory, TensorFlow's and the data's included,
+            before it is ended; the trial has failed. None: no limit.
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
             changes the global seeds). When left out it is drawn with Python's `random`; see `Result.seed`.
         directory: Where state and the best model are kept. If a search is there it is continued: finished trials are
@@ -168,13 +181,13 @@ def search(
         The trials, the best of them, and its model.
 
     Raises:
-        TypeError: If an argument has a wrong type, or `build` returns no compiled model.
-        ImportError: If a strategy or a pruner needs Optuna, and it is not installed.
+        TypeError: If an argument has a wrong type, or cannot be sent to workers, or `build` returns no compiled model.
+        ImportError: If a strategy or a pruner needs Optuna, or workers need cloudpickle, and it is not installed.
         ValueError: If an argument has a wrong value, if a grid has infinitely many points, if training has no
             metric named like the objective, if there is a pruner and several objectives, or if `directory` holds
             another search.
         RuntimeError: If all trials failed, from the first error; if another search runs in `directory`, or a file in it
-            is damaged.
+            is damaged; if workers cannot be started.
         OSError: If the disk does not take what is to be kept; what is in `directory` can be continued.
 
     Example:
@@ -265,7 +278,12 @@ def search(
             time_limit=time_limit,
             max_epochs=max_epochs,
             patience=patience,
+            workers=workers,
+            executor=executor,
+            trial_time_limit=trial_time_limit,
+            trial_memory_limit=trial_memory_limit,
         )
+        tuner.is_temporary = directory is None
         fit = fit_data(data, validation, oracle.seed, others.pop("sample_weight", None))
         given = {name: size for name, size in sizes.items() if name not in space and size is not None}
         tuner.search(**fit | others, **given)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import json
-import textwrap
 import threading
 import time
-import traceback
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,21 @@ import keras
 import keras_tuner
 import numpy as np
 from keras_tuner.engine.trial import TrialStatus
-from keras_tuner.errors import FailedTrialError, FatalError, FatalValueError
 
 from keras_optkit import arguments
-from keras_optkit.private import clear_session
-from keras_optkit.space import Values
 from keras_optkit.tuning import books, logs
-from keras_optkit.tuning.best_epoch import BestEpoch, forget_frames, names_of, take, worst_of
 from keras_optkit.tuning.books import AtomicBooks, OtherSearchError, damaged, path_of
-from keras_optkit.tuning.callbacks import Callbacks, Copies, Factory, of_search
+from keras_optkit.tuning.callbacks import Callbacks, Factory, of_search
 from keras_optkit.tuning.data import check_ends, is_dataset
-from keras_optkit.tuning.economy import RUNG, Economy
+from keras_optkit.tuning.economy import Economy
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
-from keras_optkit.tuning.oracle import TRAINING, stream
 from keras_optkit.tuning.outcome import Outcome
-from keras_optkit.tuning.paused import Stopper, in_known_order, quiet_about_order
+from keras_optkit.tuning.parallel import Course
 from keras_optkit.tuning.result import Trial, listed, ranked, shown
+from keras_optkit.tuning.staff import Staff
+from keras_optkit.tuning.training import PARENT, Ended, Job, Line, Training
 
 _PRINTING = threading.Lock()  # sys.stdout is one for all threads
-
-#: What an oracle that promotes trials, as Hyperband does, adds to their values.
-EPOCHS, INITIAL_EPOCH, PARENT = "tuner/epochs", "tuner/initial_epoch", "tuner/trial_id"
 
 
 class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
@@ -68,6 +62,10 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         time_limit: As in `search`.
         max_epochs: As in `search`.
         patience: As in `search`.
+        workers: As in `search`.
+        executor: As in `search`.
+        trial_time_limit: As in `search`.
+        trial_memory_limit: As in `search`.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -121,6 +119,10 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         time_limit: float | None = None,
         max_epochs: int | None = None,
         patience: int | None = None,
+        workers: int = 1,
+        executor: futures.Executor | None = None,
+        trial_time_limit: float | None = None,
+        trial_memory_limit: int | None = None,
     ) -> None:
         if not isinstance(hypermodel, HyperModel):
             raise TypeError(f"hypermodel must be a keras_optkit.tuning.HyperModel, got {hypermodel!r}.")
@@ -134,12 +136,19 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         self.verbose = arguments.choice("verbose", verbose, (0, 1, 2))
         self.economy = Economy(pruner, time_limit, max_epochs, patience)
         self.economy.check(oracle)
+        self.staff = Staff(workers, executor, trial_time_limit, trial_memory_limit)
+        self.staff.check(self.economy)
+        if self.staff.is_active and type(self).run_trial is not Tuner.run_trial:
+            raise ValueError(f"{self.staff.asked} must be left out where run_trial is another one, as in {type(self)}.")
         told = {"space": hypermodel.space.get_config(), **(definition or {}), "pruner": self.economy.described}
         self.definition = json.loads(json.dumps(told))
         self.records: dict[str, dict[str, Any]] = {}  # what KerasTuner's trials have no place for, by trial
-        self._runs: list[list[tuple[int, dict[str, float]]]] = []  # the epochs of this trial's executions
+        self.live: dict[str, dict[int, int]] = {}  # the epochs of the runs of each trial that is running
+        self._runs: dict[str, list[list[tuple[int, dict[str, float]]]]] = {}  # the epochs of its executions, likewise
+        self._started: dict[str, float] = {}
+        self._arrived: dict[str, Ended] = {}
         self.first_error: Exception | None = None
-        self._started = 0.0
+        self.is_temporary = False  # whether the directory is deleted if the search is interrupted
         self._used: weakref.WeakSet[keras.callbacks.Callback] = weakref.WeakSet()
         oracle.verbose = 0
         books.keep_books_of(oracle)
@@ -195,7 +204,8 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             del self.oracle.trials[trial_id]
         # One that was paused, which the oracle had not yet noted.
         interrupted = self.oracle.get_state()["retry_queue"]
-        interrupted[:] = [trial_id for trial_id in interrupted if not self._is_paused(trial_id)]
+        kept = (trial_id for trial_id in interrupted if not self._is_paused(trial_id))
+        interrupted[:] = sorted(kept, key=self.oracle.start_order.index, reverse=True)  # the last comes first
 
     def _is_paused(self, trial_id: str) -> bool:
         record = self.records.get(trial_id, {})
@@ -233,24 +243,37 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         check_ends(kwargs, {"x": "x", "validation_data": "validation_data"})
         of_search(kwargs.get("callbacks"))  # raises now rather than in the first trial
         self.economy.check_fit(kwargs, space, self.oracle.objective.name)
-        kwargs.setdefault("verbose", 1 if self.verbose == 2 else 0)
+        kwargs.setdefault("verbose", 1 if self.verbose == 2 and not self.staff.is_active else 0)
         with books.locked(Path(self.project_dir)):
             if Path(self._get_tuner_fname()).exists():  # another search may have run since this object was made
                 self.reload()
             self.save()
             if self.records and self.verbose:
                 print(f"Continuing the search in {self.project_dir}: {len(self.oracle.end_order)} trials are finished.")
-            if not self.economy.is_active:
-                super().search(*args, **kwargs)
-                return
-            self.economy.begin()
-            self.on_search_begin()
-            while (trial := self.economy.next_trial(self)) is not None:
+            try:
+                self._search(args, kwargs)
+            except KeyboardInterrupt as interrupt:
+                if not self.is_temporary:
+                    interrupt.add_note(f"The search is in {self.project_dir!r}. Run the script again to continue it.")
+                raise
+
+    def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs the trials, one after the other or several at a time."""
+        if not self.economy.is_active and not self.staff.is_active:
+            super().search(*args, **kwargs)
+            return
+        self.economy.begin()
+        self.on_search_begin()
+        if self.staff.is_active:
+            with self.staff.crew(Path(self.project_dir), self.training(args, kwargs)) as crew:
+                Course(self, crew).run()
+        else:
+            while (trial := self.economy.next_trial(self, self.tuner_id)) is not None:
                 self.on_trial_begin(trial)
                 self._try_run_and_update_trial(trial, *args, **kwargs)
                 self.on_trial_end(trial)
-            self.on_search_end()
-            self.save()
+        self.on_search_end()
+        self.save()
 
     def on_search_begin(self) -> None:
         """KerasTuner's hook before the first trial."""
@@ -266,11 +289,12 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
     def on_trial_begin(self, trial: keras_tuner.engine.trial.Trial) -> None:
         """KerasTuner's hook before a trial."""
         super().on_trial_begin(trial)
-        self._started = time.perf_counter()
+        self._started[trial.trial_id] = time.perf_counter()
         trial.metrics = type(trial.metrics)()  # without those of an attempt that was interrupted
         trial.message = None
-        self._runs = []
         record = self.records[trial.trial_id] = self.economy.prepare(self, trial)
+        saved = enumerate(record.get("runs", []))
+        self.live[trial.trial_id] = {each: len(run["watch"]["history"]) for each, run in saved if "watch" in run}
         self.save()
         if self.verbose:
             number, total = self.number(trial), self.oracle.max_trials or "?"
@@ -278,17 +302,20 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             after = f" from epoch {record['rung_epochs'][-1] + 1}" if record.get("paused") else ""
             print(f"[{number + 1}/{total}] trial {number}{after}: {listed(values)}", flush=True)
 
-    def on_trial_end(self, trial: keras_tuner.engine.trial.Trial) -> None:
-        """KerasTuner's hook after a trial."""
-        record = self.records[trial.trial_id]
-        record["seconds"] = record.get("seconds", 0.0) + time.perf_counter() - self._started
+    def on_trial_end(self, trial: keras_tuner.engine.trial.Trial, seconds: float | None = None) -> None:
+        """KerasTuner's hook after a trial; `seconds` is how long it took, if that is known."""
+        record, started = self.records[trial.trial_id], self._started.pop(trial.trial_id)
+        took = time.perf_counter() - started if seconds is None else seconds
+        record["seconds"] = record.get("seconds", 0.0) + took
         record["running"] = False
+        self.live.pop(trial.trial_id)
+        runs = self._runs.pop(trial.trial_id, [])
         trial.status = record.get("status", trial.status)  # a subclass may run its trials in its own way
         if trial.status != TrialStatus.COMPLETED:
             trial.metrics = type(trial.metrics)()  # without the placeholder that run_trial returned
         if trial.status in (TrialStatus.STOPPED, TrialStatus.RUNNING):
-            self._note_epochs(trial)
-        books.write_history(Path(self.get_trial_dir(trial.trial_id)), self._runs)
+            self._note_epochs(trial, runs)
+        books.write_history(Path(self.get_trial_dir(trial.trial_id)), runs)
         self.save()  # before the oracle notes that the trial has ended, which must not be without its record
         if trial.status == TrialStatus.RUNNING:
             self._pause(trial)
@@ -312,7 +339,7 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
 
     def _report(self, this: Trial, best: Trial | None, *, paused: bool) -> None:
         """Tells the pruner's study and the reader how a trial has ended."""
-        self.economy.tell_judges(this.score, this.status)
+        self.economy.tell_judges(this.number, this.score, this.status)
         if not self.verbose:
             return
         outcome = f"failed: {this.message}"
@@ -321,7 +348,8 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         if this.status == "pruned":
             outcome += f", paused after {this.epochs} epochs" if paused else f", pruned: {this.message}"
         best_so_far = f"; best so far {shown(best.score)} (trial {best.number})" if best else ""
-        print(f"    {self.oracle.objective.name} {outcome}, {this.seconds:.1f} s{best_so_far}", flush=True)
+        which = f"trial {this.number}: " if self.staff.is_active else ""
+        print(f"    {which}{self.oracle.objective.name} {outcome}, {this.seconds:.1f} s{best_so_far}", flush=True)
 
     def _pause(self, trial: keras_tuner.engine.trial.Trial) -> None:
         """Has the oracle know that a trial is neither running nor over."""
@@ -330,10 +358,12 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             del ongoing[tuner_id]
         self.oracle.save()
 
-    def _note_epochs(self, trial: keras_tuner.engine.trial.Trial) -> None:
+    def _note_epochs(
+        self, trial: keras_tuner.engine.trial.Trial, runs: list[list[tuple[int, dict[str, float]]]]
+    ) -> None:
         """Has the oracle know the objective of each epoch of a trial that was not trained to its end."""
         name = self.oracle.objective.name
-        found = [{epoch: metrics[name] for epoch, metrics in run if name in metrics} for run in self._runs]
+        found = [{epoch: metrics[name] for epoch, metrics in run if name in metrics} for run in runs]
         epochs = sorted(set.intersection(*map(set, found))) if found else []
         trial.metrics.register(name, self.oracle.objective.direction)
         for epoch in epochs:
@@ -344,156 +374,69 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
 
     def run_trial(self, trial: keras_tuner.engine.trial.Trial, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Builds and trains the model of a trial, `executions_per_trial` times; returns the mean score."""
+        ended = self._arrived.pop(trial.trial_id, None)
+        if ended is None:
+            ended = self.training(args, kwargs).run(self.job(trial), _Direct(self, trial))
         record = self.records[trial.trial_id]
-        record["status"], record["epochs"] = TrialStatus.COMPLETED, 0
-        objective = self.oracle.objective
-        also = of_search(kwargs.pop("callbacks", None))
-        found: list[dict[str, float]] = []
-        reasons: list[str] = []
-        try:
-            for execution in range(self.executions_per_trial):
-                best = self._best_of_others(record, execution, found)
-                watch = BestEpoch(objective, lambda model: self._keep(trial, model), best, self.max_model_size)
-                try:
-                    reasons.append(self._train(trial, execution, watch, also, args, dict(kwargs)))
-                finally:
-                    record["epochs"] += watch.epochs
-                    self._runs.append(watch.history)
-                if watch.score is not None and (best is None or objective.better_than(watch.score, best)):
-                    record["best_epoch"] = watch.best_epoch
-                found.append(watch.metrics)
-                if reasons[-1] not in ("", RUNG):
-                    break
-        except FatalError:
-            raise
-        except Exception as error:
-            kind = "" if isinstance(error, FailedTrialError) else f"{type(error).__name__}: "
-            record["message"] = textwrap.shorten(f"{kind}{error}", 500)
-            record["status"] = TrialStatus.FAILED if isinstance(error, FailedTrialError) else TrialStatus.INVALID
-            self.first_error = self.first_error or error
-            # If the exception were passed on, KerasTuner would print its traceback; on_trial_end reports the failure.
-            values = self.hypermodel.point(trial.hyperparameters)
-            trial.message = f"Failed with {dict(values)}.\n{traceback.format_exc()}"
-            forget_frames(error)
-            return worst_of(objective)
-        common = set.intersection(*map(set, found))
-        means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0] if name in common}
-        record["metrics"], record["score"] = means, means.get(objective.name)
-        if any(reasons):
-            self._stopped(trial, [reason for reason in reasons if reason][-1])
-            return worst_of(objective)
-        return {name: means[name] for name in {objective.name, *names_of(objective)}}
-
-    def _best_of_others(self, record: dict[str, Any], execution: int, found: list[dict[str, float]]) -> float | None:
-        """The best score of the other runs of a trial so far, one of which the kept model is from."""
-        name, objective = self.oracle.objective.name, self.oracle.objective
-        later = [run.get("watch", {"metrics": {}})["metrics"] for run in record.get("runs", [])[execution + 1 :]]
-        scores = [metrics[name] for metrics in [*found, *later] if name in metrics]
-        return (max if objective.direction == "max" else min)(scores, default=None)
-
-    def _stopped(self, trial: keras_tuner.engine.trial.Trial, reason: str) -> None:
-        """Notes that a trial was paused, or stopped for good."""
-        record = self.records[trial.trial_id]
-        if reason == RUNG:
-            record["status"], record["paused"] = TrialStatus.RUNNING, True
-            record["rungs"].append(record["score"])
-            record["rung_epochs"].append(max(run["watch"]["history"][-1][0] for run in record["runs"]))
-        else:
-            record["status"], record["message"] = TrialStatus.STOPPED, reason
-
-    def _keep(self, trial: keras_tuner.engine.trial.Trial, model: keras.Model) -> None:
-        """Keeps the model of a trial; says once if it is none for a `.keras` file."""
-        why_not = self.kept_model(trial.trial_id).save(model)
-        if why_not and self.verbose and not any("why_not_keras" in record for record in self.records.values()):
+        why_not = ended.record.get("why_not_keras")
+        if why_not and self.verbose and not any("why_not_keras" in each for each in self.records.values()):
             print(f"    The weights are kept, since the model cannot be a .keras file. {why_not}", flush=True)
-        if why_not:
-            self.records[trial.trial_id]["why_not_keras"] = why_not
+        record.update(ended.record)
+        self._runs[trial.trial_id] = ended.runs
+        # If the exception were passed on, KerasTuner would print its traceback; on_trial_end reports the failure.
+        self.first_error = self.first_error or ended.error
+        trial.message = ended.message
+        return ended.metrics
 
-    def _train(
-        self,
-        trial: keras_tuner.engine.trial.Trial,
-        execution: int,
-        watch: BestEpoch,
-        also: Copies | Factory,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> str:
-        """Trains a model; returns why the run was stopped, or "" if it ended by itself."""
-        saved: dict[str, Any] = {}
-        if self.economy.rungs is not None:
-            saved = self.records[trial.trial_id]["runs"][execution]
-            if "watch" in saved:
-                watch.set_state(saved["watch"])
-            if saved.get("over"):  # it has stopped by itself, and another run of the trial has not
-                return ""
-        clear_session()  # frees the last model, too: it collects garbage
-        seed = stream(self.oracle.seed, TRAINING, self.number(trial), execution).generate_state(2)
-        keras.utils.set_random_seed(int(seed[0]))
-        values, rounds = self.hypermodel.point(trial.hyperparameters), trial.hyperparameters.values
-        with self._session(trial, execution, values, continued="bundle" in saved) as (directory, session):
-            model = self.hypermodel.build(trial.hyperparameters)
-            watch.check_size(model)
-            run = self.run_name(trial, execution)
-            callbacks = self._new([*self.callbacks(values, directory, run), *also(values, directory, run)])
-            watch.patient = bool(callbacks)
-            if directory is not None:
-                callbacks.append(keras.callbacks.TensorBoard(directory, write_graph=False))
-            if EPOCHS in rounds:
-                if "epochs" in values:
-                    raise FatalValueError("epochs must not be a parameter of the space where the oracle sets them.")
-                kwargs.update(epochs=rounds[EPOCHS], initial_epoch=rounds[INITIAL_EPOCH])
-            if PARENT in rounds:
-                self._end(rounds[PARENT], execution).load_into(model)
-            watch.set_model(model)
-            callbacks.append(watch)
-            stopper = Stopper([])
-            if self.economy.is_active:
-                stopper.rules = self.economy.rules(self, trial, execution, watch)
-                callbacks.append(stopper)
-            if self.economy.rungs is not None:
-                kwargs = in_known_order(kwargs, values.get("batch_size", kwargs.get("batch_size")), int(seed[1]))
-                pausable = self.economy.pausable(self, trial.trial_id, execution)
-                callbacks.append(pausable.callback(saved.get("bundle"), kwargs))
-            with quiet_about_order() if self.economy.rungs is not None else contextlib.nullcontext():
-                returned = self.hypermodel.fit(trial.hyperparameters, model, *args, **kwargs, callbacks=callbacks)
-            if not stopper.reason:
-                take(returned, watch, any(record["metrics"] for record in self.records.values()))
-            if EPOCHS in rounds:
-                self._end(trial.trial_id, execution).save_weights(model)
-            if stopper.reason == RUNG:
-                saved["bundle"] = pausable.pause()
-            if self.economy.rungs is not None:
-                saved.update(watch=watch.get_state(), over=not stopper.reason)
-            if session is not None and stopper.reason == RUNG:
-                session.is_open = True
-            elif session is not None and watch.best_epoch is not None:
-                for name in names_of(watch.objective):
-                    session.metric(f"best_{name}", watch.metrics[name], watch.best_epoch - 1)
-        return stopper.reason
+    def take(self, trial: keras_tuner.engine.trial.Trial, ended: Ended) -> None:
+        """A trial has ended, or was paused, in another process."""
+        self._arrived[trial.trial_id] = ended
+        self._try_run_and_update_trial(trial)
+        self.on_trial_end(trial, ended.seconds)
 
-    def _new(self, callbacks: list[Any]) -> list[Any]:
-        """Raises if one of the callbacks was in another run."""
-        for callback in callbacks:
-            if callback in self._used:
-                raise FatalValueError(f"callbacks must return new callbacks for every trial, got {callback!r} again.")
-        self._used.update(callbacks)
-        return callbacks
+    def training(self, args: tuple[Any, ...], fit: Mapping[str, Any]) -> Training:
+        """What all trials have in common, with arguments of `fit`."""
+        return Training(
+            self.hypermodel,
+            self.oracle.objective,
+            self.oracle.seed,
+            self.executions_per_trial,
+            self.max_model_size,
+            [self.callbacks, of_search(fit.get("callbacks"))],
+            args,
+            {name: value for name, value in fit.items() if name != "callbacks"},
+            Path(self.project_dir),
+            self.log_dir,
+            pauses=self.economy.rungs is not None,
+            is_watched=self.economy.is_active or self.staff.is_active,
+            asks=self.economy.is_active,
+            used=self._used,
+        )
 
-    def run_name(self, trial: keras_tuner.engine.trial.Trial, execution: int) -> Path:
-        """The directory of one run, below that of all logs."""
-        name = Path(f"trial_{trial.trial_id}")
-        return name / f"execution_{execution}" if self.executions_per_trial > 1 else name
+    def job(self, trial: keras_tuner.engine.trial.Trial) -> Job:
+        """What a training is told of one trial."""
+        return Job(
+            trial.trial_id,
+            self.number(trial),
+            trial.hyperparameters,
+            copy.deepcopy(self.records[trial.trial_id]),
+            self.economy.target(self, trial),
+            any(record["metrics"] for record in self.records.values()),
+        )
 
-    @contextlib.contextmanager
-    def _session(
-        self, trial: keras_tuner.engine.trial.Trial, execution: int, values: Values, *, continued: bool
-    ) -> Iterator[tuple[Path | None, logs.Session | None]]:
-        """The log directory of one run and what takes the metrics of its HParams."""
-        if self.log_dir is None:
-            yield None, None
-            return
-        directory = self.log_dir / self.run_name(trial, execution)
-        # TensorBoard merges equal names, so those of two searches must differ; and it cuts off long ones at the end.
-        group = f"trial_{trial.trial_id} ({self.log_dir.name} in {self.log_dir.parent})"
-        with logs.hparams_session(directory, group, values, continued=continued) as session:
-            yield directory, session
+
+class _Direct(Line):
+    """The line between a search and a training in one process."""
+
+    def __init__(self, tuner: Tuner, trial: keras_tuner.engine.trial.Trial) -> None:
+        self._tuner = tuner
+        self._trial = trial
+
+    def begin(self, execution: int) -> None:
+        self._tuner.economy.begin_run(self._tuner, self._tuner.number(self._trial), execution)
+
+    def tell(self, execution: int, epochs: int, epoch: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
+        self._tuner.live[self._trial.trial_id][execution] = epochs
+
+    def ask(self, execution: int, epoch: int, metrics: Mapping[str, float]) -> str:
+        return self._tuner.economy.verdict(self._tuner, self._tuner.number(self._trial), execution, epoch, metrics)
