@@ -98,23 +98,27 @@ class Executing:
             RuntimeError: If the executor does not run what it is given.
         """
         done, _ = futures.wait(self._futures, _TICK, futures.FIRST_COMPLETED)
-        for future in done:
+        for future in sorted(done, key=lambda each: _error(each) is not None):  # what has ended well is not lost
             trial_id = self._futures.pop(future)
-            try:
+            error = _error(future)
+            if error is None:
                 kind, content = future.result()
-            except Exception as error:
-                if type(error).__name__ == "KilledWorker":  # Dask's, after some attempts on different workers
-                    reason = f"It has ended the processes of workers: {error}"
-                    yield Event(trial_id, "died", (reason, None, True))
-                    continue
+                yield Event(trial_id, kind, (content,))
+            elif type(error).__name__ == "KilledWorker":  # Dask's, after some attempts on different workers
+                yield Event(trial_id, "died", (f"It has ended the processes of workers: {error}", None, True))
+            else:
                 raise RuntimeError(
                     f"The executor has not run trial {trial_id}: {type(error).__name__}: {error} Run the script again "
                     "to continue the search."
                 ) from error
-            yield Event(trial_id, kind, (content,))
 
     def close(self, *, at_once: bool) -> None:  # noqa: ARG002  (of workers)
         """Cancels what has not begun; what runs ends with its epoch, since the payload is deleted."""
         for future in self._futures:
             future.cancel()
         self._futures = {}
+
+
+def _error(future: futures.Future[Any]) -> BaseException | None:
+    """Why a future that is done has no result."""
+    return futures.CancelledError("it was cancelled") if future.cancelled() else future.exception()
