@@ -35,6 +35,17 @@ TWINS_ON_JAX = {
     *("AdEMAMix", "Adafactor", "AdamW", "COCOB", "DoG", "Ftrl", "LAMB", "Lion", "Lookahead", "Muon", "Prodigy", "SAM"),
     *("SM3", "ScheduleFree"),
 }
+#: Of the other kinds, the cards that are checked in whole on JAX, and the checks that ask something of the backend.
+WHOLE_ON_JAX = {
+    *("Cosine", "DropPath", "GhostBatchNormalization", "GroupLasso", "HeNormal", "NuclearNorm", "OneCycle"),
+    *("Orthogonal", "SpectralNormalization"),
+}
+CHECKS_ON_JAX = {
+    "schedule": {"compiled_is_eager", "tensor_step_is_int_step"},
+    "initializer": {"variance", "orthogonal", "exact", "sparse"},
+    "regularizer": {"compiled_is_eager"},
+    "layer": {"compiled_is_eager"},
+}
 if ON_JAX:
     LONG |= {"Adafactor", "Adan", "LAMB", "Muon", "Prodigy"}
     WHOLE = {"AdamW", "SAM"}
@@ -54,6 +65,8 @@ def is_long(card, check):
         return check.name != "config_round_trip" and (card.name, check.name) != ("Hyperball", "twin")
     if card.kind == "transform" and check.name in {"accumulation", "dtypes", "hyperparameters", "modes_agree", "rows"}:
         return card.name not in {"AdaptiveClip", "Hyperball"}
+    if ON_JAX and card.kind in CHECKS_ON_JAX:
+        return card.name not in WHOLE_ON_JAX and check.name not in CHECKS_ON_JAX[card.kind]
     if card.kind != "optimizer":
         return False
     if check.name == "twin" and (card.name in DEAR_TWINS or (ON_JAX and card.name not in TWINS_ON_JAX)):

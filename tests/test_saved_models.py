@@ -54,11 +54,13 @@ def model_of(policy):
 
 
 @pytest.mark.once
-def test_models_are_loaded_in_a_fresh_process_and_train_there(tmp_path):
+@pytest.mark.few(1)
+@pytest.mark.parametrize("policies", [["float32"], ["mixed_float16"]], ids=str)
+def test_models_are_loaded_in_a_fresh_process_and_train_there(policies, tmp_path):
     x = np.random.default_rng(0).normal(size=(5, 6, 4)).astype("float32")
     np.save(tmp_path / "x.npy", x)
     expected = {}
-    for policy in POLICIES:
+    for policy in policies:
         model, path = model_of(policy), str(tmp_path / f"{policy}.keras")
         assert np.isfinite(model.train_on_batch(x, np.zeros((5, 3))))
         model.save(path)
