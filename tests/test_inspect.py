@@ -65,6 +65,7 @@ def updated(ratio, **given):
         ("labels", ModelReport((), problem="ValueError: shapes")),
         ("unscaled_inputs", model_of(layer(sees_input=True, input_rms=150.0, input_mean=130.0))),
         ("unscaled_inputs", model_of(layer(sees_input=True, input_rms=1e-4))),
+        ("unscaled_inputs", model_of(layer(sees_input=True, input_rms=0.0))),
         ("unscaled_inputs", model_of(layer(sees_input=True, input_rms=float("nan")))),
         ("identical_layers", model_of(HEALTHY, layer("b"))),
         ("frozen", model_of(HEALTHY, layer("b", trainable=False, behind_trained=True, kernels=(kernel(key="2"),)))),
@@ -75,6 +76,7 @@ def updated(ratio, **given):
         ("kernel_scale", model_of(layer(kernels=(kernel(std=0.0, mean=0.1),)))),
         ("update_size", updated(0.5)),
         ("update_size", updated(1e-4)),
+        ("update_size", model_of(layer(update_ratio=0.0, gradient_norm=1.0), update=UpdateReport(**UPDATE))),
         ("update_size", updated(0.05, loss_after=50.0)),
         ("update_size", updated(1e-5, size=1e-3, loss_after=0.9999)),
         ("update_size", updated(0.05, optimizer=("Lion",))),
@@ -89,6 +91,11 @@ def updated(ratio, **given):
         ("growth", model_of(HEALTHY, layer("b", std=2e2, kernels=()))),
         ("growth", model_of(HEALTHY, layer("b", std=float("inf"), kernels=()))),
         ("vanishing", model_of(HEALTHY, layer("b", std=1e-5, kernels=(kernel(key="2"),)))),
+        (
+            "vanishing_gradient",
+            model_of(layer(gradient_norm=1e-7), layer("b", kernels=(kernel(key="2"),), gradient_norm=0.1)),
+        ),
+        ("loss_value", ModelReport((), loss_value=float("nan"))),
         ("missing_gradient", model_of(layer(has_gradient=False, gradient_norm=1.0))),
         ("missing_gradient", model_of(layer(has_gradient=True, has_zero_gradient=True, gradient_norm=0.0))),
         ("missing_gradient", model_of(layer(has_gradient=True, gradient_norm=float("nan")))),
@@ -539,3 +546,11 @@ def test_all_broken_models(kind):
 def test_healthy_models(name):
     report = ok.inspect(*inspect_cases.HEALTHY[name](np.random.default_rng(0)))
     assert report.warnings == ()
+
+
+def test_state_that_is_no_kernel_is_not_frozen():
+    wrapped = ok.layers.SpectralNormalization(layers.Dense(16, "relu"), seed=1)
+    model = keras.Sequential([keras.Input((20,)), layers.Dense(16, "relu"), wrapped, layers.Dense(4)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = np.random.default_rng(0).normal(size=(32, 20)).astype("float32")
+    assert ok.inspect(model, x, np.arange(32, dtype="int32") % 4).warnings == ()

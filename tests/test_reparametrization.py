@@ -244,6 +244,11 @@ def test_attention_has_four_kernels():
     wrapper.build((2, 4, 5))
     assert len(wrapper._parts) == 4
     np.testing.assert_allclose(array(wrapper(x, x)), array(plain(x, x)), 1e-5, 1e-5)
+    inputs = keras.Input((4, 5))
+    assert wrapper(inputs, inputs).shape == (None, 4, 5)
+    assert wrapper.compute_output_shape((2, 4, 5), (2, 4, 5)) == (2, 4, 5)
+    with pytest.raises(ValueError, match="layer must be built if it has several inputs"):
+        WeightNormalization(layers.MultiHeadAttention(2, 3))(x, x)
 
 
 def test_half_precision_is_computed_in_float32():

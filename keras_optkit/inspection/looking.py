@@ -339,11 +339,12 @@ def _kernels(layer: Any) -> bool:
 
 
 def _own_weights(node: Node) -> list[Any]:
-    """The weights of a layer itself; those of a recurrent one are in its cells."""
+    """The weights of a layer itself, without its state; those of a recurrent one are in its cells."""
     layer = node.layer
+    weights = [v for v in layer.weights if v.trainable or not layer.trainable]  # none of a frozen layer is trainable
     if isinstance(layer, keras.layers.RNN):
-        return list(layer.weights)
-    return [v for v in layer.weights if backend.key(v) in set(node.own.values())]
+        return weights
+    return [v for v in weights if backend.key(v) in set(node.own.values())]
 
 
 def _has_l2(variable: Any) -> bool:

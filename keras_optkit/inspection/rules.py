@@ -40,6 +40,8 @@ NORMALIZED_STEP, NORMALIZED_SPREAD = (0.05, 20.0), 2.0
 GROWTH = 100.0
 #: How many times those of a layer with a kernel may be smaller than the first layer's.
 SHRINKING = 1e4
+#: How many times the gradient of the first layer may be smaller than that of another.
+LOST = 1e5
 #: Nats from the frequencies of the labels to a prediction.
 DIVERGENCE = 0.5
 
@@ -167,7 +169,7 @@ def unscaled_inputs(model: ModelReport) -> Iterator[Finding]:
         if not math.isfinite(rms):
             yield Finding("unscaled_inputs", 20, "x", "Some inputs are NaN or infinite.", "Remove or replace them.")
             return
-        if (rms > LARGEST_INPUT and not removed) or 0 < rms < SMALLEST_INPUT:
+        if (rms > LARGEST_INPUT and not removed) or rms < SMALLEST_INPUT:
             reason = f"The root mean square of the inputs of {layer.path} is {rms:.3g}, it should be about 1."
             yield Finding("unscaled_inputs", 20, "x", reason, fix)
             return
@@ -261,7 +263,11 @@ def _is_too_small(layer: LayerReport, kernel: KernelReport, *, unlike: bool) -> 
 def update_size(model: ModelReport) -> Iterator[Finding]:
     """Whether an update changes the weights by a usual share."""
     update = model.update
-    ratios = [layer.update_ratio for layer in model.layers if layer.update_ratio]
+    known = [layer for layer in model.layers if layer.update_ratio is not None]
+    ratios = [layer.update_ratio for layer in known if layer.update_ratio]
+    if update is not None and not ratios and any(layer.gradient_norm for layer in known):
+        fix = "Raise the learning rate; look at clipping, too."
+        yield Finding("update_size", 45, "optimizer", "An update leaves all weights as they are.", fix)
     if update is None or not ratios:
         return
     middle = median(ratios)
@@ -354,6 +360,22 @@ def vanishing(model: ModelReport) -> Iterator[Finding]:
             fix = "Use HeNormal for ReLU and its relatives, GlorotUniform for others, or normalize between layers."
             yield Finding("vanishing", 42, layer.path, reason, fix)
             return
+
+
+def vanishing_gradient(model: ModelReport) -> Iterator[Finding]:
+    """Whether the gradient of the first layer that is trained is lost on the way to it."""
+    known = [(layer.gradient_norm, layer.path) for layer in model.layers if layer.kernels and layer.gradient_norm]
+    if known and 0 < known[0][0] * LOST < max(known)[0] < math.inf:
+        reason = f"The gradient of its weights is {known[0][0]:.2g}, that of {max(known)[1]} {max(known)[0]:.2g}."
+        fix = "Use activations that are not flat, such as ReLU with HeNormal, normalizations or skip connections."
+        yield Finding("vanishing_gradient", 57, known[0][1], reason, fix)
+
+
+def loss_value(model: ModelReport) -> Iterator[Finding]:
+    """Whether the loss is a number."""
+    if model.loss_value is not None and not math.isfinite(model.loss_value):
+        fix = "Look for a log, root or division of 0 in it, and for outputs that are too large."
+        yield Finding("loss_value", 59, "loss", f"The loss of the batch is {model.loss_value}.", fix)
 
 
 def _size(layer: LayerReport) -> float:
@@ -461,7 +483,9 @@ RULES: tuple[Callable[[ModelReport], Iterator[Finding]], ...] = (
     saturation,
     growth,
     vanishing,
+    vanishing_gradient,
     output_bias,
+    loss_value,
     missing_gradient,
     l2_and_adaptive,
     decay_on_vectors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,9 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
 
     def build(self, input_shape: Any = None) -> None:
         """Builds the layer, finds its kernels, and makes what else is trained."""
+        needed = inspect.signature(self.layer.build).parameters.values()
+        if not self.layer.built and sum(each.default is each.empty for each in needed) > 1:
+            raise ValueError(f"layer must be built if it has several inputs, got {self.layer!r}; call it first.")
         super().build(input_shape)
         self._parts = []
         for inside in (self.layer, *sublayers(self.layer)):
@@ -127,9 +131,13 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
             found.append(_Part(variable, axes, at_least_float32(layer.variable_dtype)))
         return found
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
+    def compute_output_spec(self, inputs: Any, *args: Any, training: bool = False, **kwargs: Any) -> Any:  # noqa: ARG002
+        """That of the layer, which may have several inputs."""
+        return self.layer.compute_output_spec(inputs, *args, **kwargs)
+
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
         """That of the layer."""
-        return self.layer.compute_output_shape(input_shape)
+        return self.layer.compute_output_shape(*args, **kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """That of the layer."""
