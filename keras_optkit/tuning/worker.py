@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -25,20 +26,20 @@ def main(number: int, parent: int) -> None:
         parent: The process of the search.
     """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    connection = Connection(number)
+    with contextlib.suppress(EOFError, ConnectionError):  # the search has hung up
+        _serve(Connection(number))
+
+
+def _serve(connection: Connection) -> None:
+    given = connection.recv()
     try:
-        training = payload.read(connection.recv())
-    except EOFError:
-        return
+        training = payload.read(given)
     except Exception:
         connection.send(("unusable", traceback.format_exc()))
         return
     connection.send(("ready",))
     while True:
-        try:
-            job = connection.recv()
-        except EOFError:
-            return
+        job = connection.recv()
         connection.send(outcome(training, job, _Connected(connection, training.asks)))
 
 
