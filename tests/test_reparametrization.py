@@ -60,6 +60,7 @@ def built(make, name, **more):
     return wrapper, x, inputs
 
 
+@pytest.mark.few(12)
 @pytest.mark.once  # on JAX each operation is compiled by itself, which takes minutes
 @pytest.mark.parametrize(("make", "name"), CASES)
 @float64()
@@ -194,6 +195,7 @@ def test_other_variables_keep_their_precision(dtype):
     np.testing.assert_allclose(np.abs(size), 0.5**0.5, rtol=1e-12 if dtype == "float64" else 1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", WRAPPERS)
 def test_losses_and_random_states_are_those_of_the_layer(make):
     """A penalty of the kernel is of that which is used, of activities it counts once, and `fit` adds up all."""
@@ -213,6 +215,7 @@ def test_losses_and_random_states_are_those_of_the_layer(make):
         np.testing.assert_allclose(model.train_on_batch(x, y), expected + 0.2, rtol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", WRAPPERS)
 def test_recurrent_layers(make):
     """Random states move, state and masks are those of the layer."""

@@ -78,6 +78,7 @@ def rows(result):
     return [(t.number, dict(t.values), t.score, t.epochs, t.status, t.message) for t in result.trials]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"strategy": "qmc"}, {"pruner": ok.tuning.pruners.Hyperband(), "max_trials": 5}],
