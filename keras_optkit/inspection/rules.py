@@ -267,7 +267,7 @@ def update_size(model: ModelReport) -> Iterator[Finding]:
     ratios = [layer.update_ratio for layer in known if layer.update_ratio]
     if update is not None and not ratios and any(layer.gradient_norm for layer in known):
         fix = "Raise the learning rate; look at clipping, too."
-        yield Finding("update_size", 45, "optimizer", "An update leaves all weights as they are.", fix)
+        yield Finding("update_size", 61, "optimizer", "An update leaves all kernels as they are.", fix)
     if update is None or not ratios:
         return
     middle = median(ratios)
