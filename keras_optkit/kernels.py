@@ -142,6 +142,11 @@ def _order(rank: int, axes: KernelAxes) -> tuple[int, ...]:
 KERNEL, TABLE, VECTOR = "kernel", "table", "vector"
 
 
+def is_state(variable: Any, layer: Any) -> bool:
+    """Whether a variable is a layer's state and not a weight; of a frozen layer, nothing is."""
+    return layer.trainable and not variable.trainable
+
+
 def role(variable: Any, layer: Any = None) -> tuple[str, KernelAxes | None]:
     """What a variable is for its layer, and of a kernel the axes.
 

@@ -15,8 +15,8 @@ from keras_optkit.inspection.report import LayerReport, ModelReport, Report
 from keras_optkit.inspection.rules import findings
 from keras_optkit.inspection.scales import kernel_reports
 from keras_optkit.inspection.updating import updated
-from keras_optkit.inspection.watching import Seen, Watch, activation_of
-from keras_optkit.kernels import KERNEL, VECTOR, role
+from keras_optkit.inspection.watching import Seen, Watch, activation_of, has_kernel
+from keras_optkit.kernels import VECTOR, is_state, role
 from keras_optkit.optimizers.layer_paths import LayerTree, Node
 
 #: How far trained weights are moved to see what depends on them, in their root mean squares.
@@ -235,7 +235,7 @@ class _Look:
         frozen = [
             key
             for key, node in self.watch.nodes.items()
-            if not self._is_trained(node) and _kernels(node.layer) and key in self.watch.seen
+            if not self._is_trained(node) and has_kernel(node.layer) and key in self.watch.seen
         ]
         if not frozen or not self.model.trainable_variables:
             return {}
@@ -262,7 +262,7 @@ class _Look:
     ) -> tuple[LayerReport, ...]:
         nodes, inputs = self.watch.nodes, self._inputs()
         called = [key for key in self.watch.seen if key in nodes]
-        first = next((key for key in called if _kernels(nodes[key].layer)), None)
+        first = next((key for key in called if has_kernel(nodes[key].layer)), None)
         result = []
         absent = [key for key, node in nodes.items() if key not in self.watch.seen and node.layer.weights]
         for key in [*called, *absent]:
@@ -334,14 +334,10 @@ def _names_a_shift(variable: Any) -> bool:
     return "bias" in name or name.startswith("beta")
 
 
-def _kernels(layer: Any) -> bool:
-    return any(role(v, layer)[0] == KERNEL for v in layer.weights)
-
-
 def _own_weights(node: Node) -> list[Any]:
     """The weights of a layer itself, without its state; those of a recurrent one are in its cells."""
     layer = node.layer
-    weights = [v for v in layer.weights if v.trainable or not layer.trainable]  # none of a frozen layer is trainable
+    weights = [v for v in layer.weights if not is_state(v, layer)]
     if isinstance(layer, keras.layers.RNN):
         return weights
     return [v for v in weights if backend.key(v) in set(node.own.values())]

@@ -13,7 +13,7 @@ from keras import ops, tree
 
 from keras_optkit import backend
 from keras_optkit.calls import folded_steps, replaced
-from keras_optkit.kernels import KERNEL, role
+from keras_optkit.kernels import KERNEL, is_state, role
 from keras_optkit.optimizers.layer_paths import LayerTree, Node
 from keras_optkit.precision import at_least_float32
 from keras_optkit.private import sublayers
@@ -118,7 +118,7 @@ class Watch:
             return
         if y is not None:
             seen.output = _of_output(layer, y)
-        if x is not None and _has_kernel(layer):
+        if x is not None and has_kernel(layer):
             seen.input = _of_input(x)
 
 
@@ -136,8 +136,9 @@ def activation_of(layer: Any) -> str | None:
     return str(getattr(activation, "__name__", type(activation).__name__))
 
 
-def _has_kernel(layer: Any) -> bool:
-    return any(role(v, layer)[0] == KERNEL for v in layer.weights)
+def has_kernel(layer: Any) -> bool:
+    """Whether a layer has a kernel, or a layer in it."""
+    return any(role(v, layer)[0] == KERNEL and not is_state(v, layer) for v in layer.weights)
 
 
 def _floats(x: Any) -> np.ndarray | None:

@@ -10,7 +10,17 @@ import keras
 from keras import ops
 
 from keras_optkit import arguments, backend
-from keras_optkit.kernels import KERNEL, TABLE, KernelAxes, as_matrices, by_shape, from_matrices, matrix_shape, role
+from keras_optkit.kernels import (
+    KERNEL,
+    TABLE,
+    KernelAxes,
+    as_matrices,
+    by_shape,
+    from_matrices,
+    is_state,
+    matrix_shape,
+    role,
+)
 from keras_optkit.precision import at_least_float32, mean
 from keras_optkit.private import sublayers, without_autocast
 from keras_optkit.registry import register
@@ -118,8 +128,7 @@ class KernelWrapper(FromSignature, keras.layers.Wrapper):
         for variable in layer.weights:
             kind, axes = role(variable, layer)
             wanted = kind == KERNEL or (kind == TABLE and self._tables)
-            # the variables of a frozen layer are not trainable
-            if id(variable) in below or not wanted or not (variable.trainable or not layer.trainable):
+            if id(variable) in below or not wanted or is_state(variable, layer):
                 continue
             if variable.constraint is not None:
                 raise ValueError(
