@@ -270,7 +270,7 @@ def two_outputs():
     body = keras.Sequential(
         [keras.Input((6,)), layers.Dense(8, "relu", kernel_regularizer="l2", name="dense")], name="body"
     )
-    x = layers.Concatenate()([body(numbers), layers.Flatten()(layers.Embedding(10, 4)(words))])
+    x = layers.Concatenate()([body(numbers), layers.Flatten()(layers.Embedding(10, 4, name="embedding")(words))])
     outputs = [layers.Dense(3, "softmax", name="kind")(x), layers.Dense(1, name="size")(x)]
     model = keras.Model({"numbers": numbers, "words": words}, outputs)
     losses = {"kind": "sparse_categorical_crossentropy", "size": "mse"}
