@@ -15,7 +15,7 @@ LONG = {
 #: Checks of the engine that only these show: sums over the whole model, a rule around another one.
 ENGINE = {
     "Prodigy": {"replicas"},
-    "ScheduleFree": {"evaluation_weights", "modes_agree", "replicas", "save_load_continue"},
+    "ScheduleFree": {"evaluation_weights", "modes_agree", "replicas"},
 }
 #: What only these show.
 ALWAYS = {("AdaHessian", "hessian_vector"), ("Lookahead", "modes_agree")}
