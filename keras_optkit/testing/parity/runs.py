@@ -330,8 +330,13 @@ def kl_soap(
         for i, product in outer.items():
             grams[i].lerp_(product, 1 - beta)
 
+    def corrected(beta: Any, step: Any) -> float:
+        weight = 1 - float(beta)
+        return 1 - weight / (1 - float(beta) ** int(step))
+
     matrices = utils.update_ggt_kl
     changed = {
+        "beta_debias": corrected,  # of a float and a counter it makes a float32
         "compile_mode": None,
         "compile_mode_recommended_to_none": None,
         "get_orthogonal_matrix": identities,
