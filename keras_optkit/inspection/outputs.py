@@ -9,12 +9,10 @@ import keras
 import numpy as np
 from keras import tree
 
+from keras_optkit.advice import OutputReport
+from keras_optkit.advice.data import BINARY, CATEGORICAL, SPARSE
 from keras_optkit.inspection.passes import Passed, array
-from keras_optkit.inspection.report import OutputReport
 
-CATEGORICAL = ("categorical_crossentropy", "categorical_focal_crossentropy")
-SPARSE = ("sparse_categorical_crossentropy",)
-BINARY = ("binary_crossentropy", "binary_focal_crossentropy")
 #: How far from 1 probabilities may add up in half precision.
 _ROUNDING = 2e-2
 
