@@ -78,3 +78,9 @@ def _rules(optimizer: Optimizer) -> list[Any]:
         found.append(waiting.pop(0))
         waiting += [found[-1].inner()] if isinstance(found[-1], Wrapper) else []
     return found
+
+
+def loss_name(loss: Any) -> str | None:
+    """The name of the function of a loss."""
+    function = getattr(loss, "fn", loss)
+    return getattr(function, "__name__", None) or type(loss).__name__

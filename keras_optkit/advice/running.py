@@ -89,7 +89,7 @@ def _measured(run: History) -> ModelReport:
     known = {layer.path: layer for layer in run.model.layers}
     last = run.recent[-1][1] if run.recent else {}
     paths = [layer.path for layer in run.model.layers]
-    paths += [path for path in dict.fromkeys(tag.partition("/")[2] for tag in last if _is_of_layer(tag))]
+    paths += [tag.partition("/")[2] for tag in last if tag.startswith((GRADIENT, "activation_"))]
     found = []
     for path in dict.fromkeys(paths):
         layer = known.get(path, LayerReport(path, ""))
@@ -106,10 +106,6 @@ def _measured(run: History) -> ModelReport:
         changes |= _dead(run, path, layer)
         found.append(replace(layer, **changes))  # type: ignore[arg-type]
     return ModelReport(tuple(found))
-
-
-def _is_of_layer(tag: str) -> bool:
-    return tag.startswith((GRADIENT, "activation_"))
 
 
 def _dead(run: History, path: str, layer: LayerReport) -> dict[str, float | None]:
@@ -239,7 +235,7 @@ def _of_loss(run: History) -> Iterator[Finding]:
         reason = f"The loss was {start:.3g} at first, and is {now:.3g} now."
         yield Finding("loss_rises", 48, "loss", reason, updates.LOWER_RATE)
     elif not moved:
-        reason = f"The loss has not moved: it was {start:.3g} at first, and is {run.level(LOSS):.3g} after {run.step} updates."
+        reason = f"The loss has not moved: it was {start:.3g} at first, and is {now:.3g} after {run.step} updates."
         fix = "Look at the other findings; try to fit a single batch, and look at the labels."
         yield Finding("loss_does_not_move", 63, "loss", reason, fix)
 
