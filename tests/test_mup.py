@@ -111,7 +111,7 @@ def change_of_outputs(width, *, scaled):
     model = network(width)
     groups = ok.mup(model, network(64, seed=1)) if scaled else None
     model.compile(ok.optimizers.Adam(0.003, groups=groups or None), loss="mse")
-    inside = keras.Model(model.inputs, [model.get_layer("hidden1").output, model.outputs[0]])
+    inside = keras.Model(model.inputs[0], [model.get_layer("hidden1").output, model.outputs[0]])
     before = [np.array(part) for part in inside(x)]
     for _ in range(4):
         model.train_on_batch(x, y)
@@ -188,5 +188,5 @@ def test_other_keys_a_trained_model_and_other_tables_are_refused():
     model = network(16)
     model.compile("sgd", loss="mse")
     model.train_on_batch(np.zeros((2, 8)), np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="model must not have been trained, got .* after 1 updates"):
+    with pytest.raises(ValueError, match=r"model must not have been trained, got .* after 1 updates"):
         ok.mup(model, network(8))

@@ -176,8 +176,13 @@ def _of_large_updates(run: History) -> Iterator[Finding]:
     """Whether updates replace the weights rather than change them."""
     ratios = _ratios(run)
     most = updates.LARGEST_SIGN if updates.is_sign(_names(run)) else updates.LARGEST_UPDATE
-    if ratios and median(ratios.values()) > most:
+    if not ratios:
+        return
+    first = median(run.start(RATIO + path) or 0.0 for path in ratios)
+    if median(ratios.values()) > most:
         yield updates.too_large(median(ratios.values()), run.rate)
+    elif first > most and _has_moved(run) is False:  # and has ended in dead units, for example
+        yield updates.too_large(first, run.rate, ", at first")
 
 
 def _of_small_updates(run: History) -> Iterator[Finding]:
