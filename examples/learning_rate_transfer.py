@@ -41,7 +41,7 @@ def losses(width, base, rates, epochs, seed, *, scaled):
                 variable.assign(value)
         else:
             model.optimizer.build(model.trainable_variables)
-            state = [np.array(variable) for variable in model.optimizer.variables]
+            state = [keras.ops.convert_to_numpy(variable) for variable in model.optimizer.variables]
         model.optimizer.learning_rate = rate
         keras.utils.set_random_seed(seed)
         history = model.fit(images, digits, batch_size=128, epochs=epochs, verbose=0).history

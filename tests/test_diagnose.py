@@ -72,6 +72,7 @@ FLAT = {"train/loss": 2.3}
         ("loss_value", "loss", {"train/loss": lambda i: 2.0 if i < 9 else math.nan}, None),
         ("missing_gradient", "b", {"nonfinite/a": 3.0, "nonfinite/b": 1.0}, None),
         ("missing_gradient", "b", by_layer("gradient_norm", 0.0, "ab"), None),
+        ("missing_gradient", "d", FLAT | by_layer("gradient_norm", 0.0) | by_layer("update_ratio", 0.0), None),
         ("vanishing_gradient", "a", {"gradient_norm/a": 1e-7}, None),
         ("kernel_scale", "b to c", FLAT, model(kernel={"b": 5.0, "c": 9.0})),
         ("l2_and_adaptive", "optimizer", {}, model(penalized=("a/kernel",))),
@@ -150,6 +151,8 @@ def test_nothing_is_found_in_healthy_values(changes, facts):
 def test_kernels_of_a_run_that_goes_well_are_a_hint():
     (hint,) = found({"train/loss": lambda i: 2.3 * 0.8**i}, facts=model(kernel={"b": 5.0}))
     assert (hint.rule, hint.is_hint) == ("kernel_scale", True)
+    warning, *_ = found({"train/loss": lambda i: 9.0 * 0.8**i}, facts=model(kernel={"b": 5.0}))
+    assert (warning.rule, warning.is_hint) == ("kernel_scale", False)
 
 
 def test_layers_stand_still_since_their_initialisation_is_too_small():

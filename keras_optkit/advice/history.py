@@ -53,9 +53,9 @@ class History:
         self.step = max(self.step, step)
         if of_epoch:
             self.epochs += 1
-            loss = values.get("epoch/loss", 0.0)
-            if not math.isfinite(loss):
-                self._add_bad(step, loss, [])
+            of_epoch_loss = values.get("epoch/loss", 0.0)
+            if not math.isfinite(of_epoch_loss):
+                self._add_bad(step, of_epoch_loss, [])
             return
         self.count += 1
         losses = [value for tag, value in values.items() if _is(tag, LOSS)]

@@ -27,8 +27,8 @@ UNMOVED = 0.02
 DECAYED = 0.1
 #: How many times the gradient may become larger.
 EXPLOSION = 100.0
-#: How many times the first loss may be that of a guess.
-FAR_FROM_GUESS = 10.0
+#: How many times the first loss may be that of a guess, and how many times of one that usual kernels make.
+FAR_FROM_GUESS, NEAR_GUESS = 10.0, 2.0
 #: The share of updates in which clipping is the rule, and the number of writes that say so.
 CLIPPED, CLIP_WRITES = 0.9, 20
 #: In so many writes, and this share of the run, a rate of 0 is not the end of a schedule.
@@ -67,10 +67,13 @@ def _of_numbers(run: History) -> Iterator[Finding]:
 
 
 def _of_beginning(run: History) -> Iterator[Finding]:
-    """What was wrong before the first update; if the run goes well all the same, it is a hint."""
+    """What was wrong before the first update; kernels are a hint if the run began and goes well all the same."""
+    first, guess = (run.first[0][1].get(LOSS) if run.first else None), _guess(run)
+    began_well = first is None or guess is None or first < NEAR_GUESS * guess
     for rule in (layers.identical_layers, layers.kernel_scale, updates.l2_and_adaptive):
         for found in rule(run.model):
-            yield replace(found, is_hint=True) if found.rule == "kernel_scale" and _goes_well(run) else found
+            is_hint = found.rule == "kernel_scale" and began_well and _goes_well(run)
+            yield replace(found, is_hint=is_hint or found.is_hint)
 
 
 def _of_layers(run: History) -> Iterator[Finding]:
@@ -129,7 +132,8 @@ def _guess(run: History) -> float | None:
     output = run.model.outputs[0]
     if output.loss in BINARY:
         return math.log(2)
-    return math.log(output.units) if output.loss in (*CATEGORICAL, *SPARSE) and (output.units or 0) > 1 else None
+    units = output.units or 0
+    return math.log(units) if output.loss in (*CATEGORICAL, *SPARSE) and units > 1 else None
 
 
 def _goes_well(run: History) -> bool:
@@ -190,10 +194,14 @@ def _of_small_updates(run: History) -> Iterator[Finding]:
     ratios, rate = _ratios(run), run.rate
     if not ratios or rate == 0 or _is_decayed(run) or (run.level(LOSS) or 1.0) <= SOLVED:
         return
+    small = {each.where for each in layers.kernel_scale(run.model) if "smaller" in each.reason}
+    # what has no gradient has a finding of its own, which it is a consequence of
+    ratios = {path: ratio for path, ratio in ratios.items() if path in small or run.level(GRADIENT + path) != 0}
+    if not ratios:
+        return
     still = [path for path, ratio in ratios.items() if ratio < STILL]
     least = updates.SMALLEST_UPDATE if updates.is_adaptive(_names(run)) else updates.SMALLEST_PROPORTIONAL
     middle = median(ratios.values())
-    small = {each.where for each in layers.kernel_scale(run.model) if "smaller" in each.reason}
     if (len(still) == len(ratios) or middle < least) and _has_moved(run) is False and not small:
         yield updates.too_small(middle, rate)
     if len(still) == len(ratios) and not small:
