@@ -64,6 +64,8 @@ def by_layer(tag, value, names=NAMES):
 
 
 FLAT = {"train/loss": 2.3}
+#: It falls, but to no more than two thirds.
+SLOW = {"train/loss": lambda place: 2.3 * 0.99**place}
 
 
 @pytest.mark.parametrize(
@@ -73,14 +75,23 @@ FLAT = {"train/loss": 2.3}
         ("missing_gradient", "b", {"nonfinite/a": 3.0, "nonfinite/b": 1.0}, None),
         ("missing_gradient", "b", by_layer("gradient_norm", 0.0, "ab"), None),
         ("missing_gradient", "d", FLAT | by_layer("gradient_norm", 0.0) | by_layer("update_ratio", 0.0), None),
-        ("vanishing_gradient", "a", {"gradient_norm/a": 1e-7}, None),
+        ("vanishing_gradient", "a", SLOW | {"gradient_norm/a": 1e-7}, None),
         ("kernel_scale", "b to c", FLAT, model(kernel={"b": 5.0, "c": 9.0})),
         ("l2_and_adaptive", "optimizer", {}, model(penalized=("a/kernel",))),
         ("rate_is_zero", "optimizer", {"train/learning_rate": lambda i: 1e-3 if i < 20 else 0.0}, None),
         ("update_size", "optimizer", by_layer("update_ratio", 0.3), None),
+        (
+            "update_size",
+            "optimizer",
+            {
+                "train/loss": lambda i: 90.0 if i < 5 else 2.3,
+                **by_layer("update_ratio", lambda i: 0.9 if i < 5 else 1e-4),
+            },
+            None,
+        ),
         ("update_size", "optimizer", FLAT | by_layer("update_ratio", lambda i: 0.9 if i < 5 else 1e-4), None),
         ("update_size", "optimizer", FLAT | by_layer("update_ratio", 1e-5), None),
-        ("stands_still", "a to b", by_layer("update_ratio", 1e-7, "ab"), None),
+        ("stands_still", "a to b", SLOW | by_layer("update_ratio", 1e-7, "ab"), None),
         (
             "exploding_gradient",
             "optimizer",
@@ -96,14 +107,14 @@ FLAT = {"train/loss": 2.3}
             by_layer("activation_dead", 0.9, "abc") | by_layer("activation_zeros", 0.95, "abc"),
             None,
         ),
-        ("saturation", "b", by_layer("activation_saturated", 0.7, "b"), model(activation="tanh")),
+        ("saturation", "b", SLOW | by_layer("activation_saturated", 0.7, "b"), model(activation="tanh")),
         (
             "vanishing",
             "b",
-            {**by_layer("activation_std", 1.0, "acd"), "activation_std/b": 1e-6, "activation_mean/b": 0.0},
+            SLOW | {**by_layer("activation_std", 1.0, "acd"), "activation_std/b": 1e-6, "activation_mean/b": 0.0},
             None,
         ),
-        ("growth", "c", {**by_layer("activation_std", 1.0, "ab"), "activation_std/c": 1e3}, None),
+        ("growth", "c", SLOW | {**by_layer("activation_std", 1.0, "ab"), "activation_std/c": 1e3}, None),
         ("clipping", "optimizer", {"train/clip_rate": 1.0}, None),
     ],
 )
@@ -139,6 +150,11 @@ def test_rule_names_its_cause(rule, where, changes, facts):
         (by_layer("activation_dead", 1.0, "a") | by_layer("activation_zeros", 1.0, "a"), model(activation="linear")),
         # an output as large as the labels
         ({**by_layer("activation_std", 1.0, "abc"), "activation_std/d": 1e5}, None),
+        # layers that have moved, in a run that goes well
+        (
+            {"train/loss": lambda i: 2.3 * 0.8**i, **by_layer("update_ratio", lambda i: 1e-3 if i < 8 else 1e-6, "a")},
+            None,
+        ),
         # NaN that has passed, and a GAN's loss
         ({"train/loss": lambda i: math.nan if i == 3 else 2.3 * 0.97**i}, None),
         ({"train/loss": None, "train/loss/d_optimizer": 0.7, "train/loss/g_optimizer": 0.7}, None),
@@ -153,6 +169,15 @@ def test_kernels_of_a_run_that_goes_well_are_a_hint():
     assert (hint.rule, hint.is_hint) == ("kernel_scale", True)
     warning, *_ = found({"train/loss": lambda i: 9.0 * 0.8**i}, facts=model(kernel={"b": 5.0}))
     assert (warning.rule, warning.is_hint) == ("kernel_scale", False)
+
+
+def test_what_does_no_harm_is_a_hint():
+    changes = {"train/loss": lambda i: 2.3 * 0.8**i, **by_layer("activation_std", 1.0, "ab"), "activation_std/c": 1e3}
+    hints = found(changes | by_layer("update_ratio", 1e-7, "a"))
+    assert [(each.rule, each.where, each.is_hint) for each in hints] == [
+        ("growth", "c", True),
+        ("stands_still", "a", True),
+    ]
 
 
 def test_layers_stand_still_since_their_initialisation_is_too_small():

@@ -108,8 +108,8 @@ def change_of_outputs(width, *, scaled):
     """How much four small steps of Adam change the second hidden layer, and the output, per element."""
     x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
     y = (x[:, :3] @ np.ones((3, 3))).astype("float32")
-    model = network(width)
-    groups = ok.mup(model, network(64, seed=1)) if scaled else None
+    model = network(width, kernel_initializer="he_normal")
+    groups = ok.mup(model, network(64, seed=1, kernel_initializer="he_normal")) if scaled else None
     model.compile(ok.optimizers.Adam(1e-4, groups=groups or None), loss="mse")
     inside = keras.Model(model.inputs[0], [model.get_layer("hidden1").output, model.outputs[0]])
     before = [keras.ops.convert_to_numpy(part) for part in inside(x)]

@@ -77,14 +77,15 @@ def _of_beginning(run: History) -> Iterator[Finding]:
 
 
 def _of_layers(run: History) -> Iterator[Finding]:
-    """Gradients that are lost, and what was measured of activations."""
+    """Gradients that are lost, and what was measured of activations, which is a hint if the run goes well."""
     model = _measured(run)
     loss = run.level(LOSS)
+    rules = [layers.dead_units, layers.saturation, layers.growth, layers.vanishing]
     if loss is None or abs(loss) > SOLVED:
-        yield from updates.vanishing_gradient(model)
         yield from updates.missing_gradient(model)
-    for rule in (layers.dead_units, layers.saturation, layers.growth, layers.vanishing):
-        yield from rule(model)
+        rules.append(updates.vanishing_gradient)
+    for rule in rules:
+        yield from (replace(found, is_hint=_goes_well(run)) for found in rule(model))
 
 
 def _measured(run: History) -> ModelReport:
@@ -165,6 +166,12 @@ def _has_moved(run: History) -> bool | None:
     return now < start - UNMOVED * abs(start) or now <= SOLVED
 
 
+def _has_learned_nothing(run: History) -> bool:
+    """Whether the loss has not fallen, or to that of a guess only."""
+    moved, now, guess = _has_moved(run), run.level(LOSS), _guess(run)
+    return moved is False or (moved is True and now is not None and guess is not None and now > 0.9 * guess)
+
+
 def _ratios(run: History) -> dict[str, float]:
     """The median of the update-to-weight ratio of each layer with a kernel, in the order of the model."""
     kernels = {layer.path for layer in run.model.layers if layer.kernels}
@@ -185,7 +192,7 @@ def _of_large_updates(run: History) -> Iterator[Finding]:
     first = median(run.start(RATIO + path) or 0.0 for path in ratios)
     if median(ratios.values()) > most:
         yield updates.too_large(median(ratios.values()), run.rate)
-    elif first > most and _has_moved(run) is False:  # and has ended in dead units, for example
+    elif first > most and _has_learned_nothing(run):  # and has ended in dead units, for example
         yield updates.too_large(first, run.rate, ", at first")
 
 
@@ -206,6 +213,8 @@ def _of_small_updates(run: History) -> Iterator[Finding]:
         yield updates.too_small(middle, rate)
     if len(still) == len(ratios) and not small:
         return
+    if _goes_well(run):  # and has little left to learn, which layers that have moved before are no worse for
+        still = [path for path in still if (run.start(RATIO + path) or 0.0) < STILL]
     for paths in runs(still, list(ratios)):
         begin = "They stand" if len(paths) > 1 else "It stands"
         largest = max(ratios[path] for path in paths)
@@ -214,7 +223,7 @@ def _of_small_updates(run: History) -> Iterator[Finding]:
             its = "their" if len(paths) > 1 else "its"
             cause, fix = f": {its} initialisation is too small", layers.KERNEL_FIX
         reason = f"{begin} still{cause}. An update changes the weights by {largest:.1g} of their norm at most."
-        yield Finding("stands_still", 62, named(paths), reason, fix)
+        yield Finding("stands_still", 62, named(paths), reason, fix, is_hint=_goes_well(run))
 
 
 def _of_explosion(run: History) -> Iterator[Finding]:
