@@ -1,7 +1,7 @@
 """Runs that are broken on purpose, and healthy ones: `python tests/diagnose_cases.py` counts what `diagnose` tells.
 
-Of a broken run, one of the warnings must be what was done to it, and none may come before it but those named; a healthy
-run must have no warning. With the argument "broken" or "healthy", it counts these.
+Of a broken run the first warning must be the one for what was done to it; a healthy run must have no warning. With the
+argument "broken" or "healthy", it counts these, and with names, only those.
 """
 
 import sys
@@ -148,7 +148,7 @@ def cut_mlp():
 SGD, ADAM = optimizers.SGD, optimizers.Adam
 DENSE = "hidden"
 
-#: Model, data, optimizer; the warning for what was done, and where; what may come before it.
+#: Model, data, optimizer; the warning for what was done, and where.
 BROKEN = {
     "weights of 0.005": (lambda: deep_cnn(0.005), images, lambda: ADAM(1e-3), "kernel_scale", "conv0 to conv7"),
     "weights of 0.005, SGD": (lambda: deep_cnn(0.005), images, lambda: SGD(0.05), "kernel_scale", "conv0 to conv7"),
