@@ -73,7 +73,7 @@ def main(arguments=None):
     parser.add_argument(
         "--powers", type=int, nargs=2, default=[-13, -4], help="the first and last power of 2 of the rate"
     )
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--figure", help="where to write the figure")
     given = parser.parse_args(arguments)
