@@ -84,7 +84,7 @@ SLOW = {"train/loss": lambda place: 2.3 * 0.99**place}
             "update_size",
             "optimizer",
             {
-                "train/loss": lambda i: 90.0 if i < 5 else 2.3,
+                "train/loss": lambda i: 9.0 if i < 5 else 2.3,
                 **by_layer("update_ratio", lambda i: 0.9 if i < 5 else 1e-4),
             },
             None,

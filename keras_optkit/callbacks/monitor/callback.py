@@ -384,10 +384,12 @@ class TrainingMonitor(Callback):
             self._probe = None
         if self._files:
             events, lines = self._files
-            if self._findings is not None:
-                self._write_findings(self._findings.end())
-            events.close()
-            self._last_of_files = lines.close(), events.last
+            try:
+                if self._findings is not None:
+                    self._write_findings(self._findings.end())
+            finally:
+                events.close()
+                self._last_of_files = lines.close(), events.last
         self._files = ()
 
 
