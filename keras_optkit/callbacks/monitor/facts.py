@@ -40,7 +40,7 @@ def facts(model: Any) -> ModelReport:
     What a layer feeds is read off the order of the layers: the model is not called.
     """
     tree = LayerTree.of(model)
-    nodes = [node for node in tree.nodes if isinstance(node.layer, keras.layers.RNN) or not sublayers(node.layer)]
+    nodes = [node for node in tree.nodes if node.own or not sublayers(node.layer)]  # of a recurrent layer, the cell
     trained = {key(v) for v in model.trainable_variables}
     last = tree.last_kernel(trained)
     after = [*nodes[1:], None]
