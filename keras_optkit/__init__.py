@@ -9,8 +9,9 @@ from keras_optkit import callbacks, data, finding, initializers, inspection, lay
 from keras_optkit.averaging import recalibrate_batch_norm
 from keras_optkit.finding import find_batch_size, find_learning_rate
 from keras_optkit.fit.wrapping import wrap_keras
-from keras_optkit.inspection import inspect
+from keras_optkit.inspection import diagnose, inspect
 from keras_optkit.optimizers import Group
+from keras_optkit.optimizers.mup import mup
 from keras_optkit.registry import Card, cards, register
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "callbacks",
     "cards",
     "data",
+    "diagnose",
     "find_batch_size",
     "find_learning_rate",
     "finding",
@@ -32,6 +34,7 @@ __all__ = [
     "inspect",
     "inspection",
     "layers",
+    "mup",
     "optimizers",
     "recalibrate_batch_norm",
     "register",

@@ -181,6 +181,20 @@ def test_quickstart_again_replaces_its_logs(example, tmp_path):
 
 
 @pytest.mark.long
+def test_learning_rate_transfer(example, tmp_path, capsys):
+    figure = tmp_path / "transfer.png"
+    command = ["--widths", "8", "16", "--powers", "-8", "-6", "--epochs", "1", "--figure", str(figure)]
+    example("learning_rate_transfer").main(command)
+    tables = capsys.readouterr().out.split("with muP")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    for table in tables:
+        assert re.findall(r"2\^-\d+", table.splitlines()[1]) == ["2^-8", "2^-7", "2^-6"]
+    narrow, wide = (re.findall(r"^ +(?:8|16) (.*)$", table, re.MULTILINE) for table in tables)
+    assert narrow[0] == wide[0]  # at the base width nothing is changed
+    assert narrow[1] != wide[1]
+
+
+@pytest.mark.long
 def test_custom_loop(example, capsys):
     example("custom_loop").main(["--epochs", "2"])
     printed = capsys.readouterr().out

@@ -28,7 +28,7 @@ FLOORS = [
     {"initializers", "layers", "regularizers", "schedules"},
     {"optimizers"},
     {"fit"},
-    {"averaging", "data"},
+    {"advice", "averaging", "data"},
     {"callbacks"},
     {"finding", "inspection"},
     {"tuning"},

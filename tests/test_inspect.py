@@ -10,7 +10,7 @@ import pytest
 from keras import layers, ops
 
 import keras_optkit as ok
-from keras_optkit.inspection import KernelReport, LayerReport, ModelReport, OutputReport, UpdateReport, rules
+from keras_optkit.advice import KernelReport, LayerReport, ModelReport, OutputReport, UpdateReport, findings
 from keras_optkit.private import global_seed
 
 ON_JAX = keras.config.backend() == "jax"
@@ -108,7 +108,7 @@ def updated(ratio, **given):
     ],
 )
 def test_rule_names_its_cause(rule, model):
-    found = rules.findings(model)
+    found = findings(model)
     assert [each.rule for each in found] == [rule]
     assert found[0].reason.endswith(".")
     assert found[0].fix.endswith(".")
@@ -152,7 +152,7 @@ def test_rule_names_its_cause(rule, model):
     ],
 )
 def test_nothing_is_found_in_healthy_measurements(model):
-    assert rules.findings(model) == []
+    assert findings(model) == []
 
 
 # -- nothing is changed -----------------------------------------------------------------------------------------------

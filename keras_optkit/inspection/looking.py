@@ -8,20 +8,19 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_optkit import backend
+from keras_optkit.advice import LayerReport, ModelReport, findings
+from keras_optkit.advice.reading import ACTIVATION_LAYERS, activation_of, has_l2, is_normalization, own_weights
+from keras_optkit.advice.scales import kernel_reports
 from keras_optkit.inspection.outputs import output_reports
 from keras_optkit.inspection.passes import Passed, Passes, array, as_before, as_tensors
-from keras_optkit.inspection.report import LayerReport, ModelReport, Report
-from keras_optkit.inspection.rules import findings
-from keras_optkit.inspection.scales import kernel_reports
+from keras_optkit.inspection.report import Report
 from keras_optkit.inspection.updating import updated
-from keras_optkit.inspection.watching import Seen, Watch, activation_of, has_kernel
-from keras_optkit.kernels import VECTOR, is_state, role
+from keras_optkit.inspection.watching import Seen, Watch, has_kernel
+from keras_optkit.kernels import VECTOR, role
 from keras_optkit.optimizers.layer_paths import LayerTree, Node
 
 #: How far trained weights are moved to see what depends on them, in their root mean squares.
 _MOVED = 0.1
-_ACTIVATIONS = (keras.layers.Activation, keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.Softmax)
 
 
 def inspect(model: keras.Model, batch: Any, y: Any = None, loss: Any = None) -> Report:
@@ -143,7 +142,7 @@ class _Look:
             loss_value=found.value,
             problem=found.problem,
             update=update,
-            penalized=tuple(self._path(v) for v in self.model.trainable_variables if _has_l2(v)),
+            penalized=tuple(self._path(v) for v in self.model.trainable_variables if has_l2(v)),
             zero_factors=tuple(self._zero_factors(found)),
         )
         warned = findings(measured)
@@ -190,7 +189,7 @@ class _Look:
 
     def _is_trained(self, node: Node) -> bool:
         """Whether weights of a layer are trained; one inside a frozen layer does not know that they are not."""
-        return any(id(v) in self._trained for v in _own_weights(node))
+        return any(id(v) in self._trained for v in own_weights(node))
 
     # -- outputs ------------------------------------------------------------------------------------------------------
 
@@ -205,7 +204,7 @@ class _Look:
             if key is None:
                 continue
             activation, layer = None, self._layer(key)
-            while isinstance(layer, _ACTIVATIONS) or not layer.weights:
+            while isinstance(layer, ACTIVATION_LAYERS) or not layer.weights:
                 activation = activation if activation not in (None, "linear") else activation_of(layer)
                 before = self.watch.seen[key].source
                 if before is None:
@@ -294,7 +293,7 @@ class _Look:
         activation = activation_of(layer)
         if activation == "linear" and seen is not None and seen.feeds is not None:
             behind = self._layer(seen.feeds)
-            if isinstance(behind, _ACTIVATIONS):
+            if isinstance(behind, ACTIVATION_LAYERS):
                 activation = activation_of(behind)
         cells = getattr(layer, "cell", None) if isinstance(layer, keras.layers.RNN) else None
         return LayerReport(
@@ -304,7 +303,7 @@ class _Look:
             trainable=self._is_trained(node) or not layer.weights,
             was_called=seen is not None,
             has_bias=getattr(cells or layer, "bias", None) is not None,
-            kernels=kernel_reports(layer, _own_weights(node), activation, array),
+            kernels=kernel_reports(layer, own_weights(node), activation, array),
             **more,
         )
 
@@ -320,36 +319,13 @@ class _Look:
         return zeros
 
 
-def is_normalization(layer: Any) -> bool:
-    """Whether a layer removes the scale of its input, which goes nowhere else.
-
-    What goes into a layer normalization or RMS normalization often goes around it, too.
-    """
-    others = (keras.layers.Normalization, keras.layers.LayerNormalization, keras.layers.RMSNormalization)
-    return "Normalization" in type(layer).__name__ and not isinstance(layer, others)
-
-
 def _names_a_shift(variable: Any) -> bool:
     name = str(variable.name).rsplit("/", 1)[-1]
     return "bias" in name or name.startswith("beta")
 
 
-def _own_weights(node: Node) -> list[Any]:
-    """The weights of a layer itself, without its state; those of a recurrent one are in its cells."""
-    layer = node.layer
-    weights = [v for v in layer.weights if not is_state(v, layer)]
-    if isinstance(layer, keras.layers.RNN):
-        return weights
-    return [v for v in weights if backend.key(v) in set(node.own.values())]
-
-
-def _has_l2(variable: Any) -> bool:
-    factor = getattr(getattr(variable, "regularizer", None), "l2", 0.0)
-    return float(ops.convert_to_numpy(factor)) > 0
-
-
 def _of_gradients(node: Node, found: Passed) -> dict[str, Any]:
-    trained = [v for v in _own_weights(node) if id(v) in found.gradients]
+    trained = [v for v in own_weights(node) if id(v) in found.gradients]
     if not trained:
         return {}
     total, has, zero = 0.0, True, True
@@ -370,6 +346,6 @@ def _of_gradients(node: Node, found: Passed) -> dict[str, Any]:
 
 
 def _of_update(node: Node, norms: dict[int, tuple[float, float]]) -> dict[str, Any]:
-    changed = [norms[id(v)] for v in _own_weights(node) if id(v) in norms]
+    changed = [norms[id(v)] for v in own_weights(node) if id(v) in norms]
     size = sum(weight for _, weight in changed)
     return {"update_ratio": float(np.sqrt(sum(change for change, _ in changed) / size))} if size > 0 else {}

@@ -9,12 +9,11 @@ import keras
 import numpy as np
 from keras import tree
 
+from keras_optkit.advice import OutputReport
+from keras_optkit.advice.data import BINARY, CATEGORICAL, SPARSE
+from keras_optkit.advice.reading import loss_name
 from keras_optkit.inspection.passes import Passed, array
-from keras_optkit.inspection.report import OutputReport
 
-CATEGORICAL = ("categorical_crossentropy", "categorical_focal_crossentropy")
-SPARSE = ("sparse_categorical_crossentropy",)
-BINARY = ("binary_crossentropy", "binary_focal_crossentropy")
 #: How far from 1 probabilities may add up in half precision.
 _ROUNDING = 2e-2
 
@@ -62,11 +61,6 @@ def _at(path: tuple[Any, ...], data: Any, names: Sequence[str] | None) -> Any:
     return None if tree.is_nested(data) else data
 
 
-def _name(loss: Any) -> str | None:
-    function = getattr(loss, "fn", loss)
-    return getattr(function, "__name__", None) or type(loss).__name__
-
-
 def _from_logits(loss: Any, name: str | None) -> bool | None:
     if isinstance(loss, keras.losses.Loss):
         config = loss.get_config()
@@ -81,7 +75,7 @@ def _ignored(loss: Any) -> Any:
 
 
 def _report(name: str, loss: Any, output: np.ndarray, labels: Any, activation: Any, bias: Any) -> OutputReport:
-    kind = _name(loss)
+    kind = loss_name(loss)
     from_logits = _from_logits(loss, kind)
     found: dict[str, Any] = {"name": name, "loss": kind, "from_logits": from_logits, "activation": activation}
     if output.ndim < 2 or not output.size:

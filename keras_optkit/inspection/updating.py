@@ -11,13 +11,13 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_optkit import backend
+from keras_optkit.advice import UpdateReport
+from keras_optkit.advice.reading import optimizer_names
 from keras_optkit.inspection.passes import Passed, Passes, array
-from keras_optkit.inspection.report import UpdateReport
 from keras_optkit.kernels import VECTOR, role
 from keras_optkit.optimizers import Optimizer
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import innermost, ours, unscaled
-from keras_optkit.optimizers.rule import Wrapper
 from keras_optkit.private import is_decayed, schedule_of
 
 #: The updates ahead at which a schedule is looked at.
@@ -62,9 +62,7 @@ def updated(
 def _described(optimizer: Any, model: Any, paths: LayerTree) -> dict[str, Any]:
     """What is known of an optimizer without an update."""
     inner = innermost(optimizer)
-    names = [type(each).__name__ for each in [optimizer, *inner]]
-    names += [type(rule).__name__ for each in inner if isinstance(each, Optimizer) for rule in _rules(each)]
-    report: dict[str, Any] = {"optimizer": tuple(dict.fromkeys(names))}
+    report: dict[str, Any] = {"optimizer": optimizer_names(optimizer)}
     report["decayed_vectors"] = tuple(_decayed_vectors(inner, model, paths))
     if len(inner) == 1:
         report |= _rate(inner[0])
@@ -75,16 +73,6 @@ def _described(optimizer: Any, model: Any, paths: LayerTree) -> dict[str, Any]:
             rows = inner[0].explain(model).rows if model.trainable_variables else ()
             report["finds_rate"] = any(row.estimate is not None for row in rows)
     return report
-
-
-def _rules(optimizer: Optimizer) -> list[Any]:
-    """The rules of an optimizer and those inside them."""
-    found: list[Any] = []
-    waiting = list(optimizer._rules.values())
-    while waiting:
-        found.append(waiting.pop(0))
-        waiting += [found[-1].inner()] if isinstance(found[-1], Wrapper) else []
-    return found
 
 
 def _rate(optimizer: Any) -> dict[str, float]:

@@ -12,18 +12,12 @@ import numpy as np
 from keras import ops, tree
 
 from keras_optkit import backend
+from keras_optkit.advice.reading import CAN_DIE, FLAT, NEAR_ZERO, activation_of
 from keras_optkit.calls import folded_steps, replaced
 from keras_optkit.kernels import KERNEL, is_state, role
 from keras_optkit.optimizers.layer_paths import LayerTree, Node
 from keras_optkit.precision import at_least_float32
 from keras_optkit.private import sublayers
-
-#: Where activations are flat: outputs below and above.
-_FLAT = {"tanh": (-0.99, 0.99), "sigmoid": (0.01, 0.99), "hard_sigmoid": (0.01, 0.99)}
-#: Activations whose units can be 0 for all inputs, with a gradient of 0.
-_CAN_DIE = ("relu", "relu6", "gelu", "silu", "swish")
-#: Those of GELU and SiLU are a little below 0 there.
-_DEAD = 1e-5
 
 
 @dataclass
@@ -122,20 +116,6 @@ class Watch:
             seen.input = _of_input(x)
 
 
-def activation_of(layer: Any) -> str | None:
-    """The name of a layer's activation, None where it has none; "linear" is one."""
-    if isinstance(layer, keras.layers.ReLU):
-        return "relu"
-    if isinstance(layer, keras.layers.Softmax):
-        return "softmax"
-    if isinstance(layer, keras.layers.LeakyReLU):
-        return "leaky_relu"
-    activation = getattr(layer, "activation", None)
-    if activation is None:
-        return "linear" if hasattr(layer, "activation") else None
-    return str(getattr(activation, "__name__", type(activation).__name__))
-
-
 def has_kernel(layer: Any) -> bool:
     """Whether a layer has a kernel, or a layer in it."""
     return any(role(v, layer)[0] == KERNEL and not is_state(v, layer) for v in layer.weights)
@@ -159,14 +139,14 @@ def _of_output(layer: Any, y: np.ndarray) -> dict[str, float]:
         return {}
     found = {"mean": float(y.mean()), "std": float(y.std())}
     activation = activation_of(layer)
-    if activation in _CAN_DIE and y.ndim > 1:
+    if activation in CAN_DIE and y.ndim > 1:
         channels = 1 if getattr(layer, "data_format", None) == "channels_first" else y.ndim - 1
         others = tuple(axis for axis in range(y.ndim) if axis != channels)
         high, low = y.max(axis=others), y.min(axis=others)
-        found["dead"] = float(np.mean((high <= 0) & (low >= -_DEAD)))
+        found["dead"] = float(np.mean((high <= 0) & (low >= -NEAR_ZERO)))
         found["always_active"] = float(np.mean(low > 0))
-    if activation in _FLAT:
-        low, high = _FLAT[activation]
+    if activation in FLAT:
+        low, high = FLAT[activation]
         found["saturated"] = float(np.mean((y < low) | (y > high)))
     return found
 

@@ -16,27 +16,14 @@ from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
 from keras_optkit.callbacks.monitor import estimates
 from keras_optkit.callbacks.monitor.files import EventFile, LineFile
-from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, hyperparameters, memory, skipped
-from keras_optkit.callbacks.monitor.step import (
-    CHANGE,
-    GRADIENT,
-    NONFINITE,
-    WEIGHT,
-    Probe,
-    Reading,
-    clips,
-    matching_layers,
-)
+from keras_optkit.callbacks.monitor.findings import TAG, FindingsFile
+from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, memory
+from keras_optkit.callbacks.monitor.step import Probe, clips, matching_layers
+from keras_optkit.callbacks.monitor.values import Values, tag_of
 from keras_optkit.fit.steps import attach, detach, is_built
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import optimizers_of, used_optimizers_of
 from keras_optkit.registry import register
-
-#: The clip rate is that of so many updates, the last ones that were written.
-CLIP_WINDOW = 20
-
-#: Decay of the running means that the gradient noise scale is computed from, for each write.
-NOISE_DECAY = 0.9
 
 
 @register(
@@ -67,6 +54,7 @@ class TrainingMonitor(Callback):
     | `activation_mean/<layer>`, `activation_std/<layer>` | with `activations`, of all outputs in the batch |
     | `activation_zeros/<layer>` | the share of outputs that are 0 |
     | `activation_dead/<layer>` | the share of units that are 0 in the whole batch |
+    | `activation_saturated/<layer>` | of a tanh or sigmoid, the share of outputs beyond ±0.99, or 0.01 and 0.99 |
     | `weights/<variable>` | with `histograms`, a histogram of the weights |
     | `log10_update_ratio/<layer>`, ... | in TensorBoard only, logarithms of the three values of each layer |
     | `hyperparameters/<name>` | the optimizer's other hyperparameters in this update: `momentum`, `weight_decay`, ... |
@@ -115,6 +103,10 @@ class TrainingMonitor(Callback):
             half of the batch besides. On TensorFlow only, with Keras's own `train_step`.
         hparams: Name to number, string or boolean for TensorBoard's HParams table; `"auto"` takes the optimizer's
             arguments and those of `fit`; None for none. A directory that has some keeps them.
+        findings: Whether to write what is wrong with the run, with advice, whenever that changes: as the text
+            `findings` to TensorBoard, and as lines of JSON to `findings.jsonl`. The rules are those of `inspect` and
+            others about many updates; `keras_optkit.diagnose` reads them afterwards. What is known of the model when
+            the run begins is written to `model.json`, for which all weights are read once.
 
     Raises:
         TypeError: For a value of a wrong type.
@@ -149,6 +141,7 @@ class TrainingMonitor(Callback):
         histograms: int | None = None,
         noise_scale: bool = False,
         hparams: Mapping[str, Any] | str | None = "auto",
+        findings: bool = False,
     ):
         super().__init__()
         self.log_dir = os.fspath(log_dir)
@@ -157,6 +150,7 @@ class TrainingMonitor(Callback):
         self.histograms = arguments.integer("histograms", histograms, 1, optional=True)
         self.noise_scale = arguments.boolean("noise_scale", noise_scale)
         self.hparams = _checked_hparams(hparams)
+        self.findings = arguments.boolean("findings", findings)
         self._step = -1  # where the axis has got to; -1: not known yet
         self._offset = 0  # of the axis from the optimizer's count
         self._due = 0  # the step from which on there is something to write
@@ -164,12 +158,12 @@ class TrainingMonitor(Callback):
         self._counted = 0, 0  # updates and batches, when they were last known
         self._epoch_step = -1  # the step at the end of the last epoch
         self._writes = 0
-        self._clips: dict[str, list[float]] = {}
-        self._noise: list[float] = []
+        self._values = Values()
         self._epoch = 0
         self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
         self._probe: Any = None
         self._files: Any = ()
+        self._findings: FindingsFile | None = None
         self._left_out: set[str] = set()  # what was in the logs of an epoch and is not a number
         self._last_of_files: Any = None
 
@@ -180,6 +174,10 @@ class TrainingMonitor(Callback):
         lines = LineFile(self.log_dir, self._last_of_files)  # first, since it may be refused
         events = EventFile(self.log_dir, self._last_of_files if lines.known else None)
         self._files = events, lines
+        if self.findings and (self._findings is None or not lines.known):
+            self._findings = FindingsFile(self.log_dir)
+        if self._findings is not None and is_built(self.model):
+            self._findings.see_model(self.model)
         key = "TrainingMonitor", self.activations, self.noise_scale
         self._probe = attach(self.model, key, lambda: Probe(self.model, self.activations, self.noise_scale))
         self._probe.begin_fit()
@@ -265,7 +263,7 @@ class TrainingMonitor(Callback):
         optimizers = used_optimizers_of(self.model)
         for name, optimizer in optimizers.items():
             if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-                values[_tag("epoch/loss_scale", name, optimizers)] = number(optimizer.dynamic_scale)
+                values[tag_of("epoch/loss_scale", name, optimizers)] = number(optimizer.dynamic_scale)
         self._write(values, of_epoch=True)
         for file in self._files:
             file.flush()
@@ -291,16 +289,14 @@ class TrainingMonitor(Callback):
             "due": self._due,
             "epoch_step": self._epoch_step,
             "writes": self._writes,
-            "clips": {tag: list(window) for tag, window in self._clips.items()},
-            "noise": list(self._noise),
+            **self._values.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict()`; what is in the files already is then computed, but not written again."""
         self._step, self._offset, self._due = state["step"], state["offset"], state["due"]
         self._epoch_step, self._writes = state["epoch_step"], state["writes"]
-        self._clips = {tag: list(window) for tag, window in state["clips"].items()}
-        self._noise = list(state["noise"])
+        self._values.restore(state)
         self._wait, self._batch = self._until_due(), None
         if self._probe is not None:
             self._probe.fresh = False
@@ -328,7 +324,7 @@ class TrainingMonitor(Callback):
         if batches > 0:
             self._most, self._counted = max(self._most, updates / batches), (self._step, self._batches)
         if self._step >= self._due and self._probe.fresh:
-            new = self._write(self._values(), of_epoch=False)
+            new = self._write(self._new_values(), of_epoch=False)
             self._writes += 1
             if new and self.histograms and self._writes % self.histograms == 0:
                 self._write_histograms()
@@ -337,79 +333,26 @@ class TrainingMonitor(Callback):
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _values(self) -> dict[str, float]:
+    def _new_values(self) -> dict[str, float]:
         """All values of the last update, by tag."""
         read = self._probe.read()
-        values = self._of_optimizers(read)
-        if "loss" in read.scalars:
-            values["train/loss"] = read.scalars["loss"]
-        if read.layers:
-            values |= self._of_layers(read.layers)
-        if "half_squares" in read.scalars:
-            values |= self._of_halves(read)
-        for kind, by_layer in read.activations.items():
-            values |= {f"activation_{kind}/{layer}": value for layer, value in by_layer.items()}
-        count = skipped(self.model)
-        if count is not None:
-            values["train/skipped"] = count
-        values |= hyperparameters(self.model)
+        values = self._values.of(read, self.model)
         return values | self._stopwatch.rates(self._step, self._batches, read.scalars.get("examples")) | memory()
-
-    def _of_optimizers(self, read: Reading) -> dict[str, float]:
-        """What there is for each optimizer that has made an update; its name is in the tag where there are several."""
-        optimizers = used_optimizers_of(self.model)
-        names = {id(optimizer): name for name, optimizer in optimizers.items()}
-        values = {}
-        for optimizer, scalars in read.updates:
-            for scalar, value in (scalars | estimates.effective_rates(scalars)).items():
-                what, *place = scalar.split("/")
-                tag = "/".join([_tag(f"train/{what}", names.get(id(optimizer), ""), optimizers), *place])
-                if what == "clipped":
-                    tag = tag.replace("clipped", "clip_rate", 1)
-                    self._clips[tag] = [*self._clips.get(tag, []), value][-CLIP_WINDOW:]
-                    value = sum(self._clips[tag]) / len(self._clips[tag])
-                values[tag] = value
-        return values
-
-    def _of_layers(self, layers: Mapping[str, np.ndarray]) -> dict[str, float]:
-        totals = np.sum(list(layers.values()), axis=0)
-        values = {
-            "train/gradient_norm": math.sqrt(totals[GRADIENT]),
-            "train/weight_norm": math.sqrt(totals[WEIGHT]),
-            "train/update_ratio": _ratio(totals),
-            "train/nonfinite": totals[NONFINITE],
-        }
-        for name, column in layers.items():
-            values[f"gradient_norm/{name}"] = math.sqrt(column[GRADIENT])
-            values[f"weight_norm/{name}"] = math.sqrt(column[WEIGHT])
-            values[f"update_ratio/{name}"] = _ratio(column)
-            if column[NONFINITE]:  # a chart for a layer only if there is something to see
-                values[f"nonfinite/{name}"] = column[NONFINITE]
-        return values
-
-    def _of_halves(self, read: Reading) -> dict[str, float]:
-        """The gradient noise scale, from running means of the two quantities that it is the ratio of."""
-        big, small = read.scalars["examples"], read.scalars["half_examples"]
-        if small < 1:
-            return {}
-        of_big, of_small = sum(column[GRADIENT] for column in read.layers.values()), read.scalars["half_squares"]
-        squared_norm = (big * of_big - small * of_small) / (big - small)
-        variance = (of_small - of_big) / (1 / small - 1 / big)
-        if not math.isfinite(squared_norm + variance):
-            return {}
-        old = self._noise or [squared_norm, variance]
-        self._noise = [
-            NOISE_DECAY * mean + (1 - NOISE_DECAY) * new
-            for mean, new in zip(old, (squared_norm, variance), strict=True)
-        ]
-        norm, noise = self._noise
-        return {"train/noise_scale": noise / norm} if norm > 0 else {}
 
     def _write(self, values: Mapping[str, float], *, of_epoch: bool) -> bool:
         """Writes to both files, and returns whether the step was new to TensorBoard's."""
         events, lines = self._files
-        lines.write(values, self._step, self._epoch, of_epoch=of_epoch)
+        is_new = lines.write(values, self._step, self._epoch, of_epoch=of_epoch)
+        if is_new and self._findings is not None:
+            self._findings.see_model(self.model)  # which the first step may have built
+            self._write_findings(self._findings.add(values, self._step, of_epoch=of_epoch))
         return events.write(values, self._step, of_epoch=of_epoch)
+
+    def _write_findings(self, text: str | None) -> None:
+        """Writes what is found, if that has changed."""
+        if text is not None and self._findings is not None:
+            self._files[0].write_text(TAG, text, self._step)
+            self._findings.write(self._epoch)
 
     def _write_histograms(self) -> None:
         paths = LayerTree.of(self.model).paths_of
@@ -441,13 +384,13 @@ class TrainingMonitor(Callback):
             self._probe = None
         if self._files:
             events, lines = self._files
-            events.close()
-            self._last_of_files = lines.close(), events.last
+            try:
+                if self._findings is not None:
+                    self._write_findings(self._findings.end())
+            finally:
+                events.close()
+                self._last_of_files = lines.close(), events.last
         self._files = ()
-
-
-def _tag(tag: str, name: str, optimizers: Mapping[str, Any]) -> str:
-    return f"{tag}/{name}" if len(optimizers) > 1 else tag
 
 
 def _scalar(value: Any) -> float | None:
@@ -459,13 +402,6 @@ def _scalar(value: Any) -> float | None:
         return float(array.item()) if array.size == 1 and array.dtype.kind in "biuf" else None
     except (TypeError, ValueError):
         return None
-
-
-def _ratio(column: np.ndarray) -> float:
-    """The norm of the change divided by that of the weights; 0 / 0 is 0, since nothing has changed."""
-    if column[CHANGE] == 0:
-        return 0.0
-    return math.sqrt(column[CHANGE] / column[WEIGHT]) if column[WEIGHT] else math.inf
 
 
 def _checked_hparams(hparams: Any) -> Any:

@@ -34,6 +34,7 @@ CHARTS = (
     ("activations", "standard deviation", ("activation_std/.*",)),
     ("activations", "share of zeros", ("activation_zeros/.*",)),
     ("activations", "share of dead units", ("activation_dead/.*",)),
+    ("activations", "share of saturated outputs", ("activation_saturated/.*",)),
     ("resources", "examples a second", ("throughput/examples",)),
     ("resources", "updates a second", ("throughput/updates",)),
     ("resources", "memory, MiB", ("memory/.*",)),
@@ -96,6 +97,12 @@ class EventFile:
         from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 
         self._add([histogram_pb(tag, value) for tag, value in values.items()], step)
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Writes a text, which TensorBoard shows as Markdown."""
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._add([text_pb(tag, text)], step)
 
     def write_layout(self, absent: tuple[str, ...] = ()) -> None:
         """Writes, once in a directory, which charts the custom-scalars dashboard is to show.
@@ -168,20 +175,21 @@ class LineFile:
         self.known = known is not None and path.exists() and path.stat().st_size == known[0]["size"]
         self.last = {**known[0]["last"]} if self.known else {True: -1, False: -1}
         for record in () if self.known else records(path):
-            self.last[_of_epoch(record)] = max(self.last[_of_epoch(record)], record["step"])
+            self.last[is_of_epoch(record)] = max(self.last[is_of_epoch(record)], record["step"])
         self._file = path.open("ab")
         if not self.known:
             self._file.truncate(_whole(path))
 
-    def write(self, values: Mapping[str, float], step: int, epoch: int, *, of_epoch: bool) -> None:
-        """Writes a line, unless there is one of this step or a later one already."""
+    def write(self, values: Mapping[str, float], step: int, epoch: int, *, of_epoch: bool) -> bool:
+        """Writes a line, unless there is one of this step or a later one already; returns whether it has."""
         if step <= self.last[of_epoch]:
-            return
+            return False
         self.last[of_epoch] = step
         record: Record = {"step": step, "epoch": epoch, "time": time.time()}
         record |= {tag: value if math.isfinite(value) else str(float(value)) for tag, value in values.items()}
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
+        return True
 
     def flush(self) -> None:
         """Has what was written on disk, whatever happens to the machine."""
@@ -205,8 +213,14 @@ def _whole(path: Path) -> int:
     return path.read_bytes().rfind(b"\n") + 1
 
 
-def _of_epoch(record: Record) -> bool:
+def is_of_epoch(record: Record) -> bool:
+    """Whether a line has the logs of an epoch."""
     return any(tag.startswith(_EPOCH) for tag in record)
+
+
+def values_of(record: Record) -> dict[str, float]:
+    """The values of a line, by tag."""
+    return {tag: value for tag, value in record.items() if tag not in ("step", "epoch", "time")}
 
 
 def records(path: Path) -> Iterator[Record]:

@@ -20,23 +20,26 @@ class Call(NamedTuple):
     given: Sequence[Any]
 
 
-def moments(calls: Sequence[Call], weights: Sequence[Any], unit_axis: int) -> Tensor:
-    """Mean, standard deviation, share of zeros and share of dead units of what a layer has returned, in all replicas.
+def moments(calls: Sequence[Call], weights: Sequence[Any], unit_axis: int, flat: tuple[float, float] | None) -> Tensor:
+    """Mean, standard deviation, and shares of zeros, dead units and saturation of a layer's outputs, in all replicas.
 
     A unit is dead if it is 0 in the whole batch. All are NaN where the layer was given NaN or infinity, or has such
-    weights: a ReLU makes 0 of NaN.
+    weights: a ReLU makes 0 of NaN. Saturation is the share below and above the two numbers of `flat`; -1 without them.
     """
     by_unit = [_by_unit(ops.cast(ops.stop_gradient(call.output), "float32"), unit_axis) for call in calls]
     values = ops.concatenate(by_unit, 0)  # (anything, units)
     active = ops.sum(ops.cast(ops.not_equal(values, 0), "float32"), 0)
     sources = [*weights, *(part for call in calls for part in call.given)]
     bad = sum((_nonfinite(part) for part in sources), ops.zeros((), "float32"))
-    local = [ops.cast(ops.size(values), "float32"), ops.sum(values), active, bad]
-    size, total, active, bad = backend.sum_over_replicas(local)
+    low, high = flat or (0.0, 0.0)
+    flatly = ops.sum(ops.cast(ops.logical_or(values < low, values > high), "float32"))
+    local = [ops.cast(ops.size(values), "float32"), ops.sum(values), active, bad, flatly]
+    size, total, active, bad, flatly = backend.sum_over_replicas(local)
     mean = total / size
     (deviations,) = backend.sum_over_replicas([ops.sum(ops.square(values - mean))])
     dead = ops.mean(ops.cast(ops.equal(active, 0), "float32"))
-    found = ops.stack([mean, ops.sqrt(deviations / size), 1 - ops.sum(active) / size, dead])
+    saturated = flatly / size if flat else ops.full((), -1.0)
+    found = ops.stack([mean, ops.sqrt(deviations / size), 1 - ops.sum(active) / size, dead, saturated])
     return ops.where(bad > 0, float("nan"), found)
 
 

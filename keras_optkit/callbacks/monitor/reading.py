@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_optkit.callbacks.monitor.files import CHARTS, LINES, LOGARITHMIC, records
+from keras_optkit.callbacks.monitor.files import CHARTS, LINES, LOGARITHMIC, records, values_of
 
 
 class Curve(NamedTuple):
@@ -61,9 +61,8 @@ def read_monitor(log_dir: str | os.PathLike[str]) -> dict[str, Curve]:
         raise FileNotFoundError(f"log_dir must be the directory of a TrainingMonitor; there is no {path}.")
     found: dict[str, list[tuple[int, float]]] = {}
     for record in records(path):
-        for tag, value in record.items():
-            if tag not in ("step", "epoch", "time"):
-                found.setdefault(tag, []).append((record["step"], value))
+        for tag, value in values_of(record).items():
+            found.setdefault(tag, []).append((record["step"], value))
     return {
         tag: Curve(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
         for tag, pairs in found.items()

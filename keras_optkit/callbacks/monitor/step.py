@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_optkit import backend
+from keras_optkit.advice.reading import FLAT, activation_of
 from keras_optkit.callbacks.callback import number
 from keras_optkit.callbacks.monitor import estimates, norms, on_tensorflow
 from keras_optkit.fit.hooks import Hook, around
@@ -32,7 +33,7 @@ _LIMITS = ("clipnorm", "clipvalue", "global_clipnorm")
 GRADIENT, WEIGHT, CHANGE, NONFINITE = range(4)
 
 #: The rows of "activations".
-ACTIVATION = ("mean", "std", "zeros", "dead")
+ACTIVATION = ("mean", "std", "zeros", "dead", "saturated")
 
 
 def clips(optimizer: Any) -> bool:
@@ -113,6 +114,7 @@ class Probe(Instrument):
         self._held: set[str] = set()  # names of values that steps have set
         self._order: list[str] = []  # all layers with weights that are trained
         self._watched: list[str] = []
+        self._saturates: dict[str, bool] = {}
         self._flushed: dict[str, np.ndarray] = {}
         self._flushes: list[Callable[[], None]] = []
         self.fresh = self.ended = False
@@ -205,7 +207,11 @@ class Probe(Instrument):
         if "activations" in self._held:
             rows = self._on_host("activations")
             read.activations = {
-                kind: dict(zip(self._watched, map(float, row), strict=True))
+                kind: {
+                    layer: float(value)
+                    for layer, value in zip(self._watched, row, strict=True)
+                    if kind != "saturated" or self._saturates[layer]
+                }
                 for kind, row in zip(ACTIVATION, rows, strict=True)
             }
         return read
@@ -434,7 +440,9 @@ class Probe(Instrument):
                     f"activations: the layer {name!r} is not called in the training step itself, but "
                     f"{'inside a loop or a function in it' if seen else 'nowhere'}. Choose other layers."
                 )
-            columns.append(on_tensorflow.moments(seen, layer.weights, _unit_axis(layer)))
+            flat = FLAT.get(activation_of(layer) or "")
+            columns.append(on_tensorflow.moments(seen, layer.weights, _unit_axis(layer), flat))
+            self._saturates[name] = flat is not None
         self._watched = list(found)
         self._hold("activations", ops.transpose(ops.stack(columns)))
 

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_optkit.advice.measured import KernelReport
 from keras_optkit.initializers.gains import ACTIVATIONS, calculate_gain
-from keras_optkit.inspection.report import KernelReport
 from keras_optkit.kernels import KERNEL, KernelAxes, by_shape, role
 
 #: Activations that have no gain of their own, by one that is like them there.
