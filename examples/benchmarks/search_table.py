@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import keras_optkit as ok
 from keras_optkit.files import atomic_write
 from keras_optkit.tuning import Choice, Float, Space
 
