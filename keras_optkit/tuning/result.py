@@ -232,10 +232,10 @@ class Result:
     def to_pandas(self) -> Any:
         """The trials as a `pandas.DataFrame`, in the order in which they were started.
 
-        The columns are `number`, `status`, `score`, `values.<name>` for each hyperparameter, `metrics.<name>` for each
-        metric of the best epoch, `epochs`, `best_epoch`, `seconds` and `message`. What is missing, since a
-        hyperparameter is inactive or a trial has failed, is a missing value; whole numbers and booleans beside it keep
-        their types (`Int64`, `boolean`).
+        The columns are `number`, `status`, `score`, `spread` if a trial has several runs, `values.<name>` for each
+        hyperparameter, `metrics.<name>` for each metric of the best epoch, `epochs`, `best_epoch`, `seconds` and
+        `message`. What is missing, since a hyperparameter is inactive or a trial has failed, is a missing value; whole
+        numbers and booleans beside it keep their types (`Int64`, `boolean`).
 
         Raises:
             ImportError: Without pandas.

@@ -186,9 +186,9 @@ def search(
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
             changes the global seeds). When left out it is drawn with Python's `random`; see `Result.seed`.
         directory: Where state and the best model are kept. If a search is there it is continued: finished trials are
-            kept, the interrupted one is run again. The data and the build function are not compared. Two searches
-            cannot run in one directory at a time. When left out, a temporary directory that lives as long as the
-            result.
+            kept, the interrupted one is run again but for its finished folds and runs. The data and the build function
+            are not compared. Two searches cannot run in one directory at a time. When left out, a temporary directory
+            that lives as long as the result.
         log_dir: Where TensorBoard logs go: for each trial a run `trial_<number>` with its hyperparameters and best
             objective for the HParams table, and the curves of every epoch. None: no logs.
         overwrite: Whether to delete a search in `directory` and the logs of its trials in `log_dir`.
