@@ -75,3 +75,12 @@ def write(path: Path, lines: Mapping[int, Line]) -> None:
         columns[metric] = table
     with atomic_write(path) as file:
         np.savez_compressed(file, number=np.array(numbers, "int32"), **columns)
+
+
+def read(path: Path) -> tuple[list[Point], np.ndarray]:
+    """The points of a table, and the accuracy of each after each epoch; 0 where its loss was no longer finite."""
+    with np.load(path, allow_pickle=False) as held:
+        columns = {name: held[name].tolist() for name in SPACE}
+        scores = held["val_accuracy"].astype("float64")
+    points = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return points, np.nan_to_num(scores, nan=0.0)
