@@ -354,7 +354,8 @@ def test_a_replayed_search(replay, name):
     for row, begin, end in parts:
         assert trained[row] == begin < end <= table.epochs
         trained[row] = end
-    assert 90 <= sum(trained.values()) < 90 + table.epochs
+    assert sum(trained.values()) < 90 + table.epochs
+    assert sum(trained.values()) >= 90 or min(trained.values()) > 0  # PASHA: all were tried
     assert max(trained.values()) == table.epochs
     assert parts == replay.replayed(name, table, 0, 90)
     assert parts != replay.replayed(name, table, 1, 90)
@@ -372,14 +373,14 @@ def test_rows_next_to_a_proposal(replay):
 
 
 def test_epochs_until_a_score(replay, script):
-    scores = np.array([[0.1, 0.3, 0.2], [0.2, 0.1, 0.4]])
-    table = replay.Table(ok.tuning.Space(x=ok.tuning.Choice([1, 2])), [{"x": 1}, {"x": 2}], scores)
+    scores = np.array([[0.1, 0.3, 0.2], [0.2, 0.1, 0.4], [0.1, 0.1, 0.2]])
+    table = replay.Table(ok.tuning.Space(x=ok.tuning.Int(1, 3)), [{"x": 1}, {"x": 2}, {"x": 3}], scores)
     parts = [(0, 0, 1), (1, 0, 3), (0, 1, 3)]
     assert [replay.epochs_to(table, parts, target, 6) for target in (0.1, 0.2, 0.3, 0.4, 0.5)] == [1, 2, 4, 4, math.inf]
     assert replay.epochs_to(table, parts, 0.4, 3) == math.inf
     assert [replay.best_of(table, parts, budget) for budget in (1, 3, 4)] == [0.1, 0.2, 0.4]
-    assert script("search").target_of(table, 1, 0.05) == pytest.approx(0.25)  # the lower of two medians, 0.3
-    assert script("search").target_of(table, 2, 0.0) == 0.4
+    assert script("search").target_of(table, 1, 0.05) == pytest.approx(0.25)  # of 0.2, 0.3, 0.4
+    assert script("search").target_of(table, 3, 0.0) == 0.4
 
 
 def test_points_are_recorded_again_to_the_same_curves(script, tmp_path):

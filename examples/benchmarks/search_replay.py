@@ -102,13 +102,16 @@ def with_pruner(pruner: RungPruner, strategy: str | None = None) -> Callable[[Ta
         order = in_order(table, seed)
         rows: list[int] = []
         standings: list[Standing] = []
-        top = 1
+        top, left = 1, None  # how many new trials may come
         while True:
-            i = pruner.promoted(standings, table.epochs, top, None)
+            i = pruner.promoted(standings, table.epochs, top, left)
+            if i is None and left == 0:
+                return
             if i is None:
                 row = next(order, None) if strategy is None else proposed(table, rows, standings, strategy, seed)
                 if row is None:
-                    return
+                    left = 0
+                    continue
                 rows.append(row)
                 standings.append(Standing((), True))
                 i = len(rows) - 1
