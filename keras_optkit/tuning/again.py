@@ -17,7 +17,7 @@ import numpy as np
 from keras_optkit import arguments
 from keras_optkit.tuning import books
 from keras_optkit.tuning.callbacks import Factory
-from keras_optkit.tuning.data import is_dataset, pair
+from keras_optkit.tuning.data import check_ends, is_dataset, pair
 from keras_optkit.tuning.oracle import AGAIN, stream
 from keras_optkit.tuning.training import PARENT, RUNG, Job, Line, Training, run_name
 from keras_optkit.tuning.trials import Trial
@@ -105,16 +105,18 @@ class Again:
         hypermodel, hp = self.training.hypermodel, self.points[trial.number]
         arguments.integer("epochs", epochs, 1, optional=True)
         arguments.integer("seed", seed, 0, optional=True)
-        fit = {name: v for name, v in self.training.fit.items() if not name.startswith("validation_")}
+        arguments.choice("verbose", verbose, (0, 1, 2))
+        without = ("x", "y", "sample_weight", "validation_data")
+        fit = {name: value for name, value in self.training.fit.items() if name not in without}
         given = dict(self.whole)
         if data is not None:
             given = {"x": data} if is_dataset(data) else dict(zip(("x", "y"), pair("data", data), strict=True))
             if is_dataset(data) and not isinstance(data, keras.utils.PyDataset):
                 given["shuffle"] = False
-        for name in ("x", "y", "sample_weight"):
-            fit.pop(name, None)
         fit |= given
-        if validation is not None:
+        if validation is None:
+            fit = {name: value for name, value in fit.items() if not name.startswith("validation_")}
+        else:
             fit["validation_data"] = (
                 validation if is_dataset(validation) else pair("validation", validation, weighted=True)
             )
@@ -128,8 +130,12 @@ class Again:
             fit["callbacks"] = [each for make in makers for each in make(trial.values, None, run)]
         state = np.random.SeedSequence(seed) if seed is not None else stream(self.training.seed, AGAIN, trial.number)
         keras.utils.set_random_seed(int(state.generate_state(1)[0]))
-        model = hypermodel.build(hp)
         point = copy.deepcopy(hp)
+        if is_dataset(fit["x"]):  # which has a batch size of its own
+            fit.pop("batch_size", None)
+            point.values.pop("batch_size", None)
+        check_ends(fit, {"x": "data", "validation_data": "validation"})
+        model = hypermodel.build(hp)
         if "epochs" in point.values:
             point.values["epochs"] = fit["epochs"]
         history = hypermodel.fit(point, model, **{**fit, "verbose": verbose})

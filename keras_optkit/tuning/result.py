@@ -24,7 +24,8 @@ from keras_optkit.tuning.trials import Trial, by_score, pareto, ranked, shown
 
 def cells_of(result: Result) -> tuple[list[str], list[list[str]]]:
     """The header and the lines of the table: best first, then what was pruned, then what failed."""
-    own = ["trial", *result.objectives, "best epoch", "epochs trained", "seconds"]
+    spread = ["spread"] if len(result.objectives) == 1 and any(len(t.scores) > 1 for t in result.trials) else []
+    own = ["trial", *result.objectives, *spread, "best epoch", "epochs trained", "seconds"]
     names = [f"values.{name}" if name in own else name for name in result.space]
     order = ranked(result.trials, result.direction)
     order += [trial for trial in by_score(result.trials, result.direction) if trial not in order]
@@ -33,10 +34,9 @@ def cells_of(result: Result) -> tuple[list[str], list[list[str]]]:
         scores = [shown(trial.metrics.get(name)) for name in result.objectives]
         if trial.score is None:
             scores[0] = trial.status
-        elif trial.spread is not None and len(scores) == 1:
-            scores[0] += f" ± {trial.spread:.2g}"
-        if trial.score is not None and trial.status == "pruned":
+        elif trial.status == "pruned":
             scores[0] += " (pruned)"
+        scores += [shown(trial.spread) for _ in spread]
         values = [shown(trial.values.get(name)) for name in result.space]
         ends = [shown(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
         lines.append([str(trial.number), *scores, *values, *ends])

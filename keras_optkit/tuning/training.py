@@ -169,12 +169,13 @@ class Training:
         """
         record = job.record
         record["status"], record["epochs"] = TrialStatus.COMPLETED, 0
-        found: list[BestEpoch] = []
+        found: list[dict[str, float]] = []
+        best_epochs: list[int | None] = []
         runs: list[list[tuple[int, dict[str, float]]]] = []
         reasons: list[str] = []
         try:
             for execution in range(self.executions):
-                best = self._best_of_others(record, execution, [each.metrics for each in found])
+                best = self._best_of_others(record, execution, found)
                 watch = BestEpoch(self.objective, lambda model: self._keep(job, model), best, self.max_model_size)
                 try:
                     reasons.append(self._run(job, execution, watch, line))
@@ -183,19 +184,20 @@ class Training:
                     runs.append(watch.history)
                 if watch.score is not None and (best is None or self.objective.better_than(watch.score, best)):
                     record["best_epoch"] = watch.best_epoch
-                found.append(watch)
+                found.append(watch.metrics)
+                best_epochs.append(watch.best_epoch)
                 if reasons[-1] not in ("", RUNG):
                     break
         except FatalError:
             raise
         except Exception as error:
             return self._failed(job, runs, error)
-        common = set.intersection(*(set(each.metrics) for each in found))
-        names = [name for name in found[0].metrics if name in common]
-        means = {name: float(np.mean([each.metrics[name] for each in found])) for name in names}
+        common = set.intersection(*map(set, found))
+        means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0] if name in common}
         record["metrics"], record["score"] = means, means.get(self.objective.name)
-        record["scores"] = [each.score for each in found if each.score is not None]
-        record["best_epochs"] = [each.best_epoch for each in found if each.best_epoch is not None]
+        name = self.objective.name
+        record["scores"] = [metrics[name] for metrics in found if name in metrics]
+        record["best_epochs"] = [epoch for epoch in best_epochs if epoch is not None]
         metrics = worst_of(self.objective)
         if any(reasons):
             self._stopped(record, [reason for reason in reasons if reason][-1])
