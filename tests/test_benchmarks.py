@@ -383,6 +383,7 @@ def test_epochs_until_a_score(replay, script):
     assert script("search").target_of(table, 3, 0.0) == 0.4
 
 
+@pytest.mark.only_on("tensorflow", because="an epoch is a tf.function")
 def test_points_are_recorded_again_to_the_same_curves(script, tmp_path):
     search, table, task = script("search"), script("search_table"), script("search_task")
     monkey = pytest.MonkeyPatch()

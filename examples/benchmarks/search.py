@@ -93,9 +93,7 @@ def compare(given: argparse.Namespace) -> None:
         f"{len(table)} points of {table.epochs} epochs; the best score is {top:.4f}, the target {target:.4f}, which "
         f"{enough} points reach; {given.seeds} seeds, {given.budget} epochs each."
     )
-    printed = Printed(
-        "search", "epochs: median, quartiles", "of the first", "missed", "missed the very best", "seconds"
-    )
+    printed = Printed("search", "epochs: median, quartiles", "of the first", "missed", "very best missed", "seconds")
     first = None
     for name in given.methods or METHODS:
         began = time.perf_counter()
@@ -133,6 +131,8 @@ def compare_hpolib(given: argparse.Namespace) -> None:
         scores = np.array([[-bench(point)["val_loss"]] for point in points])
         tables.append(Table(Space({key: Choice(values) for key, values in choices.items()}), points, scores))
     for shown, method in methods.items():
+        if given.methods and shown not in given.methods:
+            continue
         cells = []
         for table in tables:
             best = [best_of(table, replayed(method, table, seed, 100), 100) for seed in range(given.seeds)]

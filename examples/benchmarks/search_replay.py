@@ -21,7 +21,7 @@ import numpy as np
 import optuna
 
 import keras_optkit as ok
-from keras_optkit.tuning import Bool, Choice, Space
+from keras_optkit.tuning import Bool, Choice, Float, Int, Space
 from keras_optkit.tuning.pruners import ASHA, PASHA, Hyperband, RungPruner, Standing
 from keras_optkit.tuning.samplers import Study, distribution, params_of, point_of, sampler_of
 
@@ -70,7 +70,7 @@ class Table:
                 values = list(parameter.grid())
                 index = values.index(point[name])
                 found.append(float(index) if self._is_unordered(name) else index / max(len(values) - 1, 1))
-            else:
+            elif isinstance(parameter, Float | Int):
                 scale = math.log if parameter.log else float
                 low, high = scale(parameter.low), scale(parameter.high)
                 found.append((scale(point[name]) - low) / (high - low))
@@ -146,7 +146,8 @@ def optuna_default(table: Table, seed: int) -> Iterator[Part]:
     """Optuna's default, TPE, without a pruner."""
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     ranges = {name: distribution(parameter) for name, parameter in table.space.items()}
-    states, rows = optuna.trial.TrialState, []
+    states = optuna.trial.TrialState
+    rows: list[int] = []
     while True:
         trial = study.ask(ranges)
         row = table.nearest(point_of(table.space, trial.params), rows)

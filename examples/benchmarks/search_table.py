@@ -66,7 +66,8 @@ def write(path: Path, lines: Mapping[int, Line]) -> None:
     A curve that ended early, with a loss that was not finite, is filled up with NaN.
     """
     numbers = sorted(lines)
-    columns = {name: np.array([lines[number]["point"][name] for number in numbers]) for name in SPACE}
+    columns: dict[str, Any] = {"number": np.array(numbers, "int32")}
+    columns |= {name: np.array([lines[number]["point"][name] for number in numbers]) for name in SPACE}
     for metric in METRICS:
         table = np.full((len(numbers), EPOCHS), np.nan, "float32")
         for row, number in enumerate(numbers):
@@ -74,7 +75,7 @@ def write(path: Path, lines: Mapping[int, Line]) -> None:
             table[row, : len(curve)] = curve
         columns[metric] = table
     with atomic_write(path) as file:
-        np.savez_compressed(file, number=np.array(numbers, "int32"), **columns)
+        np.savez_compressed(file, **columns)
 
 
 def read(path: Path) -> tuple[list[Point], np.ndarray]:

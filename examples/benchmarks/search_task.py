@@ -109,6 +109,8 @@ class Trainer:
     """Trains points on the digits."""
 
     def __init__(self) -> None:
+        if keras.config.backend() != "tensorflow":
+            raise RuntimeError(f"KERAS_BACKEND must be tensorflow to record curves, got {keras.config.backend()}.")
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(labels))[: ROWS + UNSEEN]
         x = (images[order] / 16).reshape(-1, 8, 8, 1).astype("float32")
