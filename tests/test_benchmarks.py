@@ -398,6 +398,11 @@ def test_points_are_recorded_again_to_the_same_curves(script, tmp_path):
                 lines = path.with_suffix(".jsonl").read_text().splitlines(keepends=True)
                 path.with_suffix(".jsonl").write_text(lines[0] + lines[1][:30])  # killed while it wrote
                 search.main(arguments)
+                held = table.read(path.with_suffix(".npz"))
+                path.with_suffix(".jsonl").unlink()
+                search.main(arguments)  # resumes from the table
+                assert not path.with_suffix(".jsonl").exists()
+                np.testing.assert_array_equal(table.read(path.with_suffix(".npz"))[1], held[1])
     whole, parts = (table.read(path.with_suffix(".npz")) for path in paths.values())
     assert whole[0] == parts[0] == list(table.points_of(2))
     np.testing.assert_array_equal(whole[1], parts[1])

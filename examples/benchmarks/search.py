@@ -37,7 +37,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 from rich.console import Console
 from rich.table import Table as Printed
-from search_table import EPOCHS, SPACE, append, finished, points_of, read, write
+from search_table import EPOCHS, SPACE, append, finished, points_of, read, recorded, write
 
 if TYPE_CHECKING:
     from search_replay import Table
@@ -46,12 +46,12 @@ HERE = Path(__file__).parent
 
 
 def record(given: argparse.Namespace) -> None:
-    """Trains the points that are not in the file yet, and writes the table."""
+    """Trains the points that are neither in the table nor in the file of lines, and writes the table."""
     from search_task import Trainer, one_core
 
     one_core()
     began, trainer = time.monotonic(), Trainer()
-    done = finished(given.lines)
+    done = recorded(given.table) | finished(given.lines)
     for number, point in enumerate(points_of(given.points)):
         if number in done:
             continue

@@ -78,6 +78,22 @@ def write(path: Path, lines: Mapping[int, Line]) -> None:
         np.savez_compressed(file, **columns)
 
 
+def recorded(path: Path) -> dict[int, Line]:
+    """The lines that a table was made of; none if there is no such file."""
+    if not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as held:
+        columns = {name: held[name] for name in held.files}
+    found = {}
+    for row, number in enumerate(columns["number"].tolist()):
+        line: Line = {"number": number, "point": {name: columns[name][row].item() for name in SPACE}}
+        for metric in METRICS:
+            curve = columns[metric][row]
+            line[metric] = [float(f"{value:.5g}") for value in curve[np.isfinite(curve)]]
+        found[number] = line
+    return found
+
+
 def read(path: Path) -> tuple[list[Point], np.ndarray]:
     """The points of a table, and the accuracy of each after each epoch; 0 where its loss was no longer finite."""
     with np.load(path, allow_pickle=False) as held:
