@@ -39,7 +39,7 @@ def build(hp):
 
 result = ok.tuning.search(
     build, {{"rate": ok.tuning.Float(1e-3, 1e-1, log=True)}}, (x, y), objective="val_loss", max_trials={trials},
-    epochs=6, seed=0, directory=sys.argv[1], workers={workers}, pruner={pruner!r},
+    epochs=6, seed=0, directory=sys.argv[1], workers={workers}, pruner={pruner!r}, cv={cv},
 )
 print("result", json.dumps([[t.number, dict(t.values), t.score, t.epochs, t.status] for t in result.trials]))
 print("best", result.best_model.get_weights()[0].tolist())
@@ -49,8 +49,8 @@ print("best", result.best_model.get_weights()[0].tolist())
 class Search:
     """One process of a search, and what it says."""
 
-    def __init__(self, directory: Path, pruner: str | None) -> None:
-        code = SEARCH.format(trials=TRIALS, workers=WORKERS, pruner=pruner)
+    def __init__(self, directory: Path, pruner: str | None, cv: int | None = None) -> None:
+        code = SEARCH.format(trials=TRIALS, workers=WORKERS, pruner=pruner, cv=cv)
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-c", code, str(directory)],
@@ -94,10 +94,12 @@ class Search:
             return file.read()
 
 
-def killed(directory: Path, pruner: str | None, kinds: list[str], rng: random.Random) -> list[str]:
+def killed(
+    directory: Path, pruner: str | None, kinds: list[str], rng: random.Random, cv: int | None = None
+) -> list[str]:
     """Runs a search to its end with kills of these kinds; returns its last lines."""
     ended: set[str] = set()
-    search = Search(directory, pruner)
+    search = Search(directory, pruner, cv)
     for kind in kinds:
         if not search.read(rng.randint(1, 2 + WORKERS)) or search.lines[-1].startswith(("result", "best")):
             break  # it has come to its end before
@@ -112,7 +114,7 @@ def killed(directory: Path, pruner: str | None, kinds: list[str], rng: random.Ra
                 break
             assert kind == "search" or errors.rstrip().endswith("Run the script again to continue it."), errors
             check(search.lines, ended)
-            search = Search(directory, pruner)
+            search = Search(directory, pruner, cv)
     errors = search.end()
     assert any(line.startswith("best") for line in search.lines), errors
     check(search.lines, ended)

@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import pytest
 
+import keras_optkit as ok
+
 LABELS = ["keras, graph", "keras, XLA", "ours, graph", "ours, XLA", "torch, fused"]
 
 
@@ -303,3 +305,106 @@ def test_report_of_a_recording_that_is_not_complete(contest):
     path.write_text("")
     with pytest.raises(ValueError, match="is not complete: record first"):
         module.main(["report", *arguments])
+
+
+# The benchmark of searches
+
+
+@pytest.fixture(scope="module")
+def replay(request):
+    """Searches replayed on a table."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(request.config.rootpath / "examples" / "benchmarks")
+        yield importlib.import_module("search_replay")
+
+
+def curves_of(replay, count=40):
+    """A table whose best point is near the middle of its range, and whose order after one epoch is the last one."""
+    points = [{"rate": float(rate), "units": 8, "kind": "ab"[i % 2]} for i, rate in enumerate(np.linspace(1, 9, count))]
+    space = ok.tuning.Space(
+        rate=ok.tuning.Float(1, 9), units=ok.tuning.Choice([8, 16]), kind=ok.tuning.Choice(["a", "b"])
+    )
+    last = np.array([1 - abs(point["rate"] - 4.6) / 10 for point in points])
+    return replay.Table(space, points, last[:, None] * (1 - 0.5 ** np.arange(1, 10)))
+
+
+METHODS = {
+    "KerasTuner RandomSearch": "once",
+    "KerasTuner BayesianOptimization": "long",
+    "KerasTuner Hyperband": "once",
+    "Optuna": "long",
+    "ASHA": "once",
+    "PASHA": "once",
+    "Hyperband": "once",
+    "TPE, ASHA": "once",
+    "TPE, PASHA": "long",
+}
+
+
+def test_all_methods_are_replayed_here(replay):
+    assert list(METHODS) == list(replay.METHODS)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=getattr(pytest.mark, mark)) for n, mark in METHODS.items()])
+def test_a_replayed_search(replay, name):
+    """No epoch of a row is trained twice or left out, and the budget is kept."""
+    table = curves_of(replay)
+    parts = replay.replayed(name, table, 0, 90)
+    trained = dict.fromkeys(range(len(table)), 0)
+    for row, begin, end in parts:
+        assert trained[row] == begin < end <= table.epochs
+        trained[row] = end
+    assert sum(trained.values()) < 90 + table.epochs
+    assert sum(trained.values()) >= 90 or min(trained.values()) > 0  # PASHA: all were tried
+    assert max(trained.values()) == table.epochs
+    assert parts == replay.replayed(name, table, 0, 90)
+    assert parts != replay.replayed(name, table, 1, 90)
+    if len(set(trained.values())) > 2:  # those that are promoted are better
+        half, most = (np.mean([table.best[i, -1] for i, n in trained.items() if n == e]) for e in (1, table.epochs))
+        assert name == "KerasTuner Hyperband" or most > half
+
+
+def test_rows_next_to_a_proposal(replay):
+    table = curves_of(replay, 5)  # rates 1, 3, 5, 7, 9
+    assert table.nearest({"rate": 4.9, "units": 8, "kind": "a"}, []) == 2
+    assert table.nearest({"rate": 4.9, "units": 8, "kind": "a"}, [2]) == 0  # 0.49 away; a row of kind b is 1 away
+    assert table.nearest({"rate": 4.9, "units": 8, "kind": "b"}, [3]) == 1
+    assert table.nearest({"rate": 4.9, "units": 8, "kind": "b"}, range(5)) is None
+
+
+def test_epochs_until_a_score(replay, script):
+    scores = np.array([[0.1, 0.3, 0.2], [0.2, 0.1, 0.4], [0.1, 0.1, 0.2]])
+    table = replay.Table(ok.tuning.Space(x=ok.tuning.Int(1, 3)), [{"x": 1}, {"x": 2}, {"x": 3}], scores)
+    parts = [(0, 0, 1), (1, 0, 3), (0, 1, 3)]
+    assert [replay.epochs_to(table, parts, target, 6) for target in (0.1, 0.2, 0.3, 0.4, 0.5)] == [1, 2, 4, 4, math.inf]
+    assert replay.epochs_to(table, parts, 0.4, 3) == math.inf
+    assert [replay.best_of(table, parts, budget) for budget in (1, 3, 4)] == [0.1, 0.2, 0.4]
+    assert script("search").target_of(table, 1, 0.05) == pytest.approx(0.25)  # of 0.2, 0.3, 0.4
+    assert script("search").target_of(table, 3, 0.0) == 0.4
+
+
+@pytest.mark.only_on("tensorflow", because="an epoch is a tf.function")
+def test_points_are_recorded_again_to_the_same_curves(script, tmp_path):
+    search, table, task = script("search"), script("search_table"), script("search_task")
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(search, "EPOCHS", 2)
+        patch.setattr(task, "one_core", lambda: None)
+        paths = {name: tmp_path / name for name in ("whole", "parts")}
+        for name, path in paths.items():
+            arguments = ["record", "--points", "2", "--table", f"{path}.npz", "--lines", f"{path}.jsonl"]
+            search.main(arguments)
+            if name == "parts":
+                lines = path.with_suffix(".jsonl").read_text().splitlines(keepends=True)
+                path.with_suffix(".jsonl").write_text(lines[0] + lines[1][:30])  # killed while it wrote
+                search.main(arguments)
+                held = table.read(path.with_suffix(".npz"))
+                path.with_suffix(".jsonl").unlink()
+                search.main(arguments)  # resumes from the table
+                assert not path.with_suffix(".jsonl").exists()
+                np.testing.assert_array_equal(table.read(path.with_suffix(".npz"))[1], held[1])
+    whole, parts = (table.read(path.with_suffix(".npz")) for path in paths.values())
+    assert whole[0] == parts[0] == list(table.points_of(2))
+    np.testing.assert_array_equal(whole[1], parts[1])
+    assert whole[1].shape == (2, 27)
+    assert (whole[1][:, :2] > 0).all()

@@ -10,7 +10,7 @@ import pytest
 import keras_optkit as ok
 from keras_optkit.tuning import Choice, Float, Int, Space, Trial, Values
 from keras_optkit.tuning.pruners import ASHA, PASHA, Hyperband, Standing, is_consistent, noise
-from keras_optkit.tuning.result import ranked
+from keras_optkit.tuning.trials import ranked
 
 inf = math.inf
 

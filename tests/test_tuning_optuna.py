@@ -286,7 +286,7 @@ def test_a_dominated_trial_is_not_in_the_pareto_set():
     def trial(number, a, b, status="completed"):
         return ok.tuning.Trial(number, ok.tuning.Values(), 0.0, {"a": a, "b": b}, status=status)
 
-    from keras_optkit.tuning.result import pareto
+    from keras_optkit.tuning.trials import pareto
 
     trials = [trial(0, 1, 1), trial(1, 2, 2), trial(2, 0, 0), trial(3, 1, 1.5), trial(4, 0, 9, "failed")]
     assert {found.number for found in pareto(trials, {"a": "min", "b": "max"})} == {1, 2, 3}

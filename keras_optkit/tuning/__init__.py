@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from keras_optkit.tuning import pruners, spaces
     from keras_optkit.tuning.hypermodel import HyperModel
     from keras_optkit.tuning.optuna_oracle import OptunaOracle
-    from keras_optkit.tuning.result import Result, Trial
+    from keras_optkit.tuning.result import Result
     from keras_optkit.tuning.searching import search
+    from keras_optkit.tuning.trials import Trial
     from keras_optkit.tuning.tuner import Tuner
 
 __all__ = [
@@ -37,7 +38,7 @@ _LAZY = {
     "HyperModel": "hypermodel",
     "OptunaOracle": "optuna_oracle",
     "Result": "result",
-    "Trial": "result",
+    "Trial": "trials",
     "Tuner": "tuner",
     "search": "searching",
 }

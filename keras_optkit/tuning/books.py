@@ -22,11 +22,12 @@ Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tune
 
 
 HISTORY = "history.json"  # of a trial
+DONE = "done_{}.json"  # an execution of a trial that is running
 PAYLOADS = "payload-*.pickle"  # what workers are given
 
 _OF_A_TRIAL = ("trial.json", HISTORY, "model.keras", "*.weights.h5", "*.built.json")
 _NAMES = re.compile(
-    r"(oracle|trial|history|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)|"
+    r"(oracle|trial|history|done_\d+|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)|"
     r"payload-[0-9a-f]{8}\.pickle"
 )
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
@@ -160,7 +161,11 @@ def check_books(directory: Path) -> None:
     trials = [directory / f"trial_{trial_id}" / "trial.json" for trial_id in started]
     for path in {*trials, *directory.glob("trial_*/trial.json")}:
         _read(path, _IN_TRIAL)
-    for path in (*directory.glob("tuner*.json"), *directory.glob(f"trial_*/{HISTORY}")):
+    for path in (
+        *directory.glob("tuner*.json"),
+        *directory.glob(f"trial_*/{HISTORY}"),
+        *directory.glob(f"trial_*/{DONE.format('*')}"),
+    ):
         _read(path)
 
 
@@ -186,12 +191,13 @@ def write_history(trial: Path, runs: Sequence[Sequence[tuple[int, Mapping[str, f
     """
     path = trial / HISTORY
     if any(runs):
-        write_json(path, {"runs": [_curves(run) for run in runs]})
+        write_json(path, {"runs": [curves(run) for run in runs]})
     else:  # of an attempt that was interrupted
         path.unlink(missing_ok=True)
 
 
-def _curves(run: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, Any]:
+def curves(run: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, Any]:
+    """The epochs of a run as `Trial.history` has them."""
     names = dict.fromkeys(name for _, metrics in run for name in metrics)
     curves = {name: [metrics.get(name) for _, metrics in run] for name in names}
     return {"epochs": [epoch for epoch, _ in run], "metrics": curves}
@@ -206,6 +212,27 @@ def read_history(trial: Path) -> list[dict[str, Any]]:
     except (KeyError, ValueError) as error:
         raise damaged(trial / HISTORY, error) from error
     return runs
+
+
+def write_done(trial: Path, execution: int, state: Mapping[str, Any]) -> None:
+    """Notes how an execution of a trial has ended, so that a trial that is interrupted begins with the next one.
+
+    Raises:
+        CannotWriteError: If the disk does not take it.
+    """
+    write_json(trial / DONE.format(execution), state)
+
+
+def read_done(trial: Path, execution: int) -> dict[str, Any] | None:
+    """What `write_done` has noted, if it has."""
+    path = trial / DONE.format(execution)
+    return read_json(path) if path.exists() else None
+
+
+def forget_done(trial: Path) -> None:
+    """Deletes the notes of `write_done`."""
+    for path in trial.glob(DONE.format("*")):
+        path.unlink()
 
 
 def damaged(path: Path, reason: object) -> RuntimeError:

@@ -33,7 +33,7 @@ _INTEGERS = {
 }
 
 
-def _samples(name: str, arrays: Any) -> int:
+def samples(name: str, arrays: Any) -> int:
     """The number of samples of an array, or of a nest of them."""
     shapes = [tuple(getattr(array, "shape", ())) for array in keras.tree.flatten(arrays)]
     counts = {shape[0] if shape else None for shape in shapes}
@@ -42,7 +42,7 @@ def _samples(name: str, arrays: Any) -> int:
     return counts.pop()  # type: ignore[return-value]
 
 
-def _pair(name: str, data: Any, *, weighted: bool = False) -> tuple[Any, ...]:
+def pair(name: str, data: Any, *, weighted: bool = False) -> tuple[Any, ...]:
     """Checks (x, y), or (x, y, sample_weight) where `weighted` allows it."""
     allowed = "a pair of arrays (x, y) or a dataset"
     if weighted:
@@ -58,7 +58,7 @@ def _pair(name: str, data: Any, *, weighted: bool = False) -> tuple[Any, ...]:
         got = f"{type(data).__name__} of {len(data)}" if isinstance(data, list | tuple) else type(data).__name__
         raise TypeError(f"{name} must be {allowed}, got {got}.{hint}")
     of_x, *others = (
-        _samples(f"The {part} of {name}", arrays) for part, arrays in zip(("x", "y", "weight"), data, strict=False)
+        samples(f"The {part} of {name}", arrays) for part, arrays in zip(("x", "y", "weight"), data, strict=False)
     )
     for part, count in zip(("y", "weights"), others, strict=False):
         if of_x != count or not of_x:
@@ -80,18 +80,23 @@ def checked_data(data: Any, validation: Any, objective: str) -> tuple[Any, Any]:
             raise ValueError("validation must be None where data has a validation part of its own, got both.")
         data, validation = data
     if not is_dataset(data):
-        data = _pair("data", data)
+        data = pair("data", data)
         if validation is None:
             validation = 0.2
         if isinstance(validation, float):
-            if _samples("data", data) < 2:
+            if samples("data", data) < 2:
                 raise ValueError("data must have at least 2 samples to be split, got 1.")
             return data, arguments.real("validation", validation, 0, 1, closed="neither")
     if validation is None:
         if objective.startswith("val_"):
             raise ValueError(f"validation must be given for the objective {objective!r}, got None.")
         return data, None
-    return data, validation if is_dataset(validation) else _pair("validation", validation, weighted=True)
+    return data, validation if is_dataset(validation) else pair("validation", validation, weighted=True)
+
+
+def taken(arrays: Any, index: np.ndarray) -> Any:
+    """Some rows of an array, or of a nest of them."""
+    return keras.tree.map_structure(lambda array: np.asarray(array)[index], arrays)
 
 
 def fit_data(data: Any, validation: Any, seed: int, sample_weight: Any = None) -> dict[str, Any]:
@@ -101,13 +106,11 @@ def fit_data(data: Any, validation: Any, seed: int, sample_weight: Any = None) -
     """
     parts = data if is_dataset(data) or sample_weight is None else (*data, sample_weight)
     if isinstance(validation, float):
-        order = np.random.default_rng(stream(seed, SPLIT)).permutation(_samples("data", data))
+        order = np.random.default_rng(stream(seed, SPLIT)).permutation(samples("data", data))
         held_out = min(max(round(validation * len(order)), 1), len(order) - 1)
 
-        def take(index: Any) -> Any:
-            return tuple(keras.tree.map_structure(lambda array: np.asarray(array)[index], part) for part in parts)
-
-        parts, validation = take(order[held_out:]), take(order[:held_out])
+        seen, unseen = order[held_out:], order[:held_out]
+        parts, validation = (tuple(taken(part, index) for part in parts) for index in (seen, unseen))
     fit = {"x": parts} if is_dataset(data) else dict(zip(("x", "y", "sample_weight"), parts, strict=False))
     if is_dataset(data) and not isinstance(data, keras.utils.PyDataset):
         fit["shuffle"] = False  # Keras's default, True, makes it warn that a tf.data.Dataset has an order of its own
@@ -156,7 +159,7 @@ def _check_fit_argument(shown: str, name: str, value: Any, data: Any) -> None:
     elif name == "sample_weight" and value is not None:
         if is_dataset(data):
             raise ValueError(f"{shown} must be left out where data is a dataset, whose batches have it as third part.")
-        count, wanted = _samples(shown, value), _samples("data", data)
+        count, wanted = samples(shown, value), samples("data", data)
         if count != wanted:
             raise ValueError(f"{shown} must have one weight for each of the {wanted} samples, got {count}.")
 

@@ -66,11 +66,14 @@ def write(path: Any, text: str) -> None:
 def columns(result: Result) -> dict[str, list[Any]]:
     """The columns of the table of all trials; None where a trial has no value."""
     trials = result.trials
+    several = any(len(trial.scores) > 1 for trial in trials)
+    spreads = {"spread": [trial.spread for trial in trials]} if several else {}
     metrics = dict.fromkeys([*result.objectives, *(name for trial in trials for name in trial.metrics)])
     return {
         "number": [trial.number for trial in trials],
         "status": [trial.status for trial in trials],
         "score": [trial.score for trial in trials],
+        **spreads,
         **{f"values.{name}": [trial.values.get(name) for trial in trials] for name in result.space},
         **{f"metrics.{name}": [trial.metrics.get(name) for trial in trials] for name in metrics},
         "epochs": [trial.epochs for trial in trials],

@@ -14,7 +14,8 @@ from keras_optkit.tuning.export import needed
 from keras_optkit.tuning.samplers import is_index, quiet
 
 if TYPE_CHECKING:
-    from keras_optkit.tuning.result import Result, Trial
+    from keras_optkit.tuning.result import Result
+    from keras_optkit.tuning.trials import Trial
 
 LEAST = 10  # of fewer trials, a forest knows next to nothing
 _FORESTS, _TREES = 4, 16  # each forest has other values for what is inactive

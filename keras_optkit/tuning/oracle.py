@@ -15,7 +15,7 @@ from keras_tuner.engine.trial import TrialStatus
 from keras_optkit.space import Points, Space, Values
 from keras_optkit.tuning.hypermodel import hyperparameters
 
-VALUES, TRAINING, SPLIT = range(3)  # what a random stream is for
+VALUES, TRAINING, SPLIT, AGAIN = range(4)  # what a random stream is for
 
 
 def stream(seed: int, *key: int) -> np.random.SeedSequence:

@@ -12,9 +12,11 @@ from keras_tuner.engine.trial import TrialStatus
 
 from keras_optkit import arguments
 from keras_optkit.tuning import books
+from keras_optkit.tuning.again import Again
 from keras_optkit.tuning.models import KeptModel
-from keras_optkit.tuning.result import Result, Trial, ranked
-from keras_optkit.tuning.training import end_of
+from keras_optkit.tuning.result import Result
+from keras_optkit.tuning.training import Training, end_of
+from keras_optkit.tuning.trials import Trial, ranked
 
 
 class Outcome:
@@ -26,6 +28,8 @@ class Outcome:
     keep_models: int | None
     executions_per_trial: int
     first_error: Exception | None
+    trained: Training | None
+    whole: dict[str, Any]
     project_dir: Any
     get_trial_dir: Callable[[str], Any]
 
@@ -102,7 +106,18 @@ class Outcome:
             status=status,
             message=record.get("message", ""),
             history=books.read_history(Path(self.get_trial_dir(trial_id))) if history else [],
+            scores=record.get("scores", []) if status != "failed" else [],
+            best_epochs=record.get("best_epochs", []) if status != "failed" else [],
         )
+
+    def _again(self) -> Again | None:
+        """What trains trials again; None where nothing was searched with this object."""
+        if self.trained is None:
+            return None
+        points = {n: self.oracle.trials[trial_id].hyperparameters for n, trial_id in enumerate(self.oracle.start_order)}
+        given = {name: self.trained.fit.get(name) for name in ("x", "y", "sample_weight")}
+        whole = self.whole or {name: value for name, value in given.items() if value is not None}
+        return Again(self.trained, points, whole)
 
     def result(self, *, temporary: bool = False) -> Result:
         """The result.
@@ -134,5 +149,6 @@ class Outcome:
             self.model_path(best.trial_id),
             objectives=getattr(objective, "name_to_direction", None),
             load=self._loader(best),
+            again=self._again(),
             temporary=temporary,
         )

@@ -10,8 +10,8 @@ from keras_tuner.engine.trial import TrialStatus
 from keras_optkit.tuning import logs
 from keras_optkit.tuning.best_epoch import worst_of
 from keras_optkit.tuning.economy import WAIT
-from keras_optkit.tuning.result import shown
 from keras_optkit.tuning.training import Ended, run_name
+from keras_optkit.tuning.trials import shown
 from keras_optkit.tuning.workers import Crew, Event
 
 if TYPE_CHECKING:

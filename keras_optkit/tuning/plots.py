@@ -15,7 +15,8 @@ from keras_optkit.tuning.export import needed
 from keras_optkit.tuning.importance import importance, objective_of
 
 if TYPE_CHECKING:
-    from keras_optkit.tuning.result import Result, Trial
+    from keras_optkit.tuning.result import Result
+    from keras_optkit.tuning.trials import Trial
 
 BEST, OTHERS, FAILED, PRUNED = "tab:orange", "tab:blue", "tab:red", "tab:grey"
 _COLUMNS = 3

@@ -6,105 +6,26 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from keras_optkit import arguments
 from keras_optkit.space import Space, Values
 from keras_optkit.tables import table
 from keras_optkit.tuning import export, plots
+from keras_optkit.tuning.again import Again
 from keras_optkit.tuning.importance import importance
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point of the space and its outcome.
-
-    Attributes:
-        number: 0, 1, 2, ... in the order in which the trials were started; also in the names of their directories.
-        values: The active hyperparameters.
-        score: The objective at its best epoch (the mean over executions, if there were several), or None if it failed,
-            or was pruned before it had one.
-        metrics: All metrics at that epoch.
-        epochs: Epochs trained, over all executions.
-        best_epoch: The epoch with the best objective, counted from 1 (of the best execution), or None.
-        seconds: Duration.
-        status: `"completed"`, `"pruned"` or `"failed"`. A trial that was pruned has the score of the epochs that it was
-            trained; it is the best only where no trial was completed.
-        message: Why it failed or was pruned, or "".
-        history: For each execution the epochs that were trained, also by a trial that failed: a dict with the numbers
-            of the `epochs`, counted from 1, and the `metrics`, a list for each name with None where an epoch did not
-            have it. Empty if the trial is one of a version that kept no history.
-    """
-
-    number: int
-    values: Values
-    score: float | None
-    metrics: dict[str, float] = field(default_factory=dict)
-    epochs: int = 0
-    best_epoch: int | None = None
-    seconds: float = 0.0
-    status: str = "completed"
-    message: str = ""
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def reason(self) -> str:
-        """Why it failed or was pruned, and with which hyperparameters, or ""."""
-        return f"{self.message} ({listed(self.values)})" if self.message else ""
-
-
-def ranked(trials: Sequence[Trial], direction: str) -> list[Trial]:
-    """The completed trials, best first, of equal ones the earlier first; the pruned ones, if none was completed.
-
-    After fewer epochs a score is another one: a trial that a pruner has stopped is not compared with complete ones.
-    """
-    sign = -1 if direction == "max" else 1
-    scored = [trial for trial in trials if trial.score is not None and trial.status != "failed"]
-    completed = [trial for trial in scored if trial.status == "completed"] or scored
-    return sorted(completed, key=lambda trial: (sign * trial.score, trial.number))  # type: ignore[operator]
-
-
-def by_score(trials: Sequence[Trial], direction: str) -> list[Trial]:
-    """All trials, best first; those without a score last, the failed ones at the end."""
-    sign = -1 if direction == "max" else 1
-    scored = sorted((t for t in trials if t.score is not None), key=lambda t: (sign * t.score, t.number))  # type: ignore[operator]
-    rest = [trial for trial in trials if trial.score is None]
-    return scored + sorted(rest, key=lambda trial: (trial.status == "failed", trial.number))
-
-
-def pareto(trials: Sequence[Trial], objectives: Mapping[str, str]) -> list[Trial]:
-    """The completed trials than which no other is as good in all objectives and better in one."""
-    completed = [trial for trial in trials if trial.status == "completed"]
-    signs = {name: -1 if direction == "max" else 1 for name, direction in objectives.items()}
-    costs = [[sign * trial.metrics[name] for name, sign in signs.items()] for trial in completed]
-
-    def dominates(one: list[float], other: list[float]) -> bool:
-        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
-
-    return [
-        trial
-        for trial, cost in zip(completed, costs, strict=True)
-        if not any(dominates(other, cost) for other in costs)
-    ]
-
-
-def listed(values: Mapping[str, Any]) -> str:
-    """Hyperparameters in one line."""
-    return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
-
-
-def shown(value: Any) -> str:
-    """A value of a table, short."""
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+from keras_optkit.tuning.trials import Trial, by_score, pareto, ranked, shown
 
 
 def cells_of(result: Result) -> tuple[list[str], list[list[str]]]:
     """The header and the lines of the table: best first, then what was pruned, then what failed."""
-    own = ["trial", *result.objectives, "best epoch", "epochs trained", "seconds"]
+    spread = ["spread"] if len(result.objectives) == 1 and any(len(t.scores) > 1 for t in result.trials) else []
+    own = ["trial", *result.objectives, *spread, "best epoch", "epochs trained", "seconds"]
     names = [f"values.{name}" if name in own else name for name in result.space]
     order = ranked(result.trials, result.direction)
     order += [trial for trial in by_score(result.trials, result.direction) if trial not in order]
@@ -115,6 +36,7 @@ def cells_of(result: Result) -> tuple[list[str], list[list[str]]]:
             scores[0] = trial.status
         elif trial.status == "pruned":
             scores[0] += " (pruned)"
+        scores += [shown(trial.spread) for _ in spread]
         values = [shown(trial.values.get(name)) for name in result.space]
         ends = [shown(trial.best_epoch), str(trial.epochs), f"{trial.seconds:.1f}"]
         lines.append([str(trial.number), *scores, *values, *ends])
@@ -178,6 +100,7 @@ class Result:
         *,
         objectives: Mapping[str, str] | None = None,
         load: Callable[[], keras.Model] | None = None,
+        again: Again | None = None,
         temporary: bool = False,
     ) -> None:
         self.trials = list(trials)
@@ -190,6 +113,7 @@ class Result:
         self.model_path = model_path
         self.temporary = temporary
         self._load = load
+        self._again = again
         if temporary:
             weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
 
@@ -238,6 +162,69 @@ class Result:
         """
         return keras.saving.load_model(self.model_path) if self._load is None else self._load()
 
+    def _trainer(self) -> Again:
+        if self._again is None:
+            raise RuntimeError("Nothing can be trained again, since this result was not returned by a search.")
+        return self._again
+
+    def rerun(self, number: int) -> Trial:
+        """Trains a trial again, alone and in this process, and returns what came out.
+
+        Points, data, folds, seeds and epochs are those of the search, so that the score is the same on the same machine
+        as far as training is reproducible there. A trial that was pruned ends after the same epochs. One that has
+        failed raises its error, with the whole traceback. `seconds` is 0. It sets the global seeds.
+
+        Args:
+            number: Of the trial.
+
+        Raises:
+            TypeError: If `number` is no integer.
+            ValueError: If there is no trial of this number, or if it continues another one, as with KerasTuner's
+                Hyperband.
+            RuntimeError: If this result was not returned by a search.
+            Exception: What the trial has failed with.
+        """
+        arguments.integer("number", number)
+        known = {trial.number: trial for trial in self.trials}
+        if number not in known:
+            raise ValueError(f"number must be that of a trial, 0 to {max(known)}, got {number}.")
+        return self._trainer().rerun(known[number])
+
+    def retrain_best(
+        self,
+        data: Any = None,
+        *,
+        validation: Any = None,
+        epochs: int | None = None,
+        callbacks: Any = None,
+        seed: int | None = None,
+        verbose: int = 0,
+    ) -> keras.Model:
+        """Trains a new model with the best hyperparameters, by default on all of the search's data.
+
+        These include what the search split off for validation, by a fraction or in folds, but not validation data that
+        it was given. `best_model` was trained on less. There is no choice of an epoch: the model is that of the last.
+
+        Args:
+            data: Arrays (x, y), or a dataset. None: those of the search, with their `sample_weight`.
+            validation: Arrays or a dataset to report metrics of; nothing depends on it but callbacks.
+            epochs: None: the mean of the best epochs of the best trial's executions, rounded.
+            callbacks: A list, or a function as in `search`. None: those of the search; one that monitors a metric of
+                validation needs `validation`. `[]`: none.
+            seed: Set by `keras.utils.set_random_seed`. None: follows from the seed of the search.
+            verbose: As in `fit`.
+
+        Returns:
+            The model, compiled.
+
+        Raises:
+            TypeError: If an argument has a wrong type.
+            ValueError: If an argument has a wrong value.
+            RuntimeError: If the last loss is not finite, or if this result was not returned by a search.
+        """
+        given = {"validation": validation, "epochs": epochs, "callbacks": callbacks, "seed": seed, "verbose": verbose}
+        return self._trainer().retrain(self.best_trial, data, **given)
+
     def rows(self) -> list[dict[str, Any]]:
         """The trials as plain dicts in the order in which they were started, without the `history` of their epochs."""
         return [{key: value for key, value in asdict(trial).items() if key != "history"} for trial in self.trials]
@@ -245,10 +232,10 @@ class Result:
     def to_pandas(self) -> Any:
         """The trials as a `pandas.DataFrame`, in the order in which they were started.
 
-        The columns are `number`, `status`, `score`, `values.<name>` for each hyperparameter, `metrics.<name>` for each
-        metric of the best epoch, `epochs`, `best_epoch`, `seconds` and `message`. What is missing, since a
-        hyperparameter is inactive or a trial has failed, is a missing value; whole numbers and booleans beside it keep
-        their types (`Int64`, `boolean`).
+        The columns are `number`, `status`, `score`, `spread` if a trial has several runs, `values.<name>` for each
+        hyperparameter, `metrics.<name>` for each metric of the best epoch, `epochs`, `best_epoch`, `seconds` and
+        `message`. What is missing, since a hyperparameter is inactive or a trial has failed, is a missing value; whole
+        numbers and booleans beside it keep their types (`Int64`, `boolean`).
 
         Raises:
             ImportError: Without pandas.

@@ -19,7 +19,16 @@ from keras_optkit.space import Float, Int, Points, Space
 from keras_optkit.tuning import samplers
 from keras_optkit.tuning.best_epoch import names_of
 from keras_optkit.tuning.callbacks import Callbacks
-from keras_optkit.tuning.data import check_ends, checked_data, checked_fit_arguments, comparable, fit_data, is_dataset
+from keras_optkit.tuning.data import (
+    check_ends,
+    checked_data,
+    checked_fit_arguments,
+    comparable,
+    fit_data,
+    is_dataset,
+    samples,
+)
+from keras_optkit.tuning.folds import check_data, checked_cv, described, random_folds
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
 from keras_optkit.tuning.optuna_oracle import OptunaOracle
 from keras_optkit.tuning.oracle import GridOracle, RandomOracle, SpaceOracle
@@ -98,6 +107,8 @@ def search(
     epochs: int | None = None,
     batch_size: int | None = None,
     fit_arguments: Mapping[str, Any] | None = None,
+    cv: Any = None,
+    groups: Any = None,
     executions_per_trial: int = 1,
     max_model_size: int | None = None,
     callbacks: Callbacks | None = None,
@@ -144,7 +155,13 @@ def search(
         batch_size: Batch size of every trial; Keras's 32 when left out.
         fit_arguments: Other arguments of `fit` by name: `{"class_weight": {0: 1.0, 1: 5.0}, "steps_per_epoch": 100}`.
             `sample_weight` is split with the data. Data without an end need `steps_per_epoch` and `validation_steps`.
-        executions_per_trial: Runs per trial with different seeds, scored by their mean.
+        cv: Cross-validation: every trial is trained once for each fold, with a new model, and scored by the mean. A
+            number of random folds; a splitter of scikit-learn, e.g. `GroupKFold(5)` or `TimeSeriesSplit(5)`, which must
+            give the same folds each time; or a list of pairs of indices. `data` must be arrays (x, y), and `validation`
+            None. None: no folds. See [Cross-validation](../guide/tuning.md#cross-validation).
+        groups: The group of each sample, for splitters that look at it.
+        executions_per_trial: Runs per trial with different seeds, of each fold where there is `cv`, scored by their
+            mean; see `Trial.scores` and `Trial.spread`.
         max_model_size: The most elements that the weights of a model may have; a trial with more has failed. None: no
             limit.
         callbacks: A function that returns the list of callbacks of one run, new ones each time. It may take the
@@ -169,9 +186,9 @@ def search(
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
             changes the global seeds). When left out it is drawn with Python's `random`; see `Result.seed`.
         directory: Where state and the best model are kept. If a search is there it is continued: finished trials are
-            kept, the interrupted one is run again. The data and the build function are not compared. Two searches
-            cannot run in one directory at a time. When left out, a temporary directory that lives as long as the
-            result.
+            kept, the interrupted one is run again but for its finished folds and runs. The data and the build function
+            are not compared. Two searches cannot run in one directory at a time. When left out, a temporary directory
+            that lives as long as the result.
         log_dir: Where TensorBoard logs go: for each trial a run `trial_<number>` with its hyperparameters and best
             objective for the HParams table, and the curves of every epoch. None: no logs.
         overwrite: Whether to delete a search in `directory` and the logs of its trials in `log_dir`.
@@ -231,7 +248,13 @@ def search(
             _check_fit_argument(name, space[name], sizes[name])
     sizes["epochs"] = 10 if epochs is None else epochs
     validated = next((name for name in names if name.startswith("val_")), names[0])
+    if cv is None and groups is not None:
+        raise ValueError(f"groups must be None where cv is None, got {type(groups).__name__}.")
+    if cv is not None:
+        check_data(data, validation)
+    arguments.integer("executions_per_trial", executions_per_trial, 1)
     data, validation = checked_data(data, validation, validated)
+    cv = None if cv is None else checked_cv(cv, groups, data)
     if is_dataset(data) and (batch_size is not None or "batch_size" in space):
         raise ValueError("batch_size must be left out, also of the space, where data is a dataset, which has its own.")
     others = checked_fit_arguments(fit_arguments, data, None if "epochs" in space else sizes["epochs"])
@@ -252,7 +275,8 @@ def search(
         "points": points,
         "objective": names if len(names) > 1 else names[0],
         "direction": [goal.direction for goal in goals] if len(goals) > 1 else goals[0].direction,
-        "validation": validation if isinstance(validation, float) else None,
+        "validation": validation if isinstance(validation, float) and cv is None else None,
+        "cv": described(cv),
         "executions_per_trial": executions_per_trial,
         "fit_arguments": comparable({**others, "sample_weight": None}) if others else None,
         **sizes,
@@ -266,7 +290,7 @@ def search(
             oracle,
             hypermodel,
             directory=path if directory is None else directory,
-            executions_per_trial=executions_per_trial,
+            executions_per_trial=executions_per_trial * (1 if cv is None else cv if isinstance(cv, int) else len(cv)),
             callbacks=callbacks,
             log_dir=log_dir,
             overwrite=overwrite,
@@ -284,7 +308,11 @@ def search(
             trial_memory_limit=trial_memory_limit,
         )
         tuner.is_temporary = directory is None
-        fit = fit_data(data, validation, oracle.seed, others.pop("sample_weight", None))
+        weights = others.pop("sample_weight", None)
+        tuner.whole = fit_data(data, None, oracle.seed, weights)
+        fit = tuner.whole if cv is not None else fit_data(data, validation, oracle.seed, weights)
+        if cv is not None:
+            tuner.folds = random_folds(cv, samples("data", data), oracle.seed) if isinstance(cv, int) else cv
         given = {name: size for name, size in sizes.items() if name not in space and size is not None}
         tuner.search(**fit | others, **given)
         result = tuner.result(temporary=directory is None)

@@ -19,9 +19,10 @@ from keras_tuner.errors import FailedTrialError, FatalError, FatalValueError
 
 from keras_optkit.private import clear_session
 from keras_optkit.space import Values
-from keras_optkit.tuning import logs
+from keras_optkit.tuning import books, logs
 from keras_optkit.tuning.best_epoch import BestEpoch, forget_frames, names_of, take, worst_of
 from keras_optkit.tuning.callbacks import Copies, Factory
+from keras_optkit.tuning.folds import Folds
 from keras_optkit.tuning.hypermodel import HyperModel
 from keras_optkit.tuning.models import KeptModel
 from keras_optkit.tuning.oracle import TRAINING, stream
@@ -134,6 +135,7 @@ class Training:
         pauses: Whether trials are paused at rungs.
         is_watched: Whether the search is told of each epoch.
         asks: Whether it is asked, too, whether to end the run.
+        folds: With which rows each execution trains and validates; None: with those of `fit`.
         used: The callbacks of all runs so far.
     """
 
@@ -150,6 +152,7 @@ class Training:
     pauses: bool
     is_watched: bool
     asks: bool
+    folds: Folds | None = None
     used: weakref.WeakSet[keras.callbacks.Callback] = field(default_factory=weakref.WeakSet)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,6 +170,7 @@ class Training:
         record = job.record
         record["status"], record["epochs"] = TrialStatus.COMPLETED, 0
         found: list[dict[str, float]] = []
+        best_epochs: list[int | None] = []
         runs: list[list[tuple[int, dict[str, float]]]] = []
         reasons: list[str] = []
         try:
@@ -174,13 +178,14 @@ class Training:
                 best = self._best_of_others(record, execution, found)
                 watch = BestEpoch(self.objective, lambda model: self._keep(job, model), best, self.max_model_size)
                 try:
-                    reasons.append(self._train(job, execution, watch, line))
+                    reasons.append(self._run(job, execution, watch, line))
                 finally:
                     record["epochs"] += watch.epochs
                     runs.append(watch.history)
                 if watch.score is not None and (best is None or self.objective.better_than(watch.score, best)):
                     record["best_epoch"] = watch.best_epoch
                 found.append(watch.metrics)
+                best_epochs.append(watch.best_epoch)
                 if reasons[-1] not in ("", RUNG):
                     break
         except FatalError:
@@ -190,6 +195,9 @@ class Training:
         common = set.intersection(*map(set, found))
         means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0] if name in common}
         record["metrics"], record["score"] = means, means.get(self.objective.name)
+        name = self.objective.name
+        record["scores"] = [metrics[name] for metrics in found if name in metrics]
+        record["best_epochs"] = [epoch for epoch in best_epochs if epoch is not None]
         metrics = worst_of(self.objective)
         if any(reasons):
             self._stopped(record, [reason for reason in reasons if reason][-1])
@@ -232,6 +240,35 @@ class Training:
         if why_not := KeptModel(trial_directory(self.directory, job.trial_id)).save(model):
             job.record["why_not_keras"] = why_not
 
+    def _run(self, job: Job, execution: int, watch: BestEpoch, line: Line) -> str:
+        """One execution, unless it had ended before the trial was interrupted; returns as `_train`."""
+        trial, rung = trial_directory(self.directory, job.trial_id), len(job.record.get("rungs", []))
+        done = books.read_done(trial, execution) if execution + 1 < self.executions else None
+        if done is not None and done["rung"] == rung:
+            return self._as_noted(job, execution, watch, line, done)
+        reason = self._train(job, execution, watch, line)
+        if execution + 1 < self.executions and reason in ("", RUNG):
+            saved = job.record["runs"][execution] if self.pauses else {}
+            state = {"rung": rung, "reason": reason, "watch": watch.get_state(), "saved": saved}
+            books.write_done(trial, execution, state)
+        return reason
+
+    def _as_noted(self, job: Job, execution: int, watch: BestEpoch, line: Line, done: dict[str, Any]) -> str:
+        """Takes over an execution, and tells the search what it was told then."""
+        known = 0
+        if self.pauses:
+            saved = job.record["runs"][execution]
+            known = len(saved["watch"]["history"]) if "watch" in saved else 0
+            saved.update(done["saved"])
+        watch.set_state(done["watch"])
+        if len(watch.history) == known:  # its run was over at an earlier rung
+            return str(done["reason"])
+        line.begin(execution)
+        for number, (epoch, metrics) in enumerate(watch.history[known:], known + 1):
+            line.tell(execution, number, epoch, metrics)
+            line.ask(execution, epoch, metrics)  # the answer was to continue; Optuna's pruners remember the question
+        return str(done["reason"])
+
     def _train(self, job: Job, execution: int, watch: BestEpoch, line: Line) -> str:
         """Trains a model; returns why the run was stopped, or "" if it ended by itself."""
         saved: dict[str, Any] = {}
@@ -246,6 +283,8 @@ class Training:
         seed = stream(self.seed, TRAINING, job.number, execution).generate_state(2)
         keras.utils.set_random_seed(int(seed[0]))
         fit, hp = dict(self.fit), job.hyperparameters
+        if self.folds is not None:
+            fit = self.folds.of(execution, fit)
         values, rounds = self.hypermodel.point(hp), hp.values
         with self._session(job.trial_id, execution, values, continued="bundle" in saved) as (directory, session):
             model = self.hypermodel.build(hp)

@@ -26,12 +26,13 @@ from keras_optkit.tuning.books import AtomicBooks, OtherSearchError, damaged, pa
 from keras_optkit.tuning.callbacks import Callbacks, Factory, of_search
 from keras_optkit.tuning.data import check_ends, is_dataset
 from keras_optkit.tuning.economy import Economy
+from keras_optkit.tuning.folds import Folds
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
 from keras_optkit.tuning.outcome import Outcome
 from keras_optkit.tuning.parallel import Course
-from keras_optkit.tuning.result import Trial, listed, ranked, shown
 from keras_optkit.tuning.staff import Staff
 from keras_optkit.tuning.training import PARENT, Ended, Job, Line, Training
+from keras_optkit.tuning.trials import Trial, listed, ranked, shown
 
 _PRINTING = threading.Lock()  # sys.stdout is one for all threads
 
@@ -148,6 +149,9 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         self._started: dict[str, float] = {}
         self._arrived: dict[str, Ended] = {}
         self.first_error: Exception | None = None
+        self.folds: Folds | None = None  # of `search`
+        self.whole: dict[str, Any] = {}  # its data, as arguments of fit
+        self.trained: Training | None = None
         self.is_temporary = False  # whether the directory is deleted if the search is interrupted
         self._used: weakref.WeakSet[keras.callbacks.Callback] = weakref.WeakSet()
         oracle.verbose = 0
@@ -250,6 +254,7 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             self.save()
             if self.records and self.verbose:
                 print(f"Continuing the search in {self.project_dir}: {len(self.oracle.end_order)} trials are finished.")
+            self.trained = None if args else self.training(args, kwargs)
             try:
                 self._search(args, kwargs)
             except KeyboardInterrupt as interrupt:
@@ -323,6 +328,7 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             super().on_trial_end(trial)
         if trial.status != TrialStatus.RUNNING and self.economy.rungs is not None:
             self.economy.forget(self, trial.trial_id)
+        books.forget_done(Path(self.get_trial_dir(trial.trial_id)))
         self.economy.settle(self)
         trials = self._trials(history=False)
         order = ranked(trials, self.oracle.objective.direction)
@@ -410,6 +416,7 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             pauses=self.economy.rungs is not None,
             is_watched=self.economy.is_active or self.staff.is_active,
             asks=self.economy.is_active,
+            folds=self.folds,
             used=self._used,
         )
 
