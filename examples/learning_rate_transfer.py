@@ -4,8 +4,11 @@ An MLP with three hidden layers is trained on scikit-learn's handwritten digits 
 from the same initial weights. Prints the training loss of the last epoch and the best rates; `--figure` draws them.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
+from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -16,13 +19,13 @@ from sklearn.datasets import load_digits
 import keras_optkit as ok
 
 
-def network(width):
+def network(width: int) -> keras.Model:
     """The MLP, with initial weights of variance 2 / fan_in."""
     hidden = [keras.layers.Dense(width, "relu", kernel_initializer="he_normal") for _ in range(3)]
     return keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10, kernel_initializer="he_normal")])
 
 
-def losses(width, base, rates, epochs, seed, *, scaled):
+def losses(width: int, base: int, rates: list[float], epochs: int, seed: int, *, scaled: bool) -> list[float]:
     """The training loss of the last epoch for each rate."""
     images, digits = load_digits(return_X_y=True)
     images = ((images - images.mean()) / images.std()).astype("float32")
@@ -49,7 +52,7 @@ def losses(width, base, rates, epochs, seed, *, scaled):
     return found
 
 
-def draw(found, rates, path):
+def draw(found: dict[str, dict[int, np.ndarray]], rates: list[float], path: str) -> None:
     """Draws the losses by rate, a line for each width, without muP at the left."""
     from matplotlib.figure import Figure
 
@@ -66,7 +69,7 @@ def draw(found, rates, path):
     figure.savefig(path, dpi=110)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the losses and the best rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024])
@@ -78,7 +81,8 @@ def main(arguments=None):
     parser.add_argument("--figure", help="where to write the figure")
     given = parser.parse_args(arguments)
     powers = list(range(given.powers[0], given.powers[1] + 1))
-    rates, found = [2.0**power for power in powers], {}
+    rates = [2.0**power for power in powers]
+    found: dict[str, dict[int, np.ndarray]] = {}
     for title, scaled in (("without muP", False), ("with muP", True)):
         found[title] = {}
         print(f"{title}\n{'width':>6} " + " ".join(f"{f'2^{power}':>7}" for power in powers) + "   best", flush=True)
