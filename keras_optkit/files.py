@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -170,6 +171,15 @@ def sealed(held: Mapping[str, Any], indent: int | None = None) -> bytes:
     believed = json.dumps(held)
     digest = hashlib.sha256(believed.encode("utf-8")).hexdigest()
     return json.dumps({**held, "sealed": believed, "sha256": digest}, indent=indent).encode("utf-8")
+
+
+def finite(value: Any) -> Any:
+    """A nest of values with strings for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def opened(content: bytes, indent: int | None = None) -> tuple[dict[str, Any], bool]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from keras_optkit.advice import Finding, LayerReport, ModelReport
+from keras_optkit.files import finite
 from keras_optkit.inspection import figures
 from keras_optkit.tables import table
 
@@ -30,7 +30,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Measurements, warnings and hints as JSON can hold them; numbers that are not finite are strings."""
-        return _plain(asdict(self))
+        return finite(asdict(self))
 
     def table(self) -> str:
         """The measurements of the layers as text."""
@@ -96,11 +96,3 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,6 @@ import csv
 import importlib
 import io
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_optkit import arguments
-from keras_optkit.files import atomic_write
+from keras_optkit.files import atomic_write, finite
 
 if TYPE_CHECKING:
     from keras_optkit.tuning.result import Result
@@ -122,15 +121,6 @@ def json_of(result: Result) -> str:
         "seed": result.seed,
         "best": result.best_trial.number,
         "space": result.space.get_config(),
-        "trials": [_finite(asdict(trial)) for trial in result.trials],
+        "trials": [finite(asdict(trial)) for trial in result.trials],
     }
     return json.dumps(held, indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """A value with strings for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

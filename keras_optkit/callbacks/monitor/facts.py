@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from keras_optkit.advice.reading import (
 )
 from keras_optkit.advice.scales import kernel_reports
 from keras_optkit.backend import key
-from keras_optkit.files import atomic_write
+from keras_optkit.files import atomic_write, finite
 from keras_optkit.optimizers.layer_paths import LayerTree, Node
 from keras_optkit.optimizers.of_model import optimizers_of
 from keras_optkit.precision import at_least_float32
@@ -97,7 +96,7 @@ def write(report: ModelReport, directory: str) -> None:
     optimizer = () if report.update is None else report.update.optimizer
     content = {"layers": layers, "outputs": outputs, "optimizer": optimizer, "penalized": report.penalized}
     with atomic_write(Path(directory) / MODEL) as file:
-        file.write(json.dumps(_plain(content), allow_nan=False).encode())
+        file.write(json.dumps(finite(content), allow_nan=False).encode())
 
 
 _OF_LAYER = ("path", "kind", "activation", "trainable", "is_output", "feeds_norm")
@@ -135,11 +134,3 @@ def _kernel(values: dict[str, Any]) -> KernelReport:
 
 def _shapes(report: ModelReport) -> list[tuple[str, list[tuple[int, ...]]]]:
     return [(layer.path, [kernel.shape for kernel in layer.kernels]) for layer in report.layers]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
