@@ -92,6 +92,13 @@ SLOW = {"train/loss": lambda place: 2.3 * 0.99**place}
         ),
         ("update_size", "optimizer", FLAT | by_layer("update_ratio", lambda i: 0.9 if i < 5 else 1e-4), None),
         ("update_size", "optimizer", FLAT | by_layer("update_ratio", 1e-5), None),
+        # the first batches have larger losses than the last
+        (
+            "update_size",
+            "optimizer",
+            {"train/loss": lambda i: 2.3 if i < 5 else 2.0} | by_layer("update_ratio", 1e-6),
+            None,
+        ),
         ("stands_still", "a to b", SLOW | by_layer("update_ratio", 1e-7, "ab"), None),
         (
             "exploding_gradient",
@@ -293,9 +300,10 @@ def test_directories_without_a_log_and_logs_of_others_are_refused(tmp_path):
         ok.diagnose(tmp_path / "nowhere")
     with pytest.raises(TypeError, match=r"log_dir must be a path.*3 of type int"):
         ok.diagnose(3)
-    (tmp_path / "monitor.jsonl").write_text("hello\n")
-    with pytest.raises(ValueError, match="line 1 is not a line of TrainingMonitor"):
-        ok.diagnose(tmp_path)
+    for line in ("hello", '{"hello": 1}'):
+        (tmp_path / "monitor.jsonl").write_text(line + "\n")
+        with pytest.raises(ValueError, match="line 1 is not a line of TrainingMonitor"):
+            ok.diagnose(tmp_path)
     (tmp_path / "monitor.jsonl").write_text("")
     (tmp_path / "model.json").write_text("[]")
     with pytest.raises(ValueError, match=r"model\.json is not the file of a TrainingMonitor: TypeError"):

@@ -190,3 +190,22 @@ def test_other_keys_a_trained_model_and_other_tables_are_refused():
     model.train_on_batch(np.zeros((2, 8)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"model must not have been trained, got .* after 1 updates"):
         ok.mup(model, network(8))
+    with pytest.raises(ValueError, match=r"base must not have been trained, got .* after 1 updates"):
+        ok.mup(network(32), model)
+
+
+def test_layers_whose_size_does_not_follow_from_their_kernel_are_refused():
+    def normalized(width):
+        return keras.Sequential(
+            [keras.Input((8,)), layers.Dense(width), ok.layers.WeightNormalization(layers.Dense(3))]
+        )
+
+    def attending(width):
+        inputs = keras.Input((4, 8))
+        return keras.Model(inputs, layers.Attention()([layers.Dense(width)(inputs), layers.Dense(width)(inputs)]))
+
+    with pytest.raises(ValueError, match="model must have no WeightNormalization, got 'weight_normalization"):
+        ok.mup(normalized(16), normalized(8))
+    assert ok.mup(normalized(8), normalized(8)) == []
+    with pytest.raises(ValueError, match=r"model must have no Attention, got 'attention.*'. Use MultiHeadAttention"):
+        ok.mup(attending(16), attending(8))

@@ -196,6 +196,12 @@ def _of_large_updates(run: History) -> Iterator[Finding]:
         yield updates.too_large(first, run.rate, ", at first")
 
 
+def _has_never_moved(run: History, ratios: dict[str, float]) -> bool:
+    """Whether all layers have stood still from the first update, which is told from no loss: batches differ by more."""
+    ever = [*ratios.values(), *(run.start(RATIO + path) or 0.0 for path in ratios)]
+    return max(ever) < STILL and not _is_rising(run)
+
+
 def _of_small_updates(run: History) -> Iterator[Finding]:
     """Whether weights stand still although the rate has not been lowered: all of them, or those of some layers."""
     ratios, rate = _ratios(run), run.rate
@@ -209,7 +215,8 @@ def _of_small_updates(run: History) -> Iterator[Finding]:
     still = [path for path, ratio in ratios.items() if ratio < STILL]
     least = updates.SMALLEST_UPDATE if updates.is_adaptive(_names(run)) else updates.SMALLEST_PROPORTIONAL
     middle = median(ratios.values())
-    if (len(still) == len(ratios) or middle < least) and _has_moved(run) is False and not small:
+    slow = (len(still) == len(ratios) or middle < least) and _has_moved(run) is False
+    if (slow or _has_never_moved(run, ratios)) and not small:
         yield updates.too_small(middle, rate)
     if len(still) == len(ratios) and not small:
         return

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_optkit import arguments, backend
 from keras_optkit.kernels import KERNEL, TABLE, KernelAxes, role
+from keras_optkit.layers.reparametrization import SpectralNormalization, WeightNormalization
 from keras_optkit.optimizers.groups import Group
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import optimizers_of, update_counter
@@ -18,6 +19,14 @@ from keras_optkit.precision import at_least_float32
 
 INPUT, HIDDEN, OUTPUT, FIXED = "input", "hidden", "output", "fixed"
 
+#: Layers that divide by what muP would have to know, and what to take instead.
+_OTHERS = {
+    keras.layers.Attention: "MultiHeadAttention, and more heads",
+    keras.layers.AdditiveAttention: "MultiHeadAttention, and more heads",
+    WeightNormalization: "the layer itself: its size does not depend on the kernel's",
+    SpectralNormalization: "the layer itself: its size does not depend on the kernel's",
+    keras.layers.SpectralNormalization: "the layer itself: its size does not depend on the kernel's",
+}
 #: Layers of attention, and the argument that is the dimension of their keys.
 _KEYS = {keras.layers.MultiHeadAttention: "key_dim", keras.layers.GroupQueryAttention: "head_dim"}
 
@@ -85,9 +94,10 @@ def mup(
 
     Raises:
         TypeError: `model` or `base` is not a Keras model.
-        ValueError: One of them is not built, the architectures differ in more than the width, the dimension of keys
-            differs, a kernel is all 0 in one of them only, `model` has been trained, or another argument is out of
-            range.
+        ValueError: One of them is not built or has been trained, the architectures differ in more than the width, the
+            dimension of keys differs, a kernel is all 0 in one of them only, there is a layer whose size does not
+            follow from its kernel (`Attention`, `AdditiveAttention`, weight or spectral normalization), or another
+            argument is out of range.
 
     Source: Yang et al. 2022, Tensor Programs V, arXiv 2203.03466, table 3; weight decay as in its reference
     implementation.
@@ -117,9 +127,12 @@ def mup(
             raise ValueError(f"{name} must be built, got {each.name!r}, which is not. {fix}")
     arguments.choice("optimizer", optimizer, ("adam", "sgd"))
     decay = arguments.real("weight_decay", weight_decay, 0, optional=True)
-    _refuse_trained(model)
+    _refuse_trained("model", model)
+    _refuse_trained("base", base)
     _refuse_other_keys(model, base)
     pairs = _pairs(model, base)
+    if any(pair.kind != FIXED for pair in pairs):
+        _refuse_others(model)
     for pair in pairs:
         _scale(pair)
     by_rate: dict[float, list[str]] = {}
@@ -207,11 +220,19 @@ def _rms(variable: Any) -> float:
     return float(ops.convert_to_numpy(ops.sqrt(ops.mean(ops.square(wide)))))
 
 
-def _refuse_trained(model: Any) -> None:
+def _refuse_others(model: Any) -> None:
+    """Raises for layers whose outputs have another size than their kernels say."""
+    for node in LayerTree.of(model).nodes:
+        for kind, instead in _OTHERS.items():
+            if isinstance(node.layer, kind):
+                raise ValueError(f"model must have no {kind.__name__}, got {node.path!r}. Use {instead}.")
+
+
+def _refuse_trained(name: str, model: Any) -> None:
     counter = update_counter(model) if optimizers_of(model) else None
     count = 0 if counter is None else int(ops.convert_to_numpy(counter))
     if count:
-        raise ValueError(f"model must not have been trained, got {model.name!r} after {count} updates.")
+        raise ValueError(f"{name} must not have been trained, got {model.name!r} after {count} updates.")
 
 
 def _refuse_other_keys(model: Any, base: Any) -> None:

@@ -235,6 +235,8 @@ def records(path: Path) -> Iterator[Record]:
     for place, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            yield {name: value if name in ("step", "epoch", "time") else float(value) for name, value in record.items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            values = {name: float(value) for name, value in record.items() if name not in ("step", "epoch", "time")}
+            found = {**record, **values, "step": int(record["step"])}
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{path}, line {place} is not a line of TrainingMonitor: {line[:80]!r}.") from error
+        yield found

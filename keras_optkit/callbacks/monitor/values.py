@@ -115,6 +115,7 @@ def tag_of(tag: str, name: str, optimizers: Mapping[str, Any]) -> str:
 
 def _ratio(column: np.ndarray) -> float:
     """The norm of the change divided by that of the weights; 0 / 0 is 0, since nothing has changed."""
-    if column[CHANGE] == 0:
+    change, weight = float(column[CHANGE]), float(column[WEIGHT])  # which say nothing of infinities
+    if change == 0:
         return 0.0
-    return math.sqrt(column[CHANGE] / column[WEIGHT]) if column[WEIGHT] else math.inf
+    return math.sqrt(change / weight) if weight else math.inf
