@@ -132,7 +132,21 @@ def test_all_folds_with_one_seed_come_first():
         ({"cv": 2, "groups": GROUPS}, ValueError, "groups must be None where cv is a number, got ndarray"),
         ({"groups": GROUPS}, ValueError, "groups must be None where cv is None, got ndarray"),
         ({"cv": [([0], [1])] * 2, "groups": GROUPS}, ValueError, "groups must be None where cv is a list"),
-        ({"cv": GroupKFold(2), "groups": [1]}, ValueError, "groups must have one entry for each of the 12 .* got 1"),
+        (
+            {"cv": GroupKFold(2), "groups": [1]},
+            ValueError,
+            "groups must have one entry for each of the 12 .* got the shape",
+        ),
+        (
+            {"cv": GroupKFold(2), "groups": 5},
+            ValueError,
+            "groups must have one entry for each of the 12 samples, got 5",
+        ),
+        (
+            {"cv": GroupKFold(2)},
+            ValueError,
+            r"cv must be able to split data and groups, got GroupKFold\(.* says: .*groups",
+        ),
         ({"cv": ShuffleSplit(2)}, ValueError, "cv must give the same folds each time, got ShuffleSplit.* random_state"),
         ({"cv": [([0], [1])]}, ValueError, "cv must make at least 2 folds, got 1"),
         ({"cv": [([0, 1], [1])] * 2}, ValueError, "cv must validate with rows that are not trained with, got 1 .* 0"),

@@ -93,9 +93,13 @@ def _named(pairs: list[Pair], cv: Any) -> Folds:
 def _split(cv: Any, data: tuple[Any, Any], groups: Any, count: int) -> list[Pair]:
     """The folds of a splitter, which needs an array for each of x and y: of a nest of them it is given the rows."""
     x, y = (_only(part) for part in data)
-    if groups is not None and len(groups) != count:
-        raise ValueError(f"groups must have one entry for each of the {count} samples, got {len(groups)}.")
-    found = cv.split(np.zeros(count) if x is None else x, y, groups)
+    if groups is not None and (shape := np.shape(groups)) != (count,):
+        got = f"the shape {shape}" if shape else repr(groups)
+        raise ValueError(f"groups must have one entry for each of the {count} samples, got {got}.")
+    try:
+        found = list(cv.split(np.zeros(count) if x is None else x, y, groups))
+    except ValueError as error:
+        raise ValueError(f"cv must be able to split data and groups, got {cv!r}, which says: {error}") from error
     return [_pair(number, pair, count) for number, pair in enumerate(found)]
 
 
