@@ -43,35 +43,7 @@ def _without_tuning():
     if os.environ["TESTS_ARE_THOROUGH"] == "0":
         options.experimental_optimization.apply_default_optimizations = False
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-        _traced_once()
     tf.data.Dataset.__iter__ = lambda dataset: iterate(dataset.with_options(options))
-
-
-def _traced_once():
-    """Has `fit` make all variables before the step is traced: one that makes any is traced twice."""
-    import keras
-    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
-
-    make = TensorFlowTrainer.make_train_function
-
-    def make_train_function(self, force=False):
-        made = self.train_function
-        make(self, force)
-        function = self.train_function
-        if function is made or type(self).train_step is not keras.Model.train_step:
-            return
-
-        def built_first(iterator):
-            spec, metrics = getattr(iterator, "element_spec", None), self._compile_metrics
-            if self.built and isinstance(spec, tuple) and metrics is not None and not metrics.built:
-                self._symbolic_build(data_batch=spec)
-            elif self.built and not self.optimizer.built:
-                self.optimizer.build(self.trainable_variables)
-            return function(iterator)
-
-        self.train_function = built_first
-
-    TensorFlowTrainer.make_train_function = make_train_function
 
 
 def pytest_configure(config):
