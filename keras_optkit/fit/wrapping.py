@@ -13,13 +13,15 @@ import keras
 from keras_optkit.fit.needs import providing_needs
 from keras_optkit.fit.optimizers import refusing_stock_averages, shown_the_model, told_of_files, told_of_training
 from keras_optkit.fit.run import Run, telling_callbacks
+from keras_optkit.fit.tracing import tracing_once
 from keras_optkit.optimizers.state_tree import describing_optimizers, restoring_optimizers
 
 #: What is around each method, the outermost first: callbacks may change the model before optimizers see it.
 AROUND = {
     "compile": (shown_the_model,),
     "compile_from_config": (told_of_files,),
-    "make_train_function": (providing_needs,),
+    "make_train_function": (tracing_once, providing_needs),
+    "make_test_function": (tracing_once,),
     "fit": (telling_callbacks, refusing_stock_averages, shown_the_model, told_of_training),
     "train_on_batch": (shown_the_model, told_of_training),
     "evaluate": (telling_callbacks, refusing_stock_averages),
