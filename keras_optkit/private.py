@@ -118,6 +118,14 @@ def compile_arguments(model: Any) -> dict[str, Any]:
     return dict(model.get_compile_config() or {}) if held is None else dict(held)
 
 
+def compiled_metrics(model: Any) -> Any:
+    """The metrics that a model was compiled with, as one, which makes theirs when it sees labels and outputs first.
+
+    Fall-back: None, and the first step is traced twice, as Keras has it.
+    """
+    return getattr(model, "_compile_metrics", None)
+
+
 def forget_trace(function: Callable[..., Any]) -> None:
     """Makes `jax.jit(function)` trace again the next time that it is called.
 

@@ -12,6 +12,7 @@ from keras_optkit.private import (
     clear_session,
     compile_arguments,
     compiled_loss,
+    compiled_metrics,
     current_layer,
     directory_of,
     forget_trace,
@@ -194,6 +195,18 @@ def test_a_model_knows_the_functions_that_it_was_compiled_with():
     vars(model)["_compile_config"] = None  # as if there were no such name
     model.get_compile_config = lambda: {"loss": "loss"}
     assert compile_arguments(model) == {"loss": "loss"}
+
+
+def test_compiled_metrics_are_built_by_labels_and_outputs():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    metrics = compiled_metrics(model)
+    assert not metrics.built
+    metrics.build(keras.KerasTensor((None, 1)), keras.KerasTensor((None, 1)))
+    assert metrics.built
+    assert [metric.name for metric in metrics.metrics] == ["mae"]
+    vars(model)["_compile_metrics"] = None  # as if there were no such name
+    assert compiled_metrics(model) is None
 
 
 def test_the_schedule_of_an_optimizer_is_the_one_that_it_was_given():

@@ -12,6 +12,7 @@ from keras_optkit.private import op_determinism
 pytestmark = pytest.mark.only_on("tensorflow", because="elsewhere Keras builds everything before the first step")
 
 X, Y = regression(24, dtype="float32")
+Z = (Y > 0).astype("float32")
 
 
 class Counted:
@@ -39,29 +40,27 @@ class Subclassed(keras.Model):
 
 
 class OwnStep(Subclassed):
-    """With an optimizer, a metric and a variable that are made in its step."""
-
-    made = None
+    """With a step that updates a part of the weights."""
 
     def train_step(self, data):
         import tensorflow as tf
 
-        logs = super().train_step(data)
-        if self.made is None:  # not tracked: it is built by now
-            vars(self)["made"] = tf.Variable(0.0), keras.metrics.Mean(name="own")
-        self.made[0].assign_add(1.0)
-        self.made[1].update_state(self.made[0])
-        return {**logs, "own": self.made[1].result()}
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        head = self.head.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, head), head)
+        return {"loss": loss}
 
 
-class TracedTwice(Subclassed):
-    """As Keras has it."""
-
-    make_train_function = keras.Model.make_train_function.__wrapped__
+def sequential():
+    return keras.Sequential([keras.Input((3,)), layers.Dense(4, activation="relu"), layers.Dense(1)])
 
 
-def sequential(**arguments):
-    return keras.Sequential([keras.Input((3,)), layers.Dense(4, activation="relu"), layers.Dense(1)], **arguments)
+def called(kind=Subclassed):
+    model = kind()
+    model(X)
+    return model
 
 
 def compiled(make, optimizer="adam", **arguments):
@@ -73,10 +72,7 @@ def compiled(make, optimizer="adam", **arguments):
 
 def batches():
     while True:
-        yield X[:8], (Y[:8] > 0).astype("float32")
-
-
-Z = (Y > 0).astype("float32")
+        yield X[:8], Z[:8]
 
 
 @pytest.mark.parametrize(
@@ -89,26 +85,36 @@ Z = (Y > 0).astype("float32")
     ],
     ids=["fit", "generator", "train_on_batch", "evaluate"],
 )
-@pytest.mark.parametrize("make", [sequential, Subclassed, OwnStep])
-def test_the_first_step_is_traced_once(make, run):
+@pytest.mark.parametrize("make", [sequential, called])
+def test_the_step_of_a_built_model_is_traced_once(make, run):
     model, loss = compiled(make)
     run(model)
     assert loss.traced == 1
 
 
 @pytest.mark.parametrize("arguments", [{"steps_per_execution": 2}, {"jit_compile": True}], ids=str)
-def test_it_is_however_steps_are_compiled(arguments):
+def test_it_is_however_it_is_compiled(arguments):
     model, loss = compiled(sequential, ok.optimizers.Lion(1e-3), **arguments)
     model.fit(X, Z, batch_size=4, verbose=0)
     assert loss.traced == 1
 
 
-def test_losses_of_several_outputs_are_traced_once():
-    given, losses = keras.Input((3,)), [Counted(), Counted()]
-    model = keras.Model(given, {"a": layers.Dense(1, name="a")(given), "b": layers.Dense(1, name="b")(given)})
-    model.compile("sgd", dict(zip("ab", losses, strict=True)), metrics={"a": ["mae"], "b": ["mae"]})
-    history = model.fit(X, {"a": Y, "b": Z}, verbose=0).history
-    assert [loss.traced for loss in losses] == [1, 1]
+@pytest.mark.parametrize("outputs", [dict, lambda pairs: [output for _, output in pairs]], ids=["dict", "list"])
+def test_with_several_outputs_the_losses_alone_are_traced_more_often(outputs):
+    class Seen(layers.Layer):
+        traced = 0
+
+        def call(self, x):
+            Seen.traced += 1
+            return x
+
+    given = keras.Input((3,))
+    hidden = Seen()(given)
+    model = keras.Model(given, outputs([(name, layers.Dense(1, name=name)(hidden)) for name in "ab"]))
+    model.compile("sgd", outputs([(name, "mse") for name in "ab"]), metrics=outputs([(name, ["mae"]) for name in "ab"]))
+    Seen.traced = 0
+    history = model.fit(X, outputs([("a", Y), ("b", Z)]), verbose=0).history
+    assert Seen.traced == 1
     assert {"a_loss", "b_loss", "a_mae", "b_mae"} < set(history)
 
 
@@ -118,42 +124,39 @@ def test_a_step_that_is_measured_is_traced_once(tmp_path):
     assert loss.traced == 2  # and one that is not
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "ScheduleFreeAdamW"])
-def test_what_is_trained_is_what_keras_trains(optimizer):
+@pytest.mark.parametrize("stock", [True, False])
+def test_what_is_trained_is_what_keras_trains(stock):
     """Bit for bit: weights, states of layers, random draws, metrics and the optimizer's slots."""
+
+    class TracedTwice(Subclassed):
+        make_train_function = keras.Model.make_train_function.__wrapped__  # without ours around it
+
     results = []
-    for kind in (Subclassed, TracedTwice):
-        made = keras.optimizers.get(optimizer) if optimizer == "adam" else ok.optimizers.ScheduleFreeAdamW(0.01)
+    for kind, traced in [(Subclassed, 1), (TracedTwice, 2)]:
         with op_determinism():
-            model, loss = compiled(kind, made)
+            made = keras.optimizers.Adam(0.01) if stock else ok.optimizers.ScheduleFreeAdamW(0.01)
+            model, loss = compiled(lambda kind=kind: called(kind), made)
             history = model.fit(X, Z, batch_size=8, epochs=2, verbose=0).history
-        assert loss.traced == (1 if kind is Subclassed else 2)
-        results.append([model.get_weights(), history, [np.array(v) for v in model.optimizer.variables]])
-    (weights, history, slots), (weights_of_keras, history_of_keras, slots_of_keras) = results
+        assert loss.traced == traced
+        results.append([history, model.get_weights(), [np.array(v) for v in model.optimizer.variables]])
+    (history, *ours), (history_of_keras, *of_keras) = results
     assert history == history_of_keras
-    for a, b in zip([*weights, *slots], [*weights_of_keras, *slots_of_keras], strict=True):
+    for a, b in zip(keras.tree.flatten(ours), keras.tree.flatten(of_keras), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_variable_whose_first_value_is_computed_in_the_step_is_made_as_tensorflow_does():
-    import tensorflow as tf
-
-    class Starting(Subclassed):
-        first = None
-
-        def train_step(self, data):
-            logs = super().train_step(data)
-            if self.first is None:
-                vars(self)["first"] = tf.Variable(tf.reduce_mean(data[0]))
-            return logs
-
-    model, loss = compiled(Starting)
-    model.fit(X, Z, batch_size=24, verbose=0)
+def test_a_step_of_ones_own_and_a_model_that_is_not_built_are_left_to_keras():
+    model, loss = compiled(Subclassed)
+    model.fit(X, Z, verbose=0)
     assert loss.traced == 2
-    np.testing.assert_allclose(model.first.numpy(), X.mean(), rtol=1e-5)
+    model = called(OwnStep)
+    model.compile("adam", "mse")
+    model.fit(X, Z, verbose=0)
+    assert len(model.optimizer.variables) == 2 + 2 * 2  # and nothing for what it does not train
 
 
-def test_an_error_of_the_first_step_is_that_of_keras_and_the_next_works():
+def test_after_a_first_step_that_fails_the_next_fit_works():
+    """In Keras alone, variables cannot be made any more."""
     model, _ = compiled(sequential)
     with pytest.raises(Exception, match=r"Input 0 of layer .* is incompatible|expected axis|expected shape"):
         model.fit(X[:, :2], Z, verbose=0)

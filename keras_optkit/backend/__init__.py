@@ -41,6 +41,7 @@ from keras_optkit.backend.variables import (
     outside_graph,
     scope_of,
     tensor,
+    traced_once,
     untraced,
 )
 from keras_optkit.backend.which import TENSORFLOW
@@ -88,5 +89,6 @@ __all__ = [
     "sum_over_replicas",
     "tensor",
     "touched",
+    "traced_once",
     "untraced",
 ]

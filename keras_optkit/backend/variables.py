@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -111,6 +111,23 @@ def scope_of(variable: Any) -> contextlib.AbstractContextManager[Any]:
 def outside_graph() -> contextlib.AbstractContextManager[None]:
     """A scope in which variables can be made and read, also from inside a user's `tf.function`."""
     return tf.init_scope() if TENSORFLOW else contextlib.nullcontext()
+
+
+def traced_once() -> contextlib.AbstractContextManager[None]:
+    """A scope outside of the graph in which making a variable does not have the function around it traced again.
+
+    For variables whose existence makes no difference to a trace.
+    """
+    return _unlifted() if TENSORFLOW and not tf.distribute.has_strategy() else outside_graph()
+
+
+@contextlib.contextmanager
+def _unlifted() -> Iterator[None]:
+    def make(next_creator: Callable[..., Any], **settings: Any) -> Any:
+        return next_creator(**{**settings, "experimental_enable_variable_lifting": False})
+
+    with tf.init_scope(), tf.variable_creator_scope(make):
+        yield
 
 
 def is_here(tensor: Tensor) -> bool:

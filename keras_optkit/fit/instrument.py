@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_optkit.backend import outside_graph
+from keras_optkit.backend import traced_once
 
 Tensor = Any
 
@@ -147,7 +147,7 @@ class _Variables:
 
     def _make(self, name: str, shape: Sequence[int], aggregation: str) -> Any:
         value = np.zeros(shape, self._dtype)
-        with outside_graph(), self._model.distribute_strategy.scope():
+        with traced_once(), self._model.distribute_strategy.scope():
             variable = keras.Variable(value, dtype=self._dtype, trainable=False, aggregation=aggregation)
         self._held[name] = variable
         return variable

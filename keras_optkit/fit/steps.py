@@ -282,6 +282,7 @@ def _step(model: Any, compiled: _Compiled) -> Callable[..., Any]:
         return result
 
     train_step.provides = True  # type: ignore[attr-defined]  # if that is needed
+    train_step.drives = any(i.driven() for i in compiled.instruments)  # type: ignore[attr-defined]
     return train_step
 
 
