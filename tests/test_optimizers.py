@@ -12,8 +12,9 @@ from keras import ops
 import keras_optkit as ok
 from keras_optkit.optimizers.engine.packing import pack
 from keras_optkit.optimizers.groups import Treatment
-from keras_optkit.optimizers.rule import Weight
+from keras_optkit.optimizers.rule import Weight, slots_of
 from keras_optkit.testing import problems
+from keras_optkit.testing.checks.optimizers.common import made
 
 SHAPES = [(3, 4), (5,), (), (2, 3, 2, 4)]
 START = problems.start(SHAPES)
@@ -795,3 +796,33 @@ def test_slots_of_a_wrapper_and_of_the_rule_inside_are_apart(wrapper):
 def test_values_that_would_diverge_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_rules_reuse_is_their_state():
+    for card in ok.cards("optimizer"):
+        rules = [made(card, case).rule for case in card.cases]
+        slots = {name for rule in rules for name in slots_of(rule, Weight((2, 3), role="kernel"))}
+        assert rules[0].reuses <= slots | {"weights"}, card.name
+
+
+@pytest.mark.parametrize("name", ["Lion", "ScheduleFreeAdamW", "Prodigy", "Adan"])
+def test_what_is_handed_over_to_the_compiled_update_comes_back(name):
+    """With one weight that is alone and two that are joined, in a state of blocks of integers where it can be."""
+    rng = np.random.default_rng(0)
+    given = [[rng.normal(size=shape).astype("float32") for shape in [(300, 300), (3,), (2, 2)]] for _ in range(4)]
+
+    def trained(fuse):
+        weights = [keras.Variable(value) for value in given[0]]
+        how = {"slot_dtype": "int8"} if name == "Lion" else {}
+        optimizer = getattr(ok.optimizers, name)(0.01, weight_decay=0.1, fuse=fuse, **how)
+        assert optimizer.rule.reuses
+        optimizer.build(weights)
+        step = tf.function(lambda *grads: optimizer.apply(list(grads), weights), autograph=False)
+        for grads in given[1:]:
+            step(*map(tf.constant, grads))
+        return [np.array(v) for v in [*weights, *optimizer.variables]]
+
+    results = trained(fuse=True)
+    assert not np.array_equal(results[0], given[0][0])
+    for fused, plain in zip(results, trained(fuse=False), strict=True):
+        np.testing.assert_allclose(fused, plain, rtol=1e-5, atol=1 if fused.dtype == "int8" else 1e-6)

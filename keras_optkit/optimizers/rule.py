@@ -155,6 +155,9 @@ class Rule(Fields):
             axis. "" leaves it to `elementwise`.
         elementwise: `elementwise = True` is short for `layout = "elementwise"`, and otherwise "whole" is meant.
         uses_first: Whether `update` asks `h.first`.
+        reuses: The slots, and "weights", of which XLA needs the old value for more than the new one. It would copy it
+            before it is overwritten; so the compiled update is handed it and returns the new one. It only changes how
+            fast an update is, and `examples/benchmarks/copies.py` finds which they are.
         decomposes: Whether it has an eigenvalue or QR decomposition, which takes XLA on CPUs many times as long as
             TensorFlow: `fuse="auto"` does not compile it.
         handles_decay: Whether `update` itself subtracts the decoupled decay `η λ θ`, or a replacement for it.
@@ -168,6 +171,7 @@ class Rule(Fields):
     layout: ClassVar[str] = ""
     elementwise: ClassVar[bool] = False
     uses_first: ClassVar[bool] = False
+    reuses: ClassVar[frozenset[str]] = frozenset()
     decomposes: ClassVar[bool] = False
     handles_decay: ClassVar[bool] = False
     averages: ClassVar[bool] = False

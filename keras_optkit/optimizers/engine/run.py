@@ -15,7 +15,7 @@ from keras_optkit.optimizers.engine.gradients import Parts
 from keras_optkit.optimizers.engine.packing import Bucket
 from keras_optkit.optimizers.engine.plan import Plan, present
 from keras_optkit.optimizers.engine.state import PER_BUCKET, State
-from keras_optkit.optimizers.rule import Tensor, Value
+from keras_optkit.optimizers.rule import Slots, Tensor, Value
 from keras_optkit.precision import at_least_float32
 
 if TENSORFLOW:
@@ -172,8 +172,10 @@ def _update(plan: Plan, state: State, grads: list[Any], fuse: bool, awaited: Any
     """One update, `awaited` being the operation that counters wait for."""
     buckets, dynamic = plan.buckets, plan.dynamic()
     rows = {b: grad for b, grad in enumerate(grads) if isinstance(grad, Rows)}
-    # XLA compiles each part of a tensor by itself, so that parameters are joined and split outside of it
-    inside = {b for b, bucket in enumerate(buckets) if bucket.alone}
+    # XLA compiles each part of a tensor by itself, so that parameters are joined and split outside of it; and before it
+    # overwrites what something else needs the old value of, it copies that, so that this is read and assigned outside
+    reused = [plan.rule(bucket).reuses if fuse and b not in rows else frozenset() for b, bucket in enumerate(buckets)]
+    inside = {b for b, bucket in enumerate(buckets) if bucket.alone and "weights" not in reused[b]}
     if state.has("evaluating"):
         _if(_is_outdated(_scalars(state)), lambda: change(lambda s: _renewed(plan, s), buckets, state))
     scalars = _scalars(state)
@@ -192,12 +194,14 @@ def _update(plan: Plan, state: State, grads: list[Any], fuse: bool, awaited: Any
 
         prepared = update.prepare(plan, scalars, outer, dynamic, read, weights)
 
-    def compute(joined: list[Any], grads: list[Any], read: list[Tensor], prepared: Any) -> list[Any]:
-        before = _read(buckets, state, joined=joined, without=rows)
+    def compute(joined: list[Any], slots: list[Slots], grads: list[Any], read: list[Tensor], prepared: Any) -> Any:
+        before = _read(buckets, state, joined=joined, slots=slots, without=rows)
         given = _grads(plan, before, _together(plan, grads))
         ready = prepared if rows else update.prepare(plan, before, given, dynamic, read)
         new = update.update(plan, before, given, dynamic, ready)
-        return _write(buckets, state, before, new, keep=inside if fuse else None, once=None if fuse else awaited)
+        if not fuse:
+            return _write(buckets, state, before, new, once=awaited)
+        return _write(buckets, state, before, new, keep=inside, reused=reused)
 
     if fuse:
         compute = tf.function(compute, jit_compile=True, autograph=False)
@@ -205,12 +209,18 @@ def _update(plan: Plan, state: State, grads: list[Any], fuse: bool, awaited: Any
         None if b in inside or b in rows else bucket.join([tensor(v) for v in state.weights[b]])
         for b, bucket in enumerate(buckets)
     ]
+    outside = [
+        {name: tree.map_structure(tensor, slots[name]) for name in slots if name in names}
+        for slots, names in zip(state.slots, reused, strict=False)
+    ]
     dense = [None if b in rows else grad for b, grad in enumerate(outer)]
     with _once_there(awaited if fuse else None):
-        kept = compute(joined, dense, read, prepared)
-    for b, new in enumerate(kept):
-        if new is not None:
-            _assign_all(state.weights[b], buckets[b].split(new))
+        kept = compute(joined, outside, dense, read, prepared)
+    for b, (weights, slots) in enumerate(kept):
+        if weights is not None:
+            _assign_all(state.weights[b], buckets[b].split(weights))
+        for name, new in slots.items():
+            _assign_all(tree.flatten(state.slots[b][name]), tree.flatten(new))
     for b, grad in rows.items():
         _write_rows(plan, state, b, grad, dynamic, prepared)
 
@@ -262,10 +272,14 @@ def _read(
     state: State,
     *,
     joined: Sequence[Tensor | None] | None = None,
+    slots: Sequence[Slots] | None = None,
     without: Collection[int] = (),
     only: Collection[str] | None = None,
 ) -> State:
-    """The state as tensors; None for the weights and slots of the buckets in `without`."""
+    """The state as tensors; None for the weights and slots of the buckets in `without`.
+
+    Weights in `joined` and slots in `slots` have been read.
+    """
     view: dict[str, Any] = {}
     for name, part in state._asdict().items():
         if only is not None and name not in only:
@@ -281,7 +295,13 @@ def _read(
             ]
         elif name == "slots":
             view[name] = [
-                tree.map_structure((lambda _: None) if b in without else tensor, slots) for b, slots in enumerate(part)
+                {
+                    slot: tree.map_structure((lambda _: None) if b in without else tensor, held)
+                    if slots is None or slot not in slots[b]
+                    else slots[b][slot]
+                    for slot, held in of_bucket.items()
+                }
+                for b, of_bucket in enumerate(part)
             ]
         else:
             view[name] = tree.map_structure(tensor, part)
@@ -295,9 +315,10 @@ def _write(
     after: State,
     *,
     keep: Collection[int] | None = None,
+    reused: Sequence[Collection[str]] | None = None,
     once: Any = None,
-) -> list[Any]:
-    """Assigns what has changed.
+) -> list[tuple[Tensor | None, Slots]]:
+    """Assigns what has changed, and returns for each bucket what was left out: its weights or None, and slots.
 
     Args:
         buckets: The buckets.
@@ -305,16 +326,24 @@ def _write(
         before: Their values.
         after: Their new values.
         keep: If given, the weights of the buckets not in it are returned and not assigned.
+        reused: If given, for each bucket which of its slots are returned and not assigned.
         once: On TensorFlow the operation that what does not depend on gradients, such as a counter, waits for.
     """
-    kept: list[Any] = [None] * len(buckets)
+    weights: list[Tensor | None] = [None] * len(buckets)
     for b, (bucket, old, new) in enumerate(zip(buckets, before.weights, after.weights, strict=False)):
         if new is old:
             continue
         if keep is not None and b not in keep:
-            kept[b] = new
+            weights[b] = new
         else:
             _assign_all(state.weights[b], bucket.split(new))
+    slots: list[Slots] = [{} for _ in buckets]
+    for b, names in enumerate(reused or ()):
+        slots[b] = {name: new for name, new in after.slots[b].items() if name in names} if names else {}
+    if any(slots):
+        kept = zip(after.slots, before.slots, slots, strict=True)
+        others = [{**new, **{name: old[name] for name in left}} for new, old, left in kept]
+        after = after._replace(slots=others)
     for name in State._fields:
         old, new = getattr(before, name), getattr(after, name)
         if name == "weights" or old is new:
@@ -323,7 +352,7 @@ def _write(
             if a is not b:
                 with _once_there(once):
                     variable.assign(b)
-    return kept
+    return list(zip(weights, slots, strict=True))
 
 
 def _assign_all(variables: Sequence[Any], values: Sequence[Tensor]) -> None:

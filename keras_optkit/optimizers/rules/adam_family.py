@@ -235,6 +235,7 @@ class AdaBeliefRule(Rule):
     """`θ ← θ - η m̂ / (√ŝ + ε)`, with s the running mean of `(g - m)²`."""
 
     elementwise = True
+    reuses = frozenset({"s"})
     beta_1: Value = number(0.9, 0, 1, closed="left")
     beta_2: Value = number(0.999, 0, 1, closed="left")
     epsilon: Value = number(1e-16)
@@ -311,6 +312,7 @@ class AdanRule(Rule):
     """`θ ← (θ - η (m̂ + β₂ v̂) / (√n̂ + ε)) / (1 + η λ)`, with v the running mean of differences of gradients."""
 
     elementwise = True
+    reuses = frozenset({"gradient"})
     uses_first = True
     handles_decay = True
     beta_1: Value = number(0.98, 0, 1, closed="left")

@@ -21,6 +21,7 @@ class COCOBRule(Rule):
     """`w = θ₀ + S (L + R) / (L max(G + L, α L)); θ ← θ - η (θ - w)`."""
 
     layout = "elementwise"
+    reuses = frozenset({"R", "weights"})
     handles_decay = True
     alpha: Value = number(100.0, 0, closed="neither")
     epsilon: float = number(1e-8, 0, closed="neither", fixed=True)

@@ -176,6 +176,7 @@ class FtrlRule(Rule):
     """`z ← z + g - (n'ᵖ - nᵖ) / η θ; θ ← (clip(z, ±λ₁) - z) / ((n'ᵖ + β) / η + 2 λ₂)`, with n' = n + g²."""
 
     elementwise = True
+    reuses = frozenset({"n", "weights", "z"})
     handles_decay = True
     learning_rate_power: Value = number(-0.5, float("-inf"), 0)
     initial_accumulator_value: float = number(0.0, fixed=True)
@@ -302,6 +303,7 @@ class RpropRule(Rule):
     """`θ ← θ - η f sign(g)`, with f multiplied by η⁺ while signs repeat and by η⁻ when one changes."""
 
     elementwise = True
+    reuses = frozenset({"factor", "sign"})
     eta_minus: Value = number(0.5, 0, 1, closed="neither")
     eta_plus: Value = number(1.2, 1, closed="left")
     min_factor: Value = number(1e-4)

@@ -19,6 +19,7 @@ from keras_optkit.space import Choice, Float
 class EMANesterovRule(Keeping):
     """`x' = (inner step at y); m ← γ m + (1 - γ) (x' - x); y ← x' + β m`."""
 
+    reuses = frozenset({"base"})
     kept = "base"
     inner_rule: Rule = inner_rule()
     lookahead_step_size: Value = number(0.5)

@@ -21,6 +21,7 @@ class ProdigyRule(Rule):
     """`m ← β₁ m + (1 - β₁) d g; v ← β₂ v + (1 - β₂) d² g²; θ ← θ - η d m / (√v + d' ε)`, with d' the new d."""
 
     layout = "elementwise"
+    reuses = frozenset({"m", "s", "v"})
     handles_decay = True
     beta_1: Value = number(0.9, 0, 1, closed="left")
     beta_2: Value = number(0.999, 0, 1, closed="left")

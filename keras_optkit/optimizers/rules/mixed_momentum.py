@@ -147,6 +147,7 @@ class MARSRule(Rule):
     """`c = g + γ β₁ / (1 - β₁) (g - g')`, shortened to a norm of 1; then Adam with c for the gradient."""
 
     layout = "per_parameter"
+    reuses = frozenset({"gradient"})
     uses_first = True
     beta_1: Value = number(0.95, 0, 1, closed="left")
     beta_2: Value = number(0.99, 0, 1, closed="left")

@@ -27,6 +27,7 @@ class ScheduleFreeBaseRule(Wrapper):
     `y ← y - c (y - z) - (1 - β (1 - c)) s`, with y and z before the step.
     """
 
+    reuses = frozenset({"anchor", "weights"})
     averages = True
     handles_decay = True
     r: float = number(0.0, 0, fixed=True)

@@ -188,6 +188,7 @@ class ADOPTRule(Rule):
     """`m ← β₁ m + (1 - β₁) clip(g / max(√v, ε), (t - 1)^κ); θ ← θ - η m`, with the v of the gradients before g."""
 
     elementwise = True
+    reuses = frozenset({"v"})
     uses_first = True
     handles_decay = True
     beta_1: Value = number(0.9, 0, 1, closed="left")

@@ -21,6 +21,7 @@ class LionRule(Rule):
     """`θ ← θ - η sign(β₁ m + (1 - β₁) g)`."""
 
     elementwise = True
+    reuses = frozenset({"m"})
     beta_1: Value = number(0.9, 0, 1, closed="left")
     beta_2: Value = number(0.99, 0, 1, closed="left")
 
