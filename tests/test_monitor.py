@@ -35,8 +35,8 @@ from test_callbacks import (
 
 import keras_optkit as ok
 from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters, TrainingMonitor
-from keras_optkit.callbacks.monitor.files import EventFile
 from keras_optkit.callbacks.monitor.step import Probe
+from keras_optkit.callbacks.sinks import Opening, TensorBoard
 from keras_optkit.schedules import Linear
 from keras_optkit.testing.problems import two_replicas
 
@@ -1041,9 +1041,10 @@ def test_event_files_are_continued_from_their_last_step_whatever_their_names(tmp
         (new,) = set(event_files(tmp_path)).difference(names)
         new.rename(name)
     (tmp_path / "monitor.jsonl").unlink()  # which has the steps as well
-    files = EventFile(str(tmp_path))
-    files.close()
-    assert files.last == {True: 12, False: 12}
+    files = TensorBoard()
+    files.open(Opening(str(tmp_path)))
+    files.close(failed=False)
+    assert files.last_step(of_epoch=True) == files.last_step(of_epoch=False) == 12
     model.compile(STOCK.SGD(0.01), loss="mse")  # whose count begins at 0
     fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     assert steps_of(events(tmp_path), "train/loss") == list(range(1, 19))
