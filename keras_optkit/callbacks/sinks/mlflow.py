@@ -22,7 +22,7 @@ class MLflow(RunSink):
 
     Values are metrics with the number of updates as the step, hyperparameters are parameters, except those that the run
     has. Texts and figures are artifacts, `<tag>/<step>.md` and `<tag>/<step>.png`. MLflow has no histograms. In names,
-    a character that MLflow refuses, such as `$`, is written as its code point: `_x24_`. What MLflow stores of infinite
+    a character that MLflow refuses, such as `>`, is written as its code point: `_x3e_`. What MLflow stores of infinite
     values depends on its store; SQL has the largest finite number.
 
     When not to use it: with `mlflow.keras.autolog()` or `mlflow.tensorflow.autolog()`, unless the values of epochs may
