@@ -114,6 +114,55 @@ def test_loss_has_the_regularisation_and_sample_weights_of_its_batch(tmp_path):
     assert [v for _, v in events(tmp_path)["train/loss"]] == pytest.approx(expected, rel=1e-6)
 
 
+def penalized_model(optimizer):
+    """Three weights, of which one is frozen and one has no regularizer."""
+    regular = keras.regularizers
+    layers = [
+        keras.layers.Dense(2, use_bias=False, kernel_regularizer=regular.L2(0.3), trainable=False),
+        keras.layers.Dense(2, kernel_regularizer=regular.L1(0.1), bias_regularizer=regular.L2(0.2)),
+        keras.layers.Dense(1, use_bias=False),
+    ]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    model.compile(optimizer, loss="mse")
+    return model
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
+def test_the_penalty_is_that_of_the_trained_weights_before_the_update(room, scaled, tmp_path):
+    x, y = regression(8, dtype="float32")
+    optimizer = room.SGD(0.1)
+    model = penalized_model(STOCK.LossScaleOptimizer(optimizer) if scaled else optimizer)
+    model.layers[1].bias.assign([1.0, -2.0])
+    expected = []
+    for _ in range(3):
+        kernel, bias = model.layers[1].get_weights()
+        expected.append(0.1 * np.sum(np.abs(kernel)) + 0.2 * np.sum(bias**2))
+        data = np.mean((model.predict(x, verbose=0) - y) ** 2)
+        fit(model, x, y, TrainingMonitor(tmp_path, every=1), batch_size=8, epochs=1)
+        found = ok.callbacks.read_monitor(tmp_path)
+        assert found["train/loss"].values[-1] - found["train/penalty"].values[-1] == pytest.approx(data, rel=1e-4)
+    assert found["train/penalty"].values == pytest.approx(expected, rel=1e-5)
+
+
+@on_tensorflow
+def test_the_penalty_on_two_replicas_is_that_of_one(tmp_path):
+    x, y = regression(8, dtype="float32")
+    with two_replicas().scope():
+        model = penalized_model(ok.optimizers.SGD(0.1))
+    kernel, bias = model.layers[1].get_weights()
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), batch_size=8, epochs=1)
+    (penalty,) = ok.callbacks.read_monitor(tmp_path)["train/penalty"].values
+    assert penalty == pytest.approx(0.1 * np.sum(np.abs(kernel)) + 0.2 * np.sum(bias**2), rel=1e-5)
+
+
+def test_there_is_no_penalty_without_regularizers(tmp_path):
+    x, y = regression(8, dtype="float32")
+    fit(linear_model("sgd", dtype="float32"), x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    assert not any("penalty" in tag for tag in ok.callbacks.read_monitor(tmp_path))
+
+
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
 def test_mixed_precision_norm_is_unscaled_and_a_skipped_update_has_no_step(room, tmp_path):
     keras.config.set_dtype_policy("mixed_float16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 #: The groups of tags in the order of the charts: category, title of the chart, patterns of the tags in it.
 CHARTS = (
-    ("training", "loss", ("train/loss(/.*)?", "epoch/(val_)?loss")),
+    ("training", "loss", ("train/loss(/.*)?", "train/penalty(/.*)?", "epoch/(val_)?loss")),
     ("training", "learning rate", ("train/learning_rate(/.*)?",)),
     ("training", "estimated learning rate", ("train/estimate(/.*)?", "train/effective_rate(/.*)?")),
     ("training", "norm of gradient and weights", ("train/gradient_norm", "train/weight_norm")),

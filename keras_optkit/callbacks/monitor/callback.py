@@ -47,6 +47,7 @@ class TrainingMonitor(Callback):
     | `train/learning_rate` | the rate used in this update |
     | `train/estimate`, `train/effective_rate` | of a rule that finds its rate, the estimate and the rate times it |
     | `train/loss` | the loss of this batch alone, with regularisation, before the update |
+    | `train/penalty` | the part of it that regularizers of weights add, where there are any |
     | `train/gradient_norm` | `‖g‖`, over all trained weights, before clipping and without loss scaling |
     | `train/weight_norm` | `‖θ‖` before the update |
     | `train/update_ratio` | `‖θ′ - θ‖ / ‖θ‖`, θ′ being the weights after the update |
@@ -70,7 +71,7 @@ class TrainingMonitor(Callback):
     | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped |
 
     `<layer>` is the path of the layer in the model. With several optimizers, `train/learning_rate`, `train/loss`,
-    `train/loss_scale`, `train/clip_rate`, `train/estimate`, `train/effective_rate` and `hyperparameters/` have the name
+    `train/penalty`, `train/loss_scale`, `train/clip_rate`, `train/estimate`, `train/effective_rate` and `hyperparameters/` have the name
     of the attribute that holds the optimizer in them, as in `train/learning_rate/d_optimizer`; the rule of the n-th
     group has `group_n` in the tags of its estimate. Logs of an epoch that are not numbers are left out, with one
     warning. The loss is the batch's own, whereas Keras's logs hold the mean since the epoch began. The values are
