@@ -71,12 +71,13 @@ class TrainingMonitor(Callback):
     | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped |
 
     `<layer>` is the path of the layer in the model. With several optimizers, `train/learning_rate`, `train/loss`,
-    `train/penalty`, `train/loss_scale`, `train/clip_rate`, `train/estimate`, `train/effective_rate` and `hyperparameters/` have the name
-    of the attribute that holds the optimizer in them, as in `train/learning_rate/d_optimizer`; the rule of the n-th
-    group has `group_n` in the tags of its estimate. Logs of an epoch that are not numbers are left out, with one
-    warning. The loss is the batch's own, whereas Keras's logs hold the mean since the epoch began. The values are
-    computed inside the training step, with any optimizer, in graph mode, with XLA, in mixed precision and on replicas,
-    and are read only when they are written. Training itself is not changed.
+    `train/penalty`, `train/loss_scale`, `train/clip_rate`, `train/estimate`, `train/effective_rate` and
+    `hyperparameters/` have the name of the attribute that holds the optimizer in them, as in
+    `train/learning_rate/d_optimizer`; the rule of the n-th group has `group_n` in the tags of its estimate. Logs of an
+    epoch that are not numbers are left out, with one warning. The loss is the batch's own, whereas Keras's logs hold
+    the mean since the epoch began. The values are computed inside the training step, with any optimizer, in graph mode,
+    with XLA, in mixed precision and on replicas, and are read only when they are written. Training itself is not
+    changed.
 
     The training step is compiled twice: as it is, and with the computations, for the updates that are to be written. So
     all other updates cost nothing, and the first one that is written waits for the compiler. The model keeps both for

@@ -74,6 +74,6 @@ def regularizer_of(variable: Any) -> Any:
 
 
 def penalty(variables: Sequence[Any], values: Sequence[Tensor]) -> Tensor:
-    """What the regularizers of weights add to the loss at some values, as `Layer.losses` has it for the present ones."""
+    """What the regularizers of weights add to the loss if the weights have these values."""
     pairs = [(regularizer_of(variable), value) for variable, value in zip(variables, values, strict=True)]
     return sum(ops.cast(regularizer(value), "float32") for regularizer, value in pairs if regularizer is not None)
