@@ -279,6 +279,8 @@ def draw(name: str, found: Curves, path: str) -> None:
         for curve in curves:
             axes.plot(x, curve, color=line.get_color(), alpha=0.25, linewidth=0.8)
     axes.set(xscale=x_scale, yscale=y_scale, xlabel=below, ylabel=left)
+    if left.endswith("loss"):
+        axes.set_ylim(top=min(axes.get_ylim()[1], 10.0))  # of a run that diverges, the beginning is enough
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=90)
