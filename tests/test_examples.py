@@ -194,8 +194,7 @@ def test_learning_rate_transfer(example, tmp_path, capsys):
     assert narrow[1] != wide[1]
 
 
-@pytest.mark.once
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["batch-norm", "deep-relu", "dead-relus", "deep-linear", "overfitting", "large-batch"])
 def test_experiments(example, name, tmp_path, capsys, monkeypatch):
     """On little data, for an epoch."""
