@@ -102,7 +102,7 @@ def deep_relu(seeds: int) -> Curves:
 def dead_relus(seeds: int) -> Curves:
     """The share of dead units after training with rates that are too high, as `inspect` sees it."""
     x, y, x_test, y_test = digits()
-    rates = [0.03, 0.1, 0.3, 1.0]
+    rates = [0.03, 0.1, 0.2, 0.3]
     found: Curves = {}
     print(f"{'activation':10} {'rate':>5} {'units dead':>24} {'accuracy':>24}   warnings of dead_units")
     for activation in ("relu", "leaky_relu"):
@@ -117,7 +117,8 @@ def dead_relus(seeds: int) -> Curves:
             for seed in range(seeds):
                 runs.fit(seed, rate, x, y, batch_size=32, epochs=5)
                 report = ok.inspect(runs.model, x[:512], y[:512])
-                dead.append(float(np.mean([layer.dead or 0.0 for layer in report.model.layers[:3]])))
+                share = float(np.mean([layer.dead or 0.0 for layer in report.model.layers[:3]]))
+                dead.append(share if np.isfinite(report.model.loss_value or np.nan) else np.nan)
                 accuracy.append(runs.model.evaluate(x_test, y_test, verbose=0)[1])
                 warned += any(each.rule == "dead_units" for each in report.warnings)
             shares.append(dead)
@@ -258,7 +259,7 @@ def _each(values: Any, form: str = ".3g") -> str:
 #: the axes are logarithmic.
 EXPERIMENTS: dict[str, tuple[Callable[[int], Curves], Any, str, str, str, str]] = {
     "deep-relu": (deep_relu, None, "epoch", "training loss", "linear", "log"),
-    "dead-relus": (dead_relus, [0.03, 0.1, 0.3, 1.0], "learning rate", "share of dead units", "log", "linear"),
+    "dead-relus": (dead_relus, [0.03, 0.1, 0.2, 0.3], "learning rate", "share of dead units", "log", "linear"),
     "deep-linear": (deep_linear, [2, 8, 32], "layers", "updates until the loss is 0.05", "linear", "log"),
     "overfitting": (overfitting, None, "epoch", "test loss", "linear", "log"),
     "batch-norm": (batch_norm, [0.01, 0.03, 0.1, 0.3, 1.0, 3.0], "learning rate", "training loss", "log", "log"),
