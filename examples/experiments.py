@@ -7,6 +7,7 @@ minutes on two cores. The chapter that explains them is docs/guide/experiments.m
 from __future__ import annotations
 
 import argparse
+import io
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,11 +150,17 @@ def deep_linear(seeds: int) -> Curves:
 
             runs = Runs(make, keras.optimizers.SGD(0.1), "mse")
             by_rate = [[_epochs_until(0.05, runs, rate, seed, x, targets) for seed in range(seeds)] for rate in rates]
-            best = int(np.argmin(np.median(by_rate, axis=1)))
+            best = min(range(len(rates)), key=lambda place: _with_failures(by_rate[place]))
             needed.append([45 * epochs for epochs in by_rate[best]])
             print(f"{title:10} {depth:6} {_each(needed[-1], '.0f'):>18} {rates[best]:9}", flush=True)
         found[title] = np.array(needed).T
     return found
+
+
+def _with_failures(needed: list[float]) -> tuple[int, float]:
+    """What makes one rate better than another: fewer seeds that fail, then fewer epochs of the others."""
+    there = [epochs for epochs in needed if np.isfinite(epochs)]
+    return len(needed) - len(there), float(np.mean(there)) if there else np.inf
 
 
 def _epochs_until(loss: float, runs: Runs, rate: float, seed: int, x: np.ndarray, y: np.ndarray) -> float:
@@ -270,6 +277,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[int], Curves], Any, str, str, str, str]] 
 def draw(name: str, found: Curves, path: str) -> None:
     """Draws the mean of all seeds as a line, and each seed as a faint one."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
     _, places, below, left, x_scale, y_scale = EXPERIMENTS[name]
     figure = Figure(figsize=(6, 3.4), layout="constrained")
@@ -284,7 +292,9 @@ def draw(name: str, found: Curves, path: str) -> None:
         axes.set_ylim(top=min(axes.get_ylim()[1], 10.0))  # of a run that diverges, the beginning is enough
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=90)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=90)
+    Image.open(file).convert("RGB").quantize(128).save(path, "PNG", optimize=True)  # a third of the size
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
