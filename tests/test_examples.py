@@ -195,6 +195,41 @@ def test_learning_rate_transfer(example, tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name", ["batch-norm", "deep-relu", "dead-relus", "deep-linear", "overfitting", "large-batch"])
+def test_experiments(example, name, tmp_path, capsys, monkeypatch):
+    """On little data, for an epoch."""
+    module, figure = example("experiments"), tmp_path / "figure.png"
+    monkeypatch.setattr(module, "digits", few_digits)
+    monkeypatch.setattr(module.Runs, "fit", short(module.Runs.fit))
+    with pytest.raises(SystemExit):
+        module.main([name, "--seeds", "0"])
+    assert "--seeds must be at least 1, got 0." in capsys.readouterr().err
+    module.main([name, "--seeds", "1", "--figure", str(figure)])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == {"deep-relu": 4, "dead-relus": 8, "overfitting": 5, "batch-norm": 2}.get(name, 6)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def few_digits(*_):
+    """Images and labels for training and for testing."""
+    images = np.random.default_rng(0).normal(size=(64, 64)).astype("float32")
+    return images, np.arange(64) % 10, images[:32], np.arange(32) % 10
+
+
+def short(fit):
+    """A `Runs.fit` of one epoch."""
+    return lambda runs, *args, **given: fit(runs, *args, **given | {"epochs": 1})
+
+
+def test_runs_of_an_experiment_begin_with_the_weights_and_the_state_of_their_seed(example):
+    module = example("experiments")
+    runs = module.Runs(lambda: module.classifier(keras.layers.Dense(4)), keras.optimizers.SGD(0.1, 0.9))
+    x, y = np.ones((8, 64), "float32"), np.arange(8)
+    first, other, again = (runs.fit(seed, 0.1, x, y, epochs=2)["loss"] for seed in (0, 1, 0))
+    assert first == again != other
+
+
+@pytest.mark.long
 def test_custom_loop(example, capsys):
     example("custom_loop").main(["--epochs", "2"])
     printed = capsys.readouterr().out

@@ -35,8 +35,8 @@ from test_callbacks import (
 
 import keras_optkit as ok
 from keras_optkit.callbacks import EarlyStopping, ScheduleHyperparameters, TrainingMonitor
-from keras_optkit.callbacks.monitor.files import EventFile
 from keras_optkit.callbacks.monitor.step import Probe
+from keras_optkit.callbacks.sinks import Opening, TensorBoard
 from keras_optkit.schedules import Linear
 from keras_optkit.testing.problems import two_replicas
 
@@ -112,6 +112,55 @@ def test_loss_has_the_regularisation_and_sample_weights_of_its_batch(tmp_path):
     fit(model, x, 0 * x, TrainingMonitor(tmp_path, every=1), batch_size=2, epochs=1, sample_weight=weight)
     expected = [(1 * 1 + 3 * 4) / 2 + 0.5, (2 * 9 + 2 * 16) / 2 + 0.5]
     assert [v for _, v in events(tmp_path)["train/loss"]] == pytest.approx(expected, rel=1e-6)
+
+
+def penalized_model(optimizer):
+    """Three weights, of which one is frozen and one has no regularizer."""
+    regular = keras.regularizers
+    layers = [
+        keras.layers.Dense(2, use_bias=False, kernel_regularizer=regular.L2(0.3), trainable=False),
+        keras.layers.Dense(2, kernel_regularizer=regular.L1(0.1), bias_regularizer=regular.L2(0.2)),
+        keras.layers.Dense(1, use_bias=False),
+    ]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    model.compile(optimizer, loss="mse")
+    return model
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
+def test_the_penalty_is_that_of_the_trained_weights_before_the_update(room, scaled, tmp_path):
+    x, y = regression(8, dtype="float32")
+    optimizer = room.SGD(0.1)
+    model = penalized_model(STOCK.LossScaleOptimizer(optimizer) if scaled else optimizer)
+    model.layers[1].bias.assign([1.0, -2.0])
+    expected = []
+    for _ in range(3):
+        kernel, bias = model.layers[1].get_weights()
+        expected.append(0.1 * np.sum(np.abs(kernel)) + 0.2 * np.sum(bias**2))
+        data = np.mean((model.predict(x, verbose=0) - y) ** 2)
+        fit(model, x, y, TrainingMonitor(tmp_path, every=1), batch_size=8, epochs=1)
+        found = ok.callbacks.read_monitor(tmp_path)
+        assert found["train/loss"].values[-1] - found["train/penalty"].values[-1] == pytest.approx(data, rel=1e-4)
+    assert found["train/penalty"].values == pytest.approx(expected, rel=1e-5)
+
+
+@on_tensorflow
+def test_the_penalty_on_two_replicas_is_that_of_one(tmp_path):
+    x, y = regression(8, dtype="float32")
+    with two_replicas().scope():
+        model = penalized_model(ok.optimizers.SGD(0.1))
+    kernel, bias = model.layers[1].get_weights()
+    fit(model, x, y, TrainingMonitor(tmp_path, every=1), batch_size=8, epochs=1)
+    (penalty,) = ok.callbacks.read_monitor(tmp_path)["train/penalty"].values
+    assert penalty == pytest.approx(0.1 * np.sum(np.abs(kernel)) + 0.2 * np.sum(bias**2), rel=1e-5)
+
+
+def test_there_is_no_penalty_without_regularizers(tmp_path):
+    x, y = regression(8, dtype="float32")
+    fit(linear_model("sgd", dtype="float32"), x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
+    assert not any("penalty" in tag for tag in ok.callbacks.read_monitor(tmp_path))
 
 
 @pytest.mark.parametrize("room", [STOCK, ok.optimizers], ids=["keras", "ours"])
@@ -1041,9 +1090,10 @@ def test_event_files_are_continued_from_their_last_step_whatever_their_names(tmp
         (new,) = set(event_files(tmp_path)).difference(names)
         new.rename(name)
     (tmp_path / "monitor.jsonl").unlink()  # which has the steps as well
-    files = EventFile(str(tmp_path))
-    files.close()
-    assert files.last == {True: 12, False: 12}
+    files = TensorBoard()
+    files.open(Opening(str(tmp_path)))
+    files.close(failed=False)
+    assert files.last_step(of_epoch=True) == files.last_step(of_epoch=False) == 12
     model.compile(STOCK.SGD(0.01), loss="mse")  # whose count begins at 0
     fit(model, x, y, TrainingMonitor(tmp_path, every=1), epochs=1)
     assert steps_of(events(tmp_path), "train/loss") == list(range(1, 19))

@@ -1,5 +1,6 @@
 """Callbacks for `model.fit`: stopping, checkpoints, hyperparameters, monitoring, averages, recovery, resuming."""
 
+from keras_optkit.callbacks import sinks
 from keras_optkit.callbacks.averaging import AveragedWeights
 from keras_optkit.callbacks.budget import TimeBudget
 from keras_optkit.callbacks.checkpoint import Checkpoint
@@ -29,4 +30,5 @@ __all__ = [
     "ValidateEvery",
     "plot_monitor",
     "read_monitor",
+    "sinks",
 ]

@@ -35,7 +35,7 @@ _ARGUMENTS = ("batch_size", "class_weight", "shuffle", "steps_per_epoch", "valid
 _OF_VALIDATION = ("validation_steps", "validation_batch_size")
 
 #: Settings of callbacks that say where something is written, or how much.
-_WHERE = ("directory", "log_dir", "filepath", "filename", "path", "verbose", "model")
+_WHERE = ("directory", "log_dir", "filepath", "filename", "path", "verbose", "model", "sinks")
 
 #: What `compile` and `fit` set on a model.
 _SET_BY_KERAS = {

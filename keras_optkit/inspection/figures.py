@@ -1,12 +1,12 @@
-"""The figure of a report, and TensorBoard's files of it. The figure belongs to no window."""
+"""The figure of a report, and how both are written to sinks. The figure belongs to no window."""
 
 from __future__ import annotations
 
 import io
-import time
 from typing import TYPE_CHECKING, Any
 
 from keras_optkit import arguments
+from keras_optkit.callbacks.sinks import Opening, Sink
 
 if TYPE_CHECKING:
     from keras_optkit.inspection.report import Report
@@ -64,33 +64,19 @@ def _short(path: str, length: int = 34) -> str:
     return text.replace("$", r"\$")
 
 
-def write(report: Report, log_dir: Any, step: int) -> None:
-    """See `Report.to_tensorboard`."""
-    directory = arguments.path("log_dir", log_dir)
+def write(report: Report, sink: Any, step: int) -> None:
+    """See `Report.to_sink`."""
+    if not isinstance(sink, Sink):
+        raise TypeError(f"sink must be an ok.callbacks.sinks.Sink, got {sink!r} of type {type(sink).__name__}.")
     arguments.integer("step", step, 0)
-    try:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.plugins.image.metadata import create_summary_metadata
-        from tensorboard.plugins.text.summary_v2 import text_pb
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        from tensorboard.util.tensor_util import make_tensor_proto
-    except ImportError as error:
-        raise ImportError("report.to_tensorboard needs tensorboard: pip install tensorboard") from error
-    figure, png = draw(report), io.BytesIO()
-    figure.savefig(png, format="png", dpi=100)
-    width, height = (str(round(100 * inches)).encode() for inches in figure.get_size_inches())
-    image = summary_pb2.Summary()
-    image.value.add(
-        tag=f"{_TAG}/layers",
-        metadata=create_summary_metadata(None, "Measurements by layer"),
-        tensor=make_tensor_proto([width, height, png.getvalue()]),
-    )
+    png = io.BytesIO()
+    draw(report).savefig(png, format="png", dpi=100)
     text = "\n".join(f"    {line}" for line in str(report).splitlines())  # Markdown shows it as it is
-    writer = EventFileWriter(directory)
+    failed = True
     try:
-        for summary in (text_pb(f"{_TAG}/report", text), image):
-            event = event_pb2.Event(wall_time=time.time(), step=step)
-            event.summary.MergeFromString(summary.SerializeToString())
-            writer.add_event(event)
+        sink.open(Opening())
+        sink.write_text(f"{_TAG}/report", text, step)
+        sink.write_figure(f"{_TAG}/layers", png.getvalue(), step)
+        failed = False
     finally:
-        writer.close()
+        sink.close(failed=failed)

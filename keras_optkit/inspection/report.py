@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from keras_optkit import arguments
 from keras_optkit.advice import Finding, LayerReport, ModelReport
+from keras_optkit.callbacks.sinks import Sink, TensorBoard
 from keras_optkit.files import finite
 from keras_optkit.inspection import figures
 from keras_optkit.tables import table
@@ -67,18 +69,36 @@ class Report:
         return figures.draw(self)
 
     def to_tensorboard(self, log_dir: Any, step: int = 0) -> None:
-        """Writes the report as a text, and the figure of `plot` as an image, under the tag "inspect".
+        """Writes the report to TensorBoard's files: `to_sink` with `ok.callbacks.sinks.TensorBoard(log_dir)`.
 
         Args:
             log_dir: The directory of the run.
-            step: The step at which TensorBoard shows them, >= 0.
+            step: The step at which TensorBoard shows it, >= 0.
 
         Raises:
             ImportError: Without tensorboard or matplotlib.
             TypeError: An argument is of the wrong type.
             ValueError: `log_dir` is empty, or `step` is negative.
         """
-        figures.write(self, log_dir, step)
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ImportError("report.to_tensorboard needs tensorboard: pip install tensorboard") from error
+        self.to_sink(TensorBoard(arguments.path("log_dir", log_dir)), step)
+
+    def to_sink(self, sink: Sink, step: int = 0) -> None:
+        """Writes the report as the text "inspect/report", and the figure of `plot` as "inspect/layers".
+
+        Args:
+            sink: Where to, such as `ok.callbacks.sinks.WandB()`; it is opened and closed.
+            step: The step that they belong to, >= 0.
+
+        Raises:
+            ImportError: Without matplotlib or the package of the sink.
+            TypeError: An argument is of the wrong type.
+            ValueError: `step` is negative, or the sink is a `TensorBoard` without a directory.
+        """
+        figures.write(self, sink, step)
 
 
 def _cells(layer: LayerReport) -> list[str]:

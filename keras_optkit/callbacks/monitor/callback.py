@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,11 +16,14 @@ from keras import ops
 from keras_optkit import arguments
 from keras_optkit.callbacks.callback import Callback, number
 from keras_optkit.callbacks.monitor import estimates
-from keras_optkit.callbacks.monitor.files import EventFile, LineFile
+from keras_optkit.callbacks.monitor.files import LineFile
 from keras_optkit.callbacks.monitor.findings import TAG, FindingsFile
 from keras_optkit.callbacks.monitor.host import Stopwatch, default_hparams, memory
+from keras_optkit.callbacks.monitor.reading import charts_png
 from keras_optkit.callbacks.monitor.step import Probe, clips, matching_layers
 from keras_optkit.callbacks.monitor.values import Values, tag_of
+from keras_optkit.callbacks.sinks.sink import Opening, Sink, checked_sinks, writes
+from keras_optkit.callbacks.sinks.tensorboard import TensorBoard
 from keras_optkit.fit.steps import attach, detach, is_built
 from keras_optkit.optimizers.layer_paths import LayerTree
 from keras_optkit.optimizers.of_model import optimizers_of, used_optimizers_of
@@ -34,13 +38,16 @@ from keras_optkit.registry import register
     cases=({"log_dir": "logs", "every": 3},),
 )
 class TrainingMonitor(Callback):
-    """Writes what happens in training to TensorBoard and to lines of JSON, every `every` updates and at 1, 2, 4, 8, ...
+    """Writes what happens in training to lines of JSON and to TensorBoard or other `sinks`, every `every` updates.
+
+    The first updates are written at 1, 2, 4, 8, ... The lines of JSON, `monitor.jsonl`, are always written.
 
     | tag | value |
     |---|---|
     | `train/learning_rate` | the rate used in this update |
     | `train/estimate`, `train/effective_rate` | of a rule that finds its rate, the estimate and the rate times it |
     | `train/loss` | the loss of this batch alone, with regularisation, before the update |
+    | `train/penalty` | the part of it that regularizers of weights add, where there are any |
     | `train/gradient_norm` | `‖g‖`, over all trained weights, before clipping and without loss scaling |
     | `train/weight_norm` | `‖θ‖` before the update |
     | `train/update_ratio` | `‖θ′ - θ‖ / ‖θ‖`, θ′ being the weights after the update |
@@ -64,12 +71,13 @@ class TrainingMonitor(Callback):
     | `epoch/loss_scale` | the scale at the end of the epoch, also if all of its updates were skipped |
 
     `<layer>` is the path of the layer in the model. With several optimizers, `train/learning_rate`, `train/loss`,
-    `train/loss_scale`, `train/clip_rate`, `train/estimate`, `train/effective_rate` and `hyperparameters/` have the name
-    of the attribute that holds the optimizer in them, as in `train/learning_rate/d_optimizer`; the rule of the n-th
-    group has `group_n` in the tags of its estimate. Logs of an epoch that are not numbers are left out, with one
-    warning. The loss is the batch's own, whereas Keras's logs hold the mean since the epoch began. The values are
-    computed inside the training step, with any optimizer, in graph mode, with XLA, in mixed precision and on replicas,
-    and are read only when they are written. Training itself is not changed.
+    `train/penalty`, `train/loss_scale`, `train/clip_rate`, `train/estimate`, `train/effective_rate` and
+    `hyperparameters/` have the name of the attribute that holds the optimizer in them, as in
+    `train/learning_rate/d_optimizer`; the rule of the n-th group has `group_n` in the tags of its estimate. Logs of an
+    epoch that are not numbers are left out, with one warning. The loss is the batch's own, whereas Keras's logs hold
+    the mean since the epoch began. The values are computed inside the training step, with any optimizer, in graph mode,
+    with XLA, in mixed precision and on replicas, and are read only when they are written. Training itself is not
+    changed.
 
     The training step is compiled twice: as it is, and with the computations, for the updates that are to be written. So
     all other updates cost nothing, and the first one that is written waits for the compiler. The model keeps both for
@@ -101,19 +109,24 @@ class TrainingMonitor(Callback):
         histograms: Writes histograms of all weights with every k-th write, k >= 1. None: never.
         noise_scale: Whether the gradient noise scale is measured, for which a written update computes the gradient of
             half of the batch besides. On TensorFlow only, with Keras's own `train_step`.
-        hparams: Name to number, string or boolean for TensorBoard's HParams table; `"auto"` takes the optimizer's
-            arguments and those of `fit`; None for none. A directory that has some keeps them.
+        hparams: Name to number, string or boolean for TensorBoard's HParams table, or a run's; `"auto"` takes the
+            arguments of the optimizer and of `fit`; None for none. A directory or run that has some keeps them.
         findings: Whether to write what is wrong with the run, with advice, whenever that changes: as the text
-            `findings` to TensorBoard, and as lines of JSON to `findings.jsonl`. The rules are those of `inspect` and
+            `findings` to the sinks, and as lines of JSON to `findings.jsonl`. The rules are those of `inspect` and
             others about many updates; `keras_optkit.diagnose` reads them afterwards. What is known of the model when
             the run begins is written to `model.json`, for which all weights are read once.
+        sinks: What else is written to, a list of `ok.callbacks.sinks.Sink`: `TensorBoard()`, `WandB()`, `MLflow()`,
+            `Trackio(run)`, or sinks of your own. None is `[TensorBoard()]`; an empty list writes lines of JSON only.
+        figures: Whether to write the charts of `plot_monitor` as the figure `charts` to the sinks when a `fit` ends;
+            needs matplotlib.
 
     Raises:
+        ImportError: For `figures` without matplotlib; when training begins, for a sink without its package.
         TypeError: For a value of a wrong type.
-        ValueError: For a value out of range; when training begins, for `activations` that match no layer, and for
-            `noise_scale` with a custom `train_step`.
-        RuntimeError: When training begins, on another backend than TensorFlow and JAX, and for `activations` or
-            `noise_scale` on another than TensorFlow.
+        ValueError: For a value out of range; for `histograms` or `figures` that none of the sinks takes; when training
+            begins, for `activations` that match no layer, and for `noise_scale` with a custom `train_step`.
+        RuntimeError: When training begins, on another backend than TensorFlow and JAX, for `activations` or
+            `noise_scale` on another than TensorFlow, and for a sink without a run.
 
     Example:
     ```python
@@ -142,6 +155,8 @@ class TrainingMonitor(Callback):
         noise_scale: bool = False,
         hparams: Mapping[str, Any] | str | None = "auto",
         findings: bool = False,
+        sinks: Sequence[Sink] | None = None,
+        figures: bool = False,
     ):
         super().__init__()
         self.log_dir = os.fspath(log_dir)
@@ -151,6 +166,10 @@ class TrainingMonitor(Callback):
         self.noise_scale = arguments.boolean("noise_scale", noise_scale)
         self.hparams = _checked_hparams(hparams)
         self.findings = arguments.boolean("findings", findings)
+        self.sinks = None if sinks is None else checked_sinks(sinks)
+        self.figures = arguments.boolean("figures", figures)
+        self._sinks = (TensorBoard(),) if self.sinks is None else self.sinks
+        self._refuse_what_no_sink_takes()
         self._step = -1  # where the axis has got to; -1: not known yet
         self._offset = 0  # of the axis from the optimizer's count
         self._due = 0  # the step from which on there is something to write
@@ -162,18 +181,21 @@ class TrainingMonitor(Callback):
         self._epoch = 0
         self._batch: int | None = None  # the batch that the wait was counted at; None: the one before the next
         self._probe: Any = None
-        self._files: Any = ()
+        self._lines: LineFile | None = None
+        self._open: list[Sink] = []
         self._findings: FindingsFile | None = None
         self._left_out: set[str] = set()  # what was in the logs of an epoch and is not a number
-        self._last_of_files: Any = None
+        self._last_of_lines: Any = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end()
         self._refuse_what_cannot_be_had()
         begun_at = self._updates()
-        lines = LineFile(self.log_dir, self._last_of_files)  # first, since it may be refused
-        events = EventFile(self.log_dir, self._last_of_files if lines.known else None)
-        self._files = events, lines
+        absent = self._absent_tags()
+        lines = self._lines = LineFile(self.log_dir, self._last_of_lines)  # first, since it may be refused
+        for sink in self._sinks:
+            self._open.append(sink)  # is closed whatever happens
+            sink.open(Opening(self.log_dir, absent, unchanged=lines.known))
         if self.findings and (self._findings is None or not lines.known):
             self._findings = FindingsFile(self.log_dir)
         if self._findings is not None and is_built(self.model):
@@ -181,13 +203,14 @@ class TrainingMonitor(Callback):
         key = "TrainingMonitor", self.activations, self.noise_scale
         self._probe = attach(self.model, key, lambda: Probe(self.model, self.activations, self.noise_scale))
         self._probe.begin_fit()
-        events.write_layout(self._absent_tags())
         if self.hparams is not None:
             auto = self.hparams == "auto"
-            events.write_hparams(default_hparams(self.model, self.params) if auto else self.hparams, self.log_dir)
+            hparams = default_hparams(self.model, self.params) if auto else self.hparams
+            for sink in self._sinks:
+                sink.write_hparams(hparams)
         if self._step < 0:
-            self._step = max(0, *events.last.values(), *lines.last.values())
-            self._epoch_step = max(events.last[True], lines.last[True])
+            last = {of_epoch: max(step, *self._steps_of_sinks(of_epoch)) for of_epoch, step in lines.last.items()}
+            self._step, self._epoch_step = max(0, *last.values()), last[True]
         self._offset = max(0, self._step - begun_at)  # every step written from now on is a new one
         self._step = self._offset + begun_at
         self._due = self._next_due()
@@ -195,6 +218,19 @@ class TrainingMonitor(Callback):
         self._batch = None
         self._counted = self._step, 0
         self._wait = self._until_due()
+
+    def _refuse_what_no_sink_takes(self) -> None:
+        wanted = {"write_histograms": self.histograms is not None, "write_figure": self.figures}
+        for method, name in (("write_histograms", "histograms"), ("write_figure", "figures")):
+            if wanted[method] and not any(writes(sink, method) for sink in self._sinks):
+                kinds = ", ".join(type(sink).__name__ for sink in self._sinks) or "there are none"
+                raise ValueError(f"{name} must be left out: none of the sinks ({kinds}) takes them.")
+        if self.figures:
+            charts_png(None)
+
+    def _steps_of_sinks(self, of_epoch: bool) -> list[int]:
+        """The last steps in those that know; with -1, so that there are some."""
+        return [-1, *(step for sink in self._sinks if (step := sink.last_step(of_epoch=of_epoch)) is not None)]
 
     def _refuse_what_cannot_be_had(self) -> None:
         on_request = {"activations": self.activations is not None, "noise_scale": self.noise_scale}
@@ -265,18 +301,20 @@ class TrainingMonitor(Callback):
             if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 values[tag_of("epoch/loss_scale", name, optimizers)] = number(optimizer.dynamic_scale)
         self._write(values, of_epoch=True)
-        for file in self._files:
-            file.flush()
+        for sink in self._sinks:
+            sink.flush()
+        if self._lines is not None:
+            self._lines.flush()
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002, D102
         self._end()
 
     def on_train_failure(self, error: BaseException) -> None:  # noqa: ARG002, D102
         try:
-            if self._files:
+            if self._lines is not None and self._probe is not None:
                 self._write_if_due()
         finally:
-            self._end()
+            self._end(failed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the axis, and the state of running shares and means; values that are due are written."""
@@ -324,10 +362,10 @@ class TrainingMonitor(Callback):
         if batches > 0:
             self._most, self._counted = max(self._most, updates / batches), (self._step, self._batches)
         if self._step >= self._due and self._probe.fresh:
-            new = self._write(self._new_values(), of_epoch=False)
+            written = self._write(self._new_values(), of_epoch=False)
             self._writes += 1
-            if new and self.histograms and self._writes % self.histograms == 0:
-                self._write_histograms()
+            if written and self.histograms and self._writes % self.histograms == 0:
+                self._write_histograms(written)
             self._due = self._next_due()
         self._wait = self._until_due()
 
@@ -339,27 +377,35 @@ class TrainingMonitor(Callback):
         values = self._values.of(read, self.model)
         return values | self._stopwatch.rates(self._step, self._batches, read.scalars.get("examples")) | memory()
 
-    def _write(self, values: Mapping[str, float], *, of_epoch: bool) -> bool:
-        """Writes to both files, and returns whether the step was new to TensorBoard's."""
-        events, lines = self._files
-        is_new = lines.write(values, self._step, self._epoch, of_epoch=of_epoch)
+    def _write(self, values: Mapping[str, float], *, of_epoch: bool) -> list[Sink]:
+        """Writes to the lines and the sinks, and returns the sinks that the step was new to."""
+        assert self._lines is not None
+        is_new = self._lines.write(values, self._step, self._epoch, of_epoch=of_epoch)
         if is_new and self._findings is not None:
             self._findings.see_model(self.model)  # which the first step may have built
             self._write_findings(self._findings.add(values, self._step, of_epoch=of_epoch))
-        return events.write(values, self._step, of_epoch=of_epoch)
+        written = []
+        for sink in self._sinks:
+            last = sink.last_step(of_epoch=of_epoch)
+            if is_new if last is None else self._step > last:
+                sink.write_values(values, self._step, of_epoch=of_epoch)
+                written.append(sink)
+        return written
 
     def _write_findings(self, text: str | None) -> None:
         """Writes what is found, if that has changed."""
         if text is not None and self._findings is not None:
-            self._files[0].write_text(TAG, text, self._step)
+            for sink in self._sinks:
+                sink.write_text(TAG, text, self._step)
             self._findings.write(self._epoch)
 
-    def _write_histograms(self) -> None:
+    def _write_histograms(self, sinks: Sequence[Sink]) -> None:
         paths = LayerTree.of(self.model).paths_of
         weights = {
             f"weights/{next(iter(paths(v)), v.name)}": ops.convert_to_numpy(v) for v in self.model.trainable_variables
         }
-        self._files[0].write_histograms(weights, self._step)
+        for sink in sinks:
+            sink.write_histograms(weights, self._step)
 
     def _numbers(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """What in the logs is a number; of everything else one warning says that it is left out."""
@@ -378,19 +424,26 @@ class TrainingMonitor(Callback):
             )
         return found
 
-    def _end(self) -> None:
+    def _end(self, *, failed: bool = False) -> None:
         if self._probe is not None:
             detach(self._probe)
             self._probe = None
-        if self._files:
-            events, lines = self._files
-            try:
-                if self._findings is not None:
-                    self._write_findings(self._findings.end())
-            finally:
-                events.close()
-                self._last_of_files = lines.close(), events.last
-        self._files = ()
+        if self._lines is None:
+            return
+        lines, opened = self._lines, self._open
+        self._lines, self._open = None, []
+        with contextlib.ExitStack() as closing:  # in the opposite order, and all of them even if one raises
+            closing.callback(lambda: setattr(self, "_last_of_lines", lines.close()))
+            for sink in opened:
+                closing.callback(sink.close, failed=failed)
+            if len(opened) < len(self._sinks):
+                return  # one of them could not be opened
+            if self._findings is not None:
+                self._write_findings(self._findings.end())
+            if self.figures and max(lines.last.values()) >= 0:
+                png = charts_png(self.log_dir)
+                for sink in opened:
+                    sink.write_figure("charts", png, max(lines.last.values()))
 
 
 def _scalar(value: Any) -> float | None:

@@ -66,3 +66,14 @@ def nonfinite(tensor: Tensor | None) -> Tensor:
     if tensor is None:
         return ops.zeros((), "float32")
     return ops.sum(ops.cast(ops.logical_not(ops.isfinite(tensor)), "float32"))
+
+
+def regularizer_of(variable: Any) -> Any:
+    """The regularizer of a weight, or None."""
+    return getattr(variable, "regularizer", None)
+
+
+def penalty(variables: Sequence[Any], values: Sequence[Tensor]) -> Tensor:
+    """What the regularizers of weights add to the loss if the weights have these values."""
+    pairs = [(regularizer_of(variable), value) for variable, value in zip(variables, values, strict=True)]
+    return sum(ops.cast(regularizer(value), "float32") for regularizer, value in pairs if regularizer is not None)

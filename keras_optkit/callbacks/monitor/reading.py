@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_optkit.callbacks.monitor.files import CHARTS, LINES, LOGARITHMIC, records, values_of
+from keras_optkit.callbacks.charts import CHARTS, LOGARITHMIC
+from keras_optkit.callbacks.monitor.files import LINES, records, values_of
 
 
 class Curve(NamedTuple):
@@ -119,3 +121,20 @@ def plot_monitor(log_dir: str | os.PathLike[str], columns: int = 3) -> Any:
         # beside the chart, however many there are
         axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(tags) // 24))
     return figure
+
+
+def charts_png(log_dir: str | None) -> bytes:
+    """The charts of `plot_monitor` as the bytes of a PNG file; without a directory, nothing.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("figures=True needs matplotlib: pip install matplotlib") from error
+    if log_dir is None:
+        return b""
+    file = io.BytesIO()
+    plot_monitor(log_dir).savefig(file, format="png", dpi=80)
+    return file.getvalue()

@@ -140,6 +140,7 @@ class Probe(Instrument):
         for optimizer in optimizers_of(self.model):
             head = [*_rates(optimizer), *estimates.names(optimizer)]
             head += [*(["loss_scale"] * _scales(optimizer)), *(["clipped"] * clips(optimizer))]
+            head += ["penalty"] * any(map(norms.regularizer_of, self.model.trainable_variables))
             update = self._update(optimizer, self.model.trainable_variables, names, head)
             self.set(update.name, np.zeros(_size(update), "float32"))
             self.set(f"loss/{id(optimizer)}", 0.0, "sum")
@@ -361,6 +362,8 @@ class Probe(Instrument):
             inner = unscaled(optimizer)
             seen = whole if isinstance(inner, Optimizer) else own  # Keras's clip in each replica, before the sum
             scalars["clipped"] = self._clipped(inner, norms.to_clip(inner, seen, variables, scale, sums))
+        if any(map(norms.regularizer_of, variables)):
+            scalars["penalty"] = norms.penalty(variables, before)
         update = self._update(optimizer, variables, names, scalars)
         head = [self["execution"], *scalars.values()]
         by_layer = [value for row in rows for value in norms.by_layer(row, variables, names, update.layers)]
