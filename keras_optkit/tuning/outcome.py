@@ -49,6 +49,14 @@ class Outcome:
         for execution in range(self.executions_per_trial):
             end_of(Path(self.project_dir), trial_id, execution).remove()
 
+    def _kept(self, order: list[Trial]) -> list[str]:
+        """The trials whose models are kept; `order` has the best first."""
+        return [self.oracle.start_order[found.number] for found in order[: self.keep_models]]
+
+    def _is_paused(self, trial_id: str) -> bool:
+        record = self.records.get(trial_id, {})
+        return bool(record.get("paused")) and not record["running"]
+
     def load_model(self, trial: keras_tuner.engine.trial.Trial) -> keras.Model:
         """The trained model of a trial, as it was at its best epoch.
 

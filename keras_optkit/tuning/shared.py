@@ -61,15 +61,26 @@ class Shared:
     # The books
 
     @contextlib.contextmanager
-    def books(self) -> Iterator[None]:
+    def books(self, *, clear: bool = False) -> Iterator[None]:
         """In the block the books are as all processes have left them, and they are this one's; then they are stored.
 
         If the block raises, nothing is stored, and what is in the directory is not to be used any more.
+
+        Args:
+            clear: Whether to delete the search before.
+
+        Raises:
+            RuntimeError: If another process has deleted the search, or, with `clear`, if somebody trains a trial of it.
         """
         with self._storage.transaction(locked=True) as opened:
             self._open = opened
             try:
-                for path, digest in opened.listed().items():
+                if clear:
+                    self._clear(opened)
+                stored = opened.listed()
+                if not self._known.keys() <= stored.keys():
+                    raise RuntimeError(f"The search in storage={self.name!r} was deleted by another process.")
+                for path, digest in stored.items():
                     if _BOOK.fullmatch(path) and self._known.get(path) != digest:
                         opened.get(path, self._directory / path, digest)
                         self._known[path] = digest
@@ -109,15 +120,13 @@ class Shared:
         with self._storage.transaction() as opened:
             return opened.version() != self._seen or opened.late() > 0
 
-    def clear(self) -> None:
-        """Deletes the search, unless somebody is training.
-
-        Raises:
-            RuntimeError: If somebody is.
-        """
-        if self._opened.held():
-            raise RuntimeError(f"overwrite must be False while others train trials of storage={self.name!r}.")
-        self._opened.clear()
+    def _clear(self, opened: Transaction) -> None:
+        if trials := opened.held():
+            raise RuntimeError(
+                f"overwrite must be False while trials of storage={self.name!r} are trained, got True and {len(trials)} "
+                "of them."
+            )
+        opened.clear()
         self._known = {}
 
     # Leases; with open books

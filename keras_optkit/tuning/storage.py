@@ -117,7 +117,9 @@ class Storage:
         def column(name: str, kind: Any) -> Any:
             return sql.Column(name, kind, nullable=False)
 
-        self.search = table("search", key("id", sql.Integer), column("format", sql.Integer), column("version", sql.Integer))
+        self.search = table(
+            "search", key("id", sql.Integer), column("format", sql.Integer), column("version", sql.Integer)
+        )
         self.files = table("files", key("path", sql.Text), column("digest", sql.Text))
         self.chunks = table(
             "chunks", key("path", sql.Text), key("number", sql.Integer), column("content", sql.LargeBinary)
