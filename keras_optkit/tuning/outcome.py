@@ -23,6 +23,8 @@ class Outcome:
     """The part of `Tuner` that reads what its trials have left."""
 
     oracle: Any
+    economy: Any
+    shared: Any
     hypermodel: Any
     records: dict[str, dict[str, Any]]
     keep_models: int | None
@@ -32,6 +34,11 @@ class Outcome:
     whole: dict[str, Any]
     project_dir: Any
     get_trial_dir: Callable[[str], Any]
+
+    @property
+    def pauses(self) -> bool:
+        """Whether trials may be continued, by a pruner or by another process."""
+        return self.economy.rungs is not None or self.shared is not None
 
     def number(self, trial: Any) -> int:
         """The number of a trial: 0 for the first that was started."""

@@ -123,8 +123,8 @@ class Shared:
     def _clear(self, opened: Transaction) -> None:
         if trials := opened.held():
             raise RuntimeError(
-                f"overwrite must be False while trials of storage={self.name!r} are trained, got True and {len(trials)} "
-                "of them."
+                f"overwrite must be False while trials of storage={self.name!r} are trained, got True, with "
+                f"{len(trials)} of them."
             )
         opened.clear()
         self._known = {}

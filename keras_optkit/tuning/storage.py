@@ -261,7 +261,7 @@ class Transaction:
         """The digests of files, by path, whose path begins so."""
         files = self._storage.files
         found = self._sql.select(files.c.path, files.c.digest).where(files.c.path.startswith(below, autoescape=True))
-        return {path: digest for path, digest in self.run(found)}
+        return {row.path: row.digest for row in self.run(found)}
 
     def put(self, path: str, file: Path) -> str:
         """Writes a file of the disk into the storage; returns its digest."""

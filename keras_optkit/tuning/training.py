@@ -119,7 +119,7 @@ class Line:
         return ""
 
     def kept(self) -> None:
-        """What the trial is continued with, if it is interrupted now, is in its directory; it waits until this returns."""
+        """What an interrupted trial is continued with is in its directory, and is left as it is until this returns."""
 
 
 @dataclass

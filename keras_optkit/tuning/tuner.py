@@ -244,11 +244,6 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             self.reload()
             yield
 
-    @property
-    def pauses(self) -> bool:
-        """Whether trials may be continued, by a pruner or by another process."""
-        return self.economy.rungs is not None or self.shared is not None
-
     # The course of a search
 
     def search(self, *args: Any, **kwargs: Any) -> None:
@@ -283,12 +278,11 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         self.economy.check_fit(kwargs, space, self.oracle.objective.name, self.pauses)
         kwargs.setdefault("verbose", 1 if self.verbose == 2 and not self.staff.is_active else 0)
         with books.locked(Path(self.project_dir)):
+            if self.shared is None and Path(self._get_tuner_fname()).exists():
+                self.reload()  # another search may have run since this object was made
             with self.open_books():
-                # another search may have run since this object was made
-                if self.shared is None and Path(self._get_tuner_fname()).exists():
-                    self.reload()
                 self.save()
-            place = repr(self.project_dir) if self.shared is None else f"storage={self.shared.name!r}"
+            place = self.project_dir if self.shared is None else self.shared.name
             if self.records and self.verbose:
                 print(f"Continuing the search in {place}: {len(self.oracle.end_order)} trials are finished.")
             self.trained = None if args else self.training(args, kwargs)
@@ -296,7 +290,7 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
                 self._search(args, kwargs)
             except KeyboardInterrupt as interrupt:
                 if not self.is_temporary or self.shared is not None:
-                    interrupt.add_note(f"The search is in {place}. Run the script again to continue it.")
+                    interrupt.add_note(f"The search is in {place!r}. Run the script again to continue it.")
                 raise
             finally:
                 if self.shared is not None:

@@ -38,8 +38,8 @@ main(int(sys.argv[1]), int(sys.argv[2]))
 class Event(NamedTuple):
     """What has happened to a trial.
 
-    `kind` is `"begin"`, `"tell"`, `"ask"`, `"kept"`, `"ended"` or `"fatal"`, with what the worker has sent; or `"died"`, with the
-    reason, the seconds, and whether the trial is known to be what has ended its process.
+    `kind` is `"begin"`, `"tell"`, `"ask"`, `"kept"`, `"ended"` or `"fatal"`, with what the worker has sent; or
+    `"died"`, with the reason, the seconds, and whether the trial is known to be what has ended its process.
     """
 
     trial_id: str
