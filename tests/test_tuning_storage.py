@@ -265,16 +265,13 @@ def expires(url):
 def test_of_trials_that_have_ended_the_best_models_are_kept(url, tmp_path):
     (one, here), (other, there) = two(url, tmp_path)
     for trial in "012":
+        with one.books():
+            one.claim(trial)
         for name in ("trial.json", "model.keras", "model.built.json", "run_0/bundle-00000001.npz"):
             path = here / f"trial_{trial}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(trial)
         with one.books():
-            one.claim(trial)
-            for name in ("model.keras", "model.built.json", "run_0/bundle-00000001.npz"):
-                path = here / f"trial_{trial}" / name
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(trial)
             one.end(trial)
     with other.books():
         other.tidy(ended=["0", "1"], kept=["1"])

@@ -48,7 +48,7 @@ def url_of(storage: Any) -> Any:
         return sql.URL.create("sqlite", database=str(Path(text).absolute()))
     try:
         url = sql.engine.make_url(text)
-    except sql.exc.ArgumentError as error:
+    except (sql.exc.ArgumentError, ValueError) as error:
         raise ValueError(f"storage must be {allowed}, got {text!r}.") from error
     shown = url.render_as_string(hide_password=True)
     if url.drivername == "sqlite" and url.database and ":memory:" not in url.database:
