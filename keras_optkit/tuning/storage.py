@@ -93,8 +93,10 @@ class Storage:
         self._kind = url.get_backend_name()
         if self._kind == "sqlite":
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        arguments = {"timeout": 300.0} if self._kind == "sqlite" else {}
-        self._engine = sql.create_engine(url, poolclass=sql.pool.NullPool, connect_args=arguments)
+        options: dict[str, Any] = {"isolation_level": "READ COMMITTED"}  # each statement sees what was locked before it
+        if self._kind == "sqlite":
+            options = {"connect_args": {"timeout": 300.0}}
+        self._engine = sql.create_engine(url, poolclass=sql.pool.NullPool, **options)
         if self._kind == "sqlite":
             # Python's module begins a transaction with the first change, after what was read has become old.
             sql.event.listen(self._engine, "connect", _leave_transactions_to_us)

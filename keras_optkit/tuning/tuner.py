@@ -315,9 +315,9 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             self.on_search_end()
             self.save()
             if self.shared is not None:
-                self.shared.fetch_models(
-                    self._kept(ranked(self._trials(history=False), self.oracle.objective.direction))
-                )
+                kept = self._kept(ranked(self._trials(history=False), self.oracle.objective.direction))
+                self.shared.tidy(self.oracle.end_order, kept)
+                self.shared.fetch_models(kept)
 
     def on_search_begin(self) -> None:
         """KerasTuner's hook before the first trial."""
