@@ -135,6 +135,15 @@ def test_goes_on_wherever_it_was_left(tmp_path, uninterrupted, every):
     assert model.seen == uninterrupted.seen[begun[0] * 10 + begun[1] :]
 
 
+@pytest.mark.once
+def test_each_bundle_is_told_once_it_is_written_but_for_that_of_the_end(tmp_path):
+    resume, told = Resume(tmp_path, every=7, keep=9), []
+    resume.on_bundle = lambda name: told.append((name, (tmp_path / name).exists()))
+    train(resume)
+    assert told == [(f"bundle-0000000{number}.npz", True) for number in (1, 2, 3, 4)]
+    assert len(list(tmp_path.glob("bundle-*.npz"))) == 5
+
+
 @pytest.mark.long
 def test_goes_on_at_the_batch_after_the_last_bundle(tmp_path):
     assert train(tmp_path, every=3, crash=17) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -76,6 +76,8 @@ class Resume(Callback):
 
     Attributes:
         resumed_from: `(epoch, batch)` that the last `fit` began from, the next to be trained on, or None.
+        on_bundle: A function that is called with the name of each bundle once it is written, before training continues;
+            not with that of the end of a run. None: nothing is called.
 
     Raises:
         TypeError: For a value of a wrong type.
@@ -125,6 +127,7 @@ class Resume(Callback):
         self.strict = arguments.boolean("strict", strict)
         self.accept = accepted(accept)
         self.resumed_from: tuple[int, int] | None = None
+        self.on_bundle: Callable[[str], None] | None = None
         self._session: Session | None = None
         self._over = False
 

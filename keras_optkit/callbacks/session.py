@@ -341,9 +341,12 @@ class Session:
     def _save(self, position: Position, *, last: bool = False) -> None:
         """Copies everything and leaves the writing to the other thread, which may have to finish the one before."""
         self._settle()
-        packed = self._bundle(position, None)
+        packed, name = self._bundle(position, None), self._store.next_name
         self._at_end = _checksum(packed) if last else None
         self._pending = self._writer.submit(self._store.write, packed)
+        if self._owner.on_bundle is not None and not last:
+            self._settle()
+            self._owner.on_bundle(name)
         self._forget_when()
 
     def _bundle(self, position: Position, finished: Any) -> bundle.Packed:

@@ -23,11 +23,12 @@ Stateful: Any = keras_tuner.Oracle.__mro__[1]  # what saves an oracle and a tune
 
 HISTORY = "history.json"  # of a trial
 DONE = "done_{}.json"  # an execution of a trial that is running
+REACHED = "reached_{}.json"  # likewise, which has not ended
 PAYLOADS = "payload-*.pickle"  # what workers are given
 
 _OF_A_TRIAL = ("trial.json", HISTORY, "model.keras", "*.weights.h5", "*.built.json")
 _NAMES = re.compile(
-    r"(oracle|trial|history|done_\d+|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)|"
+    r"(oracle|trial|history|(done|reached)_\d+|tuner\w*|(model|end_\d+)\.built)\.json|(model|end_\d+)\.(keras|weights\.h5)|"
     r"payload-[0-9a-f]{8}\.pickle"
 )
 _IN_ORACLE = ("start_order", "end_order", "ongoing_trials", "hyperparameters")
@@ -40,13 +41,15 @@ class OtherSearchError(ValueError):
     Args:
         directory: Where it is.
         difference: How it differs from the one that was to be continued.
+        argument: Which argument says where.
     """
 
-    def __init__(self, directory: Any, difference: str) -> None:
+    def __init__(self, directory: Any, difference: str, argument: str = "directory") -> None:
         super().__init__(
-            f"directory must be new or hold the same search, got {str(directory)!r}, {difference}. Choose another "
-            "directory, or pass overwrite=True to start over."
+            f"{argument} must be new or hold the same search, got {str(directory)!r}, {difference}. Choose another "
+            f"{argument}, or pass overwrite=True to start over."
         )
+        self.difference = difference
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -165,6 +168,7 @@ def check_books(directory: Path) -> None:
         *directory.glob("tuner*.json"),
         *directory.glob(f"trial_*/{HISTORY}"),
         *directory.glob(f"trial_*/{DONE.format('*')}"),
+        *directory.glob(f"trial_*/{REACHED.format('*')}"),
     ):
         _read(path)
 
@@ -229,9 +233,24 @@ def read_done(trial: Path, execution: int) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def write_reached(trial: Path, execution: int, state: Mapping[str, Any]) -> None:
+    """Notes from which bundle an execution that is interrupted is continued.
+
+    Raises:
+        CannotWriteError: If the disk does not take it.
+    """
+    write_json(trial / REACHED.format(execution), state)
+
+
+def read_reached(trial: Path, execution: int) -> dict[str, Any] | None:
+    """What `write_reached` has noted, if it has."""
+    path = trial / REACHED.format(execution)
+    return read_json(path) if path.exists() else None
+
+
 def forget_done(trial: Path) -> None:
-    """Deletes the notes of `write_done`."""
-    for path in trial.glob(DONE.format("*")):
+    """Deletes the notes of `write_done` and `write_reached`."""
+    for path in (*trial.glob(DONE.format("*")), *trial.glob(REACHED.format("*"))):
         path.unlink()
 
 

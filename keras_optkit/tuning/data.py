@@ -10,6 +10,8 @@ import keras
 import numpy as np
 
 from keras_optkit import arguments
+from keras_optkit.data import EpochDataset
+from keras_optkit.meaning import checksum
 from keras_optkit.tuning.hypermodel import check_names
 from keras_optkit.tuning.oracle import SPLIT, stream
 
@@ -173,6 +175,18 @@ def comparable(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return value if isinstance(value, bool | int | float | str | None) else type(value).__name__
+
+
+def fingerprint(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What data are: type, shape and checksum of arrays; the kind of others, and what an `EpochDataset` says."""
+
+    def of(part: Any) -> Any:
+        if isinstance(part, EpochDataset):
+            return part.fingerprint()
+        return checksum(np.asarray(part)) if hasattr(part, "__array__") else comparable(part)
+
+    parts = {name: value for name, value in given.items() if value is not None}
+    return {name: [of(part) for part in keras.tree.flatten(value)] for name, value in parts.items()}
 
 
 def check_ends(fit: Mapping[str, Any], names: Mapping[str, str]) -> None:

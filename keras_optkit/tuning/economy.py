@@ -68,36 +68,44 @@ class Economy:
         if self.pruner is not None and isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
             raise ValueError("pruner must be None where the oracle promotes trials itself, as HyperbandOracle does.")
 
-    def check_fit(self, fit: Mapping[str, Any], space: Mapping[str, Any], objective: str) -> None:
+    def check_fit(self, fit: Mapping[str, Any], space: Mapping[str, Any], objective: str, pauses: bool) -> None:
         """Raises if a pruner that pauses trials cannot be used with arguments of `fit`.
+
+        Args:
+            fit: The arguments.
+            space: The space.
+            objective: The name of the objective.
+            pauses: Whether trials may be continued, by a pruner or by others.
 
         Raises:
             ValueError: If the epochs are in the space, or do not begin at 0, or if `min_epochs` are more, or come
                 before the first validation.
         """
-        if self.rungs is None:
-            return
-        kind = type(self.rungs).__name__
-        if "epochs" in space:
-            raise ValueError(f"epochs must not be a parameter of the space where pruner is {kind}, which sets them.")
-        if fit.get("initial_epoch", 0):
-            raise ValueError(f"initial_epoch must be 0 where pruner is {kind}, got {fit['initial_epoch']!r}.")
-        self._epochs = fit.get("epochs", 1)
-        self.rungs.rungs(self._epochs)  # raises where there are too few epochs
-        frequency = fit.get("validation_freq") or 1
-        first = frequency if isinstance(frequency, int) else min(frequency)
-        if objective.startswith("val_") and self.rungs.min_epochs < first:
-            raise ValueError(
-                f"min_epochs must be at least {first}, since trials have no {objective} before the first validation "
-                f"(validation_freq={frequency!r}), got {self.rungs.min_epochs}."
-            )
-        if not can_be_continued(fit):
+        if self.rungs is not None:
+            self._check_rungs(self.rungs, fit, space, objective)
+        if pauses and not can_be_continued(fit):
             x = type(fit.get("x")).__name__ + " with steps_per_epoch" * bool(fit.get("steps_per_epoch"))
             warnings.warn(
                 f"The order of the data after a pause may be another one, since it is not known where x is {x}. For "
                 "trials that continue exactly, give arrays without steps_per_epoch, or a keras_optkit.data.Shuffled or "
                 "PerEpoch.",
                 stacklevel=4,
+            )
+
+    def _check_rungs(self, rungs: RungPruner, fit: Mapping[str, Any], space: Mapping[str, Any], objective: str) -> None:
+        kind = type(rungs).__name__
+        if "epochs" in space:
+            raise ValueError(f"epochs must not be a parameter of the space where pruner is {kind}, which sets them.")
+        if fit.get("initial_epoch", 0):
+            raise ValueError(f"initial_epoch must be 0 where pruner is {kind}, got {fit['initial_epoch']!r}.")
+        self._epochs = fit.get("epochs", 1)
+        rungs.rungs(self._epochs)  # raises where there are too few epochs
+        frequency = fit.get("validation_freq") or 1
+        first = frequency if isinstance(frequency, int) else min(frequency)
+        if objective.startswith("val_") and rungs.min_epochs < first:
+            raise ValueError(
+                f"min_epochs must be at least {first}, since trials have no {objective} before the first validation "
+                f"(validation_freq={frequency!r}), got {rungs.min_epochs}."
             )
 
     # What is saved
@@ -108,7 +116,7 @@ class Economy:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues a search."""
-        self._seconds, self._top = state["seconds"], state["top"]
+        self._seconds, self._top = max(state["seconds"], self.seconds), state["top"]  # others may not be as far
         self._began = None if self._began is None else time.perf_counter()
         self._judges = {}
 
@@ -260,7 +268,7 @@ class Economy:
         record = tuner.records.get(trial.trial_id)
         if record is None or not record.get("paused"):
             record = {"epochs": 0, "best_epoch": None, "metrics": {}}
-            if self.rungs is not None:
+            if tuner.pauses:
                 record |= {"rungs": [], "rung_epochs": [], "runs": [{} for _ in range(tuner.executions_per_trial)]}
                 record["seconds"] = 0.0
         record["running"] = True

@@ -91,6 +91,10 @@ class Executing:
         """Nothing is asked."""
         raise NotImplementedError
 
+    def stop(self, trial_id: str) -> None:
+        """Nothing is stopped."""
+        raise NotImplementedError
+
     def events(self) -> Iterator[Event]:
         """What has happened; waits for a moment if that is nothing.
 

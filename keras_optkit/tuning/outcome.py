@@ -23,6 +23,8 @@ class Outcome:
     """The part of `Tuner` that reads what its trials have left."""
 
     oracle: Any
+    economy: Any
+    shared: Any
     hypermodel: Any
     records: dict[str, dict[str, Any]]
     keep_models: int | None
@@ -32,6 +34,11 @@ class Outcome:
     whole: dict[str, Any]
     project_dir: Any
     get_trial_dir: Callable[[str], Any]
+
+    @property
+    def pauses(self) -> bool:
+        """Whether trials may be continued, by a pruner or by another process."""
+        return self.economy.rungs is not None or self.shared is not None
 
     def number(self, trial: Any) -> int:
         """The number of a trial: 0 for the first that was started."""
@@ -48,6 +55,14 @@ class Outcome:
     def _forget_end(self, trial_id: str) -> None:
         for execution in range(self.executions_per_trial):
             end_of(Path(self.project_dir), trial_id, execution).remove()
+
+    def _kept(self, order: list[Trial]) -> list[str]:
+        """The trials whose models are kept; `order` has the best first."""
+        return [self.oracle.start_order[found.number] for found in order[: self.keep_models]]
+
+    def _is_paused(self, trial_id: str) -> bool:
+        record = self.records.get(trial_id, {})
+        return bool(record.get("paused")) and not record["running"]
 
     def load_model(self, trial: keras_tuner.engine.trial.Trial) -> keras.Model:
         """The trained model of a trial, as it was at its best epoch.

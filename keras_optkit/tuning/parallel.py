@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import time
 from typing import TYPE_CHECKING, Any
 
 from keras_tuner.engine.trial import TrialStatus
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 #: How often a trial is begun again whose process was ended from outside.
 _AGAIN = 1
+
+_TICK = 0.1  # seconds
 
 
 class Course:
@@ -45,24 +49,45 @@ class Course:
         Raises:
             Exception: What has ended the search.
         """
-        free = [f"worker{i}" for i in reversed(range(self._crew.size))]
-        is_over = False
+        shared = self._tuner.shared
+        is_over = waits = False
         while True:
-            while not is_over and len(self._running) < self._crew.size:
-                slot = next(each for each in reversed(free) if each not in self._slots.values())
-                trial = self._tuner.economy.next_trial(self._tuner, slot, self._running)
-                if trial is WAIT:
-                    break
-                if trial is None:
-                    is_over = True
-                else:
-                    self._tuner.on_trial_begin(trial)
-                    self._running[trial.trial_id], self._slots[trial.trial_id] = trial, slot
+            while not (is_over or waits) and len(self._running) < self._crew.size:
+                trial = self._next()
+                is_over, waits = trial is None, trial is WAIT
+                if not (is_over or waits):
                     self._submit(trial)
-            if not self._running:
+            if self._running:
+                for event in self._crew.events():
+                    self._take(event)
+                    waits = False
+            elif is_over or shared is None:
                 return
-            for event in self._crew.events():
-                self._take(event)
+            else:
+                time.sleep(_TICK)  # for the trials of others, which may have to be continued here
+            if shared is None:
+                waits = False
+                continue
+            for trial_id in shared.lost() & self._running.keys():
+                self._crew.stop(trial_id)
+                self._drop(trial_id)
+                waits = False
+            waits = waits and not shared.news()
+
+    def _next(self) -> Any:
+        """The next trial, which begins; None if the search ends; `WAIT`."""
+        tuner = self._tuner
+        with tuner.open_books():
+            free = (f"worker{i}" for i in itertools.count())
+            slot = next(each for each in free if each not in self._slots.values())
+            trial = tuner.economy.next_trial(tuner, slot, self._running or tuner.oracle.ongoing_trials)
+            if trial is None or trial is WAIT:
+                return trial
+            tuner.on_trial_begin(trial)
+            if tuner.shared is not None:
+                tuner.shared.claim(trial.trial_id)
+        self._running[trial.trial_id], self._slots[trial.trial_id] = trial, slot
+        return trial
 
     def _submit(self, trial: Any) -> None:
         record, job = self._tuner.records[trial.trial_id], self._tuner.job(trial)
@@ -82,8 +107,12 @@ class Course:
             case "ask", (execution, epoch, metrics):
                 reason = self._tuner.economy.verdict(self._tuner, number, execution, epoch, metrics)
                 self._crew.answer(event.trial_id, reason)
+            case "kept", ():
+                if self._tuner.shared is not None:
+                    self._tuner.shared.store(event.trial_id)
+                self._crew.answer(event.trial_id, "")
             case "ended", (ended,):
-                self._end(trial, ended)
+                self._end(event.trial_id, ended)
             case "fatal", (error,):
                 raise error
             case "died", (reason, seconds, is_its_own):
@@ -100,16 +129,36 @@ class Course:
             number = self._tuner.number(self._running[trial_id])
             print(f"    trial {number}{run}, epoch {epoch}: {values}", flush=True)
 
-    def _end(self, trial: Any, ended: Ended) -> None:
-        del self._running[trial.trial_id], self._slots[trial.trial_id], self._runs[trial.trial_id]
-        self._tuner.take(trial, ended)
+    def _end(self, trial_id: str, ended: Ended) -> None:
+        """Takes the outcome of a trial, unless another process has its lease."""
+        tuner = self._tuner
+        with tuner.open_books():
+            is_ours = tuner.shared is None or tuner.shared.is_ours(trial_id)
+            if is_ours:
+                del self._running[trial_id], self._slots[trial_id], self._runs[trial_id]
+                tuner.take(tuner.oracle.trials[trial_id], ended)
+                if tuner.shared is not None:
+                    tuner.shared.end(trial_id)
+        if not is_ours:
+            self._drop(trial_id)
+
+    def _drop(self, trial_id: str) -> None:
+        """Forgets a trial that another process continues."""
+        number = self._tuner.number(self._running[trial_id])
+        del self._running[trial_id], self._slots[trial_id], self._runs[trial_id]
+        self._tuner.forget_attempt(trial_id)
+        if self._tuner.verbose:
+            print(f"    trial {number} is continued by another process, which has its lease", flush=True)
 
     def _died(self, trial: Any, reason: str, seconds: float, is_its_own: bool) -> None:
         """Of a trial whose process has ended."""
-        record = self._tuner.records[trial.trial_id]
-        if not is_its_own and record.get("killed", 0) < _AGAIN:
-            record["killed"] = record.get("killed", 0) + 1
-            self._tuner.save()
+        with self._tuner.open_books():
+            record = self._tuner.records[trial.trial_id]
+            begins_again = not is_its_own and record.get("killed", 0) < _AGAIN
+            if begins_again:
+                record["killed"] = record.get("killed", 0) + 1
+                self._tuner.save()
+        if begins_again:
             if self._tuner.verbose:
                 print(f"    trial {self._tuner.number(trial)} begins again. {reason}", flush=True)
             self._submit(trial)
@@ -127,4 +176,4 @@ class Course:
                 logs.failed(self._tuner.log_dir / run_name(trial.trial_id, execution, self._tuner.executions_per_trial))
         message = f"Failed with {values}.\n{news['message']}"
         error = RuntimeError(message)
-        self._end(trial, Ended(news, worst_of(objective), runs, message, error, seconds))
+        self._end(trial.trial_id, Ended(news, worst_of(objective), runs, message, error, seconds))

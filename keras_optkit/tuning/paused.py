@@ -58,16 +58,31 @@ class Pausable:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def callback(self, bundle: str | None, fit: Mapping[str, Any]) -> Resume:
+    def callback(
+        self,
+        bundle: str | None,
+        fit: Mapping[str, Any],
+        every: float | None = None,
+        on_bundle: Callable[[str], None] | None = None,
+    ) -> Resume:
         """What continues the run from a bundle; None: from the beginning.
 
         Later bundles are of an attempt that was interrupted, whose scores are not in the books.
+
+        Args:
+            bundle: Its name.
+            fit: Arguments of `fit`.
+            every: Seconds after which a bundle is written; None: only where the run is stopped.
+            on_bundle: As of `Resume`.
         """
         for path in self._directory.glob("*.npz") if self._directory.exists() else ():
             if path.name != bundle:
                 path.unlink()
         in_order = fit.get("shuffle", True) is False and not isinstance(fit.get("x"), EpochDataset)
-        return Resume(self._directory, every="epoch" if in_order else _SELDOM, keep=2)
+        after = _SELDOM if every is None else timedelta(seconds=every)
+        resume = Resume(self._directory, every="epoch" if in_order else after, keep=2)
+        resume.on_bundle = on_bundle
+        return resume
 
     def pause(self) -> str:
         """After a run that was stopped: the name of the bundle to continue it from.

@@ -24,6 +24,7 @@ from keras_optkit.tuning.data import (
     checked_data,
     checked_fit_arguments,
     comparable,
+    fingerprint,
     fit_data,
     is_dataset,
     samples,
@@ -120,6 +121,8 @@ def search(
     executor: futures.Executor | None = None,
     trial_time_limit: float | None = None,
     trial_memory_limit: int | None = None,
+    storage: str | Path | None = None,
+    lease: float = 60.0,
     seed: int | None = None,
     directory: str | Path | None = None,
     log_dir: str | Path | None = None,
@@ -183,6 +186,12 @@ def search(
         trial_time_limit: Seconds after which the process of a trial is ended; the trial has failed. None: no limit.
         trial_memory_limit: Bytes that the process of a trial may have in memory, TensorFlow's and the data's included,
             before it is ended; the trial has failed. None: no limit.
+        storage: A database that several machines share, each of which starts the same script and takes trials from it:
+            `"postgresql://USER@HOST/DATABASE"`, or, for processes of one machine, a path or `"sqlite:///FILE"`. It
+            holds everything, models and bundles included, so that `directory` must be None, and one search. `workers`
+            are those of one machine. See [Many machines](../howto/many-machines.md). None: one process has the search.
+        lease: With `storage`: seconds after which a trial is continued elsewhere whose process is not heard of, from
+            its last bundle; one is stored as often.
         seed: Fixes the points, the split, and the seeds of each training (by `keras.utils.set_random_seed`, so that it
             changes the global seeds). When left out it is drawn with Python's `random`; see `Result.seed`.
         directory: Where state and the best model are kept. If a search is there it is continued: finished trials are
@@ -199,12 +208,14 @@ def search(
 
     Raises:
         TypeError: If an argument has a wrong type, or cannot be sent to workers, or `build` returns no compiled model.
-        ImportError: If a strategy or a pruner needs Optuna, or workers need cloudpickle, and it is not installed.
+        ImportError: If a strategy or a pruner needs Optuna, workers need cloudpickle, or `storage` needs these or
+            SQLAlchemy or psycopg, and it is not installed.
         ValueError: If an argument has a wrong value, if a grid has infinitely many points, if training has no
             metric named like the objective, if there is a pruner and several objectives, or if `directory` holds
-            another search.
+            another search, or `storage` one with another space, other settings or other data.
         RuntimeError: If all trials failed, from the first error; if another search runs in `directory`, or a file in it
-            is damaged; if workers cannot be started.
+            is damaged; if workers cannot be started; if `overwrite` is True while others train trials of `storage`.
+        ConnectionError: If `storage` cannot be opened.
         OSError: If the disk does not take what is to be kept; what is in `directory` can be continued.
 
     Example:
@@ -232,6 +243,10 @@ def search(
     assert set(result.best) == {"learning_rate", "batch_size"}
     ```
     """
+    if storage is not None and directory is not None:
+        raise ValueError(
+            f"directory must be None where storage is given, which holds all that is kept, got {directory!r}."
+        )
     hypermodel = HyperModel(build, space)
     space = hypermodel.space
     if isinstance(strategy, str):
@@ -282,6 +297,9 @@ def search(
         **sizes,
         **({} if seed is None else {"seed": seed}),
     }
+    if storage is not None:
+        definition |= {"max_model_size": max_model_size}
+        definition["data"] = fingerprint({"data": data, "validation": validation, **others})
     with contextlib.ExitStack() as on_failure:
         if directory is None:
             path = tempfile.mkdtemp(prefix="keras_optkit_search_")
@@ -306,6 +324,8 @@ def search(
             executor=executor,
             trial_time_limit=trial_time_limit,
             trial_memory_limit=trial_memory_limit,
+            storage=storage,
+            lease=lease,
         )
         tuner.is_temporary = directory is None
         weights = others.pop("sample_weight", None)

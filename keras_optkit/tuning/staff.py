@@ -23,6 +23,7 @@ class Staff:
         executor: As in `search`.
         trial_time_limit: As in `search`.
         trial_memory_limit: As in `search`.
+        has_storage: Whether other machines train trials of the same search.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -31,7 +32,12 @@ class Staff:
     """
 
     def __init__(
-        self, workers: int, executor: Any, trial_time_limit: float | None, trial_memory_limit: int | None
+        self,
+        workers: int,
+        executor: Any,
+        trial_time_limit: float | None,
+        trial_memory_limit: int | None,
+        has_storage: bool = False,
     ) -> None:
         self.workers = arguments.integer("workers", workers, 1)
         self.executor = executor
@@ -51,8 +57,13 @@ class Staff:
                     f"{given[0].partition('=')[0]} must be None where executor is given, whose processes are not the "
                     f"search's to end, got {given[0].partition('=')[2]}."
                 )
+        if executor is not None and has_storage:
+            raise ValueError(f"executor must be None where storage is given, got {executor!r}.")
+        self._has_storage = has_storage
         #: What has been asked for, for messages.
         self.asked = "executor" if executor is not None else f"workers={workers}" if workers > 1 else "".join(given[:1])
+        # The process that renews leases must not be the one that a trial may crash or keep from it.
+        self.asked = self.asked or "storage" * has_storage
         if self.is_active:
             payload.cloudpickle(self.asked)
 
@@ -62,14 +73,17 @@ class Staff:
         return bool(self.asked)
 
     def check(self, economy: Economy) -> None:
-        """Raises if the pruner has to be asked in the midst of a trial, which an executor's processes cannot do.
+        """Raises if the pruner has to be asked in the midst of a trial.
+
+        An executor's processes cannot do that, and one of several machines does not know the epochs of the others.
 
         Raises:
             ValueError: If it is one of Optuna's.
         """
-        if self.executor is not None and economy.pruner is not None and economy.rungs is None:
+        given = "executor" if self.executor is not None else "storage" if self._has_storage else ""
+        if given and economy.pruner is not None and economy.rungs is None:
             raise ValueError(
-                'pruner must be one that pauses trials, such as "asha", or None where executor is given, got '
+                f'pruner must be one that pauses trials, such as "asha", or None where {given} is given, got '
                 f"{type(economy.pruner).__name__}, which looks at each epoch."
             )
 

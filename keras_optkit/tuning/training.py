@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+import time
 import traceback
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,9 @@ class Line:
         """Why the run is to be ended after this epoch, or ""."""
         return ""
 
+    def kept(self) -> None:
+        """What an interrupted trial is continued with is in its directory, and is left as it is until this returns."""
+
 
 @dataclass
 class Training:
@@ -136,6 +140,7 @@ class Training:
         is_watched: Whether the search is told of each epoch.
         asks: Whether it is asked, too, whether to end the run.
         folds: With which rows each execution trains and validates; None: with those of `fit`.
+        every: Seconds after which a run that is not paused writes a bundle, too; None: it does not.
         used: The callbacks of all runs so far.
     """
 
@@ -153,6 +158,7 @@ class Training:
     is_watched: bool
     asks: bool
     folds: Folds | None = None
+    every: float | None = None
     used: weakref.WeakSet[keras.callbacks.Callback] = field(default_factory=weakref.WeakSet)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -251,6 +257,8 @@ class Training:
             saved = job.record["runs"][execution] if self.pauses else {}
             state = {"rung": rung, "reason": reason, "watch": watch.get_state(), "saved": saved}
             books.write_done(trial, execution, state)
+            if self.every is not None:
+                line.kept()
         return reason
 
     def _as_noted(self, job: Job, execution: int, watch: BestEpoch, line: Line, done: dict[str, Any]) -> str:
@@ -272,14 +280,20 @@ class Training:
     def _train(self, job: Job, execution: int, watch: BestEpoch, line: Line) -> str:
         """Trains a model; returns why the run was stopped, or "" if it ended by itself."""
         saved: dict[str, Any] = {}
+        known = 0
         if self.pauses:
             saved = job.record["runs"][execution]
+            known = len(saved["watch"]["history"]) if "watch" in saved else 0
+            reached = None if self.every is None else self._reached(job, execution)
+            saved.update(reached or {})
             if "watch" in saved:
                 watch.set_state(saved["watch"])
             if saved.get("over"):  # it has stopped by itself, and another run of the trial has not
                 return ""
         clear_session()  # frees the last model, too: it collects garbage
         line.begin(execution)
+        for number, (epoch, metrics) in enumerate(watch.history[known:], known + 1):
+            line.tell(execution, number, epoch, metrics)
         seed = stream(self.seed, TRAINING, job.number, execution).generate_state(2)
         keras.utils.set_random_seed(int(seed[0]))
         fit, hp = dict(self.fit), job.hyperparameters
@@ -306,7 +320,8 @@ class Training:
             if self.pauses:
                 fit = in_known_order(fit, values.get("batch_size", fit.get("batch_size")), int(seed[1]))
                 paused = pausable(self.directory, job.trial_id, execution)
-                callbacks.append(paused.callback(saved.get("bundle"), fit))
+                note = None if self.every is None else self._noting(job, execution, watch, line)
+                callbacks.append(paused.callback(saved.get("bundle"), fit, self.every, note))
             with quiet_about_order() if self.pauses else contextlib.nullcontext():
                 returned = self.hypermodel.fit(hp, model, *self.args, **fit, callbacks=callbacks)
             if not stopper.reason:
@@ -323,6 +338,34 @@ class Training:
                 for name in names_of(watch.objective):
                     session.metric(f"best_{name}", watch.metrics[name], watch.best_epoch - 1)
         return stopper.reason
+
+    def _reached(self, job: Job, execution: int) -> dict[str, Any] | None:
+        """What an execution is continued with that was interrupted since the last pause."""
+        note = books.read_reached(trial_directory(self.directory, job.trial_id), execution)
+        if note is None or note["rung"] != len(job.record.get("rungs", [])):
+            return None
+        saved: dict[str, Any] = note["saved"]
+        return saved
+
+    def _noting(self, job: Job, execution: int, watch: BestEpoch, line: Line) -> Callable[[str], None]:
+        """Notes each bundle, with what was seen until then, and tells the search from time to time."""
+        assert self.every is not None
+        trial, rung, every, told = (
+            trial_directory(self.directory, job.trial_id),
+            len(job.record.get("rungs", [])),
+            self.every,
+            time.monotonic(),
+        )
+
+        def note(bundle: str) -> None:
+            nonlocal told
+            saved = {"bundle": bundle, "watch": watch.get_state()}
+            books.write_reached(trial, execution, {"rung": rung, "saved": saved})
+            if time.monotonic() - told >= 0.9 * every:
+                line.kept()
+                told = time.monotonic()
+
+        return note
 
     @staticmethod
     def _stopper(job: Job, execution: int, watch: BestEpoch, line: Line) -> Stopper:
@@ -358,5 +401,6 @@ class Training:
         directory = self.log_dir / run_name(trial_id, execution, self.executions)
         # TensorBoard merges equal names, so those of two searches must differ; and it cuts off long ones at the end.
         group = f"trial_{trial_id} ({self.log_dir.name} in {self.log_dir.parent})"
-        with logs.hparams_session(directory, group, values, continued=continued) as session:
+        here = continued and directory.exists()  # or it was begun on another machine
+        with logs.hparams_session(directory, group, values, continued=here) as session:
             yield directory, session

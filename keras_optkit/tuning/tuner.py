@@ -10,7 +10,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from keras_optkit.tuning.folds import Folds
 from keras_optkit.tuning.hypermodel import FIT_ARGUMENTS, HyperModel
 from keras_optkit.tuning.outcome import Outcome
 from keras_optkit.tuning.parallel import Course
+from keras_optkit.tuning.shared import Shared
 from keras_optkit.tuning.staff import Staff
 from keras_optkit.tuning.training import PARENT, Ended, Job, Line, Training
 from keras_optkit.tuning.trials import Trial, listed, ranked, shown
@@ -67,11 +68,15 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         executor: As in `search`.
         trial_time_limit: As in `search`.
         trial_memory_limit: As in `search`.
+        storage: As in `search`; `directory` is then where this process works, and must be of its own and new.
+        lease: As in `search`.
 
     Raises:
         TypeError: If an argument has a wrong type.
-        ValueError: If an argument has a wrong value, or if `directory` holds another search.
+        ImportError: If `storage` needs a package that is not installed.
+        ValueError: If an argument has a wrong value, or if `directory` or `storage` holds another search.
         RuntimeError: If a file in `directory` is damaged, with its name.
+        ConnectionError: If `storage` cannot be opened.
 
     Example:
     ```python
@@ -124,6 +129,8 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         executor: futures.Executor | None = None,
         trial_time_limit: float | None = None,
         trial_memory_limit: int | None = None,
+        storage: str | Path | None = None,
+        lease: float = 60.0,
     ) -> None:
         if not isinstance(hypermodel, HyperModel):
             raise TypeError(f"hypermodel must be a keras_optkit.tuning.HyperModel, got {hypermodel!r}.")
@@ -137,10 +144,12 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         self.verbose = arguments.choice("verbose", verbose, (0, 1, 2))
         self.economy = Economy(pruner, time_limit, max_epochs, patience)
         self.economy.check(oracle)
-        self.staff = Staff(workers, executor, trial_time_limit, trial_memory_limit)
+        self.staff = Staff(workers, executor, trial_time_limit, trial_memory_limit, storage is not None)
         self.staff.check(self.economy)
         if self.staff.is_active and type(self).run_trial is not Tuner.run_trial:
             raise ValueError(f"{self.staff.asked} must be left out where run_trial is another one, as in {type(self)}.")
+        if storage is not None and isinstance(oracle, keras_tuner.oracles.HyperbandOracle):
+            raise ValueError(f"storage must be None where the oracle is a HyperbandOracle, got {storage!r}.")
         told = {"space": hypermodel.space.get_config(), **(definition or {}), "pruner": self.economy.described}
         self.definition = json.loads(json.dumps(told))
         self.records: dict[str, dict[str, Any]] = {}  # what KerasTuner's trials have no place for, by trial
@@ -160,11 +169,16 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         if overwrite:
             with books.locked(path):
                 books.delete_search(path)
-        with _PRINTING, contextlib.redirect_stdout(io.StringIO()):  # KerasTuner prints whether it reloads
-            # If it were given the hypermodel here, it would build a model to find the space, which is known.
-            place = {"directory": str(path.parent), "project_name": path.name}
-            super().__init__(oracle, **place, executions_per_trial=executions_per_trial, max_model_size=max_model_size)
-        self.hypermodel = hypermodel
+        self.shared = None if storage is None else Shared(storage, path, lease)
+        with contextlib.nullcontext() if self.shared is None else self.shared.books(clear=overwrite):
+            with _PRINTING, contextlib.redirect_stdout(io.StringIO()):  # KerasTuner prints whether it reloads
+                # If it were given the hypermodel here, it would build a model to find the space, which is known.
+                place = {"directory": str(path.parent), "project_name": path.name}
+                sizes = {"executions_per_trial": executions_per_trial, "max_model_size": max_model_size}
+                super().__init__(oracle, **place, **sizes)
+            self.hypermodel = hypermodel
+            if self.shared is not None:
+                self.save()  # what is drawn, such as a seed, is that of the first process
         if self.log_dir is not None and not self.oracle.trials:
             logs.claim(self.log_dir, overwrite)
 
@@ -199,7 +213,11 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         books.check_books(path)
         try:
             super().reload()
-        except (OtherSearchError, OSError):
+        except OtherSearchError as error:
+            if self.shared is None:
+                raise
+            raise OtherSearchError(self.shared.name, error.difference, "storage") from None
+        except OSError:
             raise
         except Exception as error:  # JSON, but not what was written
             raise damaged(path, f"{type(error).__name__}: {error}") from error
@@ -210,10 +228,21 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
         interrupted = self.oracle.get_state()["retry_queue"]
         kept = (trial_id for trial_id in interrupted if not self._is_paused(trial_id))
         interrupted[:] = sorted(kept, key=self.oracle.start_order.index, reverse=True)  # the last comes first
+        if self.shared is not None:
+            held = self.shared.held()
+            for trial_id in [each for each in interrupted if each in held]:
+                interrupted.remove(trial_id)
+                self.oracle.ongoing_trials[f"trial {trial_id}"] = self.oracle.trials[trial_id]
 
-    def _is_paused(self, trial_id: str) -> bool:
-        record = self.records.get(trial_id, {})
-        return bool(record.get("paused")) and not record["running"]
+    @contextlib.contextmanager
+    def open_books(self) -> Iterator[None]:
+        """In the block the books are as all processes of the search have left them; then they are stored."""
+        if self.shared is None:
+            yield
+            return
+        with self.shared.books():
+            self.reload()
+            yield
 
     # The course of a search
 
@@ -246,21 +275,26 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             raise ValueError("batch_size must be left out of the space where x is a dataset, which has its own.")
         check_ends(kwargs, {"x": "x", "validation_data": "validation_data"})
         of_search(kwargs.get("callbacks"))  # raises now rather than in the first trial
-        self.economy.check_fit(kwargs, space, self.oracle.objective.name)
+        self.economy.check_fit(kwargs, space, self.oracle.objective.name, self.pauses)
         kwargs.setdefault("verbose", 1 if self.verbose == 2 and not self.staff.is_active else 0)
         with books.locked(Path(self.project_dir)):
-            if Path(self._get_tuner_fname()).exists():  # another search may have run since this object was made
-                self.reload()
-            self.save()
+            if self.shared is None and Path(self._get_tuner_fname()).exists():
+                self.reload()  # another search may have run since this object was made
+            with self.open_books():
+                self.save()
+            place = self.project_dir if self.shared is None else self.shared.name
             if self.records and self.verbose:
-                print(f"Continuing the search in {self.project_dir}: {len(self.oracle.end_order)} trials are finished.")
+                print(f"Continuing the search in {place}: {len(self.oracle.end_order)} trials are finished.")
             self.trained = None if args else self.training(args, kwargs)
             try:
                 self._search(args, kwargs)
             except KeyboardInterrupt as interrupt:
-                if not self.is_temporary:
-                    interrupt.add_note(f"The search is in {self.project_dir!r}. Run the script again to continue it.")
+                if not self.is_temporary or self.shared is not None:
+                    interrupt.add_note(f"The search is in {place!r}. Run the script again to continue it.")
                 raise
+            finally:
+                if self.shared is not None:
+                    self.shared.close()
 
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs the trials, one after the other or several at a time."""
@@ -277,8 +311,13 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
                 self.on_trial_begin(trial)
                 self._try_run_and_update_trial(trial, *args, **kwargs)
                 self.on_trial_end(trial)
-        self.on_search_end()
-        self.save()
+        with self.open_books():
+            self.on_search_end()
+            self.save()
+            if self.shared is not None:
+                kept = self._kept(ranked(self._trials(history=False), self.oracle.objective.direction))
+                self.shared.tidy(self.oracle.end_order, kept)
+                self.shared.fetch_models(kept)
 
     def on_search_begin(self) -> None:
         """KerasTuner's hook before the first trial."""
@@ -326,22 +365,29 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             self._pause(trial)
         else:
             super().on_trial_end(trial)
-        if trial.status != TrialStatus.RUNNING and self.economy.rungs is not None:
+        if trial.status != TrialStatus.RUNNING and self.pauses:
             self.economy.forget(self, trial.trial_id)
         books.forget_done(Path(self.get_trial_dir(trial.trial_id)))
         self.economy.settle(self)
         trials = self._trials(history=False)
         order = ranked(trials, self.oracle.objective.direction)
-        kept = [self.oracle.start_order[found.number] for found in order[: self.keep_models]]
+        kept = self._kept(order)
         for trial_id in self.oracle.end_order:
             if trial_id not in kept:
                 self.kept_model(trial_id).remove()
+        if self.shared is not None:
+            self.shared.tidy(self.oracle.end_order, kept)
         parent = trial.hyperparameters.values.get(PARENT)
         if parent is not None and trial.trial_id in self.oracle.end_order:
             self._forget_end(parent)  # nothing else continues it
         this = next((found for found in trials if found.number == self.number(trial)), None)
         if this is not None:
             self._report(this, order[0] if order else None, paused=trial.status == TrialStatus.RUNNING)
+
+    def forget_attempt(self, trial_id: str) -> None:
+        """Another process continues a trial that was trained here."""
+        self.live.pop(trial_id, None)
+        self._started.pop(trial_id, None)
 
     def _report(self, this: Trial, best: Trial | None, *, paused: bool) -> None:
         """Tells the pruner's study and the reader how a trial has ended."""
@@ -413,10 +459,11 @@ class Tuner(Outcome, keras_tuner.Tuner, AtomicBooks):
             {name: value for name, value in fit.items() if name != "callbacks"},
             Path(self.project_dir),
             self.log_dir,
-            pauses=self.economy.rungs is not None,
+            pauses=self.pauses,
             is_watched=self.economy.is_active or self.staff.is_active,
             asks=self.economy.is_active,
             folds=self.folds,
+            every=None if self.shared is None else self.shared.lease,
             used=self._used,
         )
 

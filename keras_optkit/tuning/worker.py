@@ -69,6 +69,10 @@ class _Connected(Line):
         self._connection.send(("ask", execution, epoch, dict(metrics)))
         return str(self._connection.recv())
 
+    def kept(self) -> None:
+        self._connection.send(("kept",))
+        self._connection.recv()
+
 
 def outcome(training: Training, job: Job, line: Line) -> tuple[str, Ended | Exception]:
     """`("ended", Ended)`, or `("fatal", error)` where the search is to end; both can be pickled."""

@@ -38,8 +38,8 @@ main(int(sys.argv[1]), int(sys.argv[2]))
 class Event(NamedTuple):
     """What has happened to a trial.
 
-    `kind` is `"begin"`, `"tell"`, `"ask"`, `"ended"` or `"fatal"`, with what the worker has sent; or `"died"`, with the
-    reason, the seconds, and whether the trial is known to be what has ended its process.
+    `kind` is `"begin"`, `"tell"`, `"ask"`, `"kept"`, `"ended"` or `"fatal"`, with what the worker has sent; or
+    `"died"`, with the reason, the seconds, and whether the trial is known to be what has ended its process.
     """
 
     trial_id: str
@@ -60,6 +60,9 @@ class Crew(Protocol):
 
     def answer(self, trial_id: str, reason: str) -> None:
         """Answers what was asked."""
+
+    def stop(self, trial_id: str) -> None:
+        """Ends what trains a trial; nothing more is heard of it."""
 
     def close(self, *, at_once: bool) -> None:
         """Ends all that was started."""
@@ -166,6 +169,12 @@ class Workers:
             if worker.job is not None and worker.job.trial_id == trial_id:
                 with contextlib.suppress(OSError):
                     worker.connection.send(reason)
+
+    def stop(self, trial_id: str) -> None:
+        """Ends the process that trains a trial."""
+        for worker in list(self._workers):
+            if worker.job is not None and worker.job.trial_id == trial_id:
+                self._remove(worker)
 
     def events(self) -> Iterator[Event]:
         """What has happened; waits for a moment if that is nothing.
