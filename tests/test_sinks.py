@@ -108,7 +108,9 @@ def test_sinks_are_told_what_the_lines_hold_in_order(model, tmp_path):
     assert [(step, of_epoch) for *_, step, of_epoch in sink.of("values")] == least.steps
     assert least.steps == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
     assert [step for *_, step in sink.of("histograms")] == [2, 4]
-    np.testing.assert_array_equal(sink.of("histograms")[-1][1]["weights/dense/kernel"], model.layers[0].kernel)
+    np.testing.assert_array_equal(
+        sink.of("histograms")[-1][1][f"weights/{model.layers[0].name}/kernel"], model.layers[0].kernel
+    )
     assert len(sink.of("flush")) == 2
     assert [call[0] for call in sink.calls[-2:]] == ["figure", "close"]
     assert sink.calls[-2][1] == "charts"
