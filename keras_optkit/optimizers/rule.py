@@ -317,6 +317,10 @@ class Wrapper(Rule):
         return self.inner().uses_first
 
     @property
+    def reuses(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner().reuses
+
+    @property
     def decomposes(self) -> bool:  # type: ignore[override]
         return self.inner().decomposes
 

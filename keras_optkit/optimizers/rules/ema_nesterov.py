@@ -19,11 +19,14 @@ from keras_optkit.space import Choice, Float
 class EMANesterovRule(Keeping):
     """`x' = (inner step at y); m ← γ m + (1 - γ) (x' - x); y ← x' + β m`."""
 
-    reuses = frozenset({"base"})
     kept = "base"
     inner_rule: Rule = inner_rule()
     lookahead_step_size: Value = number(0.5)
     lookahead_momentum: Value = number(0.99, 0, 1, closed="left")
+
+    @property
+    def reuses(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner_rule.reuses | {"base"}
 
     def slots(self, w: Weight | None = None) -> dict[str, Initial]:
         return with_own(with_own(super().slots(w), "base", weights_copy()), "trend", 0.0)

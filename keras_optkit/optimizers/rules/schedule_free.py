@@ -27,11 +27,14 @@ class ScheduleFreeBaseRule(Wrapper):
     `y ← y - c (y - z) - (1 - β (1 - c)) s`, with y and z before the step.
     """
 
-    reuses = frozenset({"anchor", "weights"})
     averages = True
     handles_decay = True
     r: float = number(0.0, 0, fixed=True)
     weight_lr_power: float = number(2.0, 0, fixed=True)
+
+    @property
+    def reuses(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner().reuses | {"anchor", "weights"}
 
     def beta(self) -> float:
         """The share of x in y."""
