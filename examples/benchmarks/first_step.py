@@ -2,10 +2,10 @@
 
     python examples/benchmarks/first_step.py
 
-TensorFlow traces a step a second time if variables were made in the first trace. keras_optkit has the metrics and
-Keras's optimizers built before it. A multilayer perceptron, a convolutional network and a transformer, each with two
-metrics and Keras's Adam, are made and fitted to one batch in turns with and without that; given are the medians, and
-that of the ratio of neighbours.
+TensorFlow traces a step a second time if variables were made in the first trace. keras_optkit has them made in a
+rehearsal, without gradients and updates. A multilayer perceptron, a convolutional network and a transformer, each with
+two metrics and Keras's Adam, are made and fitted to one batch in turns with and without that; given are the medians,
+and that of the ratio of neighbours.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """The first step of a model, which TensorFlow traces once instead of twice.
 
-A `tf.function` in which variables are made is traced a second time without them. On TensorFlow, Keras makes those of
-metrics and optimizer in the first step, so that a `fit` with metrics starts in almost twice the time that it needs. On
-JAX, and where a strategy distributes, it makes them before the step, as is done here.
+A `tf.function` in which variables are made is traced a second time without them, and Keras makes those of metrics,
+optimizers and layers that the first batch builds in the first step. Here a rehearsal makes them: Keras's own step on
+tensors without values, with zeros for the gradients and without an update, so that about a third of the first trace is
+left. Its graph is thrown away, as that is, and what a step decides by what is built it decides as ever.
 
-They are not merely made elsewhere while the step is traced: what a step does may depend on what is built, as Keras's
-`LossScaleOptimizer` has its initial scale as a constant until it is.
+It is not enough to build metrics and optimizer: their number and kind depend on what the model returns in training, for
+labels of that shape. Nor to make all variables outside of the first trace and keep it: as long as Keras's
+`LossScaleOptimizer` is not built, its initial scale is a constant in the step.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
 from keras_optkit.backend import TENSORFLOW
-from keras_optkit.fit.optimizers import build_optimizer
 from keras_optkit.fit.run import Run
+from keras_optkit.optimizers.of_model import ours
 from keras_optkit.private import compiled_metrics
 
 if TENSORFLOW:
@@ -29,23 +32,21 @@ if TENSORFLOW:
 
 @contextlib.contextmanager
 def tracing_once(run: Run) -> Iterator[None]:
-    """Has the function that is made build what its first step would, if that step is Keras's own."""
-    model, name = run.model, run.method.removeprefix("make_")
-    step = name.replace("function", "step")
-    before, own = getattr(model, name), vars(model).get(step)
+    """Has the step of a model be rehearsed before it is traced, if it is Keras's own."""
+    model = run.model
+    before, own = model.train_function, vars(model).get("train_step")
     yield
-    made = getattr(model, name)
-    if not TENSORFLOW or made is before or model.run_eagerly:
+    made = model.train_function
+    if not TENSORFLOW or made is before or model.run_eagerly or type(model).train_step is not keras.Model.train_step:
         return
     around_that_of_keras = own is None or hasattr(own, "provides")
-    if around_that_of_keras and getattr(type(model), step) is getattr(keras.Model, step):
-        # an optimizer whose hyperparameters are driven is built with the values that it is driven with
-        builds_optimizer = step == "train_step" and not getattr(own, "drives", False)
-        setattr(model, name, _building_first(model, name, made, builds_optimizer))
+    # a driven optimizer is built with the values that it is driven with, inside of the step
+    if around_that_of_keras and not getattr(own, "drives", False):
+        model.train_function = _rehearsed(model, made)
 
 
-def _building_first(model: Any, name: str, function: Callable[..., Any], builds_optimizer: bool) -> Callable[..., Any]:
-    """Builds what is not built until a first call succeeds, and then gives way to the function itself."""
+def _rehearsed(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Rehearses the step until a first call succeeds, and then gives way to the function itself."""
     done = False
 
     @functools.wraps(function)
@@ -53,51 +54,89 @@ def _building_first(model: Any, name: str, function: Callable[..., Any], builds_
         nonlocal done
         if done:
             return function(iterator)
-        logs = function(_build(model, iterator, builds_optimizer))
+        if _makes_variables(model):
+            batch, iterator = _peeked(iterator)
+            if batch is not None:
+                with contextlib.suppress(Exception):  # the step raises it again
+                    _rehearse(model, batch)
+        logs = function(iterator)
         done = True
-        if getattr(model, name) is first:
-            setattr(model, name, function)
+        if model.train_function is first:
+            model.train_function = function
         return logs
 
     return first
 
 
-def _build(model: Any, iterator: Any, builds_optimizer: bool) -> Any:
-    """Builds what a step with the next batch would; returns an iterator that still has this batch."""
-    if not model.built or isinstance(iterator, tf.distribute.DistributedIterator):
-        return iterator  # then there are variables to make in the first step anyway, or none any more
+def _makes_variables(model: Any) -> bool:
+    """Whether the step makes variables that a rehearsal can make, unlike those of an optimizer of ours."""
+    optimizer, metrics = model.optimizer, compiled_metrics(model)
+    if ours(optimizer) and not optimizer.built:
+        return False
+    return not optimizer.built or (metrics is not None and not metrics.built)
+
+
+def _peeked(iterator: Any) -> tuple[Any, Any]:
+    """The next batch or its spec, None where it is unknown, and an iterator that still has it."""
+    if isinstance(iterator, tf.distribute.DistributedIterator):
+        return None, iterator  # Keras builds everything before
     if isinstance(iterator, tf.data.Iterator):
-        batch = iterator.element_spec
-    else:  # over the one batch of `train_on_batch`
-        batches = list(itertools.islice(iterator, 1))
-        iterator = itertools.chain(batches, iterator)
-        batch = batches[0] if batches else None
-    if builds_optimizer:
-        build_optimizer(model)
-    with contextlib.suppress(Exception):  # the step raises it again, after what else Keras says about the data
-        _build_metrics(model, batch)
-    return iterator
+        return keras.tree.map_structure(_without_optional, iterator.element_spec), iterator
+    batches = list(itertools.islice(iterator, 1))  # the one batch of `train_on_batch`
+    return (batches or [None])[0], itertools.chain(batches, iterator)
 
 
-def _build_metrics(model: Any, batch: Any) -> None:
-    """Builds the metrics that the model was compiled with, and those of the losses of several outputs."""
-    metrics = compiled_metrics(model)
-    if type(model).compute_metrics is not keras.Model.compute_metrics:
-        return
-    x, y, _ = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(_symbolic, batch))
-    of_any_size = keras.tree.map_structure(lambda given: keras.KerasTensor((None, *given.shape[1:]), given.dtype), x)
-    y_pred = model.compute_output_spec(of_any_size)
-    if metrics is not None and not metrics.built:
-        metrics.build(y, y_pred)
-    if keras.tree.is_nested(y_pred):
-        specs = keras.tree.map_structure(lambda given: tf.TensorSpec(given.shape, given.dtype), (x, y, y_pred))
-        tf.function(model.compute_loss, autograph=False).get_concrete_function(*specs)
+def _without_optional(spec: Any) -> Any:
+    return None if isinstance(spec, tf.OptionalSpec) else spec
 
 
-def _symbolic(given: Any) -> Any:
-    """A symbolic tensor like a part of a batch or of its spec."""
-    if given is None or isinstance(given, tf.OptionalSpec):
-        return None
-    if isinstance(given, (tf.RaggedTensorSpec, tf.SparseTensorSpec)):
-        raise TypeError(f"A {type(given).__name__} has no symbolic form.")
-    return keras.KerasTensor(given.shape, keras.backend.standardize_dtype(given.dtype))
+def _rehearse(model: Any, batch: Any) -> None:
+    optimizer = model.optimizer
+    method = "apply" if ours(optimizer) else "update_step"
+
+    def step(data: Any) -> None:
+        with _gradients_of_zeros(), tf.variable_creator_scope(_outside):
+            keras.Model.train_step(model, data)
+
+    held = vars(optimizer).get(method)
+    vars(optimizer)[method] = lambda *_, **__: None
+    try:
+        tf.function(step, autograph=False).get_concrete_function(batch)
+    finally:
+        if held is None:
+            del vars(optimizer)[method]
+        else:
+            vars(optimizer)[method] = held
+
+
+def _outside(make: Callable[..., Any], **settings: Any) -> Any:
+    """Makes a variable outside of what is traced."""
+    value = settings.get("initial_value")
+    if tf.is_symbolic_tensor(value):
+        value = tf.get_static_value(value)
+        if value is None:
+            raise NotImplementedError("A first value that is computed from the batch.")
+    with tf.init_scope():
+        return make(**{**settings, "initial_value": value, "experimental_enable_variable_lifting": False})
+
+
+_rehearsing = threading.local()
+
+
+@contextlib.contextmanager
+def _gradients_of_zeros() -> Iterator[None]:
+    """In this thread, gradients are zeros, for which nothing is traced."""
+    _rehearsing.now = True
+    gradient = tf.GradientTape.gradient
+
+    def zeros(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(_rehearsing, "now", False):
+            return gradient(self, target, sources, *args, **kwargs)
+        return tf.nest.map_structure(tf.zeros_like, sources)
+
+    tf.GradientTape.gradient = zeros
+    try:
+        yield
+    finally:
+        tf.GradientTape.gradient = gradient
+        _rehearsing.now = False

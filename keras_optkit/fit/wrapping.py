@@ -21,7 +21,6 @@ AROUND = {
     "compile": (shown_the_model,),
     "compile_from_config": (told_of_files,),
     "make_train_function": (tracing_once, providing_needs),
-    "make_test_function": (tracing_once,),
     "fit": (telling_callbacks, refusing_stock_averages, shown_the_model, told_of_training),
     "train_on_batch": (shown_the_model, told_of_training),
     "evaluate": (telling_callbacks, refusing_stock_averages),
