@@ -203,6 +203,13 @@ def test_a_report_of_inspect_goes_to_any_sink(model):
         report.to_sink("logs")
 
 
+def test_an_exception_at_the_end_is_a_failure_for_all_sinks(model, tmp_path):
+    first, raising = Recording(), Recording(raises="figure")
+    with pytest.raises(OSError, match="The disk is full"):
+        fit(model, *regression(8, dtype="float32"), TrainingMonitor(tmp_path, sinks=[raising, first], figures=True))
+    assert first.calls[-1] == raising.calls[-1] == ("close", True)
+
+
 @pytest.mark.once
 def test_tensorboard_has_the_figure_in_its_size(model, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -225,7 +232,8 @@ def test_tensorboard_has_the_figure_in_its_size(model, tmp_path):
         ({"sinks": "tensorboard"}, TypeError, r"sinks must be None or a list of .*Sink, got 'tensorboard' of type str"),
         ({"sinks": [3]}, TypeError, r"sinks must be None or a list of .*Sink, got 3 of type int in it"),
         ({"sinks": [sinks.Sink()]}, TypeError, r"that override write_values, got .*Sink object"),
-        ({"sinks": [Least()] * 2}, ValueError, r"sinks must be .*, each once, got \["),
+        ({"sinks": [Least()] * 2}, ValueError, r"sinks must be .* that write to different places, got \["),
+        ({"sinks": [sinks.TensorBoard("a"), sinks.TensorBoard("a")]}, ValueError, "that write to different places"),
         ({"sinks": [Least()], "histograms": 1}, ValueError, r"histograms must be left out: .*sinks \(Least\) takes"),
         ({"sinks": [], "figures": True}, ValueError, r"figures must be left out: none of the sinks \(there are none\)"),
         ({"figures": 1}, TypeError, r"figures must be True or False, got 1 of type int"),
@@ -242,7 +250,9 @@ def test_a_missing_package_is_named_when_training_begins(model, kind, tmp_path, 
     x, y = regression(8, dtype="float32")
     monkeypatch.setitem(sys.modules, kind.lower(), None)  # also where it is installed
     monitor = TrainingMonitor(tmp_path, sinks=[getattr(sinks, kind)(object)])
-    with pytest.raises(ImportError, match=rf"sinks\.{kind} needs {kind.lower()}: pip install {kind.lower()}"):
+    with pytest.raises(
+        ImportError, match=rf"sinks\.{kind} needs {kind.lower()}: pip install 'keras-optkit\[{kind.lower()}\]'"
+    ):
         fit(model, x, y, monitor)
 
 

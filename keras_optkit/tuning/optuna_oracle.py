@@ -259,7 +259,7 @@ class OptunaOracle(keras_tuner.Oracle):
         Raises:
             ValueError: If the search is one with another strategy.
         """
-        saved = state.get("optuna", {"strategy": "no strategy of Optuna"})
+        saved = state.get("optuna", {"strategy": "random or grid"})
         if saved["strategy"] != self.strategy_name:
             change = f"where strategy was {saved['strategy']!r} and is {self.strategy_name!r}"
             raise OtherSearchError(directory_of(self), change)

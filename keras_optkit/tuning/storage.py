@@ -43,6 +43,8 @@ def url_of(storage: Any) -> Any:
     text = os.fspath(storage)
     if not isinstance(text, str) or "\0" in text:
         raise TypeError(f"storage must be {allowed}, or None, got {storage!r}.")
+    if ":memory:" in text:
+        raise ValueError(f"storage must be {allowed}, which other processes can open, got {text!r}.")
     sql = _package("sqlalchemy", "storage", "SQLAlchemy", "storage")
     if "://" not in text:
         return sql.URL.create("sqlite", database=str(Path(text).absolute()))
@@ -51,7 +53,9 @@ def url_of(storage: Any) -> Any:
     except (sql.exc.ArgumentError, ValueError) as error:
         raise ValueError(f"storage must be {allowed}, got {text!r}.") from error
     shown = url.render_as_string(hide_password=True)
-    if url.drivername == "sqlite" and url.database and ":memory:" not in url.database:
+    if url.drivername == "sqlite" and url.query:
+        raise ValueError(f"storage must be {allowed}, without options, got {shown!r}.")
+    if url.drivername == "sqlite" and url.database:
         return url.set(database=str(Path(url.database).absolute()))
     if url.drivername in ("postgresql", "postgresql+psycopg"):
         _package("psycopg", f"storage={shown!r}", "psycopg", "postgresql")
@@ -92,7 +96,10 @@ class Storage:
         self.name: str = url.render_as_string(hide_password=True)
         self._kind = url.get_backend_name()
         if self._kind == "sqlite":
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConnectionError(f"storage={self.name!r} cannot be opened: {error}") from error
         options: dict[str, Any] = {"isolation_level": "READ COMMITTED"}  # each statement sees what was locked before it
         if self._kind == "sqlite":
             options = {"connect_args": {"timeout": 300.0}}
@@ -104,7 +111,10 @@ class Storage:
         self.clock = sql.literal_column(_CLOCKS[self._kind], sql.Float)
         self._tables()
         self._patience = 0.0
-        self._create()
+        try:
+            self._create()
+        except sql.exc.DBAPIError as error:  # no database, or one that this user may not change
+            raise ConnectionError(f"storage={self.name!r} cannot be opened: {str(error.orig).strip()}") from error
         self._patience = 60.0
 
     def _tables(self) -> None:

@@ -434,8 +434,8 @@ class TrainingMonitor(Callback):
         self._lines, self._open = None, []
         with contextlib.ExitStack() as closing:  # in the opposite order, and all of them even if one raises
             closing.callback(lambda: setattr(self, "_last_of_lines", lines.close()))
-            for sink in opened:
-                closing.callback(sink.close, failed=failed)
+            for sink in opened:  # an exception in what follows, or in another sink, is a failure, too
+                closing.push(lambda kind, *_, sink=sink: sink.close(failed=failed or kind is not None))
             if len(opened) < len(self._sinks):
                 return  # one of them could not be opened
             if self._findings is not None:

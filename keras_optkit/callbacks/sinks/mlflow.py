@@ -107,5 +107,5 @@ def _package() -> Any:
     try:
         import mlflow
     except ImportError as error:
-        raise ImportError("sinks.MLflow needs mlflow: pip install mlflow-skinny") from error
+        raise ImportError("sinks.MLflow needs mlflow: pip install 'keras-optkit[mlflow]'.") from error
     return mlflow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,10 @@ class Sink:
     ```
     """
 
+    def place(self) -> Hashable:
+        """What no two sinks of one monitor may have in common; by default a sink is a place of its own."""
+        return id(self)
+
     def open(self, opening: Opening) -> None:
         """Called when a `fit` begins.
 
@@ -101,7 +105,7 @@ class Sink:
         raise NotImplementedError(f"{type(self).__name__} must have a method write_values.")
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Writes the hyperparameters of a run that has none yet.
+        """Writes the hyperparameters, which `fit` says each time; keep those that the run has.
 
         Args:
             hparams: Number, string or boolean by name.
@@ -159,8 +163,9 @@ def checked_sinks(sinks: Any) -> tuple[Sink, ...]:
             raise TypeError(f"{wanted}, got {sink!r} of type {type(sink).__name__} in it.")
         if not writes(sink, "write_values"):
             raise TypeError(f"{wanted} that override write_values, got {sink!r}, which does not.")
-    if len({id(sink) for sink in sinks}) < len(sinks):
-        raise ValueError(f"{wanted}, each once, got {sinks!r}.")
+    places = [sink.place() for sink in sinks]
+    if len(set(places)) < len(places):
+        raise ValueError(f"{wanted} that write to different places, got {sinks!r}.")
     return tuple(sinks)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ class TensorBoard(Sink):
         self._directory = ""
         self._absent: tuple[str, ...] = ()
         self._writer: Any = None
+
+    def place(self) -> Hashable:
+        """Its directory, which cannot have two writers."""
+        return type(self), self.log_dir
 
     def open(self, opening: Opening) -> None:
         """Finds out where the files have got to, unless that is known.

@@ -78,5 +78,5 @@ def _package() -> Any:
     try:
         import trackio
     except ImportError as error:
-        raise ImportError("sinks.Trackio needs trackio: pip install trackio") from error
+        raise ImportError("sinks.Trackio needs trackio: pip install 'keras-optkit[trackio]'.") from error
     return trackio

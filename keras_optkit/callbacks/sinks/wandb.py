@@ -93,5 +93,5 @@ def _package() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ImportError("sinks.WandB needs wandb: pip install wandb") from error
+        raise ImportError("sinks.WandB needs wandb: pip install 'keras-optkit[wandb]'.") from error
     return wandb
