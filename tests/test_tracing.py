@@ -254,12 +254,32 @@ def test_gradients_of_other_threads_are_theirs():
             loss = x * x
         found.append(float(tape.gradient(loss, x)))
 
+    def rehearsing():
+        with tracing._gradients_of_zeros():
+            elsewhere()
+            entered.set()
+            left.wait()
+
+    gradient, entered, left = tf.GradientTape.gradient, threading.Event(), threading.Event()
+    thread = threading.Thread(target=rehearsing)
     with tracing._gradients_of_zeros():
-        thread = threading.Thread(target=elsewhere)
+        elsewhere()
         thread.start()
-        thread.join()
+        entered.wait()
+    elsewhere()  # while the other one goes on
+    left.set()
+    thread.join()
     elsewhere()
-    assert found == [6.0, 6.0]
+    assert found == [0.0, 0.0, 6.0, 6.0]
+    assert tf.GradientTape.gradient is gradient
+
+
+def test_a_model_that_has_no_optimizer_since_nothing_is_trained():
+    model = keras.Sequential([keras.Input((3,)), layers.Rescaling(2.0)])
+    model.compile(optimizer=None, loss="mse", metrics=["mae"])
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        history = model.fit(X, 2 * X, verbose=0).history
+    assert history == {"loss": [0.0], "mae": [0.0]}
 
 
 def test_a_first_value_that_depends_on_the_batch_is_made_by_the_step():

@@ -54,7 +54,7 @@ def _rehearsed(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal done
         if done:
             return function(iterator)
-        if _makes_variables(model):
+        if _makes_variables(model) and not tf.config.functions_run_eagerly():
             batch, iterator = _peeked(iterator)
             if batch is not None:
                 with contextlib.suppress(Exception):  # the step raises it again
@@ -71,7 +71,7 @@ def _rehearsed(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 def _makes_variables(model: Any) -> bool:
     """Whether the step makes variables that a rehearsal can make, unlike those of an optimizer of ours."""
     optimizer, metrics = model.optimizer, compiled_metrics(model)
-    if ours(optimizer) and not optimizer.built:
+    if optimizer is None or (ours(optimizer) and not optimizer.built):
         return False
     return not optimizer.built or (metrics is not None and not metrics.built)
 
@@ -120,23 +120,32 @@ def _outside(make: Callable[..., Any], **settings: Any) -> Any:
         return make(**{**settings, "initial_value": value, "experimental_enable_variable_lifting": False})
 
 
-_rehearsing = threading.local()
+_changing = threading.Lock()
+_threads: set[int] = set()  # those that rehearse
 
 
 @contextlib.contextmanager
 def _gradients_of_zeros() -> Iterator[None]:
     """In this thread, gradients are zeros, for which nothing is traced."""
-    _rehearsing.now = True
-    gradient = tf.GradientTape.gradient
-
-    def zeros(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
-        if not getattr(_rehearsing, "now", False):
-            return gradient(self, target, sources, *args, **kwargs)
-        return tf.nest.map_structure(tf.zeros_like, sources)
-
-    tf.GradientTape.gradient = zeros
+    thread = threading.get_ident()
+    with _changing:
+        if not _threads:
+            tf.GradientTape.gradient = _zeros(tf.GradientTape.gradient)
+        _threads.add(thread)
     try:
         yield
     finally:
-        tf.GradientTape.gradient = gradient
-        _rehearsing.now = False
+        with _changing:
+            _threads.remove(thread)
+            if not _threads:
+                tf.GradientTape.gradient = tf.GradientTape.gradient.__wrapped__
+
+
+def _zeros(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(gradient)
+    def zeros(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() not in _threads:
+            return gradient(self, target, sources, *args, **kwargs)
+        return tf.nest.map_structure(tf.zeros_like, sources)
+
+    return zeros
